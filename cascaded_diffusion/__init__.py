@@ -1,0 +1,1 @@
+"""Cascaded diffusion models (Ho et al., 2021) in JAX."""

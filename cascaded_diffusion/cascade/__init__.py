@@ -1,0 +1,1 @@
+"""What the paper adds: conditioning augmentation, stages, and their cascade."""

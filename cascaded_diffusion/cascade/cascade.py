@@ -1,0 +1,90 @@
+"""A cascade: stages in order of resolution, each fed by the one before it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+
+from cascaded_diffusion.cascade.stage import Stage
+from cascaded_diffusion.config import SamplerConfig
+from cascaded_diffusion.types import Params
+
+
+def keys_for(key: jax.Array, indices: jax.Array) -> jax.Array:
+    """One key per sample, a function of the sample's global index: [B] -> [B] keys."""
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cascade:
+    """N stages, sampled one after the other; one compiled program per stage.
+
+    Attributes:
+      stages: in order of resolution.
+      samplers: one per stage.
+      truncated: how a stage's low-res input comes to have its `aug_level`: True
+        stops the chain below at that level (paper, section 3.2), False lets it
+        finish and noises its result (section 3.3).
+    """
+
+    stages: Sequence[Stage]
+    samplers: Sequence[SamplerConfig]
+    truncated: bool
+
+    def sample_stage(
+        self,
+        index: int,
+        params: Params,
+        keys: jax.Array,
+        label: jax.Array | None,
+        low_res: jax.Array | None,
+        aug_level: jax.Array | float | None,
+        stop_t: jax.Array | float,
+    ) -> jax.Array:
+        """Runs stage `index` alone. Pure; levels may be traced, so one compile serves all."""
+        # Every stage draws from its own branch of an image's key.
+        stage_keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+        return self.stages[index].sample(
+            params,
+            stage_keys,
+            label=label,
+            low_res=low_res,
+            aug_level=aug_level if index > 0 else None,
+            low_res_is_noisy=self.truncated and index > 0,
+            stop_t=stop_t,
+            sampler=self.samplers[index],
+        )
+
+    def make_sampler(self) -> Callable[..., list[jax.Array]]:
+        """Returns `sample(params, keys, label, aug_levels, given=())`.
+
+        It takes one tree of parameters per stage, [B] keys from `keys_for`, [B]
+        labels and one level per enlargement, and returns one tensor [B, H, W, C]
+        per stage. In a truncated cascade all but the last are noisy: that is what
+        the next stage saw. `given` are images of the first stages, which are then
+        not run: a search over levels without truncation needs them only once.
+
+        Each stage is compiled once, whatever the parameters and the levels are.
+        """
+        programs = [jax.jit(partial(self.sample_stage, i)) for i in range(len(self.stages))]
+
+        def sample(
+            params: Sequence[Params],
+            keys: jax.Array,
+            label: jax.Array | None,
+            aug_levels: Sequence[float],
+            given: Sequence[jax.Array] = (),
+        ) -> list[jax.Array]:
+            images = list(given)
+            for i in range(len(images), len(programs)):
+                is_last = i + 1 == len(programs)
+                stop_t = aug_levels[i] if self.truncated and not is_last else 0.0
+                low_res = images[-1] if images else None
+                level = aug_levels[i - 1] if i > 0 else 0.0
+                images.append(programs[i](params[i], keys, label, low_res, level, stop_t))
+            return images
+
+        return sample

@@ -1,0 +1,1 @@
+"""Where images come from: the only home of grain (and of tfds)."""

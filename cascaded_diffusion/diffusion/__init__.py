@@ -1,0 +1,1 @@
+"""One Gaussian diffusion, in JAX alone. It knows nothing of networks."""

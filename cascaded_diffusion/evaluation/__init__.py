@@ -1,0 +1,1 @@
+"""Scoring: generate, extract features, compare, choose, stop. Never imports training."""

@@ -1,0 +1,44 @@
+"""Which checkpoint is best, and whether to stop: pure functions of the records.
+
+The records are the lines of `eval/results.jsonl`, whoever wrote them and however
+often the evaluation was interrupted. Only records that measured the same thing
+are compared: same metric, number of samples, reference, features, conditioning
+and sampler. A checkpoint that failed (value null) never wins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Record = Mapping[str, Any]
+
+# What two records must agree on to be compared, besides the metric.
+COMPARABLE = ("num_samples", "reference", "features", "low_res", "aug_level", "sampler", "seed")
+
+
+def series(records: Sequence[Record], metric: str, like: Record) -> list[Record]:
+    """The records of `metric` that are comparable to `like`, one per step, by step."""
+    by_step: dict[int, Record] = {}
+    for record in records:
+        if record.get("metric") == metric and all(
+            record.get(key) == like.get(key) for key in COMPARABLE
+        ):
+            by_step.setdefault(record["step"], record)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def best_record(comparable: Sequence[Record]) -> Record | None:
+    """The record with the lowest finite value; the earliest of equals."""
+    finite = [r for r in comparable if r["value"] is not None and math.isfinite(r["value"])]
+    return min(finite, key=lambda r: (r["value"], r["step"])) if finite else None
+
+
+def should_stop(comparable: Sequence[Record], patience_evals: int) -> bool:
+    """Whether the last `patience_evals` scores all failed to better the one before them."""
+    best = best_record(comparable)
+    if best is None:
+        return len(comparable) > patience_evals
+    since_best = [r for r in comparable if r["step"] > best["step"]]
+    return len(since_best) >= patience_evals

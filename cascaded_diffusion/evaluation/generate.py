@@ -1,0 +1,140 @@
+"""Generating a given number of samples, batch by batch, over the mesh.
+
+Sample `i` has label `i mod num_classes` and the key `fold_in(key(seed), i)`, so
+it is the same image for any batch size and number of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from cascaded_diffusion.cascade.cascade import Cascade, keys_for
+from cascaded_diffusion.cascade.pixels import uint8_from_float
+from cascaded_diffusion.cascade.stage import Stage
+from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.runtime.logging import Progress
+from cascaded_diffusion.types import Params
+
+# (parameters per stage, global sample indices [B]) -> images uint8 [B, H, W, C] per stage.
+BatchSampler = Callable[[Sequence[Params], np.ndarray], Sequence[jax.Array]]
+
+
+def class_balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
+    """int32 [num_samples]: 0, 1, ..., K-1, 0, 1, ... All 0 where there are no classes."""
+    return (np.arange(num_samples) % max(1, num_classes)).astype(np.int32)
+
+
+def generate(
+    sample_batch: BatchSampler,
+    params: Sequence[Params],
+    *,
+    num_samples: int,
+    batch_size: int,
+    label: str,
+) -> list[np.ndarray]:
+    """All samples 0 .. num_samples - 1, uint8 [num_samples, H, W, C] per stage.
+
+    The last batch is filled up with samples that are thrown away, so that only
+    one batch shape is compiled.
+
+    Raises:
+      ValueError: a sample is not finite.
+    """
+    progress = Progress(num_samples, unit="samples", label=label)
+    parts: list[list[np.ndarray]] = []
+    for start in range(0, num_samples, batch_size):
+        indices = np.arange(start, start + batch_size)
+        count = min(batch_size, num_samples - start)
+        images = sample_batch(params, indices % num_samples)
+        parts.append([np.asarray(x)[:count] for x in images])
+        progress.update(start + count)
+    progress.close()
+    return [np.concatenate(images) for images in zip(*parts, strict=True)]
+
+
+def make_cascade_sampler(
+    cascade: Cascade,
+    aug_levels: Sequence[float],
+    *,
+    seed: int,
+    mesh: Mesh,
+    keep_first_stages: bool = False,
+) -> BatchSampler:
+    """Samples of a whole cascade; with one stage, of that stage alone.
+
+    Args:
+      cascade: the stages.
+      aug_levels: one per enlargement.
+      seed: of the samples' keys.
+      mesh: the device mesh.
+      keep_first_stages: keep what all but the last stage made of each batch and
+        use it again when the same batch is asked for. Only the last stage's
+        parameters may then differ between calls.
+    """
+    sample = cascade.make_sampler()
+    key = jax.random.key(seed)
+    num_classes = cascade.stages[0].config.num_classes
+    place = _make_placer(mesh)
+    kept: dict[tuple[int, ...], list[jax.Array]] = {}
+
+    def sample_batch(params: Sequence[Params], indices: np.ndarray) -> list[jax.Array]:
+        labels = (indices % num_classes).astype(np.int32) if num_classes else None
+        keys = keys_for(key, place(indices))
+        batch = tuple(indices.tolist())
+        images = sample(params, keys, place(labels), aug_levels, kept.get(batch, ()))
+        if keep_first_stages:
+            kept[batch] = images[:-1]
+        return [_checked_uint8(x) for x in images]
+
+    return sample_batch
+
+
+def make_enlarging_sampler(
+    stage: Stage,
+    low_res: np.ndarray,
+    labels: np.ndarray,
+    *,
+    aug_level: float,
+    seed: int,
+    mesh: Mesh,
+) -> BatchSampler:
+    """Enlargements of given images, float32 [n, h, w, C]; sample `i` is of image i mod n."""
+    key = jax.random.key(seed)
+    num_classes = stage.config.num_classes
+    place = _make_placer(mesh)
+    level = aug_level if stage.augment is not None and stage.augment.has_level else None
+
+    @jax.jit
+    def sample(params: Params, keys: jax.Array, labels: Any, low_res: jax.Array) -> jax.Array:
+        return stage.sample(params, keys, label=labels, low_res=low_res, aug_level=level)
+
+    def sample_batch(params: Sequence[Params], indices: np.ndarray) -> list[jax.Array]:
+        rows = indices % len(low_res)
+        label = labels[rows] if num_classes else None
+        keys = keys_for(key, place(indices))
+        return [_checked_uint8(sample(params[-1], keys, place(label), place(low_res[rows])))]
+
+    return sample_batch
+
+
+def _make_placer(mesh: Mesh) -> Callable[[np.ndarray | None], jax.Array | None]:
+    sharding = mesh_lib.batch_sharding(mesh)
+    return lambda x: None if x is None else jax.device_put(x, sharding)
+
+
+@jax.jit
+def _uint8_and_finite(image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return uint8_from_float(image), jnp.isfinite(image).all()
+
+
+def _checked_uint8(image: jax.Array) -> jax.Array:
+    pixels, finite = _uint8_and_finite(image)
+    if not bool(finite):
+        raise ValueError("a sample is not finite")
+    return pixels

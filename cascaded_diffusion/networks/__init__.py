@@ -1,0 +1,1 @@
+"""The neural networks: the only home of flax. They know nothing of diffusion maths."""

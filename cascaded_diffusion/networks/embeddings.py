@@ -1,0 +1,45 @@
+r"""Embeddings of the scalars that condition a network.
+
+    (1)  u = arctan(exp(-logsnr / 2)) / (pi / 2)   in [0, 1]
+         maps any schedule's noise level to the time of the offset-free cosine
+         schedule with the same level (Salimans & Ho 2022), so a network does
+         not depend on which schedule trains or samples it.
+    (2)  sinusoidal(x) = [sin(1000 x w_k), cos(1000 x w_k)],
+         w_k = 10000^(-k / (E/2)),  k = 0 .. E/2 - 1   (Vaswani et al. 2017;
+         the factor 1000 puts x in [0, 1] on the scale of DDPM's time steps)
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def noise_input_from_logsnr(logsnr: jax.Array) -> jax.Array:
+    """Eq. (1), elementwise."""
+    return jnp.arctan(jnp.exp(-0.5 * logsnr)) / (math.pi / 2)
+
+
+def sinusoidal(x: jax.Array, size: int) -> jax.Array:
+    """Eq. (2): [B] in [0, 1] -> [B, size] float32; `size` is even."""
+    half = size // 2
+    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = 1000.0 * x.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class ScalarEmbedding(nn.Module):
+    """A scalar in [0, 1] as a vector: sinusoidal, dense, swish, dense. [B] -> [B, E]."""
+
+    size: int
+    sinusoids: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = sinusoidal(x, self.sinusoids)
+        h = nn.Dense(self.size, dtype=self.dtype)(h)
+        return nn.Dense(self.size, dtype=self.dtype)(nn.swish(h))

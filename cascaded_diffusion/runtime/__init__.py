@@ -1,0 +1,1 @@
+"""Adapters to the outside world: devices, checkpoints, logs, the run folder."""

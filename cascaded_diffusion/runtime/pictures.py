@@ -1,0 +1,60 @@
+"""Picture files: grids and labelled rows of images. The only home of Pillow."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cascaded_diffusion.runtime.run_folder import write_whole
+
+
+def _rgb(images: np.ndarray) -> np.ndarray:
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def grid(images: np.ndarray, *, columns: int, gap: int = 1) -> np.ndarray:
+    """uint8 [n, H, W, C] -> one uint8 picture [h, w, 3], row by row, the last row padded."""
+    images = _rgb(images)
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    picture = np.full(
+        (rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 64, np.uint8
+    )
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
+        picture[y : y + height, x : x + width] = image
+    return picture
+
+
+def enlarge_nearest(images: np.ndarray, resolution: int) -> np.ndarray:
+    """Shows small images [n, h, w, C] as they are, pixel by pixel, at a larger size."""
+    factor = resolution // images.shape[1]
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def save_png(path: pathlib.Path, picture: np.ndarray, *, scale: int = 1) -> None:
+    """Writes uint8 [H, W, 3] as PNG, each pixel `scale` wide."""
+    picture = picture.repeat(scale, axis=0).repeat(scale, axis=1)
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, format="PNG")
+    write_whole(path, data.getvalue())
+
+
+def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, scale: int = 2) -> np.ndarray:
+    """Rows of images with a caption above each: [(caption, uint8 [n, H, W, C])] -> [h, w, 3].
+
+    All rows have the same number of images of the same size.
+    """
+    strips = []
+    for caption, images in rows:
+        strip = grid(images, columns=len(images)).repeat(scale, axis=0).repeat(scale, axis=1)
+        header = Image.new("RGB", (strip.shape[1], 18), (255, 255, 255))
+        ImageDraw.Draw(header).text(
+            (4, 2), caption, fill=(0, 0, 0), font=ImageFont.load_default(size=12)
+        )
+        strips += [np.asarray(header), strip]
+    return np.concatenate(strips, axis=0)

@@ -1,0 +1,184 @@
+"""The run folder: the contract between the binaries.
+
+    RUN/config.json               the resolved config
+    RUN/checkpoints/<step>/       Orbax, with a manifest of checksums
+    RUN/metrics.jsonl             one line per logged step
+    RUN/events.out.tfevents.*     the same for TensorBoard
+    RUN/eval/results.jsonl        one line per score
+    RUN/eval/best.json            the step chosen
+    RUN/eval/*.png, *.npz         sample grids and samples
+    RUN/EARLY_STOP, RUN/TRAIN_COMPLETE
+
+Whole files appear under their name by a rename, never half-written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+from cascaded_diffusion.config import RunConfig, run_config_from, to_dict
+from cascaded_diffusion.errors import UserError
+
+
+def write_whole(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file so that readers see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+        try:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+            os.chmod(f.name, 0o644)
+            os.replace(f.name, path)
+        except BaseException:
+            os.unlink(f.name)
+            raise
+
+
+def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+    """Appends one JSON line, durably, in a single write.
+
+    A line cut off by a crash of an earlier writer is closed first, so that it
+    spoils nothing but itself.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as f:
+        f.seek(0, os.SEEK_END)
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                f.write(b"\n")
+        f.write(json.dumps(record).encode() + b"\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The whole JSON lines of a file; what a crash cut off is passed over."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+
+class RunFolder:
+    """Paths and small files of one run. Opening it writes nothing.
+
+    Args:
+      path: the folder.
+      flag: the flag that named it, for error messages.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, flag: str = "workdir"):
+        self.path = pathlib.Path(path)
+        self._flag = flag
+        self.config_path = self.path / "config.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.eval = self.path / "eval"
+        self.results_path = self.eval / "results.jsonl"
+        self.best_path = self.eval / "best.json"
+        self.early_stop_path = self.path / "EARLY_STOP"
+        self.complete_path = self.path / "TRAIN_COMPLETE"
+
+    def exists(self) -> bool:
+        """Whether a run was ever started here."""
+        return self.config_path.exists()
+
+    def read_config(self) -> RunConfig:
+        """The run's config, checked like a new one. JSON only: nothing is executed.
+
+        Raises:
+          UserError: there is no run here, or its config cannot be read.
+        """
+        if not self.exists():
+            raise UserError(
+                f"--{self._flag}={self.path}: no run there (no config.json); expected a folder that"
+                " `python -m cascaded_diffusion.main --workdir=...` has written"
+            )
+        try:
+            values = json.loads(self.config_path.read_text())
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.config_path}: cannot be read as JSON ({e})") from e
+        try:
+            return run_config_from(values)
+        except UserError as e:
+            raise UserError(f"{self.config_path}: {e}") from e
+
+    def check_writable(self) -> None:
+        """Raises UserError if the folder cannot be written; leaves no trace."""
+        parent = self.path
+        while not parent.exists() and parent != parent.parent:
+            parent = parent.parent
+        if not parent.is_dir():
+            raise UserError(f"--{self._flag}={self.path}: {parent} is not a folder")
+        try:
+            with tempfile.TemporaryFile(dir=parent):
+                pass
+        except OSError as e:
+            raise UserError(
+                f"--{self._flag}={self.path}: cannot write to {parent} ({e.strerror}); choose a folder"
+                " that you may write to"
+            ) from e
+
+    def write_config(self, config: RunConfig) -> None:
+        """Stores the resolved config."""
+        write_whole(self.config_path, json.dumps(to_dict(config), indent=2).encode() + b"\n")
+
+    def best(self) -> dict[str, Any] | None:
+        """The record of the checkpoint that evaluation chose, if it has."""
+        if not self.best_path.exists():
+            return None
+        return json.loads(self.best_path.read_text())
+
+    def best_step(self) -> int:
+        """The step that evaluation chose.
+
+        Raises:
+          UserError: none was chosen yet.
+        """
+        best = self.best()
+        if best is None:
+            raise UserError(
+                f"{self.path}: no checkpoint was chosen yet; run"
+                f" `python -m cascaded_diffusion.evaluate --workdir={self.path}` first"
+            )
+        return best["step"]
+
+    @contextlib.contextmanager
+    def writer_lock(self, role: str) -> Iterator[None]:
+        """Holds the folder for one writer of a kind ("train", "eval").
+
+        The lock is the operating system's: it ends with the process that holds
+        it, however that ends.
+
+        Raises:
+          UserError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / f".{role}.lock").open("a+") as f:
+            self._lock(f, role)
+            f.truncate(0)
+            f.write(str(os.getpid()))
+            f.flush()
+            yield
+
+    def _lock(self, f: IO[str], role: str) -> None:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            f.seek(0)
+            holder = f.read().strip() or "unknown"
+            raise UserError(
+                f"--{self._flag}={self.path}: another {role} process (pid {holder}) is writing there;"
+                " wait for it, or choose another folder"
+            ) from e

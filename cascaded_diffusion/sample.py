@@ -1,0 +1,102 @@
+"""Samples a cascade of trained stages, at the checkpoints that evaluation chose.
+
+    python -m cascaded_diffusion.sample --config=configs/mnist_cascade32.py --workdir=RUN
+
+reads the runs RUN/<stage> that the config names and writes, below --output
+(default RUN/samples):
+
+    samples.npz   arr_0 uint8 [n, H, W, C], arr_1 int64 labels [n] (ADM style)
+    <stage>.npz   the same for every earlier stage (as the next stage saw it)
+    samples.png   per class: real, low-res, enlarged real, base and cascade images
+
+Sample i depends on (seed, i) alone: not on the batch size or the devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from cascaded_diffusion import cli
+from cascaded_diffusion.config import cascade_config_from, check_chain, check_devices
+from cascaded_diffusion.runtime.run_folder import RunFolder
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code; raises UserError for bad input."""
+    fv = flags.FlagValues()
+    cli.define_config(fv, argv, "the cascade's config file, e.g. configs/mnist_cascade32.py")
+    flags.DEFINE_string("workdir", None, "folder that holds the stages' runs", flag_values=fv)
+    flags.DEFINE_string("output", None, "where to write; default: WORKDIR/samples", flag_values=fv)
+    cli.parse(fv, argv, __doc__)
+    cli.require(fv, "config", "workdir")
+    config = cascade_config_from(fv.config)
+    section = config.cascade
+    folders = [RunFolder(pathlib.Path(fv.workdir) / name) for name in section.stages]
+    run_configs = [folder.read_config() for folder in folders]
+    check_chain(section, [c.stage for c in run_configs])
+    steps = [folder.best_step() for folder in folders]
+    output = RunFolder(fv.output or pathlib.Path(fv.workdir) / "samples", flag="output")
+    output.check_writable()
+
+    jax = cli.set_up_jax()
+    from cascaded_diffusion.cascade.cascade import Cascade
+    from cascaded_diffusion.data.sources import load_source, spread_examples
+    from cascaded_diffusion.evaluation import generate, score
+    from cascaded_diffusion.runtime.mesh import build_mesh
+    from cascaded_diffusion.runtime.pictures import save_png
+
+    check_devices(config, jax.device_count())
+    mesh = build_mesh(config.mesh)
+    for folder, step in zip(folders, steps, strict=True):
+        print(f"{folder.path.name}: checkpoint {step}", flush=True)
+    stages, params = zip(
+        *(score.load_stage(f, s, mesh) for f, s in zip(folders, steps, strict=True)), strict=True
+    )
+    samplers = [
+        dataclasses.replace(
+            stage.config.sampler, name=name, num_steps=num_steps, guidance_scale=scale
+        )
+        for stage, name, num_steps, scale in zip(
+            stages, section.samplers, section.num_steps, section.guidance_scales, strict=True
+        )
+    ]
+    cascade = Cascade(stages=stages, samplers=samplers, truncated=section.truncated)
+    sampler = generate.make_cascade_sampler(
+        cascade, section.aug_levels, seed=section.seed, mesh=mesh
+    )
+    images = generate.generate(
+        sampler,
+        params,
+        num_samples=section.num_samples,
+        batch_size=section.batch_size,
+        label="cascade",
+    )
+    labels = generate.class_balanced_labels(section.num_samples, stages[0].config.num_classes)
+    for name, stage_images in zip(section.stages[:-1], images[:-1], strict=True):
+        score.save_samples(output.path / f"{name}.npz", stage_images, labels)
+    score.save_samples(output.path / "samples.npz", images[-1], labels)
+
+    last = run_configs[-1]
+    real = spread_examples(
+        load_source(last.data, last.data.eval_split, last.stage), rows=2, columns=10
+    )
+    picture = score.cascade_picture(
+        cascade, params, section.aug_levels, images, labels, real, seed=section.seed, mesh=mesh
+    )
+    save_png(output.path / "samples.png", picture)
+    mode = "truncated" if section.truncated else "non-truncated"
+    sizes = " -> ".join(f"{x.shape[1]} px" for x in images)
+    print(
+        f"{len(images[-1])} samples, {sizes}, aug_level {section.aug_levels} {mode}:"
+        f" {output.path}/samples.npz, samples.png",
+        flush=True,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Training one stage: state, optimizer, step, loop."""

@@ -1,0 +1,326 @@
+"""The training loop of one stage: compile, restore, step, log, save, stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cascaded_diffusion.cascade.cascade import keys_for
+from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
+from cascaded_diffusion.cascade.stage import Stage, build_stage
+from cascaded_diffusion.config import RunConfig, check_resume
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.runtime import pictures
+from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
+from cascaded_diffusion.runtime.logging import MetricWriter, Progress, print_parameter_overview
+from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
+from cascaded_diffusion.training import step as step_lib
+from cascaded_diffusion.training.state import TrainState
+
+Records = dict[str, np.ndarray]
+# start_step -> this process's batches from that step on.
+DataFrom = Callable[[int], Iterator[Records]]
+
+# Size of a sample grid.
+GRID_ROWS, GRID_COLUMNS = 4, 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a call of `train` ended: "complete", "early_stop" or "preempted", and at which step."""
+
+    reason: str
+    step: int
+
+
+class _StopRequest:
+    """Notes SIGTERM and SIGINT, for the loop to stop at the end of a step.
+
+    Under `jax.distributed` all processes must stop at the same step, so there
+    JAX's own notice is asked instead.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._distributed = jax.process_count() > 1
+
+    def __enter__(self) -> _StopRequest:
+        if not self._distributed:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        del frame
+        self._signal = number
+
+    def seen(self, step: int) -> bool:
+        if self._distributed:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._signal is not None
+
+
+class _GridSampler:
+    """Grids of EMA samples for TensorBoard, always of the same noise and labels."""
+
+    def __init__(self, stage: Stage, config: RunConfig, mesh: Mesh, examples: Records):
+        num_classes = stage.config.num_classes
+        self._key = jax.random.key(config.eval.seed)
+        self._indices = np.arange(len(examples["label"]))
+        self._labels = self._indices % num_classes if num_classes else None
+        self._low_res, level = None, None
+        if stage.augment is not None:
+            self._low_res = np.asarray(stage.low_res_from(float_from_uint8(examples["image"])))
+            self._labels = examples["label"] if num_classes else None
+            level = config.eval.aug_level if stage.augment.has_level else None
+
+        def sample(params: Any, key: jax.Array, indices: Any, labels: Any, low_res: Any) -> Any:
+            image = stage.sample(
+                mesh_lib.gathered(params, mesh),
+                keys_for(key, indices),
+                label=labels,
+                low_res=low_res,
+                aug_level=level,
+            )
+            return uint8_from_float(image)
+
+        self._sample = jax.jit(sample, out_shardings=mesh_lib.replicated(mesh))
+
+    def __call__(self, params: Any) -> np.ndarray:
+        images = self._sample(params, self._key, self._indices, self._labels, self._low_res)
+        return pictures.grid(np.asarray(images), columns=GRID_COLUMNS)
+
+
+def _restore_or_init(
+    stage: Stage, config: RunConfig, mesh: Mesh, checkpoints: CheckpointWriter
+) -> TrainState:
+    abstract = step_lib.abstract_state(stage, config.train, mesh)
+    restored = checkpoints.restore_latest(abstract)
+    if restored is not None:
+        return restored
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(step_lib.make_init(stage, config.train), out_shardings=shardings)()
+
+
+def _prepare_folder(folder: RunFolder, config: RunConfig) -> None:
+    if folder.exists():
+        for line in check_resume(folder.read_config(), config, str(folder.path)):
+            print(f"changed since the run began: {line}", flush=True)
+    folder.write_config(config)
+
+
+def _finished(folder: RunFolder, config: RunConfig) -> Outcome | None:
+    """The outcome of a run that has nothing left to do."""
+    if folder.complete_path.exists():
+        record = json.loads(folder.complete_path.read_text())
+        if record["step"] >= config.train.train_steps or record["reason"] == "early_stop":
+            return Outcome(reason=record["reason"], step=record["step"])
+    return None
+
+
+def train(
+    config: RunConfig,
+    folder: RunFolder,
+    data_from: DataFrom,
+    *,
+    image_shape: tuple[int, int, int],
+    grid_examples: Records,
+) -> Outcome:
+    """Trains one stage to its end, going on from the newest checkpoint if there is one.
+
+    Args:
+      config: the run's config, checked.
+      folder: where the run lives; made if it is not there.
+      data_from: gives this process's batches from a step on.
+      image_shape: (H, W, C) of the data.
+      grid_examples: GRID_ROWS * GRID_COLUMNS real examples, whose low-res versions
+        the sample grids of a super-resolution stage enlarge.
+
+    Raises:
+      UserError: the folder belongs to another run or another process, checkpoints
+        are damaged or cannot be written, or the loss is not finite.
+    """
+    with folder.writer_lock("train"):
+        _prepare_folder(folder, config)
+        outcome = _finished(folder, config)
+        if outcome is not None:
+            return outcome
+        checkpoints = CheckpointWriter(folder, config.checkpoint)
+        try:
+            outcome = _train(config, folder, data_from, image_shape, grid_examples, checkpoints)
+        finally:
+            checkpoints.close()
+        if outcome.reason != "preempted" and jax.process_index() == 0:
+            write_whole(
+                folder.complete_path, json.dumps(dataclasses.asdict(outcome)).encode() + b"\n"
+            )
+        return outcome
+
+
+def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    data_from: DataFrom,
+    image_shape: tuple[int, int, int],
+    grid_examples: Records,
+    checkpoints: CheckpointWriter,
+) -> Outcome:
+    train_config, total = config.train, config.train.train_steps
+    mesh = mesh_lib.build_mesh(config.mesh)
+    stage = build_stage(config.stage)
+
+    state = _restore_or_init(stage, config, mesh, checkpoints)
+    first_step = int(state.step)
+    print_parameter_overview(state.params)
+    start = time.monotonic()
+    train_step, flops_per_step = step_lib.compile_train_step(
+        step_lib.make_train_step(stage, train_config, mesh),
+        state,
+        image_shape,
+        train_config.batch_size,
+        mesh,
+    )
+    compile_secs = time.monotonic() - start
+    print(
+        f"{config.stage.name}: train step compiled in {compile_secs:.1f} s,"
+        f" {flops_per_step / 1e9:.1f} GFLOP (multiply-add = 2) for {train_config.batch_size} images,"
+        f" on {mesh.size} {jax.devices()[0].platform} device(s)",
+        flush=True,
+    )
+    if first_step:
+        print(f"{config.stage.name}: going on from step {first_step}", flush=True)
+
+    writes = jax.process_index() == 0
+    writer = MetricWriter(folder, resume_step=first_step) if writes else None
+    sample_grid = _GridSampler(stage, config, mesh, grid_examples)
+    batches = data_from(first_step)
+    progress = Progress(total, unit="steps", label=config.stage.name, initial=first_step)
+    clock = _Clock(train_config.batch_size, flops_per_step)
+    reason, step = "complete", first_step
+    pending: step_lib.Metrics | None = None
+
+    def read_metrics(at_step: int, metrics: step_lib.Metrics) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        _check_finite(values, at_step, checkpoints)
+        clock.step_done()
+        if at_step % train_config.log_every_steps == 0 or at_step == total:
+            speed = clock.read()
+            if writer is not None:
+                writer.write_scalars(at_step, {**values, **speed})
+            progress.update(
+                at_step,
+                loss=f"{values['loss']:.4f}",
+                images_per_sec=f"{speed['images_per_sec']:.0f}",
+                data_wait=f"{100 * speed['data_wait_fraction']:.0f} %",
+            )
+
+    with _StopRequest() as stop:
+        while step < total:
+            waited = time.monotonic()
+            local = next(batches)
+            clock.data_waited(time.monotonic() - waited)
+            records = mesh_lib.global_batch(local, mesh)
+            state, metrics = train_step(state, records)
+            # One step late: the devices have this step to work on while the host
+            # reads the numbers of the last.
+            if pending is not None:
+                read_metrics(step, pending)
+            step, pending = step + 1, metrics
+
+            stopping = stop.seen(step)
+            save = step % config.checkpoint.save_every_steps == 0 or step == total or stopping
+            sample = step % train_config.sample_every_steps == 0 or step == total
+            if save or sample:
+                # Before anything is kept of this step, it is known to be finite.
+                read_metrics(step, pending)
+                pending = None
+                with clock.pause():
+                    if save:
+                        checkpoints.save(step, state)
+                    if sample:
+                        grid = sample_grid(state.ema_params)
+                        if writer is not None:
+                            writer.write_image(step, "ema_samples", grid)
+            if stopping:
+                reason = "preempted"
+                break
+            if folder.early_stop_path.exists():
+                reason = "early_stop"
+                if pending is not None:
+                    read_metrics(step, pending)
+                if not save:
+                    checkpoints.save(step, state)
+                break
+        if step > first_step:
+            checkpoints.wait(step)
+    progress.close()
+    if writer is not None:
+        writer.close()
+    return Outcome(reason=reason, step=step)
+
+
+def _check_finite(values: dict[str, float], step: int, checkpoints: CheckpointWriter) -> None:
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        kept = checkpoints.steps()
+        raise UserError(
+            f"{bad[0]} is {values[bad[0]]} at step {step}: training has diverged; nothing of this"
+            f" step was saved (last checkpoint: {kept[-1] if kept else 'none'}); lower"
+            " config.train.learning_rate or config.train.grad_clip_norm"
+        )
+
+
+class _Clock:
+    """Rates between two readings, with pauses (saving, sampling) left out."""
+
+    def __init__(self, batch_size: int, flops_per_step: float):
+        self._batch_size, self._flops_per_step = batch_size, flops_per_step
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
+
+    def step_done(self) -> None:
+        self._steps += 1
+
+    def data_waited(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def pause(self) -> Any:
+        clock = self
+
+        class _Pause:
+            def __enter__(self) -> None:
+                self._began = time.monotonic()
+
+            def __exit__(self, *exc: object) -> None:
+                clock._start += time.monotonic() - self._began
+
+        return _Pause()
+
+    def read(self) -> dict[str, float]:
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        rates = {
+            "images_per_sec": self._steps * self._batch_size / elapsed,
+            "data_wait_fraction": min(1.0, self._waited / elapsed),
+            "model_flops_per_sec": self._steps * self._flops_per_step / elapsed,
+        }
+        self._restart()
+        return rates

@@ -1,0 +1,99 @@
+"""What flows through the framework.
+
+Shape letters, used in docstrings and by `check_shape`:
+`B` batch, `H W C` high resolution, `h w` low resolution, `E` embedding,
+`N` tokens, `K` classes.
+
+Images are float32 in [-1, 1]. `t` in [0, 1] is diffusion time, 1 is pure noise.
+`logsnr` = log(alpha^2 / sigma^2) is how modules tell each other about noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+Params = dict
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One global training batch.
+
+    Attributes:
+      image: [B, H, W, C] float32 in [-1, 1], at the data set's resolution.
+      label: [B] int32 class ids, or None for data without classes.
+    """
+
+    image: jax.Array
+    label: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """Everything a stage is conditioned on. Each field is optional.
+
+    Attributes:
+      label: [B] int32 class ids; `num_classes` stands for "dropped".
+      low_res: [B, h, w, C] float32, already damaged by conditioning
+        augmentation, at its own resolution: the network enlarges it.
+      aug_level: [B] float32 in [0, 1], the strength of that damage.
+    """
+
+    label: jax.Array | None = None
+    low_res: jax.Array | None = None
+    aug_level: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """A network's output in both of its useful forms.
+
+    Attributes:
+      x0: [B, H, W, C] the predicted clean image.
+      eps: [B, H, W, C] the predicted noise, consistent with `x0` and `xt`.
+      logvar: [B, H, W, C] log-variance of the reverse step, or None where the
+        variance is fixed.
+    """
+
+    x0: jax.Array
+    eps: jax.Array
+    logvar: jax.Array | None = None
+
+
+# t [...] in [0, 1] -> logsnr [...], decreasing in t.
+Schedule = Callable[[jax.Array], jax.Array]
+
+# (xt [B, H, W, C], logsnr [B]) -> Prediction. Parameters, conditioning and
+# guidance are closed over: this is all that a sampler knows of a network.
+DenoiseFn = Callable[[jax.Array, jax.Array], Prediction]
+
+# uint8 [B, H, W, C] -> float32 [B, F].
+FeatureExtractor = Callable[[jax.Array], jax.Array]
+
+
+def check_shape(x: jax.Array, spec: str, name: str, **sizes: int) -> None:
+    """Raises ValueError unless `x` has the shape that `spec` describes.
+
+    Args:
+      x: an array (or a tracer: the check runs while tracing, it costs nothing).
+      spec: space-separated dimension names, for example `"B H W C"`.
+      name: what to call `x` in the message.
+      **sizes: the size of any of the named dimensions; the others are free.
+    """
+    dims = spec.split()
+    expected = tuple(sizes.get(dim) for dim in dims)
+    fits = len(x.shape) == len(dims) and all(
+        want is None or got == want for got, want in zip(x.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(
+            dim if size is None else f"{dim}={size}"
+            for dim, size in zip(dims, expected, strict=True)
+        )
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({wanted})")

@@ -1,0 +1,88 @@
+"""Class-conditional base model, MNIST digits at 16 px: the first stage of the demo cascade.
+
+    python -m cascaded_diffusion.main --config=configs/mnist_base16.py --workdir=RUN/base16
+
+Hardware and time: see README, "Measured". Expected fd_classifier: measured, there.
+Ours, not the paper's: the sizes, v-prediction, continuous time, guidance, the
+short schedule. As in the paper: a U-Net conditioned on class and noise level, the
+cosine schedule, Adam, EMA, checkpoints chosen by Fréchet distance.
+"""
+
+from ml_collections import ConfigDict
+
+from cascaded_diffusion.errors import UserError
+
+#              channels  train_steps  batch_size  num_samples
+_VARIANTS = {
+    None: (64, 800, 64, 1000),
+    "smoke": (16, 30, 16, 40),
+}
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    if variant not in _VARIANTS:
+        raise UserError(f"--config=...:{variant}: expected no variant, or ':smoke'")
+    channels, train_steps, batch_size, num_samples = _VARIANTS[variant]
+    config = ConfigDict()
+    config.stage = dict(
+        name="base16",
+        kind="base",
+        resolution=16,
+        channels=1,
+        num_classes=10,
+        low_res_resolution=None,
+        network=dict(
+            name="unet",
+            channels=channels,
+            channel_mults=(1, 2),
+            num_res_blocks=1,
+            attention_resolutions=(),  # the middle block attends in any case
+            num_heads=4,
+            dropout_rate=0.0,
+            patch_size=2,  # feature maps of 8 and 4 px: what two cores can afford
+            resample="conv",
+            upsample="bilinear",
+            dtype="float32",
+        ),
+        diffusion=dict(
+            schedule="cosine",
+            num_timesteps=None,
+            parameterization="v",
+            label_dropout_prob=0.15,
+        ),
+        augment=dict(name="none", schedule="cosine", num_timesteps=None),
+        sampler=dict(name="ddim", num_steps=10, guidance_scale=2.0, clip=True),
+    )
+    config.data = dict(
+        name="mnist",
+        train_split="train",
+        eval_split="test",
+        resolution=32,
+        random_flip=False,
+        shuffle_seed=0,
+        read_threads=2,
+    )
+    config.train = dict(
+        seed=0,
+        batch_size=batch_size,
+        train_steps=train_steps,
+        learning_rate=2e-3,
+        lr_decay="cosine",
+        warmup_steps=train_steps // 10,
+        adam_b2=0.99,
+        grad_clip_norm=1.0,
+        ema_decay=0.995,
+        log_every_steps=max(1, train_steps // 40),
+        sample_every_steps=train_steps // 2,
+    )
+    config.eval = dict(
+        features="classifier",
+        num_samples=num_samples,
+        batch_size=min(200, num_samples),
+        seed=0,
+        aug_level=0.0,
+        patience_evals=5,
+    )
+    config.mesh = dict(data=-1, fsdp=1)
+    config.checkpoint = dict(save_every_steps=train_steps // 2, max_to_keep=3)
+    return config

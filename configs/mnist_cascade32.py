@@ -1,0 +1,34 @@
+"""The demo cascade: base16 and sr32 chained, 1,000 class-balanced 32 px digits.
+
+    python -m cascaded_diffusion.sample --config=configs/mnist_cascade32.py --workdir=RUN
+
+RUN holds the runs of the two stages, RUN/base16 and RUN/sr32. `aug_levels` and
+`truncated` are chosen here, after training: that is what amortized conditioning
+augmentation is for.
+"""
+
+from ml_collections import ConfigDict
+
+from cascaded_diffusion.errors import UserError
+
+_NUM_SAMPLES = {None: 1000, "smoke": 40}
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    if variant not in _NUM_SAMPLES:
+        raise UserError(f"--config=...:{variant}: expected no variant, or ':smoke'")
+    num_samples = _NUM_SAMPLES[variant]
+    config = ConfigDict()
+    config.cascade = dict(
+        stages=("base16", "sr32"),
+        aug_levels=(0.1,),
+        truncated=False,
+        samplers=("ddim", "ddim"),
+        num_steps=(10, 8),
+        guidance_scales=(2.0, 1.0),
+        num_samples=num_samples,
+        batch_size=min(200, num_samples),
+        seed=0,
+    )
+    config.mesh = dict(data=-1, fsdp=1)
+    return config
