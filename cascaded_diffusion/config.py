@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -375,7 +376,9 @@ def _check_stage(stage: StageConfig) -> None:
             )
         if stage.augment.name != "none":
             _fail(
-                "stage.augment.name", stage.augment.name, "'none', since config.stage.kind is 'base'"
+                "stage.augment.name",
+                stage.augment.name,
+                "'none', since config.stage.kind is 'base'",
             )
     _check_guidance("stage.sampler.guidance_scale", stage.sampler.guidance_scale, stage)
 
@@ -426,7 +429,12 @@ def cascade_config_from(values: ConfigDict | Mapping[str, Any]) -> CascadeConfig
     for name in cascade.stages:
         if not name.replace("_", "").isalnum():
             _fail("cascade.stages", cascade.stages, "names of letters, digits and underscores")
-    for key, extra in (("aug_levels", 1), ("samplers", 0), ("num_steps", 0), ("guidance_scales", 0)):
+    for key, extra in (
+        ("aug_levels", 1),
+        ("samplers", 0),
+        ("num_steps", 0),
+        ("guidance_scales", 0),
+    ):
         wanted = len(cascade.stages) - extra
         if len(getattr(cascade, key)) != wanted:
             _fail(f"cascade.{key}", getattr(cascade, key), f"{wanted} values")
@@ -446,7 +454,7 @@ def check_chain(cascade: CascadeSection, stages: typing.Sequence[StageConfig]) -
         _fail("cascade.stages", cascade.stages, f"a base model first; {stages[0].name!r} is none")
     for i, stage in enumerate(stages):
         _check_guidance(f"cascade.guidance_scales[{i}]", cascade.guidance_scales[i], stage)
-    for i, (below, stage) in enumerate(zip(stages[:-1], stages[1:], strict=True)):
+    for i, (below, stage) in enumerate(itertools.pairwise(stages)):
         if stage.low_res_resolution != below.resolution:
             _fail(
                 "cascade.stages",

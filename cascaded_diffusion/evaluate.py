@@ -52,14 +52,16 @@ def main(argv: Sequence[str]) -> int:
         _check_previous(previous_folder, config)
 
     jax = cli.set_up_jax()
-    from cascaded_diffusion.data.sources import all_examples, load_source
+    from cascaded_diffusion.data.sources import examples, load_source
     from cascaded_diffusion.evaluation import score
     from cascaded_diffusion.runtime.mesh import build_mesh
 
     data = config.data
+    sources = [
+        load_source(data, split, config.stage) for split in (data.train_split, data.eval_split)
+    ]
     train, held_out = (
-        score.LabelledImages(*all_examples(load_source(data, split, config.stage)))
-        for split in (data.train_split, data.eval_split)
+        score.LabelledImages(*examples(source, range(len(source))).values()) for source in sources
     )
     check_devices(config, jax.device_count())
     mesh = build_mesh(config.mesh)
@@ -67,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
         judge = score.build_judge(config, folder, train, held_out)
         print(
             f"{config.stage.name}: classifier at {config.stage.resolution} px recognises"
-            f" {100 * judge.classifier.accuracy:.1f} % of {len(held_out.labels)} held-out real images",
+            f" {100 * judge.classifier.accuracy:.1f} % of the {len(held_out.labels)} held-out real"
+            " images",
             flush=True,
         )
         if fv.samples is not None:

@@ -49,13 +49,11 @@ def main(argv: Sequence[str]) -> int:
         folder,
         lambda start_step: iterate(stream, config.data, start_step=start_step),
         image_shape=source.image_shape,
-        grid_examples=dict(
-            zip(("image", "label"), spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS), strict=True)
-        ),
+        grid_examples=spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS),
     )
     name = config.stage.name
     if outcome.reason == "preempted":
-        print(f"{name}: stopped by a signal, saved at step {outcome.step}; the same command goes on")
+        print(f"{name}: stopped by a signal at step {outcome.step}, saved; run it again to go on")
         return cli.EXIT_PREEMPTED
     if outcome.reason == "early_stop":
         print(f"{name}: stopped early at step {outcome.step}, as evaluation asked ({folder.path})")

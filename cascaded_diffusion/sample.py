@@ -81,8 +81,10 @@ def main(argv: Sequence[str]) -> int:
     score.save_samples(output.path / "samples.npz", images[-1], labels)
 
     last = run_configs[-1]
-    real = spread_examples(
-        load_source(last.data, last.data.eval_split, last.stage), rows=2, columns=10
+    real = score.LabelledImages(
+        *spread_examples(
+            load_source(last.data, last.data.eval_split, last.stage), rows=2, columns=10
+        ).values()
     )
     picture = score.cascade_picture(
         cascade, params, section.aug_levels, images, labels, real, seed=section.seed, mesh=mesh

@@ -1,7 +1,7 @@
 r"""The one pair of functions between stored pixels and the model's range.
 
-    (1)  float = uint8 / 127.5 - 1                        [0, 255] -> [-1, 1]
-    (2)  uint8 = round(clip((float + 1) * 127.5, 0, 255)), halves to even
+(1)  float = uint8 / 127.5 - 1                        [0, 255] -> [-1, 1]
+(2)  uint8 = round(clip((float + 1) * 127.5, 0, 255)), halves to even
 """
 
 from __future__ import annotations

@@ -42,9 +42,7 @@ def area_resize(image: jax.Array, resolution: int) -> jax.Array:
         raise ValueError(f"cannot shrink {height}x{width} to {resolution}")
     rows, columns = _area_matrix(height, resolution), _area_matrix(width, resolution)
     # Highest precision: on TPU a default float32 matmul rounds its inputs to bfloat16.
-    return jnp.einsum(
-        "ih,bhwc,jw->bijc", rows, image, columns, precision=jax.lax.Precision.HIGHEST
-    )
+    return jnp.einsum("ih,bhwc,jw->bijc", rows, image, columns, precision=jax.lax.Precision.HIGHEST)
 
 
 def _upsample(method: str) -> Callable[[jax.Array, tuple[int, int]], jax.Array]:

@@ -158,7 +158,8 @@ class Stage:
         if self.augment is not None:
             level = None
             if self.augment.has_level:
-                level = jnp.full((batch_size,), 0.0 if aug_level is None else aug_level, jnp.float32)
+                value = 0.0 if aug_level is None else aug_level
+                level = jnp.full((batch_size,), value, jnp.float32)
             cond = self.augment.condition(
                 low_res,
                 level,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypedDict
 
 import numpy as np
@@ -99,27 +99,22 @@ def load_source(config: DataConfig, split: str, stage: StageConfig) -> Source:
     return source
 
 
-def all_examples(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """A whole data set in memory: uint8 [n, H, W, C], int32 [n]. For small sets only."""
-    records = [source[i] for i in range(len(source))]
-    return (
-        np.stack([r["image"] for r in records]),
-        np.asarray([r["label"] for r in records], np.int32),
-    )
+def examples(source: Source, indices: Iterable[int]) -> dict[str, np.ndarray]:
+    """Chosen examples in memory: `image` uint8 [n, H, W, C], `label` int32 [n]."""
+    records = [source[int(i)] for i in indices]
+    return {
+        "image": np.stack([record["image"] for record in records]),
+        "label": np.asarray([record["label"] for record in records], np.int32),
+    }
 
 
-def spread_examples(source: Source, *, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+def spread_examples(source: Source, *, rows: int, columns: int) -> dict[str, np.ndarray]:
     """Examples spread evenly over a data set, for a picture of `rows` x `columns`.
 
     In a set sorted by class, as many class folders are, each column holds one class
     or neighbouring ones.
 
-    Returns:
-      uint8 [rows * columns, H, W, C] in the order of the picture, int32 labels.
+    They come in the order of the picture, row by row.
     """
     spread = np.linspace(0, len(source) - 1, rows * columns).astype(int)
-    records = [source[int(i)] for i in spread.reshape(columns, rows).T.reshape(-1)]
-    return (
-        np.stack([r["image"] for r in records]),
-        np.asarray([r["label"] for r in records], np.int32),
-    )
+    return examples(source, spread.reshape(columns, rows).T.reshape(-1))

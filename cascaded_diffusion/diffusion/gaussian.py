@@ -84,9 +84,7 @@ def _prediction_from_x0(xt: jax.Array, logsnr: jax.Array, x0: jax.Array) -> Pred
 
 
 def _prediction_from_v(xt: jax.Array, logsnr: jax.Array, v: jax.Array) -> Prediction:
-    return Prediction(
-        x0=predict_x0_from_v(xt, logsnr, v), eps=predict_eps_from_v(xt, logsnr, v)
-    )
+    return Prediction(x0=predict_x0_from_v(xt, logsnr, v), eps=predict_eps_from_v(xt, logsnr, v))
 
 
 _PREDICTIONS = {

@@ -97,7 +97,8 @@ def sample(
         s = jnp.where(i + 1 == steps_run, stop_t, 1.0 - (i + 1) / num_steps)
         logsnr_t, logsnr_s = (jnp.full((batch,), schedule(u), jnp.float32) for u in (t, s))
         prediction = denoise(xt, logsnr_t)
-        noise = normal_per_image(jax.vmap(lambda key: jax.random.fold_in(key, i))(keys), xt.shape[1:])
+        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
+        noise = normal_per_image(step_keys, xt.shape[1:])
         xs = transition(prediction, xt, logsnr_s, logsnr_t, noise)
         return jnp.where(s == 0.0, prediction.x0, xs)
 

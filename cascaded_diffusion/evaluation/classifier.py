@@ -118,9 +118,7 @@ def train_classifier(
     module = networks.SmallClassifier(num_classes=num_classes)
     _, height, _, channels = train.images.shape
     init_key, order_key, run_key = jax.random.split(jax.random.key(seed), 3)
-    params = jax.jit(
-        lambda key: networks.init_classifier(module, key, height, channels)
-    )(init_key)
+    params = jax.jit(lambda key: networks.init_classifier(module, key, height, channels))(init_key)
     steps_per_epoch = len(train.images) // _BATCH_SIZE
     schedule = optax.cosine_decay_schedule(2e-3, _EPOCHS * steps_per_epoch)
     optimizer = optax.adamw(schedule, weight_decay=1e-3)

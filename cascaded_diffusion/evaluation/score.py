@@ -251,12 +251,19 @@ class RunScorer:
         num_samples = config.eval.num_samples
         labels = generate.class_balanced_labels(num_samples, config.stage.num_classes)
         if source == "real":
-            real = self._held_out
-            low_res = np.asarray(stage.low_res_from(float_from_uint8(real.images)))
+            # Spread over the set, which may be sorted by class; each image at most
+            # once more often than any other.
+            total = len(self._held_out.labels)
+            rows = np.arange(num_samples) * total // num_samples % total
+            if num_samples > total:
+                rows = np.arange(num_samples) % total
+            real_labels = self._held_out.labels[rows]
+            images = float_from_uint8(self._held_out.images[rows])
+            low_res = np.asarray(stage.low_res_from(images))
             sampler = generate.make_enlarging_sampler(
-                stage, low_res, real.labels, aug_level=level, seed=seed, mesh=mesh
+                stage, low_res, real_labels, aug_level=level, seed=seed, mesh=mesh
             )
-            return sampler, real.labels[np.arange(num_samples) % len(real.labels)]
+            return sampler, real_labels
         stages, levels = [stage], []
         if source != "none":
             assert self._previous is not None
@@ -283,10 +290,9 @@ class RunScorer:
                 flush=True,
             )
         if early_stopping.should_stop(comparable, self._config.eval.patience_evals):
-            write_whole(
-                self._folder.early_stop_path,
-                f"no better {METRIC} in the last {self._config.eval.patience_evals} scores\n".encode(),
-            )
+            patience = self._config.eval.patience_evals
+            reason = f"no better {METRIC} in the last {patience} scores\n"
+            write_whole(self._folder.early_stop_path, reason.encode())
 
 
 def save_samples(path: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
@@ -342,7 +348,7 @@ def cascade_picture(
     aug_levels: Sequence[float],
     images: Sequence[np.ndarray],
     labels: np.ndarray,
-    real: tuple[np.ndarray, np.ndarray],
+    real: LabelledImages,
     *,
     seed: int,
     mesh: Mesh,
@@ -355,30 +361,28 @@ def cascade_picture(
       aug_levels: one per enlargement.
       images: samples uint8 [n, H, W, C] per stage.
       labels: of the samples, [n].
-      real: uint8 [m, H, W, C] and labels [m]; samples of the same classes are shown.
+      real: real images; samples of the same classes are shown.
       seed: of the enlargements of the real images.
       mesh: the device mesh.
 
     Returns:
       uint8 [h, w, 3].
     """
-    real_images, real_labels = real
-    order = np.argsort(real_labels, kind="stable")
-    real_images, real_labels = real_images[order], real_labels[order]
+    order = np.argsort(real.labels, kind="stable")
+    real = LabelledImages(real.images[order], real.labels[order])
     size = cascade.stages[-1].config.resolution
-    at_size = LabelledImages(real_images, real_labels)
-    rows = [(f"real, {size} px", resized(at_size, size).images)]
+    rows = [(f"real, {size} px", resized(real, size).images)]
     for i, stage in enumerate(cascade.stages[1:], start=1):
         low = stage.config.low_res_resolution
-        rows.append((f"real, {low} px", _shown(resized(at_size, low).images, size)))
-        low_res = np.asarray(stage.low_res_from(float_from_uint8(real_images)))
+        rows.append((f"real, {low} px", _shown(resized(real, low).images, size)))
+        low_res = np.asarray(stage.low_res_from(float_from_uint8(real.images)))
         level = aug_levels[i - 1]
         sampler = generate.make_enlarging_sampler(
             dataclasses.replace(
                 stage, config=dataclasses.replace(stage.config, sampler=cascade.samplers[i])
             ),
             low_res,
-            real_labels,
+            real.labels,
             aug_level=level,
             seed=seed,
             mesh=mesh,
@@ -386,13 +390,13 @@ def cascade_picture(
         enlarged = generate.generate(
             sampler,
             [params[i]],
-            num_samples=len(real_images),
-            batch_size=-(-len(real_images) // mesh.size) * mesh.size,
+            num_samples=len(real.images),
+            batch_size=-(-len(real.images) // mesh.size) * mesh.size,
             label=f"enlarging real {low} px images",
         )[-1]
         caption = f"real {low} px images enlarged by {stage.config.name}, aug_level {level:g}"
         rows.append((caption, _shown(enlarged, size)))
-    chosen = _rows_with_labels(labels, real_labels)
+    chosen = _rows_with_labels(labels, real.labels)
     mode = "truncated" if cascade.truncated else "non-truncated"
     for i, (stage, stage_images) in enumerate(zip(cascade.stages, images, strict=True)):
         caption = f"sampled by {stage.config.name}, {stage.config.resolution} px"

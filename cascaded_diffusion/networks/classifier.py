@@ -33,7 +33,9 @@ class SmallClassifier(nn.Module):
         return features, logits
 
 
-def init_classifier(module: SmallClassifier, key: jax.Array, resolution: int, channels: int) -> dict:
+def init_classifier(
+    module: SmallClassifier, key: jax.Array, resolution: int, channels: int
+) -> dict:
     """Fresh parameters."""
     return module.init(key, jnp.zeros((1, resolution, resolution, channels)))["params"]
 

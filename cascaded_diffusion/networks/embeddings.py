@@ -1,12 +1,12 @@
 r"""Embeddings of the scalars that condition a network.
 
-    (1)  u = arctan(exp(-logsnr / 2)) / (pi / 2)   in [0, 1]
-         maps any schedule's noise level to the time of the offset-free cosine
-         schedule with the same level (Salimans & Ho 2022), so a network does
-         not depend on which schedule trains or samples it.
-    (2)  sinusoidal(x) = [sin(1000 x w_k), cos(1000 x w_k)],
-         w_k = 10000^(-k / (E/2)),  k = 0 .. E/2 - 1   (Vaswani et al. 2017;
-         the factor 1000 puts x in [0, 1] on the scale of DDPM's time steps)
+(1)  u = arctan(exp(-logsnr / 2)) / (pi / 2)   in [0, 1]
+     maps any schedule's noise level to the time of the offset-free cosine
+     schedule with the same level (Salimans & Ho 2022), so a network does
+     not depend on which schedule trains or samples it.
+(2)  sinusoidal(x) = [sin(1000 x w_k), cos(1000 x w_k)],
+     w_k = 10000^(-k / (E/2)),  k = 0 .. E/2 - 1   (Vaswani et al. 2017;
+     the factor 1000 puts x in [0, 1] on the scale of DDPM's time steps)
 """
 
 from __future__ import annotations

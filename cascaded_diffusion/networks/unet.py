@@ -132,7 +132,7 @@ class UNet(nn.Module):
                 cond.label
             )
         if (cond.aug_level is None) == self.aug_level_input:
-            raise ValueError("aug_level must be given to networks with aug_level_input, only to them")
+            raise ValueError("aug_level must be given where aug_level_input is set, and only there")
         if cond.aug_level is not None:
             check_shape(cond.aug_level, "B", "aug_level", B=logsnr.shape[0])
             embedding += embeddings.ScalarEmbedding(

@@ -126,8 +126,8 @@ class RunFolder:
                 pass
         except OSError as e:
             raise UserError(
-                f"--{self._flag}={self.path}: cannot write to {parent} ({e.strerror}); choose a folder"
-                " that you may write to"
+                f"--{self._flag}={self.path}: cannot write to {parent} ({e.strerror}); choose a"
+                " folder that you may write to"
             ) from e
 
     def write_config(self, config: RunConfig) -> None:
@@ -179,6 +179,6 @@ class RunFolder:
             f.seek(0)
             holder = f.read().strip() or "unknown"
             raise UserError(
-                f"--{self._flag}={self.path}: another {role} process (pid {holder}) is writing there;"
-                " wait for it, or choose another folder"
+                f"--{self._flag}={self.path}: another {role} process (pid {holder}) is writing"
+                " there; wait for it, or choose another folder"
             ) from e

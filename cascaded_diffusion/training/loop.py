@@ -200,8 +200,8 @@ def _train(
     compile_secs = time.monotonic() - start
     print(
         f"{config.stage.name}: train step compiled in {compile_secs:.1f} s,"
-        f" {flops_per_step / 1e9:.1f} GFLOP (multiply-add = 2) for {train_config.batch_size} images,"
-        f" on {mesh.size} {jax.devices()[0].platform} device(s)",
+        f" {flops_per_step / 1e9:.1f} GFLOP (multiply-add = 2) for {train_config.batch_size}"
+        f" images, on {mesh.size} {jax.devices()[0].platform} device(s)",
         flush=True,
     )
     if first_step:

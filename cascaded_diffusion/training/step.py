@@ -52,9 +52,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     optimizer = build_optimizer(config)
     learning_rate = build_learning_rate(config)
 
-    def train_step(
-        state: TrainState, records: dict[str, jax.Array]
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, records: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         batch = Batch(image=float_from_uint8(records["image"]), label=records["label"])
         key = jax.random.fold_in(state.key, state.step)
 
@@ -72,7 +70,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
             key=state.key,
         )
         metrics |= {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
         }
         return new_state, metrics
@@ -81,7 +79,11 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
 
 
 def compile_train_step(
-    train_step: TrainStep, state: TrainState, image_shape: tuple[int, int, int], batch_size: int, mesh: Mesh
+    train_step: TrainStep,
+    state: TrainState,
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    mesh: Mesh,
 ) -> tuple[Callable, float]:
     """Compiles the step ahead of time for the state's and the batch's shardings.
 

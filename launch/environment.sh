@@ -1,0 +1,29 @@
+# Sourced by the scripts beside it: makes .venv and installs this project's extras into it.
+# shellcheck shell=bash
+
+# Prints a command as a reader can repeat it, then runs it.
+run() {
+  printf '\n$ %s\n' "$*"
+  "$@"
+}
+
+# ensure_environment EXTRA: .venv in the repository, with the project and the extra.
+# Installs only where something has changed since the last time.
+ensure_environment() {
+  local extra=$1 python=${PYTHON:-python3} stamp
+  if [[ ! -x .venv/bin/python ]]; then
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+      echo "error: $python is $("$python" --version 2>&1), Python 3.11 or newer is needed;" \
+        "name one with PYTHON=/path/to/python3" >&2
+      exit 2
+    fi
+    run "$python" -m venv .venv
+  fi
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+  stamp=.venv/installed-$extra
+  if [[ ! -f $stamp || setup.py -nt $stamp ]]; then
+    run python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
+    touch "$stamp"
+  fi
+}

@@ -1,0 +1,46 @@
+"""Packaging. Needs nothing but setuptools; see README for the two commands that use it."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+# Ranges begin at what the test suite has passed with.
+CORE = [
+    "absl-py>=2.1",
+    "array_record>=0.8",
+    "clu>=0.0.12",
+    "flax>=0.12.8",
+    "grain>=0.2.18",
+    # tensorflow-datasets needs it and does not say so.
+    "importlib_resources",
+    "jax>=0.10.2",
+    "ml_collections>=1.1.0",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "pillow>=11",
+    "tensorboardX>=2.6.5",
+    "tensorflow-datasets>=4.9.10",
+    "tqdm>=4.66",
+]
+DEMO = ["mlxtend>=0.25"]
+
+setup(
+    name="cascaded_diffusion",
+    version="0.1.0",
+    description="Cascaded diffusion models (Ho et al., 2021) in JAX",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["cascaded_diffusion", "cascaded_diffusion.*"]),
+    python_requires=">=3.11",
+    install_requires=CORE,
+    extras_require={
+        "demo": DEMO,
+        "test": [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboard>=2.19"],
+        # Only for preparing data sets whose TFDS builders need TensorFlow.
+        "tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.19"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+    },
+)

@@ -1,0 +1,160 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cascaded_diffusion.networks import embeddings, layers
+from cascaded_diffusion.networks.unet import Network, UNet
+from cascaded_diffusion.types import Conditioning
+
+
+def bilinear(x, size):
+    return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear")
+
+
+def build(super_resolution=False, **overrides):
+    settings = dict(
+        out_channels=3,
+        num_classes=4,
+        channels=8,
+        channel_mults=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(8,),
+        num_heads=2,
+        aug_level_input=super_resolution,
+        upsample=bilinear if super_resolution else None,
+    )
+    return Network(module=UNet(**{**settings, **overrides}))
+
+
+def inputs(super_resolution=False, batch=2):
+    keys = jax.random.split(jax.random.key(0), 2)
+    xt = jax.random.normal(keys[0], (batch, 16, 16, 3))
+    cond = Conditioning(label=jnp.arange(batch))
+    if super_resolution:
+        low_res = jax.random.normal(keys[1], (batch, 8, 8, 3))
+        cond = Conditioning(label=cond.label, low_res=low_res, aug_level=jnp.full((batch,), 0.2))
+    return xt, jnp.linspace(-3.0, 3.0, batch), cond
+
+
+def randomized(params, seed=1):
+    """Parameters with nothing left at zero, so that every input reaches the output."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return treedef.unflatten(
+        [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("super_resolution", [False, True])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"patch_size": 2}, {"resample": "pool"}, {"num_res_blocks": 2, "channel_mults": (1,)}],
+)
+def test_output_is_an_image_and_starts_at_zero(super_resolution, overrides):
+    network = build(super_resolution, **overrides)
+    args = inputs(super_resolution)
+    params = network.init(jax.random.key(0), *args)
+    out = network.apply(params, *args)
+    assert out.shape == args[0].shape
+    np.testing.assert_array_equal(out, 0.0)
+
+
+def test_every_input_reaches_the_output():
+    network = build(super_resolution=True)
+    xt, logsnr, cond = inputs(super_resolution=True)
+    params = randomized(network.init(jax.random.key(0), xt, logsnr, cond))
+    apply = jax.jit(network.apply)
+    reference = apply(params, xt, logsnr, cond)
+    changed = {
+        "xt": (xt + 0.1, logsnr, cond),
+        "logsnr": (xt, logsnr + 1, cond),
+        "label": (
+            xt,
+            logsnr,
+            Conditioning(label=cond.label + 1, low_res=cond.low_res, aug_level=cond.aug_level),
+        ),
+        "low_res": (
+            xt,
+            logsnr,
+            Conditioning(label=cond.label, low_res=cond.low_res + 0.1, aug_level=cond.aug_level),
+        ),
+        "aug_level": (
+            xt,
+            logsnr,
+            Conditioning(label=cond.label, low_res=cond.low_res, aug_level=cond.aug_level + 0.3),
+        ),
+    }
+    for name, args in changed.items():
+        assert np.abs(apply(params, *args) - reference).max() > 1e-3, name
+
+
+def test_examples_do_not_mix():
+    network = build()
+    xt, logsnr, cond = inputs(batch=3)
+    params = randomized(network.init(jax.random.key(0), xt, logsnr, cond))
+    reference = network.apply(params, xt, logsnr, cond)
+    out = network.apply(params, xt.at[0].add(1.0), logsnr, cond)
+    np.testing.assert_allclose(out[1:], reference[1:], atol=1e-5)
+    assert np.abs(out[0] - reference[0]).max() > 1e-3
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters():
+    args = inputs(super_resolution=True)
+    params = randomized(build(True).init(jax.random.key(0), *args))
+    low = build(True, dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(low.init(jax.random.key(0), *args))} == {
+        jnp.dtype("float32")
+    }
+    full, half = build(True).apply(params, *args), low.apply(params, *args)
+    assert half.dtype == jnp.float32
+    assert 0 < np.abs(full - half).max() < 0.1 * np.abs(full).max()
+
+
+def test_dropout_only_with_a_key():
+    network = build(dropout_rate=0.5)
+    args = inputs()
+    params = randomized(network.init(jax.random.key(0), *args))
+    plain = network.apply(params, *args)
+    np.testing.assert_array_equal(plain, network.apply(params, *args))
+    a, b = (network.apply(params, *args, dropout_key=jax.random.key(k)) for k in (0, 1))
+    assert np.abs(a - b).max() > 1e-3
+    assert np.abs(a - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Conditioning(),
+        Conditioning(label=jnp.zeros(2, jnp.int32), low_res=jnp.zeros((2, 8, 8, 3))),
+        Conditioning(label=jnp.zeros(2, jnp.int32), aug_level=jnp.zeros(2)),
+        Conditioning(label=jnp.zeros(3, jnp.int32)),
+    ],
+)
+def test_conditioning_that_does_not_fit_is_refused(wrong):
+    xt, logsnr, _ = inputs()
+    with pytest.raises(ValueError):
+        jax.eval_shape(build().init, jax.random.key(0), xt, logsnr, wrong)
+
+
+def test_space_to_depth_is_inverted_and_keeps_neighbours_together():
+    x = jnp.arange(2 * 4 * 4 * 3.0).reshape(2, 4, 4, 3)
+    packed = layers.space_to_depth(x, 2)
+    np.testing.assert_array_equal(packed[0, 0, 1].reshape(2, 2, 3), x[0, 0:2, 2:4])
+    np.testing.assert_array_equal(layers.depth_to_space(packed, 2), x)
+
+
+def test_noise_input_is_the_time_of_the_plain_cosine_schedule():
+    t = np.linspace(0.01, 0.99, 50)
+    logsnr = -2 * np.log(np.tan(np.pi / 2 * t))
+    np.testing.assert_allclose(
+        embeddings.noise_input_from_logsnr(jnp.asarray(logsnr)), t, atol=1e-6
+    )
+
+
+def test_group_norm_normalizes_within_an_image():
+    x = 5 + 3 * jax.random.normal(jax.random.key(0), (2, 8, 8, 48))
+    norm = layers.GroupNorm()
+    out = norm.apply(norm.init(jax.random.key(0), x), x)
+    np.testing.assert_allclose(np.asarray(out).mean((1, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(out).std((1, 2, 3)), 1, atol=1e-3)

@@ -1,0 +1,72 @@
+"""Configs and data small enough to train in a test."""
+
+import importlib.util
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from cascaded_diffusion.config import RunConfig, run_config_from, to_dict
+from cascaded_diffusion.data.sources import ArraySource
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def config_values(name: str, variant: str | None = "smoke") -> dict[str, Any]:
+    """What `configs/<name>.py` returns, as plain nested dicts."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(variant).to_dict()
+
+
+def with_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`values` with keys like `"train.batch_size"` replaced."""
+    for key, value in overrides.items():
+        *sections, name = key.split(".")
+        node = values
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return values
+
+
+_TINY = {
+    "stage.network.channels": 8,
+    "stage.network.num_heads": 2,
+    "data.read_threads": 1,
+    "train.batch_size": 16,
+    "train.log_every_steps": 1,
+    "eval.num_samples": 40,
+    "eval.batch_size": 40,
+}
+
+
+def tiny_base(**overrides: Any) -> RunConfig:
+    """A base stage at 16 px. Overrides are spelled `train__batch_size=...`."""
+    return _tiny("mnist_base16", overrides)
+
+
+def tiny_sr(**overrides: Any) -> RunConfig:
+    """A super-resolution stage, 16 to 32 px."""
+    return _tiny("mnist_sr32", overrides)
+
+
+def _tiny(name: str, overrides: dict[str, Any]) -> RunConfig:
+    named = {key.replace("__", "."): value for key, value in overrides.items()}
+    return run_config_from(with_overrides(config_values(name), {**_TINY, **named}))
+
+
+def round_trip(config: RunConfig, **overrides: Any) -> RunConfig:
+    """The config with overrides applied."""
+    named = {key.replace("__", "."): value for key, value in overrides.items()}
+    return run_config_from(with_overrides(to_dict(config), named))
+
+
+def random_source(num_images: int = 64, resolution: int = 32) -> ArraySource:
+    """Images of noise, whose first pixels spell the image's index."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (num_images, resolution, resolution, 1), np.uint8)
+    images[:, 0, 0, 0] = np.arange(num_images) % 256
+    labels = (np.arange(num_images) % 10).astype(np.int32)
+    return ArraySource(images, labels, num_classes=10)

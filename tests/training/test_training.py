@@ -1,0 +1,265 @@
+"""The trainer's promises: any mesh trains the same model, stopping changes nothing."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cascaded_diffusion.cascade.stage import build_stage
+from cascaded_diffusion.data.loader import build_stream, iterate
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
+from cascaded_diffusion.training import loop, optimizer, state, step
+from tests.tiny import random_source, round_trip, tiny_base, tiny_sr
+
+SOURCE = random_source(64)
+EXAMPLES = {"image": SOURCE.images[:40], "label": SOURCE.labels[:40]}
+
+
+def _data(config):
+    stream = build_stream(SOURCE, config.data, global_batch_size=config.train.batch_size)
+    return lambda start: iterate(stream, config.data, start_step=start)
+
+
+def _train(config, path, data_from=None):
+    return loop.train(
+        config,
+        RunFolder(path),
+        data_from or _data(config),
+        image_shape=SOURCE.image_shape,
+        grid_examples=EXAMPLES,
+    )
+
+
+def _losses(path):
+    return {r["step"]: (r["loss"].hex(), r["grad_norm"].hex()) for r in _records(path)}
+
+
+def _records(path):
+    return read_lines(RunFolder(path).metrics_path)
+
+
+def _curve(config, data, fsdp, steps=20):
+    """Loss and gradient norm of the first steps on a data x fsdp mesh."""
+    mesh = mesh_lib.build_mesh(
+        dataclasses.replace(config.mesh, data=data, fsdp=fsdp), jax.devices()[: data * fsdp]
+    )
+    stage = build_stage(config.stage)
+    abstract = step.abstract_state(stage, config.train, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    current = jax.jit(step.make_init(stage, config.train), out_shardings=shardings)()
+    train_step, flops = step.compile_train_step(
+        step.make_train_step(stage, config.train, mesh),
+        current,
+        SOURCE.image_shape,
+        config.train.batch_size,
+        mesh,
+    )
+    curve = []
+    for batch in itertools.islice(_data(config)(0), steps):
+        current, metrics = train_step(current, mesh_lib.global_batch(batch, mesh))
+        curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return np.asarray(curve), current, flops
+
+
+@pytest.mark.parametrize("make", [tiny_base, tiny_sr])
+def test_every_mesh_trains_the_same_model(make):
+    config = make(train__train_steps=20, train__warmup_steps=2)
+    alone, _, flops = _curve(config, 1, 1)
+    assert len(set(alone[:, 0])) == 20
+    for data, fsdp in ((8, 1), (2, 4)):
+        spread, current, spread_flops = _curve(config, data, fsdp)
+        np.testing.assert_allclose(spread, alone, rtol=1e-5)
+        np.testing.assert_allclose(spread_flops, flops, rtol=1e-5)  # of the global batch
+        kernel = current.params["ResBlock_1"]["Conv3x3_0"]["Conv_0"]["kernel"]
+        moment = current.opt_state[1][0].mu["ResBlock_1"]["Conv3x3_0"]["Conv_0"]["kernel"]
+        for array in (kernel, moment):
+            shard = array.addressable_shards[0].data
+            assert shard.size * fsdp == array.size if array.size >= 4096 else shard.size
+
+
+def test_large_parameters_are_stored_split_and_small_ones_whole():
+    mesh = mesh_lib.build_mesh(dataclasses.replace(tiny_base().mesh, data=2, fsdp=4))
+    shapes = {
+        "conv": jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32),
+        "odd_output": jax.ShapeDtypeStruct((3, 3, 512, 3), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((64,), jnp.float32),
+    }
+    specs = jax.tree.map(lambda s: tuple(s.spec), mesh_lib.state_shardings(shapes, mesh))
+    assert specs == {
+        "conv": (None, None, None, "fsdp"),
+        "odd_output": (None, None, "fsdp"),
+        "bias": (),
+    }
+
+
+def test_fsdp_gathers_parameters_and_keeps_the_state_split():
+    config = tiny_base(stage__network__channels=32)
+    mesh = mesh_lib.build_mesh(dataclasses.replace(config.mesh, data=2, fsdp=4))
+    stage = build_stage(config.stage)
+    abstract = step.abstract_state(stage, config.train, mesh)
+    compiled, _ = step.compile_train_step(
+        step.make_train_step(stage, config.train, mesh), abstract, SOURCE.image_shape, 16, mesh
+    )
+    assert "all-gather" in compiled.as_text()
+    out_state = compiled.output_shardings[0]
+    for want, got in zip(jax.tree.leaves(abstract), jax.tree.leaves(out_state), strict=True):
+        assert got.is_equivalent_to(want.sharding, want.ndim)
+
+
+@pytest.mark.parametrize("make", [tiny_base, tiny_sr])
+def test_stopping_and_going_on_changes_no_bit(make, tmp_path):
+    config = make(train__train_steps=10, train__warmup_steps=2, checkpoint__save_every_steps=5)
+    assert _train(config, tmp_path / "whole").step == 10
+
+    # The same command, killed at step 5 (as far as the folder can tell), run again.
+    class Stop(Exception):
+        pass
+
+    def dies_at(last):
+        def data_from(start):
+            for i, batch in enumerate(_data(config)(start), start=start):
+                if i == last:
+                    raise Stop
+                yield batch
+
+        return data_from
+
+    with pytest.raises(Stop):
+        _train(config, tmp_path / "parts", dies_at(8))
+    assert max(_losses(tmp_path / "parts")) < 8
+    outcome = _train(config, tmp_path / "parts")
+    assert (outcome.reason, outcome.step) == ("complete", 10)
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    assert [r["step"] for r in _records(tmp_path / "parts")] == list(range(1, 11))
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):
+    config = tiny_base(train__train_steps=4, train__warmup_steps=1, train__lr_decay="none")
+    assert _train(config, tmp_path / "a").step == 4
+    before = _losses(tmp_path / "a")
+    again = _train(config, tmp_path / "a")  # nothing left to do
+    assert (again.reason, again.step) == ("complete", 4)
+    assert _losses(tmp_path / "a") == before
+    longer = round_trip(config, train__train_steps=6)
+    assert _train(longer, tmp_path / "a").step == 6
+    assert _train(longer, tmp_path / "b").step == 6
+    assert _losses(tmp_path / "a") == _losses(tmp_path / "b")
+
+
+def test_sigterm_saves_and_the_run_goes_on(tmp_path):
+    config = tiny_base(train__train_steps=8, train__warmup_steps=1, checkpoint__save_every_steps=50)
+
+    def signals_at(number):
+        def data_from(start):
+            for i, batch in enumerate(_data(config)(start), start=start):
+                if i == number:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        return data_from
+
+    handler = signal.getsignal(signal.SIGTERM)
+    outcome = _train(config, tmp_path / "run", signals_at(3))
+    assert outcome.reason == "preempted"
+    assert outcome.step == 4
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert not RunFolder(tmp_path / "run").complete_path.exists()
+    assert _train(config, tmp_path / "run").step == 8
+    assert _train(config, tmp_path / "whole").step == 8
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+
+
+def test_early_stop_ends_the_run_with_a_checkpoint(tmp_path):
+    config = tiny_base(checkpoint__save_every_steps=50)
+    folder = RunFolder(tmp_path)
+
+    def data_from(start):
+        for i, batch in enumerate(_data(config)(start), start=start):
+            if i == 2:
+                folder.early_stop_path.write_text("no better\n")
+            yield batch
+
+    outcome = _train(config, tmp_path, data_from)
+    assert (outcome.reason, outcome.step) == ("early_stop", 3)
+    assert (folder.checkpoints / "3" / "manifest.json").exists()
+    assert json.loads(folder.complete_path.read_text()) == {"reason": "early_stop", "step": 3}
+    assert _train(config, tmp_path).step == 3
+
+
+def test_divergence_is_reported_and_never_saved(tmp_path):
+    config = tiny_base(
+        train__learning_rate=1e30, train__warmup_steps=0, checkpoint__save_every_steps=1
+    )
+    with pytest.raises(UserError, match=r"is (nan|inf) at step \d+: training has diverged"):
+        _train(config, tmp_path)
+    steps = [int(p.name) for p in RunFolder(tmp_path).checkpoints.iterdir() if p.name.isdecimal()]
+    logged = [r["step"] for r in _records(tmp_path)]
+    assert steps
+    assert max(steps) <= max(logged)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    config = tiny_base(train__train_steps=3, train__warmup_steps=1)
+    _train(config, tmp_path)
+    other = round_trip(config, train__learning_rate=5e-3)
+    with pytest.raises(UserError, match="config.train.learning_rate = 0.005: .* with 0.002"):
+        _train(other, tmp_path)
+
+
+def test_ema_warms_up_and_then_has_its_decay():
+    ema, params = {"w": jnp.zeros(())}, {"w": jnp.ones(())}
+    for at, effective in ((0, 0.1), (89, 90 / 99), (10**6, 0.999)):
+        new = state.updated_ema(ema, params, jnp.asarray(at), decay=0.999)["w"]
+        np.testing.assert_allclose(new, 1 - effective, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decay", ["none", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_learning_rate_warms_up_and_decays(decay, warmup):
+    config = tiny_base(train__lr_decay=decay, train__warmup_steps=warmup).train
+    rate = optimizer.build_learning_rate(config)
+    values = [float(rate(i)) for i in range(config.train_steps + 1)]
+    np.testing.assert_allclose(values[warmup], config.learning_rate, rtol=1e-6)
+    assert values[:warmup] == sorted(values[:warmup])
+    if warmup:
+        assert values[0] == 0
+    end = config.learning_rate * (1 if decay == "none" else 1 / 20)
+    np.testing.assert_allclose(values[-1], end, rtol=1e-5)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    config = tiny_base(train__grad_clip_norm=0.5, train__adam_b2=0.0, train__warmup_steps=0).train
+    chain = optimizer.build_optimizer(config)
+    grads = {"a": jnp.full((4,), 30.0), "b": jnp.full((4,), 40.0)}
+    clipped, _ = chain.update(grads, chain.init(grads), grads)
+    small, _ = chain.update(jax.tree.map(lambda g: g * 0.5 / 100, grads), chain.init(grads), grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), clipped, small)
+
+
+def test_grids_and_curves_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _train(
+        tiny_sr(train__train_steps=4, train__warmup_steps=1, train__sample_every_steps=2), tmp_path
+    )
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "images_per_sec",
+        "data_wait_fraction",
+        "model_flops_per_sec",
+    } <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Images("ema_samples")] == [2, 4]
+    logged = [r["loss"] for r in _records(tmp_path)]
+    np.testing.assert_allclose([e.value for e in events.Scalars("loss")], logged, rtol=1e-6)
