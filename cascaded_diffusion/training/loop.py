@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -123,7 +124,8 @@ def _prepare_folder(folder: RunFolder, config: RunConfig) -> None:
     if folder.exists():
         for line in check_resume(folder.read_config(), config, str(folder.path)):
             print(f"changed since the run began: {line}", flush=True)
-    folder.write_config(config)
+    if jax.process_index() == 0:
+        folder.write_config(config)
 
 
 def _finished(folder: RunFolder, config: RunConfig) -> Outcome | None:
@@ -157,7 +159,8 @@ def train(
       UserError: the folder belongs to another run or another process, checkpoints
         are damaged or cannot be written, or the loss is not finite.
     """
-    with folder.writer_lock("train"):
+    is_first_process = jax.process_index() == 0
+    with folder.writer_lock("train") if is_first_process else contextlib.nullcontext():
         _prepare_folder(folder, config)
         outcome = _finished(folder, config)
         if outcome is not None:
@@ -167,7 +170,7 @@ def train(
             outcome = _train(config, folder, data_from, image_shape, grid_examples, checkpoints)
         finally:
             checkpoints.close()
-        if outcome.reason != "preempted" and jax.process_index() == 0:
+        if outcome.reason != "preempted" and is_first_process:
             write_whole(
                 folder.complete_path, json.dumps(dataclasses.asdict(outcome)).encode() + b"\n"
             )
@@ -213,7 +216,7 @@ def _train(
     batches = data_from(first_step)
     progress = Progress(total, unit="steps", label=config.stage.name, initial=first_step)
     clock = _Clock(train_config.batch_size, flops_per_step)
-    reason, step = "complete", first_step
+    reason, step, saved_step = "complete", first_step, first_step
     pending: step_lib.Metrics | None = None
 
     def read_metrics(at_step: int, metrics: step_lib.Metrics) -> None:
@@ -231,8 +234,11 @@ def _train(
                 data_wait=f"{100 * speed['data_wait_fraction']:.0f} %",
             )
 
-    with _StopRequest() as stop:
+    with _StopRequest() as stop, contextlib.closing(progress):
         while step < total:
+            if folder.early_stop_path.exists():
+                reason = "early_stop"
+                break
             waited = time.monotonic()
             local = next(batches)
             clock.data_waited(time.monotonic() - waited)
@@ -254,6 +260,7 @@ def _train(
                 with clock.pause():
                     if save:
                         checkpoints.save(step, state)
+                        saved_step = step
                     if sample:
                         grid = sample_grid(state.ema_params)
                         if writer is not None:
@@ -261,16 +268,12 @@ def _train(
             if stopping:
                 reason = "preempted"
                 break
-            if folder.early_stop_path.exists():
-                reason = "early_stop"
-                if pending is not None:
-                    read_metrics(step, pending)
-                if not save:
-                    checkpoints.save(step, state)
-                break
+        if pending is not None:
+            read_metrics(step, pending)
+        if step > saved_step:
+            checkpoints.save(step, state)
         if step > first_step:
             checkpoints.wait(step)
-    progress.close()
     if writer is not None:
         writer.close()
     return Outcome(reason=reason, step=step)

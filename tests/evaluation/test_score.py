@@ -1,0 +1,179 @@
+"""Scoring a real (tiny) run with a judge whose verdicts are known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cascaded_diffusion.evaluation import generate, score
+from cascaded_diffusion.evaluation.classifier import LabelledImages
+from cascaded_diffusion.runtime.mesh import build_mesh
+from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
+from tests.tiny import random_source, round_trip, tiny_base, tiny_sr
+from tests.training.test_training import SOURCE, _train
+
+HELD_OUT = LabelledImages(SOURCE.images, SOURCE.labels)
+
+
+class Judge:
+    """Gives each set of samples the next of a list of distances."""
+
+    features, reference = "stub", "stub"
+
+    def __init__(self, distances):
+        self.distances = iter(distances)
+        self.seen = []
+
+    def scores(self, images, labels):
+        self.seen.append((images, labels))
+        return {score.METRIC: next(self.distances), score.ACCURACY: 0.5}
+
+
+def _config(make, **overrides):
+    return make(
+        train__train_steps=6,
+        train__warmup_steps=1,
+        checkpoint__save_every_steps=2,
+        eval__patience_evals=2,
+        stage__sampler__num_steps=2,
+        **overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folders = {}
+    for make in (tiny_base, tiny_sr):
+        config = _config(make)
+        folder = RunFolder(tmp_path_factory.mktemp("runs") / config.stage.name)
+        _train(config, folder.path)
+        folders[config.stage.name] = folder
+    return folders
+
+
+def _scorer(folder, judge, **kwargs):
+    config = folder.read_config()
+    return score.RunScorer(config, folder, judge, HELD_OUT, build_mesh(config.mesh), **kwargs)
+
+
+@pytest.fixture
+def clean(runs):
+    import shutil
+
+    for folder in runs.values():
+        shutil.rmtree(folder.eval, ignore_errors=True)
+        folder.early_stop_path.unlink(missing_ok=True)
+    return runs
+
+
+def test_every_checkpoint_once_the_best_chosen_and_training_stopped(clean):
+    folder = clean["base16"]
+    judge = Judge([3.0, 5.0, 4.0])
+    assert _scorer(folder, judge).score_new_checkpoints() == 3
+    records = read_lines(folder.results_path)
+    assert [(r["step"], r["metric"], r["value"]) for r in records] == [
+        (step, metric, value)
+        for step, distance in ((2, 3.0), (4, 5.0), (6, 4.0))
+        for metric, value in ((score.METRIC, distance), (score.ACCURACY, 0.5))
+    ]
+    assert all(r["num_samples"] == 40 and r["low_res"] == "none" for r in records)
+    assert folder.best_step() == 2
+    assert folder.early_stop_path.exists()  # two scores without a better one
+    images, labels = judge.seen[0]
+    assert (images.shape, images.dtype) == ((40, 16, 16, 1), np.uint8)
+    np.testing.assert_array_equal(labels, np.arange(40) % 10)
+    assert (folder.eval / "step_2_none.png").exists()
+
+    # Again: nothing is scored twice (the judge has no verdict left).
+    assert _scorer(folder, Judge([])).score_new_checkpoints() == 0
+    assert read_lines(folder.results_path) == records
+
+    # The trainer honours it.
+    folder.complete_path.unlink()
+    longer = round_trip(folder.read_config(), train__train_steps=8, train__lr_decay="cosine")
+    outcome = _train(longer, folder.path)
+    assert (outcome.reason, outcome.step) == ("early_stop", 6)
+    _restore_config(folder)
+
+
+def _restore_config(folder):
+    folder.write_config(round_trip(folder.read_config(), train__train_steps=6))
+
+
+def test_super_resolution_is_scored_on_real_and_on_generated_input(clean):
+    base, sr = clean["base16"], clean["sr32"]
+    _scorer(base, Judge([3.0, 2.0, 1.0])).score_new_checkpoints()
+    mesh = build_mesh(sr.read_config().mesh)
+    previous = score.load_previous(base, mesh)
+    assert (previous.name, previous.step) == ("base16", 6)
+    judge = Judge([1.0, 9.0, 2.0, 8.0, 3.0, 7.0])
+    _scorer(sr, judge, previous=previous).score_new_checkpoints()
+    records = [r for r in read_lines(sr.results_path) if r["metric"] == score.METRIC]
+    assert [(r["step"], r["low_res"], r["value"]) for r in records] == [
+        (2, "real", 1.0),
+        (2, "samples:base16@6", 9.0),
+        (4, "real", 2.0),
+        (4, "samples:base16@6", 8.0),
+        (6, "real", 3.0),
+        (6, "samples:base16@6", 7.0),
+    ]
+    assert sr.best_step() == 2  # by real input: stages are trained independently
+    real_images, real_labels = judge.seen[0]
+    assert real_images.shape == (40, 32, 32, 1)
+    rows = np.arange(40) * 64 // 40
+    np.testing.assert_array_equal(real_labels, SOURCE.labels[rows])
+
+
+def test_a_damaged_checkpoint_is_recorded_as_failed_once_and_passed_over(clean):
+    folder = clean["base16"]
+    data = max((folder.checkpoints / "4").rglob("d/*"), key=lambda p: p.stat().st_size)
+    original = data.read_bytes()
+    data.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    try:
+        assert _scorer(folder, Judge([3.0, 2.0])).score_new_checkpoints() == 3
+        failed = [r for r in read_lines(folder.results_path) if r["value"] is None]
+        assert [r["step"] for r in failed] == [4]
+        assert "has changed since it was written" in failed[0]["failed"]
+        assert folder.best_step() == 6
+        assert _scorer(folder, Judge([])).score_new_checkpoints() == 0
+    finally:
+        data.write_bytes(original)
+
+
+def test_samples_do_not_depend_on_the_batch_size(clean):
+    folder = clean["base16"]
+    images = []
+    for batch_size in (40, 16):
+        config = round_trip(folder.read_config(), eval__batch_size=batch_size)
+        judge = Judge([1.0] * 3)
+        score.RunScorer(
+            config, folder, judge, HELD_OUT, build_mesh(config.mesh)
+        ).score_new_checkpoints()
+        images.append(judge.seen[0][0].astype(int))
+        folder.results_path.unlink()
+    # Another batch size may round a last bit, never draw other noise.
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_results_are_one_json_object_a_line(clean):
+    folder = clean["base16"]
+    _scorer(folder, Judge([3.0, 2.0, 1.0])).score_new_checkpoints()
+    lines = folder.results_path.read_text().splitlines()
+    assert len(lines) == 6
+    assert all(isinstance(json.loads(line), dict) for line in lines)
+    assert json.loads(folder.best_path.read_text())["step"] == 6
+
+
+def test_labels_are_balanced():
+    labels = generate.class_balanced_labels(1000, 10)
+    np.testing.assert_array_equal(np.bincount(labels), 100)
+    np.testing.assert_array_equal(generate.class_balanced_labels(3, 0), 0)
+
+
+def test_samples_that_are_not_finite_are_an_error():
+    with pytest.raises(ValueError, match="a sample is not finite"):
+        generate._checked_uint8(np.full((1, 2, 2, 1), np.nan, np.float32))
+
+
+def test_real_rows_are_spread_over_a_sorted_set():
+    assert random_source(64).labels[np.arange(40) * 64 // 40].tolist()[:3] == [0, 1, 3]

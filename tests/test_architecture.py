@@ -1,0 +1,124 @@
+"""The rules of the house, read off the source itself."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from cascaded_diffusion import config
+from cascaded_diffusion.cascade.resize import UPSAMPLERS
+from cascaded_diffusion.diffusion.gaussian import PARAMETERIZATIONS
+from cascaded_diffusion.diffusion.samplers import SAMPLERS
+from cascaded_diffusion.diffusion.schedules import SCHEDULES
+from tests.tiny import ROOT
+
+PACKAGE = ROOT / "cascaded_diffusion"
+LEAVES = {"config", "types", "errors"}
+# Who may import whom inside the package, besides itself.
+ALLOWED = {
+    "config": {"errors"},
+    "types": set(),
+    "errors": set(),
+    "diffusion": {"types"},
+    "networks": {"types"},
+    "cascade": {"diffusion", "networks", *LEAVES},
+    "data": LEAVES,
+    "runtime": LEAVES,
+    "training": {"cascade", "runtime", *LEAVES},
+    # networks: the classifier whose features it scores by is no cascade's business.
+    "evaluation": {"cascade", "networks", "runtime", *LEAVES},
+}
+# Outside packages with one home (a package or a file of ours).
+HOMES = {
+    "flax": {"networks"},
+    "orbax": {"runtime/checkpoint.py"},
+    "clu": {"runtime/logging.py"},
+    "tensorboardX": {"runtime/logging.py"},
+    "PIL": {"runtime/pictures.py"},
+    "grain": {"data"},
+    "tensorflow_datasets": {"data"},
+    "mlxtend": {"data"},
+    # Two trainings, two homes: the diffusion models', and the classifier's.
+    "optax": {"training", "evaluation/classifier.py"},
+    "absl": {"cli.py", "main.py", "evaluate.py", "sample.py"},
+}
+BINARIES = {"cli", "main", "evaluate", "sample"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way_and_outside_packages_have_one_home(path):
+    here = path.relative_to(PACKAGE).as_posix()
+    for name in _imports(ast.parse(path.read_text())):
+        top, *rest = name.split(".")
+        if top == "cascaded_diffusion":
+            room = _room(path)
+            if room not in BINARIES | {"__init__"}:
+                assert rest[0] in ALLOWED[room] | {room}, f"{here} imports {name}"
+        elif top in HOMES:
+            assert any(here == home or here.startswith(f"{home}/") for home in HOMES[top]), (
+                f"{here} imports {name}"
+            )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_unpickles_evaluates_or_shells_out(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name.split(".")[0] for alias in node.names}
+            names.add(getattr(node, "module", None) or "")
+            assert not names & {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in {"eval", "exec", "os.system", "os.popen", "torch.load"}, name
+            for keyword in node.keywords:
+                true = isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+                assert not (keyword.arg in {"shell", "allow_pickle"} and true)
+
+
+def test_config_choices_are_the_tables_keys():
+    # config.py imports nothing of the rest, so it repeats the names.
+    def choices(cls, field):
+        return set(cls.__dataclass_fields__[field].metadata["choices"])
+
+    assert choices(config.DiffusionConfig, "schedule") == set(SCHEDULES)
+    assert choices(config.AugmentConfig, "schedule") == set(SCHEDULES)
+    assert choices(config.DiffusionConfig, "parameterization") == set(PARAMETERIZATIONS)
+    assert choices(config.SamplerConfig, "name") == set(SAMPLERS)
+    assert choices(config.CascadeSection, "samplers") == set(SAMPLERS)
+    assert choices(config.NetworkConfig, "upsample") == set(UPSAMPLERS)
+
+
+def test_config_files_are_short_enough_to_read():
+    for path in (ROOT / "configs").glob("*.py"):
+        lines = path.read_text().split('"""', 2)[2].strip().splitlines()
+        assert len(lines) <= 90, path
+
+
+def test_importing_the_package_is_quick_and_starts_nothing():
+    code = (
+        "import sys, cascaded_diffusion, cascaded_diffusion.main, cascaded_diffusion.evaluate,"
+        " cascaded_diffusion.sample\n"
+        "heavy = {'jax', 'flax', 'orbax', 'grain', 'tensorflow', 'optax'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+
+
+def test_every_module_says_what_it_is():
+    for path in FILES:
+        assert ast.get_docstring(ast.parse(path.read_text())), path

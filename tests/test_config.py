@@ -1,0 +1,413 @@
+"""Bad input: one line that names key, value and what is allowed; exit code 2; nothing written."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cascaded_diffusion import cli, evaluate, main, sample
+from cascaded_diffusion.config import (
+    cascade_config_from,
+    check_chain,
+    check_devices,
+    check_resume,
+    run_config_from,
+    to_dict,
+)
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.run_folder import RunFolder
+from tests.tiny import ROOT, config_values, round_trip, tiny_base, tiny_sr, with_overrides
+
+CONFIGS = {
+    "mnist_base16": (None, "smoke"),
+    "mnist_sr32": (None, "smoke", "no_augment"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [(n, v) for n, variants in CONFIGS.items() for v in variants]
+)
+def test_shipped_configs_are_good_and_survive_json(name, variant):
+    import json
+
+    config = run_config_from(config_values(name, variant))
+    assert run_config_from(json.loads(json.dumps(to_dict(config)))) == config
+    check_devices(config, 1)
+    check_devices(config, 8)
+
+
+def test_the_shipped_cascade_chains():
+    for variant in (None, "smoke"):
+        config = cascade_config_from(config_values("mnist_cascade32", variant))
+        stages = [run_config_from(config_values(n)).stage for n in ("mnist_base16", "mnist_sr32")]
+        check_chain(config.cascade, stages)
+
+
+BAD_RUNS = [
+    (
+        {"train.learning_rat": 1e-3},
+        "config.train.learning_rat is not a config key; did you mean 'learning_rate'?",
+    ),
+    (
+        {"stage.network.chanels": 3},
+        "config.stage.network.chanels is not a config key; did you mean 'channels'?",
+    ),
+    ({"data.zzzz": 3}, "config.data.zzzz is not a config key; known keys: name, train_split"),
+    ({"train": 3}, "config.train = 3: expected a section"),
+    ({"train.batch_size": "64"}, "config.train.batch_size = '64': expected an integer"),
+    ({"train.batch_size": 64.0}, "config.train.batch_size = 64.0: expected an integer"),
+    ({"train.batch_size": True}, "config.train.batch_size = True: expected an integer"),
+    ({"train.batch_size": 0}, "config.train.batch_size = 0: expected a value of at least 1"),
+    ({"train.learning_rate": "fast"}, "config.train.learning_rate = 'fast': expected a number"),
+    (
+        {"train.learning_rate": math.nan},
+        "config.train.learning_rate = nan: expected a finite number",
+    ),
+    (
+        {"train.learning_rate": math.inf},
+        "config.train.learning_rate = inf: expected a finite number",
+    ),
+    (
+        {"train.learning_rate": -1e-4},
+        "config.train.learning_rate = -0.0001: expected a value above 0",
+    ),
+    ({"train.learning_rate": 0}, "config.train.learning_rate = 0.0: expected a value above 0"),
+    (
+        {"train.lr_decay": "cosin"},
+        "config.train.lr_decay = 'cosin': expected one of 'none', 'cosine' (did you mean",
+    ),
+    (
+        {"train.warmup_steps": 31},
+        "config.train.warmup_steps = 31: expected at most config.train.train_steps, which is 30",
+    ),
+    (
+        {"train.ema_decay": 1.0},
+        "config.train.ema_decay = 1.0: expected a value from 0.0 to 0.999999",
+    ),
+    ({"train.grad_clip_norm": 0.0}, "config.train.grad_clip_norm = 0.0: expected a value above 0"),
+    ({"train.seed": -1}, "config.train.seed = -1: expected a value of at least 0"),
+    ({"stage.kind": "sr"}, "config.stage.kind = 'sr': expected one of 'base', 'super_resolution'"),
+    ({"stage.name": "a/b"}, "config.stage.name = 'a/b': expected letters, digits and underscores"),
+    ({"stage.resolution": 15}, "config.stage.resolution = 15: expected a multiple of 4"),
+    ({"stage.network.patch_size": 3}, "config.stage.resolution = 16: expected a multiple of 6"),
+    (
+        {"stage.network.channel_mults": (1, 2, 2, 2, 2)},
+        "config.stage.resolution = 16: expected a multiple of 32",
+    ),
+    (
+        {"stage.network.channel_mults": ()},
+        "config.stage.network.channel_mults = (): expected at least one level",
+    ),
+    (
+        {"stage.network.channel_mults": (1, 0)},
+        "config.stage.network.channel_mults[1] = 0: expected a value of at least 1",
+    ),
+    (
+        {"stage.network.channel_mults": (1, "2")},
+        "config.stage.network.channel_mults[1] = '2': expected an integer",
+    ),
+    (
+        {"stage.network.channel_mults": 2},
+        "config.stage.network.channel_mults = 2: expected a tuple of an integer",
+    ),
+    ({"stage.network.channels": 15}, "config.stage.network.channels = 15: expected an even number"),
+    ({"stage.network.num_heads": 5}, "config.stage.network.num_heads = 5: expected a divisor"),
+    (
+        {"stage.network.attention_resolutions": (16,)},
+        "config.stage.network.attention_resolutions = (16,): expected sizes of feature maps",
+    ),
+    (
+        {"stage.network.dtype": "float16"},
+        "config.stage.network.dtype = 'float16': expected one of 'float32', 'bfloat16'",
+    ),
+    (
+        {"stage.network.dropout_rate": 1.0},
+        "config.stage.network.dropout_rate = 1.0: expected a value from 0.0 to 0.99",
+    ),
+    (
+        {"stage.low_res_resolution": 8},
+        "config.stage.low_res_resolution = 8: expected None, since config.stage.kind is 'base'",
+    ),
+    ({"stage.augment.name": "gaussian"}, "config.stage.augment.name = 'gaussian': expected 'none'"),
+    (
+        {"stage.diffusion.label_dropout_prob": 0.0},
+        "config.stage.sampler.guidance_scale = 2.0: expected 1.0 (no guidance)",
+    ),
+    (
+        {"stage.diffusion.num_timesteps": 0},
+        "config.stage.diffusion.num_timesteps = 0: expected a value of at least 1",
+    ),
+    (
+        {"stage.diffusion.num_timesteps": 1.5},
+        "config.stage.diffusion.num_timesteps = 1.5: expected an integer or None",
+    ),
+    ({"stage.sampler.clip": 1}, "config.stage.sampler.clip = 1: expected True or False"),
+    (
+        {"data.resolution": 8},
+        "config.stage.resolution = 16: expected at most config.data.resolution, which is 8",
+    ),
+    ({"data.read_threads": 1.0}, "config.data.read_threads = 1.0: expected an integer"),
+    (
+        {"eval.num_samples": 41},
+        "config.eval.num_samples = 41: expected a multiple of config.stage.num_classes",
+    ),
+    ({"eval.aug_level": 1.5}, "config.eval.aug_level = 1.5: expected a value from 0.0 to 1.0"),
+    (
+        {"eval.features": "inception"},
+        "config.eval.features = 'inception': expected one of 'classifier'",
+    ),
+    ({"mesh.data": 3}, "config.train.batch_size = 16: expected a multiple of 3"),
+    ({"mesh.data": 0}, "config.mesh.data = 0: expected -1 (all devices) or a value of at least 1"),
+    ({"mesh.fsdp": 3}, "config.train.batch_size = 16: expected a multiple of 3"),
+    ({"mesh.fsdp": 0}, "config.mesh.fsdp = 0: expected a value of at least 1"),
+    (
+        {"checkpoint.save_every_steps": -1},
+        "config.checkpoint.save_every_steps = -1: expected a value of at least 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_RUNS, ids=lambda x: str(x)[:60])
+def test_bad_run_configs(overrides, message):
+    with pytest.raises(UserError) as error:
+        run_config_from(with_overrides(config_values("mnist_base16"), overrides))
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, 32, 64])
+def test_super_resolution_needs_a_smaller_low_res(value):
+    values = with_overrides(config_values("mnist_sr32"), {"stage.low_res_resolution": value})
+    with pytest.raises(
+        UserError, match=f"config.stage.low_res_resolution = {value}: expected the size"
+    ):
+        run_config_from(values)
+
+
+def test_missing_keys_are_named():
+    values = config_values("mnist_base16")
+    del values["train"]["adam_b2"]
+    with pytest.raises(UserError, match="^config.train.adam_b2 is missing$"):
+        run_config_from(values)
+    del values["mesh"]
+    with pytest.raises(UserError):
+        run_config_from(values)
+
+
+BAD_CASCADES = [
+    ({"cascade.stages": ()}, {}, "config.cascade.stages = (): expected the names"),
+    ({"cascade.stages": ("../base16", "sr32")}, {}, "config.cascade.stages = "),
+    (
+        {"cascade.aug_levels": (0.1, 0.1)},
+        {},
+        "config.cascade.aug_levels = (0.1, 0.1): expected 1 values",
+    ),
+    (
+        {"cascade.aug_levels": (1.2,)},
+        {},
+        "config.cascade.aug_levels[0] = 1.2: expected a value from 0.0 to 1.0",
+    ),
+    ({"cascade.num_steps": (10,)}, {}, "config.cascade.num_steps = (10,): expected 2 values"),
+    (
+        {"cascade.samplers": ("ddim", "dpm")},
+        {},
+        "config.cascade.samplers[1] = 'dpm': expected one of",
+    ),
+    (
+        {"cascade.aug_levels": (1.0,), "cascade.truncated": True},
+        {},
+        "config.cascade.aug_levels[0] = 1.0: expected a level below 1",
+    ),
+    (
+        {},
+        {"stage.low_res_resolution": 8},
+        "config.cascade.stages = ('base16', 'sr32'): expected sizes that chain: 'base16' makes",
+    ),
+    (
+        {},
+        {"stage.num_classes": 8},
+        "config.cascade.stages = ('base16', 'sr32'): expected stages with the same num_classes",
+    ),
+    ({}, {"stage.augment.name": "none"}, "config.cascade.aug_levels[0] = 0.1: expected 0.0"),
+    (
+        {"cascade.guidance_scales": (2.0, 1.5)},
+        {"stage.diffusion.label_dropout_prob": 0.0},
+        "config.cascade.guidance_scales[1] = 1.5: expected 1.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sr_overrides", "message"), BAD_CASCADES, ids=lambda x: str(x)[:60]
+)
+def test_bad_cascades(overrides, sr_overrides, message):
+    base = run_config_from(config_values("mnist_base16")).stage
+    sr = run_config_from(with_overrides(config_values("mnist_sr32"), sr_overrides)).stage
+    with pytest.raises(UserError) as error:
+        config = cascade_config_from(with_overrides(config_values("mnist_cascade32"), overrides))
+        check_chain(config.cascade, [base, sr])
+    assert str(error.value).startswith(message)
+
+
+def test_a_cascade_begins_with_a_base_model():
+    config = cascade_config_from(config_values("mnist_cascade32"))
+    sr = tiny_sr().stage
+    with pytest.raises(UserError, match="a base model first; 'sr32' is none"):
+        check_chain(config.cascade, [sr, sr])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "message"),
+    [
+        (
+            {"mesh__data": 2},
+            8,
+            "config.mesh.data = 2: expected data x fsdp to be the 8 devices found",
+        ),
+        ({"mesh__fsdp": 8}, 4, "config.mesh.fsdp = 8: expected a divisor of the 4 devices found"),
+        (
+            {"train__batch_size": 12},
+            8,
+            "config.train.batch_size = 12: expected a multiple of 8, the devices",
+        ),
+        ({"eval__batch_size": 36}, 8, "config.eval.batch_size = 36: expected a multiple of 8"),
+    ],
+)
+def test_mesh_and_batches_are_checked_against_the_devices(mesh, devices, message):
+    with pytest.raises(UserError) as error:
+        check_devices(tiny_base(**mesh), devices)
+    assert str(error.value).startswith(message)
+
+
+def test_resuming_with_another_config():
+    config = tiny_base()
+    assert check_resume(config, config, "RUN") == []
+    longer = round_trip(config, train__train_steps=99, eval__patience_evals=9)
+    assert check_resume(config, longer, "RUN") == [
+        "config.train.train_steps: 30 -> 99",
+        "config.eval.patience_evals: 5 -> 9",
+    ]
+    for key, value in (
+        ("train__seed", 1),
+        ("stage__network__channels", 16),
+        ("train__batch_size", 32),
+    ):
+        with pytest.raises(UserError, match="set it back, or choose another --workdir"):
+            check_resume(config, round_trip(config, **{key: value}), "RUN")
+
+
+BASE = f"--config={ROOT}/configs/mnist_base16.py:smoke"
+CASCADE = f"--config={ROOT}/configs/mnist_cascade32.py"
+BAD_COMMANDS = [
+    (main, ["--workdir=RUN"], "--config is missing: "),
+    (main, [BASE], "--workdir is missing: "),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--wrokdir=x"],
+        "Unknown command line flag 'wrokdir'. Did you mean: workdir ?",
+    ),
+    (main, [BASE, "--workdir=RUN", "stray"], "'stray' is not a flag"),
+    (main, ["--config=configs/none.py", "--workdir=RUN"], "--config=configs/none.py: no such file"),
+    (
+        main,
+        [BASE[:-6] + ":tiny", "--workdir=RUN"],
+        "--config=...:tiny: expected no variant, or ':smoke'",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.train.learning_rat=1"],
+        "--config.train.learning_rat=1: 'learning_rat' is not a config key; did you mean",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.train.batch_size=many"],
+        "flag --config.train.batch_size=many: ",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.train.learning_rate=nan"],
+        "config.train.learning_rate = nan: expected a finite number",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.train.learning_rate=-1"],
+        "config.train.learning_rate = -1.0: expected a value above 0",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.stage.resolution=18"],
+        "config.stage.resolution = 18: expected a multiple of 4",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.mesh.data=5"],
+        "config.train.batch_size = 16: expected a multiple of 5",
+    ),
+    (main, [BASE, "--workdir=/proc/RUN"], "--workdir=/proc/RUN: cannot write to /proc"),
+    (main, [CASCADE, "--workdir=RUN"], "config.cascade is not a config key"),
+    (evaluate, [], "--workdir is missing: "),
+    (evaluate, ["--workdir=RUN"], "--workdir=RUN: no run there"),
+    (sample, [CASCADE, "--workdir=RUN"], "--workdir=RUN/base16: no run there"),
+    (
+        sample,
+        [CASCADE, "--workdir=RUN", "--config.cascade.aug_levels=(2.0,)"],
+        "config.cascade.aug_levels[0] = 2.0: ",
+    ),
+    (sample, [BASE, "--workdir=RUN"], "config.checkpoint is not a config key"),
+]
+
+
+@pytest.mark.parametrize(("binary", "argv", "message"), BAD_COMMANDS, ids=lambda x: str(x)[-60:])
+def test_bad_commands(binary, argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "set_up_jax", lambda: pytest.fail("a device was touched"))
+    with pytest.raises(UserError) as error:
+        binary.main(["prog", *argv])
+    assert str(error.value).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_chosen_checkpoint_cannot_be_sampled(tmp_path, monkeypatch):
+    for config in (tiny_base(), tiny_sr()):
+        RunFolder(tmp_path / config.stage.name).write_config(config)
+    monkeypatch.setattr(cli, "set_up_jax", lambda: pytest.fail("a device was touched"))
+    with pytest.raises(UserError, match="base16: no checkpoint was chosen yet; run .*evaluate"):
+        sample.main(["prog", CASCADE, f"--workdir={tmp_path}"])
+    with pytest.raises(UserError, match="base16: no checkpoint was chosen yet"):
+        evaluate.main(["prog", f"--workdir={tmp_path}/sr32", f"--low_res_run={tmp_path}/base16"])
+    with pytest.raises(UserError, match="only for super-resolution stages"):
+        evaluate.main(["prog", f"--workdir={tmp_path}/base16", f"--low_res_run={tmp_path}/sr32"])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["main", "--config=configs/none.py", "--workdir=RUN"],
+        ["main", BASE, "--workdir=RUN", "--config.train.batch_size=0"],
+        ["evaluate", "--workdir=RUN"],
+        ["sample", CASCADE, "--workdir=RUN"],
+    ],
+)
+def test_the_process_says_one_line_and_exits_with_2(argv, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", f"cascaded_diffusion.{argv[0]}", *argv[1:]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_the_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(["prog", "--help"])
+    assert stop.value.code == 0
+    assert "--workdir" in capsys.readouterr().out

@@ -1,0 +1,159 @@
+"""The demo's own commands on networks too small to be any good: every binary, as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import ROOT
+
+
+def _environment():
+    # As a user has it: one device, no simulated ones.
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return {**env, "PYTHONPATH": str(ROOT)}
+
+
+def _command(binary, *flags):
+    return [sys.executable, "-m", f"cascaded_diffusion.{binary}", *flags]
+
+
+def _run(binary, *flags, code=0):
+    result = subprocess.run(
+        _command(binary, *flags),
+        cwd=ROOT,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == code, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "Traceback" not in result.stderr
+    assert "Warning" not in result.stderr, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Both stages trained and scored."""
+    root = tmp_path_factory.mktemp("RUN")
+    out = {}
+    for stage in ("base16", "sr32"):
+        config = f"--config=configs/mnist_{stage}.py:smoke"
+        out[stage] = _run("main", config, f"--workdir={root}/{stage}")
+    out["eval_base"] = _run("evaluate", f"--workdir={root}/base16")
+    out["eval_sr"] = _run("evaluate", f"--workdir={root}/sr32", f"--low_res_run={root}/base16")
+    return root, out
+
+
+def test_training_leaves_a_whole_run_folder(runs):
+    root, out = runs
+    for stage, sizes in (("base16", 16), ("sr32", 32)):
+        folder = root / stage
+        assert json.loads((folder / "config.json").read_text())["stage"]["resolution"] == sizes
+        lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [x["step"] for x in lines] == list(range(1, 31))
+        assert lines[-1]["loss"] < lines[0]["loss"]
+        assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["15", "30"]
+        assert list(folder.glob("events.out.tfevents.*"))
+        assert "Total: " in out[stage]  # the parameter overview
+        assert f"{stage}: finished, 30 steps" in out[stage]
+
+
+def test_a_finished_run_says_so(runs):
+    root, _ = runs
+    out = _run("main", "--config=configs/mnist_base16.py:smoke", f"--workdir={root}/base16")
+    assert "base16: finished, 30 steps" in out
+
+
+def test_evaluation_scores_every_checkpoint_and_picks_one(runs):
+    root, out = runs
+    for stage, sources in (("base16", {"none"}), ("sr32", {"real", "samples:base16@30"})):
+        lines = (root / stage / "eval" / "results.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert {r["low_res"] for r in records} == sources or stage == "sr32"
+        assert {r["step"] for r in records} == {15, 30}
+        assert len(records) == 2 * 2 * len(sources)
+        assert {r["metric"] for r in records} == {"fd_classifier", "classifier_accuracy"}
+        best = json.loads((root / stage / "eval" / "best.json").read_text())
+        assert best["metric"] == "fd_classifier"
+        assert list((root / stage / "eval").glob("step_30_*.png"))
+    assert "recognises 97." in out["eval_sr"] or "recognises 98." in out["eval_sr"]
+
+
+def test_the_cascade_is_sampled_truncated_or_not_for_any_batch_size(runs):
+    root, _ = runs
+    images = {}
+    for name, flags in {
+        "whole": [],
+        "batches": ["--config.cascade.batch_size=16"],
+        "truncated": ["--config.cascade.truncated=True", "--config.cascade.aug_levels=(0.3,)"],
+    }.items():
+        _run(
+            "sample",
+            "--config=configs/mnist_cascade32.py:smoke",
+            f"--workdir={root}",
+            f"--output={root}/{name}",
+            *flags,
+        )
+        with np.load(root / name / "samples.npz", allow_pickle=False) as stored:
+            images[name] = stored["arr_0"].astype(int)
+            np.testing.assert_array_equal(stored["arr_1"], np.arange(40) % 10)
+            assert stored["arr_0"].dtype == np.uint8
+        assert images[name].shape == (40, 32, 32, 1)
+        picture = Image.open(root / name / "samples.png")
+        assert picture.size[0] > 600
+        assert (root / name / "base16.npz").exists()
+    assert np.abs(images["whole"] - images["batches"]).max() <= 1
+    assert np.abs(images["whole"] - images["truncated"]).max() > 1
+
+    out = _run("evaluate", f"--workdir={root}/sr32", f"--samples={root}/whole/samples.npz")
+    record = json.loads(out.splitlines()[-1])
+    assert record["num_samples"] == 40
+    assert record["fd_classifier"] > 0
+    assert 0 <= record["classifier_accuracy"] <= 1
+
+
+def test_sigterm_saves_and_exits_with_75_and_the_same_command_goes_on(tmp_path):
+    flags = [
+        "--config=configs/mnist_base16.py:smoke",
+        f"--workdir={tmp_path}/run",
+        "--config.train.train_steps=100000",
+        "--config.train.warmup_steps=3",
+        "--config.train.sample_every_steps=100000",
+        "--config.checkpoint.save_every_steps=100000",
+    ]
+    process = subprocess.Popen(
+        _command("main", *flags), cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 240
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+        # A second trainer on the same folder is refused and harms nothing.
+        second = subprocess.run(
+            _command("main", *flags), cwd=ROOT, env=_environment(), capture_output=True, text=True
+        )
+        assert second.returncode == 2
+        assert f"another train process (pid {process.pid})" in second.stderr
+
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75
+    assert "stopped by a signal" in out
+    (step,) = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    again = _run("main", *(f.replace("steps=100000", f"steps={step + 2}") for f in flags))
+    assert f"going on from step {step}" in again
+    assert f"finished, {step + 2} steps" in again
