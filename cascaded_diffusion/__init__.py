@@ -1,1 +1,31 @@
-"""Cascaded diffusion models (Ho et al., 2021) in JAX."""
+"""Cascaded diffusion models (Ho et al., 2021) in JAX.
+
+The public names, loaded when they are first used: importing the package is quick
+and touches no device.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Batch": "types",
+    "Cascade": "cascade.cascade",
+    "CascadeConfig": "config",
+    "Conditioning": "types",
+    "Prediction": "types",
+    "RunConfig": "config",
+    "RunFolder": "runtime.run_folder",
+    "Stage": "cascade.stage",
+    "UserError": "errors",
+    "build_stage": "cascade.stage",
+    "cascade_config_from": "config",
+    "run_config_from": "config",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

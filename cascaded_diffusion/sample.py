@@ -49,6 +49,12 @@ def main(argv: Sequence[str]) -> int:
     from cascaded_diffusion.runtime.mesh import build_mesh
     from cascaded_diffusion.runtime.pictures import save_png
 
+    last = run_configs[-1]
+    real = score.LabelledImages(
+        *spread_examples(
+            load_source(last.data, last.data.eval_split, last.stage), rows=2, columns=10
+        ).values()
+    )
     check_devices(config, jax.device_count())
     mesh = build_mesh(config.mesh)
     for folder, step in zip(folders, steps, strict=True):
@@ -80,12 +86,6 @@ def main(argv: Sequence[str]) -> int:
         score.save_samples(output.path / f"{name}.npz", stage_images, labels)
     score.save_samples(output.path / "samples.npz", images[-1], labels)
 
-    last = run_configs[-1]
-    real = score.LabelledImages(
-        *spread_examples(
-            load_source(last.data, last.data.eval_split, last.stage), rows=2, columns=10
-        ).values()
-    )
     picture = score.cascade_picture(
         cascade, params, section.aug_levels, images, labels, real, seed=section.seed, mesh=mesh
     )

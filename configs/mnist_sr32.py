@@ -14,8 +14,8 @@ from cascaded_diffusion.errors import UserError
 
 #              channels  train_steps  batch_size  num_samples  augmentation
 _VARIANTS = {
-    None: (64, 600, 64, 1000, "gaussian"),
-    "no_augment": (64, 600, 64, 1000, "none"),  # the paper's ablation
+    None: (64, 700, 64, 1000, "gaussian"),
+    "no_augment": (64, 700, 64, 1000, "none"),  # the paper's ablation
     "smoke": (16, 30, 16, 40, "gaussian"),
 }
 

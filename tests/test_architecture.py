@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import cascaded_diffusion
 from cascaded_diffusion import config
 from cascaded_diffusion.cascade.resize import UPSAMPLERS
 from cascaded_diffusion.diffusion.gaussian import PARAMETERIZATIONS
@@ -117,6 +118,13 @@ def test_importing_the_package_is_quick_and_starts_nothing():
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+
+
+def test_public_names_are_there():
+    for name in cascaded_diffusion.__all__:
+        assert getattr(cascaded_diffusion, name).__name__ == name
+    with pytest.raises(AttributeError):
+        cascaded_diffusion.nothing  # noqa: B018
 
 
 def test_every_module_says_what_it_is():

@@ -133,7 +133,7 @@ BAD_RUNS = [
     ({"stage.augment.name": "gaussian"}, "config.stage.augment.name = 'gaussian': expected 'none'"),
     (
         {"stage.diffusion.label_dropout_prob": 0.0},
-        "config.stage.sampler.guidance_scale = 2.0: expected 1.0 (no guidance)",
+        "config.stage.sampler.guidance_scale = 1.5: expected 1.0 (no guidance)",
     ),
     (
         {"stage.diffusion.num_timesteps": 0},

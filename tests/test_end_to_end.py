@@ -157,3 +157,40 @@ def test_sigterm_saves_and_exits_with_75_and_the_same_command_goes_on(tmp_path):
     again = _run("main", *(f.replace("steps=100000", f"steps={step + 2}") for f in flags))
     assert f"going on from step {step}" in again
     assert f"finished, {step + 2} steps" in again
+
+
+def test_an_evaluation_that_follows_the_run_ends_it(tmp_path):
+    # With no learning to speak of, the second score is no better than the first.
+    run = f"--workdir={tmp_path}/run"
+    trainer = subprocess.Popen(
+        _command(
+            "main",
+            "--config=configs/mnist_base16.py:smoke",
+            run,
+            "--config.train.train_steps=1000000",
+            "--config.train.learning_rate=1e-12",
+            "--config.train.warmup_steps=0",
+            "--config.train.sample_every_steps=1000000",
+            "--config.checkpoint.save_every_steps=200",
+            "--config.eval.patience_evals=1",
+            "--config.eval.num_samples=10",
+        ),
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "run" / "config.json").exists():
+            assert trainer.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        followed = _run("evaluate", run, "--follow")
+        out, _ = trainer.communicate(timeout=60)
+    finally:
+        trainer.kill()
+    assert trainer.returncode == 0
+    assert "stopped early" in out
+    assert "best is step 200" in followed
+    assert json.loads((tmp_path / "run" / "TRAIN_COMPLETE").read_text())["reason"] == "early_stop"

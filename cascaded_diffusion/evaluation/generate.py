@@ -77,18 +77,49 @@ def make_cascade_sampler(
         use it again when the same batch is asked for. Only the last stage's
         parameters may then differ between calls.
     """
+    kept: dict[tuple[int, ...], list[jax.Array]] | None = {} if keep_first_stages else None
+    return _make_cascade_sampler(cascade, cascade.make_sampler(), aug_levels, seed, mesh, kept)
+
+
+def make_level_samplers(
+    cascade: Cascade, levels: Sequence[float], *, seed: int, mesh: Mesh
+) -> list[BatchSampler]:
+    """One sampler per level, which every enlargement of the cascade then has.
+
+    They share their compiled programs, and without truncation what the first
+    stages made: only the last stage runs again for another level. The parameters
+    must be the same in all calls.
+    """
     sample = cascade.make_sampler()
+    two_stages = len(cascade.stages) == 2
+    # With more stages, those in the middle depend on the level.
+    kept = {} if two_stages and not cascade.truncated else None
+    num_levels = len(cascade.stages) - 1
+    return [
+        _make_cascade_sampler(cascade, sample, [level] * num_levels, seed, mesh, kept)
+        for level in levels
+    ]
+
+
+def _make_cascade_sampler(
+    cascade: Cascade,
+    sample: Callable[..., list[jax.Array]],
+    aug_levels: Sequence[float],
+    seed: int,
+    mesh: Mesh,
+    kept: dict[tuple[int, ...], list[jax.Array]] | None,
+) -> BatchSampler:
     key = jax.random.key(seed)
     num_classes = cascade.stages[0].config.num_classes
     place = _make_placer(mesh)
-    kept: dict[tuple[int, ...], list[jax.Array]] = {}
 
     def sample_batch(params: Sequence[Params], indices: np.ndarray) -> list[jax.Array]:
         labels = (indices % num_classes).astype(np.int32) if num_classes else None
         keys = keys_for(key, place(indices))
         batch = tuple(indices.tolist())
-        images = sample(params, keys, place(labels), aug_levels, kept.get(batch, ()))
-        if keep_first_stages:
+        given = () if kept is None else kept.get(batch, ())
+        images = sample(params, keys, place(labels), aug_levels, given)
+        if kept is not None:
             kept[batch] = images[:-1]
         return [_checked_uint8(x) for x in images]
 

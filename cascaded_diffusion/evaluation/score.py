@@ -203,6 +203,11 @@ class RunScorer:
             try:
                 values = self._score_source(step, source)
             except (UserError, ValueError) as e:
+                if not (self._folder.checkpoints / str(step)).exists():
+                    print(
+                        f"{self._config.stage.name} step {step}: gone, the trainer kept newer ones"
+                    )
+                    return False
                 print(f"{self._config.stage.name} step {step}: failed ({e})", flush=True)
                 self._record(step, source, METRIC, None, failed=str(e))
                 continue

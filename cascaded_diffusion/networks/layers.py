@@ -36,41 +36,24 @@ def upsample_nearest(x: jax.Array) -> jax.Array:
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
-class GroupNorm(nn.Module):
+def group_norm(dtype: jnp.dtype, channels: int, name: str) -> nn.GroupNorm:
     """Group normalization with 32 groups, or as many as divide the channels."""
-
-    use_scale_and_bias: bool = True
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.GroupNorm(
-            num_groups=math.gcd(32, x.shape[-1]),
-            epsilon=1e-5,
-            use_bias=self.use_scale_and_bias,
-            use_scale=self.use_scale_and_bias,
-            dtype=self.dtype,
-        )(x)
+    return nn.GroupNorm(num_groups=math.gcd(32, channels), epsilon=1e-5, dtype=dtype, name=name)
 
 
-class Conv3x3(nn.Module):
+def conv3x3(
+    features: int, dtype: jnp.dtype, name: str, *, stride: int = 1, zero_init: bool = False
+) -> nn.Conv:
     """A 3x3 convolution, `stride` 1 or 2, padding 1 on every side."""
-
-    features: int
-    stride: int = 1
-    zero_init: bool = False
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Conv(
-            self.features,
-            (3, 3),
-            strides=self.stride,
-            padding=1,
-            kernel_init=ZERO_INIT if self.zero_init else nn.linear.default_kernel_init,
-            dtype=self.dtype,
-        )(x)
+    return nn.Conv(
+        features,
+        (3, 3),
+        strides=stride,
+        padding=1,
+        kernel_init=ZERO_INIT if zero_init else nn.linear.default_kernel_init,
+        dtype=dtype,
+        name=name,
+    )
 
 
 class ResBlock(nn.Module):
@@ -86,19 +69,18 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, *, deterministic: bool) -> jax.Array:
-        h = nn.swish(GroupNorm(dtype=self.dtype)(x))
-        h = Conv3x3(self.features, dtype=self.dtype)(h)
+        features, dtype = self.features, self.dtype
+        h = nn.swish(group_norm(dtype, x.shape[-1], "norm0")(x))
+        h = conv3x3(features, dtype, "conv0")(h)
 
-        scale_shift = nn.Dense(2 * self.features, kernel_init=ZERO_INIT, dtype=self.dtype)(
-            nn.swish(embedding)
-        )
-        scale, shift = jnp.split(scale_shift[:, None, None, :], 2, axis=-1)
-        h = GroupNorm(dtype=self.dtype)(h) * (1 + scale) + shift
+        scale_shift = nn.Dense(2 * features, kernel_init=ZERO_INIT, dtype=dtype, name="scale_shift")
+        scale, shift = jnp.split(scale_shift(nn.swish(embedding))[:, None, None, :], 2, axis=-1)
+        h = group_norm(dtype, features, "norm1")(h) * (1 + scale) + shift
 
         h = nn.Dropout(self.dropout_rate)(nn.swish(h), deterministic=deterministic)
-        h = Conv3x3(self.features, zero_init=True, dtype=self.dtype)(h)
-        if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=self.dtype)(x)
+        h = conv3x3(features, dtype, "conv1", zero_init=True)(h)
+        if x.shape[-1] != features:
+            x = nn.Dense(features, dtype=dtype, name="skip")(x)
         return x + h
 
 
@@ -111,12 +93,12 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
-        tokens = GroupNorm(dtype=self.dtype)(x).reshape(b, h * w, c)
-        qkv = nn.Dense(3 * c, dtype=self.dtype)(tokens)
+        tokens = group_norm(self.dtype, c, "norm")(x).reshape(b, h * w, c)
+        qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(tokens)
         qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
         attended = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        out = nn.Dense(c, kernel_init=ZERO_INIT, dtype=self.dtype)(attended.reshape(b, h * w, c))
-        return x + out.reshape(b, h, w, c)
+        out = nn.Dense(c, kernel_init=ZERO_INIT, dtype=self.dtype, name="out")
+        return x + out(attended.reshape(b, h * w, c)).reshape(b, h, w, c)
 
 
 class Downsample(nn.Module):
@@ -128,7 +110,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.method == "conv":
-            return Conv3x3(x.shape[-1], stride=2, dtype=self.dtype)(x)
+            return conv3x3(x.shape[-1], self.dtype, "conv", stride=2)(x)
         return nn.avg_pool(x, (2, 2), strides=(2, 2))
 
 
@@ -141,4 +123,4 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = upsample_nearest(x)
-        return Conv3x3(x.shape[-1], dtype=self.dtype)(x) if self.method == "conv" else x
+        return conv3x3(x.shape[-1], self.dtype, "conv")(x) if self.method == "conv" else x

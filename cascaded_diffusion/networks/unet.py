@@ -68,45 +68,46 @@ class UNet(nn.Module):
         embedding = self._embed(logsnr, cond)
         h = layers.space_to_depth(self._join(xt, cond), self.patch_size).astype(self.dtype)
 
-        def res_block(h: jax.Array, features: int) -> jax.Array:
-            block = layers.ResBlock(features, self.dropout_rate, self.dtype)
-            h = block(h, embedding, deterministic=deterministic)
-            if h.shape[1] in self.attention_resolutions:
-                h = layers.AttentionBlock(self.num_heads, self.dtype)(h)
-            return h
+        def res_block(h: jax.Array, features: int, name: str) -> jax.Array:
+            block = layers.ResBlock(features, self.dropout_rate, self.dtype, name=name)
+            return block(h, embedding, deterministic=deterministic)
 
-        h = layers.Conv3x3(self.channels, dtype=self.dtype)(h)
+        def attention(h: jax.Array, name: str) -> jax.Array:
+            return layers.AttentionBlock(self.num_heads, self.dtype, name=f"{name}_attention")(h)
+
+        def block(h: jax.Array, features: int, name: str) -> jax.Array:
+            h = res_block(h, features, name)
+            return attention(h, name) if h.shape[1] in self.attention_resolutions else h
+
+        h = layers.conv3x3(self.channels, self.dtype, "conv_in")(h)
         skips = [h]
         for level, mult in enumerate(self.channel_mults):
             if level > 0:
-                h = layers.Downsample(self.resample, self.dtype)(h)
+                h = layers.Downsample(self.resample, self.dtype, name=f"down{level}_resample")(h)
                 skips.append(h)
-            for _ in range(self.num_res_blocks):
-                h = res_block(h, self.channels * mult)
+            for i in range(self.num_res_blocks):
+                h = block(h, self.channels * mult, f"down{level}_block{i}")
                 skips.append(h)
 
-        middle = h.shape[-1]
-        h = layers.ResBlock(middle, self.dropout_rate, self.dtype)(
-            h, embedding, deterministic=deterministic
-        )
-        h = layers.AttentionBlock(self.num_heads, self.dtype)(h)
-        h = layers.ResBlock(middle, self.dropout_rate, self.dtype)(
-            h, embedding, deterministic=deterministic
-        )
+        h = res_block(h, h.shape[-1], "middle_block0")
+        h = attention(h, "middle")
+        h = res_block(h, h.shape[-1], "middle_block1")
 
         for level, mult in reversed(list(enumerate(self.channel_mults))):
-            for _ in range(self.num_res_blocks + 1):
-                h = res_block(jnp.concatenate([h, skips.pop()], axis=-1), self.channels * mult)
+            for i in range(self.num_res_blocks + 1):
+                joined = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block(joined, self.channels * mult, f"up{level}_block{i}")
             if level > 0:
-                h = layers.Upsample(self.resample, self.dtype)(h)
+                h = layers.Upsample(self.resample, self.dtype, name=f"up{level}_resample")(h)
         assert not skips
 
-        h = nn.swish(layers.GroupNorm(dtype=self.dtype)(h))
+        h = nn.swish(layers.group_norm(self.dtype, h.shape[-1], "norm_out")(h))
         # The output is float32 whatever the compute dtype: the loss and the
         # samplers subtract nearly equal numbers.
-        h = layers.Conv3x3(self.out_channels * self.patch_size**2, zero_init=True)(
-            h.astype(jnp.float32)
+        conv_out = layers.conv3x3(
+            self.out_channels * self.patch_size**2, jnp.float32, "conv_out", zero_init=True
         )
+        h = conv_out(h.astype(jnp.float32))
         return layers.depth_to_space(h, self.patch_size)
 
     def _join(self, xt: jax.Array, cond: Conditioning) -> jax.Array:

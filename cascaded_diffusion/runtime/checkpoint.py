@@ -260,9 +260,14 @@ def load_ema_params(folder: RunFolder, step: int, abstract_params: Any) -> Any:
     problem = damage(path) if path.is_dir() else "it is not there"
     if problem is not None:
         raise UserError(f"{path}: not an intact checkpoint ({problem})")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(
-            (path / _ITEM).absolute(),
-            args=_restore_args({"ema_params": abstract_params}, partial=True),
-        )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                (path / _ITEM).absolute(),
+                args=_restore_args({"ema_params": abstract_params}, partial=True),
+            )
+    except Exception as e:
+        # Intact, yet not what this stage has; or a trainer removed it meanwhile.
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be restored ({reason})") from e
     return restored["ema_params"]

@@ -165,6 +165,9 @@ def train(
         outcome = _finished(folder, config)
         if outcome is not None:
             return outcome
+        if is_first_process:
+            # Of a shorter run that now goes on; those who follow it wait for the new end.
+            folder.complete_path.unlink(missing_ok=True)
         checkpoints = CheckpointWriter(folder, config.checkpoint)
         try:
             outcome = _train(config, folder, data_from, image_shape, grid_examples, checkpoints)

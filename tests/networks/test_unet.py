@@ -154,7 +154,7 @@ def test_noise_input_is_the_time_of_the_plain_cosine_schedule():
 
 def test_group_norm_normalizes_within_an_image():
     x = 5 + 3 * jax.random.normal(jax.random.key(0), (2, 8, 8, 48))
-    norm = layers.GroupNorm()
+    norm = layers.group_norm(jnp.float32, 48, None)
     out = norm.apply(norm.init(jax.random.key(0), x), x)
     np.testing.assert_allclose(np.asarray(out).mean((1, 2, 3)), 0, atol=1e-4)
     np.testing.assert_allclose(np.asarray(out).std((1, 2, 3)), 1, atol=1e-3)

@@ -78,8 +78,8 @@ def test_every_mesh_trains_the_same_model(make):
         spread, current, spread_flops = _curve(config, data, fsdp)
         np.testing.assert_allclose(spread, alone, rtol=1e-5)
         np.testing.assert_allclose(spread_flops, flops, rtol=1e-5)  # of the global batch
-        kernel = current.params["ResBlock_1"]["Conv3x3_0"]["Conv_0"]["kernel"]
-        moment = current.opt_state[1][0].mu["ResBlock_1"]["Conv3x3_0"]["Conv_0"]["kernel"]
+        kernel = current.params["up1_block0"]["conv0"]["kernel"]
+        moment = current.opt_state[1][0].mu["up1_block0"]["conv0"]["kernel"]
         for array in (kernel, moment):
             shard = array.addressable_shards[0].data
             assert shard.size * fsdp == array.size if array.size >= 4096 else shard.size
