@@ -317,6 +317,12 @@ def run_config_from(values: ConfigDict | Mapping[str, Any]) -> RunConfig:
             f"a multiple of config.stage.num_classes, which is {stage.num_classes},"
             " for the samples to be class-balanced",
         )
+    if stage.augment.name == "none" and config.eval.aug_level != 0.0:
+        _fail(
+            "eval.aug_level",
+            config.eval.aug_level,
+            "0.0, since config.stage.augment.name is 'none'",
+        )
     if train.warmup_steps > train.train_steps:
         _fail(
             "train.warmup_steps",

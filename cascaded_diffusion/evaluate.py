@@ -86,8 +86,16 @@ def main(argv: Sequence[str]) -> int:
             # Asked before scoring: what is saved before the end is then seen by
             # the scoring that follows.
             ended = not fv.follow or folder.complete_path.exists()
-            scorer.score_new_checkpoints()
+            scored = scorer.score_new_checkpoints()
             if ended:
+                best = folder.best()
+                if best is None:
+                    raise UserError(
+                        f"--workdir={fv.workdir}: no checkpoint could be scored; train first, or"
+                        " add --follow to wait for checkpoints"
+                    )
+                if not scored:
+                    scorer.say_best(best)
                 return 0
             time.sleep(_POLL_SECS)
 

@@ -56,7 +56,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"{name}: stopped by a signal at step {outcome.step}, saved; run it again to go on")
         return cli.EXIT_PREEMPTED
     if outcome.reason == "early_stop":
-        print(f"{name}: stopped early at step {outcome.step}, as evaluation asked ({folder.path})")
+        print(
+            f"{name}: stopped early at step {outcome.step}, as evaluation asked; to go on all the"
+            f" same, remove {folder.early_stop_path}"
+        )
     else:
         print(f"{name}: finished, {outcome.step} steps ({folder.path})")
     return 0

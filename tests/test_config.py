@@ -154,6 +154,7 @@ BAD_RUNS = [
         "config.eval.num_samples = 41: expected a multiple of config.stage.num_classes",
     ),
     ({"eval.aug_level": 1.5}, "config.eval.aug_level = 1.5: expected a value from 0.0 to 1.0"),
+    ({"eval.aug_level": 0.1}, "config.eval.aug_level = 0.1: expected 0.0, since"),
     (
         {"eval.features": "inception"},
         "config.eval.features = 'inception': expected one of 'classifier'",

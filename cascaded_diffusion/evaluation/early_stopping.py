@@ -15,7 +15,16 @@ from typing import Any
 Record = Mapping[str, Any]
 
 # What two records must agree on to be compared, besides the metric.
-COMPARABLE = ("num_samples", "reference", "features", "low_res", "aug_level", "sampler", "seed")
+COMPARABLE = (
+    "num_samples",
+    "reference",
+    "features",
+    "low_res",
+    "low_res_sampler",
+    "aug_level",
+    "sampler",
+    "seed",
+)
 
 
 def series(records: Sequence[Record], metric: str, like: Record) -> list[Record]:

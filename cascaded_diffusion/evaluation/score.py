@@ -155,17 +155,30 @@ class RunScorer:
     def score_new_checkpoints(self) -> int:
         """Scores what is new; updates best.json and EARLY_STOP. Returns how many were."""
         scored = sum(self._score(step) for step in checkpoint.finished_steps(self._folder))
-        self._decide()
+        best = self._decide()
+        if scored and best is not None:
+            self.say_best(best)
         return scored
+
+    def say_best(self, best: Mapping[str, Any]) -> None:
+        """Prints which checkpoint is the best so far."""
+        print(
+            f"{self._config.stage.name}: best is step {best['step']} ({METRIC}"
+            f" {best['value']:.3f})",
+            flush=True,
+        )
 
     def _measurement(self, low_res: str) -> dict[str, Any]:
         """What is measured, without the step: the part of a record that is its identity."""
-        config = self._config
+        config, below = self._config, None
+        if low_res.startswith("samples:") and self._previous is not None:
+            below = dataclasses.asdict(self._previous.stage.config.sampler)
         return {
             "num_samples": config.eval.num_samples,
             "reference": self._judge.reference,
             "features": self._judge.features,
             "low_res": low_res,
+            "low_res_sampler": below,
             "aug_level": config.eval.aug_level if config.stage.augment.name != "none" else None,
             "sampler": dataclasses.asdict(config.stage.sampler),
             "seed": config.eval.seed,
@@ -281,7 +294,7 @@ class RunScorer:
         )
         return sampler, labels
 
-    def _decide(self) -> None:
+    def _decide(self) -> Mapping[str, Any] | None:
         """Writes best.json, and EARLY_STOP if patience has run out, from the records."""
         comparable = early_stopping.series(
             read_lines(self._folder.results_path), METRIC, self._measurement(self._primary())
@@ -289,15 +302,11 @@ class RunScorer:
         best = early_stopping.best_record(comparable)
         if best is not None:
             write_whole(self._folder.best_path, json.dumps(best, indent=2).encode() + b"\n")
-            print(
-                f"{self._config.stage.name}: best is step {best['step']}"
-                f" ({METRIC} {best['value']:.3f})",
-                flush=True,
-            )
         if early_stopping.should_stop(comparable, self._config.eval.patience_evals):
             patience = self._config.eval.patience_evals
             reason = f"no better {METRIC} in the last {patience} scores\n"
             write_whole(self._folder.early_stop_path, reason.encode())
+        return best
 
 
 def save_samples(path: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:

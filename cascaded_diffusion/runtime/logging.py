@@ -34,7 +34,7 @@ class MetricWriter:
         from tensorboardX import SummaryWriter
 
         self._folder = folder
-        if resume_step and folder.metrics_path.exists():
+        if folder.metrics_path.exists():
             kept = [r for r in read_lines(folder.metrics_path) if r["step"] <= resume_step]
             write_whole(folder.metrics_path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         self._tensorboard = SummaryWriter(str(folder.path), purge_step=resume_step + 1)

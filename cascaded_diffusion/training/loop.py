@@ -132,7 +132,8 @@ def _finished(folder: RunFolder, config: RunConfig) -> Outcome | None:
     """The outcome of a run that has nothing left to do."""
     if folder.complete_path.exists():
         record = json.loads(folder.complete_path.read_text())
-        if record["step"] >= config.train.train_steps or record["reason"] == "early_stop":
+        stopped = record["reason"] == "early_stop" and folder.early_stop_path.exists()
+        if stopped or record["step"] >= config.train.train_steps:
             return Outcome(reason=record["reason"], step=record["step"])
     return None
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.evaluation import generate, score
 from cascaded_diffusion.evaluation.classifier import LabelledImages
 from cascaded_diffusion.runtime.mesh import build_mesh
@@ -162,6 +163,27 @@ def test_results_are_one_json_object_a_line(clean):
     assert len(lines) == 6
     assert all(isinstance(json.loads(line), dict) for line in lines)
     assert json.loads(folder.best_path.read_text())["step"] == 6
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_a_sweep_over_levels_gives_what_each_level_gives_alone(clean, truncated):
+    mesh = build_mesh(clean["base16"].read_config().mesh)
+    loaded = [score.load_stage(clean[name], 6, mesh) for name in ("base16", "sr32")]
+    stages, params = zip(*loaded, strict=True)
+    cascade = Cascade(
+        stages=stages, samplers=[s.config.sampler for s in stages], truncated=truncated
+    )
+    settings = {"num_samples": 16, "batch_size": 8, "label": "sweep"}
+    levels = (0.1, 0.6)
+    swept = generate.make_level_samplers(cascade, levels, seed=1, mesh=mesh)
+    for level, sampler in zip(levels, swept, strict=True):
+        alone = generate.make_cascade_sampler(cascade, [level], seed=1, mesh=mesh)
+        for a, b in zip(
+            generate.generate(sampler, params, **settings),
+            generate.generate(alone, params, **settings),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_labels_are_balanced():

@@ -102,6 +102,9 @@ def test_what_was_logged_after_the_resumed_step_is_dropped(tmp_path):
         (2, 2 / 3),
         (3, 0.5),
     ]
+    # Interrupted before its first checkpoint, a run begins again at 0.
+    MetricWriter(folder, resume_step=0).close()
+    assert read_lines(folder.metrics_path) == []
 
 
 def test_progress_without_a_terminal_is_plain_lines(capsys):
