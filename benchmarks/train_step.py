@@ -108,7 +108,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--measure_here", f"--config={args.config}"]
             command.append(f"--steps={args.steps}")
             result = subprocess.run(
-                command, env=env, check=True, capture_output=True, text=True, cwd=ROOT
+                command, env=env, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT
             )
             results[name].append(json.loads(result.stdout.splitlines()[-1]))
     best = {
