@@ -37,7 +37,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboard>=2.19"],
+        "test": [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6", "tensorboard>=2.19"],
         # Only for preparing data sets whose TFDS builders need TensorFlow.
         "tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.19"],
         "tpu": ["jax[tpu]>=0.10.2"],
