@@ -13,7 +13,6 @@ benchmarks/results/augmentation.md.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -72,7 +71,7 @@ def main() -> None:
         stage, params = models[name]
         cascade = Cascade(
             stages=[base, stage],
-            samplers=[dataclasses.replace(s.config.sampler) for s in (base, stage)],
+            samplers=[s.config.sampler for s in (base, stage)],
             truncated=truncated,
         )
         rows = []
@@ -114,8 +113,8 @@ def main() -> None:
             *lines,
             "",
             f"Base samples: {sampler.name}, {sampler.num_steps} steps, guidance"
-            f" {sampler.guidance_scale:g}; reference {judge.reference}; same base samples and seeds"
-            " in every row.",
+            f" {sampler.guidance_scale:g}; reference {judge.reference}; the same seeds in every"
+            " row, the same base samples in every row that is not truncated.",
             f"Measured on: {machine.describe()}.",
             "Command: `python benchmarks/augmentation.py --runs=RUN` after `./launch/demo.sh`.",
             "",

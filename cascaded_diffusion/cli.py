@@ -7,6 +7,7 @@ have been found good, so a mistake is answered in a second.
 
 from __future__ import annotations
 
+import ast
 import os
 import pathlib
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 from absl import flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from cascaded_diffusion.errors import UserError
 
@@ -48,58 +49,97 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 
 
 def define_config(flag_values: flags.FlagValues, argv: Sequence[str], help_text: str) -> None:
-    """Adds `--config=FILE.py[:variant]` and its overrides `--config.section.key=value`."""
+    """Adds `--config=FILE.py[:variant]`; see `config_values` for its overrides."""
     config_flags.DEFINE_config_file(
-        "config", None, help_text, flag_values=flag_values, sys_argv=list(argv)
+        "config", None, help_text, flag_values=flag_values, sys_argv=_without_overrides(argv)
     )
 
 
 def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
-    """Parses `argv` strictly.
+    """Parses `argv` strictly, but for the overrides of the config.
 
     Raises:
-      UserError: an unknown flag or config key, a value of the wrong type, a stray
-        argument, a config file that is not there.
+      UserError: an unknown flag, a stray argument, a config file that is not there
+        or cannot be loaded.
     """
     flags.DEFINE_bool("help", False, "show this help", flag_values=flag_values)
-    _check_config_file(argv)
+    config_arg = _config_argument(argv)
     try:
-        rest = flag_values(list(argv), known_only=False)
+        rest = flag_values(_without_overrides(argv))
     except flags.Error as e:
         raise UserError(str(e)) from e
-    except (AttributeError, KeyError) as e:
-        raise UserError(_unknown_key(e, argv)) from e
-    except (TypeError, ValueError) as e:
-        raise UserError(f"--config: {str(e).strip().splitlines()[-1]}") from e
+    except UserError:
+        raise
+    except Exception as e:  # whatever the config file raises while it is loaded
+        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
+        raise UserError(f"--config={config_arg}: cannot be loaded ({reason})") from e
     if flag_values["help"].value:
-        print(f"{usage}\n{flag_values.main_module_help()}{flag_values.get_help()}")
+        print(f"{usage}\n{flag_values.get_help()}")
         sys.exit(0)
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag: flags look like --name=value")
 
 
-def _check_config_file(argv: Sequence[str]) -> None:
+def config_values(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[str, Any]:
+    """The config file's values with the overrides `--config.section.key=value` applied.
+
+    Overrides are read here, not by config_flags: it knows no type for a key whose
+    value is None. Whether keys and types are right is for `config.py` to say.
+    """
+    config = flag_values["config"].value
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: get_config() returned {config!r:.40}, expected a ConfigDict")
+    values = config.to_dict()
+    for arg in argv[1:]:
+        if not _is_override(arg):
+            continue
+        path, equals, text = arg.lstrip("-").partition("=")
+        *sections, name = path.split(".")[1:]
+        if not equals:
+            raise UserError(f"{arg}: expected {arg}=value")
+        node = values
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{arg}: config key {section!r} is not a section")
+        node[name] = _parse_value(text)
+    return values
+
+
+def _parse_value(text: str) -> Any:
+    """A Python literal, `nan`, `inf`, `true` or `false`; any other text is a string."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for read in (ast.literal_eval, float):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, TypeError):
+            continue
+    return text
+
+
+def _is_override(arg: str) -> bool:
+    return arg.startswith(("--config.", "-config."))
+
+
+def _without_overrides(argv: Sequence[str]) -> list[str]:
+    return [argv[0], *(arg for arg in argv[1:] if not _is_override(arg))]
+
+
+def _config_argument(argv: Sequence[str]) -> str | None:
+    """The value of `--config`, whose file is there; None where it was not given."""
     for i, arg in enumerate(argv):
-        name, _, value = arg.lstrip("-").partition("=")
+        name, equals, value = arg.lstrip("-").partition("=")
         if name == "config" and arg.startswith("-"):
-            value = value or (argv[i + 1] if i + 1 < len(argv) else "")
+            if not equals:
+                value = argv[i + 1] if i + 1 < len(argv) else ""
             path = pathlib.Path(value.partition(":")[0])
-            if not path.is_file():
-                folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
+            if not path.is_file() or path.suffix != ".py":
+                folder = path.parent if value and path.parent.is_dir() else pathlib.Path("configs")
                 known = ", ".join(sorted(p.name for p in folder.glob("[a-z]*.py"))) or "none"
-                raise UserError(f"--config={value}: no such file; configs in {folder}: {known}")
-
-
-def _unknown_key(error: Exception, argv: Sequence[str]) -> str:
-    # ml_collections says which name it does not know, and a near one, but not where.
-    lines = str(error).strip("\"'").replace("\\n", "\n").splitlines()
-    name = lines[0].strip("\\'\" ")
-    override = next(
-        (a for a in argv if a.startswith("--config.") and name in a.partition("=")[0].split(".")),
-        f"--config: {name}",
-    )
-    hint = "; " + lines[1].replace('"', "'").replace("Did", "did") if len(lines) > 1 else ""
-    return f"{override}: {name!r} is not a config key{hint}"
+                raise UserError(f"--config={value}: no such .py file; in {folder}: {known}")
+            return value
+    return None
 
 
 def require(flag_values: flags.FlagValues, *names: str) -> None:

@@ -21,8 +21,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ml_collections import ConfigDict
-
 from cascaded_diffusion.errors import UserError
 
 T = TypeVar("T")
@@ -263,8 +261,6 @@ def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
 
 
 def _convert(cls: type[T], values: Any, prefix: str = "") -> T:
-    if isinstance(values, ConfigDict):
-        values = values.to_dict()
     if not isinstance(values, Mapping):
         _fail(prefix.rstrip("."), values, f"a section with the keys of {cls.__name__}")
     hints = typing.get_type_hints(cls)
@@ -292,8 +288,8 @@ def nearest_key(key: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
 
 
-def run_config_from(values: ConfigDict | Mapping[str, Any]) -> RunConfig:
-    """A checked `RunConfig` from a ConfigDict or from parsed JSON.
+def run_config_from(values: Mapping[str, Any]) -> RunConfig:
+    """A checked `RunConfig` from a ConfigDict's plain dicts or from parsed JSON.
 
     Raises:
       UserError: an unknown or missing key, a wrong type, a value that is out of
@@ -323,11 +319,11 @@ def run_config_from(values: ConfigDict | Mapping[str, Any]) -> RunConfig:
             config.eval.aug_level,
             "0.0, since config.stage.augment.name is 'none'",
         )
-    if train.warmup_steps > train.train_steps:
+    if train.warmup_steps >= train.train_steps:
         _fail(
             "train.warmup_steps",
             train.warmup_steps,
-            f"at most config.train.train_steps, which is {train.train_steps}",
+            f"less than config.train.train_steps, which is {train.train_steps}",
         )
     return config
 
@@ -426,7 +422,7 @@ def check_devices(config: RunConfig | CascadeConfig, num_devices: int) -> None:
         _check_batch("cascade.batch_size", config.cascade.batch_size, mesh, num_devices)
 
 
-def cascade_config_from(values: ConfigDict | Mapping[str, Any]) -> CascadeConfig:
+def cascade_config_from(values: Mapping[str, Any]) -> CascadeConfig:
     """A checked `CascadeConfig`. Raises UserError like `run_config_from`."""
     config = _convert(CascadeConfig, values)
     cascade = config.cascade

@@ -21,6 +21,7 @@ from cascaded_diffusion import cli
 from cascaded_diffusion.config import CascadeSection, RunConfig, check_chain, check_devices
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.runtime.samples import load_samples
 
 _POLL_SECS = 5.0
 
@@ -48,8 +49,13 @@ def main(argv: Sequence[str]) -> int:
     folder.check_writable()
     previous_folder = None
     if fv.low_res_run is not None:
-        previous_folder = RunFolder(fv.low_res_run)
+        previous_folder = RunFolder(fv.low_res_run, flag="low_res_run")
         _check_previous(previous_folder, config)
+    stored = None
+    if fv.samples is not None:
+        if fv.follow or fv.low_res_run is not None:
+            raise UserError("--samples scores a file: leave out --follow and --low_res_run")
+        stored = load_samples(fv.samples, config.stage)
 
     jax = cli.set_up_jax()
     from cascaded_diffusion.data.sources import examples, load_source
@@ -73,9 +79,8 @@ def main(argv: Sequence[str]) -> int:
             " images",
             flush=True,
         )
-        if fv.samples is not None:
-            images, labels = score.load_samples(fv.samples, config.stage)
-            record = score.record_for_samples(judge, fv.samples, images, labels)
+        if stored is not None:
+            record = score.record_for_samples(judge, fv.samples, *stored)
             print(json.dumps(record), flush=True)
             return 0
         previous = None
@@ -119,7 +124,10 @@ def _check_previous(folder: RunFolder, config: RunConfig) -> None:
         batch_size=config.eval.batch_size,
         seed=config.eval.seed,
     )
-    check_chain(chain, (below, config.stage))
+    try:
+        check_chain(chain, (below, config.stage))
+    except UserError as e:
+        raise UserError(f"--low_res_run={folder.path}: {e}") from e
     folder.best_step()
 
 

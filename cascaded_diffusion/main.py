@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from cascaded_diffusion import cli
-from cascaded_diffusion.config import check_devices, run_config_from
+from cascaded_diffusion.config import check_devices, check_resume, run_config_from
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
@@ -25,9 +25,11 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("workdir", None, "folder of the run; made if missing", flag_values=fv)
     cli.parse(fv, argv, __doc__)
     cli.require(fv, "config", "workdir")
-    config = run_config_from(fv.config)
+    config = run_config_from(cli.config_values(fv, argv))
     folder = RunFolder(fv.workdir)
     folder.check_writable()
+    if folder.exists():
+        check_resume(folder.read_config(), config, fv.workdir)
 
     jax = cli.set_up_jax()
     from cascaded_diffusion.data.loader import build_stream, iterate
@@ -58,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     if outcome.reason == "early_stop":
         print(
             f"{name}: stopped early at step {outcome.step}, as evaluation asked; to go on all the"
-            f" same, remove {folder.early_stop_path}"
+            " same, run it with a larger --config.eval.patience_evals"
         )
     else:
         print(f"{name}: finished, {outcome.step} steps ({folder.path})")

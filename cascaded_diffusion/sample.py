@@ -6,10 +6,11 @@ reads the runs RUN/<stage> that the config names and writes, below --output
 (default RUN/samples):
 
     samples.npz   arr_0 uint8 [n, H, W, C], arr_1 int64 labels [n] (ADM style)
-    <stage>.npz   the same for every earlier stage (as the next stage saw it)
+    <stage>.npz   the same for every earlier stage (if truncated, still noisy and cut)
     samples.png   per class: real, low-res, enlarged real, base and cascade images
 
-Sample i depends on (seed, i) alone: not on the batch size or the devices.
+Sample i depends on (seed, i) alone: for another batch size or number of devices it
+is the same but for float rounding, at most one grey level in a few pixels.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("output", None, "where to write; default: WORKDIR/samples", flag_values=fv)
     cli.parse(fv, argv, __doc__)
     cli.require(fv, "config", "workdir")
-    config = cascade_config_from(fv.config)
+    config = cascade_config_from(cli.config_values(fv, argv))
     section = config.cascade
     folders = [RunFolder(pathlib.Path(fv.workdir) / name) for name in section.stages]
     run_configs = [folder.read_config() for folder in folders]
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     from cascaded_diffusion.evaluation import generate, score
     from cascaded_diffusion.runtime.mesh import build_mesh
     from cascaded_diffusion.runtime.pictures import save_png
+    from cascaded_diffusion.runtime.samples import save_samples
 
     last = run_configs[-1]
     real = score.LabelledImages(
@@ -83,8 +85,8 @@ def main(argv: Sequence[str]) -> int:
     )
     labels = generate.class_balanced_labels(section.num_samples, stages[0].config.num_classes)
     for name, stage_images in zip(section.stages[:-1], images[:-1], strict=True):
-        score.save_samples(output.path / f"{name}.npz", stage_images, labels)
-    score.save_samples(output.path / "samples.npz", images[-1], labels)
+        save_samples(output.path / f"{name}.npz", stage_images, labels)
+    save_samples(output.path / "samples.npz", images[-1], labels)
 
     picture = score.cascade_picture(
         cascade, params, section.aug_levels, images, labels, real, seed=section.seed, mesh=mesh

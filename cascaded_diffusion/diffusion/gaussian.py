@@ -12,7 +12,6 @@ For s < t, with r = exp(logsnr_t - logsnr_s) <= 1,
     (5)  q(xs | xt, x0) = N(mu, var)
          mu  = r (alpha_s / alpha_t) xt + (1 - r) alpha_s x0
          var = (1 - r) sigma_s^2                     ("small", beta-tilde)
-    (6)  sigma_{t|s}^2 = (1 - r) sigma_t^2           ("large", beta)
 
 Eq. (5) is Ho et al. 2020, eq. (7), written in logsnr. `1 - r` is `-expm1(...)`.
 """

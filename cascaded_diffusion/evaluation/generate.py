@@ -1,7 +1,8 @@
 """Generating a given number of samples, batch by batch, over the mesh.
 
-Sample `i` has label `i mod num_classes` and the key `fold_in(key(seed), i)`, so
-it is the same image for any batch size and number of devices.
+Sample `i` has label `i mod num_classes` and the key `fold_in(key(seed), i)`: its
+noise is the same to the bit for any batch size and number of devices, the image but
+for float rounding.
 """
 
 from __future__ import annotations

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import pathlib
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +15,7 @@ from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
 from cascaded_diffusion.cascade.resize import area_resize
 from cascaded_diffusion.cascade.stage import Stage, build_stage
-from cascaded_diffusion.config import RunConfig, StageConfig
+from cascaded_diffusion.config import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import early_stopping, generate
 from cascaded_diffusion.evaluation.classifier import Classifier, LabelledImages, load_or_train
@@ -58,16 +55,18 @@ class Judge:
         """The extractor's identity; part of every record."""
         return f"classifier:{self.classifier.digest}"
 
-    def scores(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def scores(self, images: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
         """Fréchet distance to the reference, and how many are recognised as their label.
 
         Args:
           images: uint8 [n, H, W, C] at the stage's resolution.
-          labels: int [n].
+          labels: int [n], or None for samples without classes.
         """
         features, predictions = self.classifier(images)
-        distance = frechet_distance(FeatureStatistics.of(features), self.statistics)
-        return {METRIC: distance, ACCURACY: float((predictions == labels).mean())}
+        values = {METRIC: frechet_distance(FeatureStatistics.of(features), self.statistics)}
+        if labels is not None:
+            values[ACCURACY] = float((predictions == labels).mean())
+        return values
 
 
 def build_judge(
@@ -216,7 +215,7 @@ class RunScorer:
             try:
                 values = self._score_source(step, source)
             except (UserError, ValueError) as e:
-                if not (self._folder.checkpoints / str(step)).exists():
+                if step not in checkpoint.finished_steps(self._folder):
                     print(
                         f"{self._config.stage.name} step {step}: gone, the trainer kept newer ones"
                     )
@@ -246,13 +245,14 @@ class RunScorer:
             batch_size=config.eval.batch_size,
             label=f"step {step}, low-res {source}",
         )[-1]
-        values = self._judge.scores(images, labels)
+        values = self._judge.scores(images, labels if config.stage.num_classes else None)
         picture = pictures.grid(images[: _GRID_COLUMNS * _GRID_ROWS], columns=_GRID_COLUMNS)
         kind = source.partition(":")[0]
         pictures.save_png(self._folder.eval / f"step_{step}_{kind}.png", picture, scale=2)
         print(
             f"{config.stage.name} step {step}, low-res {source}: {METRIC} {values[METRIC]:.3f} of"
-            f" {len(images)} samples, {100 * values[ACCURACY]:.1f} % recognised",
+            f" {len(images)} samples"
+            + (f", {100 * values[ACCURACY]:.1f} % recognised" if ACCURACY in values else ""),
             flush=True,
         )
         return values
@@ -295,52 +295,21 @@ class RunScorer:
         return sampler, labels
 
     def _decide(self) -> Mapping[str, Any] | None:
-        """Writes best.json, and EARLY_STOP if patience has run out, from the records."""
+        """best.json, and EARLY_STOP as patience has it, from the committed records."""
         comparable = early_stopping.series(
             read_lines(self._folder.results_path), METRIC, self._measurement(self._primary())
         )
-        best = early_stopping.best_record(comparable)
+        # The trainer keeps the best and the latest: one that it removed before it had
+        # a score cannot be chosen any more.
+        on_disk = set(checkpoint.finished_steps(self._folder))
+        best = early_stopping.best_record([r for r in comparable if r["step"] in on_disk])
         if best is not None:
             write_whole(self._folder.best_path, json.dumps(best, indent=2).encode() + b"\n")
-        if early_stopping.should_stop(comparable, self._config.eval.patience_evals):
-            patience = self._config.eval.patience_evals
-            reason = f"no better {METRIC} in the last {patience} scores\n"
-            write_whole(self._folder.early_stop_path, reason.encode())
+        patience = self._config.eval.patience_evals
+        self._folder.ask_to_stop(
+            patience if early_stopping.should_stop(comparable, patience) else None
+        )
         return best
-
-
-def save_samples(path: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Writes an ADM-style file: `arr_0` uint8 NHWC, `arr_1` int64 labels."""
-    data = io.BytesIO()
-    np.savez(data, arr_0=images, arr_1=labels.astype(np.int64))
-    write_whole(path, data.getvalue())
-
-
-def load_samples(path: str, stage: StageConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Reads an ADM-style file.
-
-    Raises:
-      UserError: it cannot be read, or does not hold images as the stage makes them.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            images, labels = stored["arr_0"], stored["arr_1"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
-        raise UserError(
-            f"--samples={path}: expected an .npz with arr_0 (images) and arr_1 (labels) ({e})"
-        ) from e
-    expected = (stage.resolution, stage.resolution, stage.channels)
-    if images.dtype != np.uint8 or images.shape[1:] != expected or len(images) < 2:
-        raise UserError(
-            f"--samples={path}: arr_0 is {images.dtype} {images.shape}, expected uint8"
-            f" (n, {', '.join(map(str, expected))}) with n of at least 2, as {stage.name!r} makes"
-        )
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(
-            f"--samples={path}: arr_1 is {labels.dtype} {labels.shape}, expected {len(images)}"
-            " integer labels"
-        )
-    return images, labels
 
 
 def record_for_samples(

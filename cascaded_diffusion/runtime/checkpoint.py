@@ -26,6 +26,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
 
 MANIFEST = "manifest.json"
+_NEVER_COMPLETED = f"{MANIFEST} is missing: it was never completed"
 _ITEM = "state"
 
 
@@ -73,7 +74,7 @@ def damage(folder: pathlib.Path) -> str | None:
     """What is wrong with a checkpoint folder, in a few words, or None."""
     path = folder / MANIFEST
     if not path.exists():
-        return f"{MANIFEST} is missing: it was never completed"
+        return _NEVER_COMPLETED
     try:
         expected = json.loads(path.read_text())["sha256"]
     except (ValueError, KeyError, TypeError, OSError):
@@ -201,23 +202,29 @@ class CheckpointWriter:
             step 0 would throw the run away, so that is left to the user.
         """
         steps = self.steps()
+        problems: dict[int, str] = {}
         for step in reversed(steps):
-            path = self._folder.checkpoints / str(step)
-            problem = damage(path)
+            problem = damage(self._folder.checkpoints / str(step))
             if problem is None:
-                stored = self._manager.restore(
-                    step, args=ocp.args.Composite(**{_ITEM: _restore_args(abstract_state)})
-                )[_ITEM]
-                return _from_storable(stored, abstract_state)
-            self._say(f"checkpoint {step} is damaged ({problem}); falling back to the one before")
-            self._set_aside(path)
-        if steps:
-            raise UserError(
-                f"{self._folder.checkpoints}: none of the checkpoints {steps} is intact (moved to"
-                f" {self._damaged_folder()}); restore the folder from a backup, or choose another"
-                " --workdir to start again"
-            )
-        return None
+                break
+            problems[step] = problem
+        else:
+            only_unfinished = len(steps) == 1 and problems[steps[0]] == _NEVER_COMPLETED
+            if steps and not only_unfinished:
+                raise UserError(
+                    f"{self._folder.checkpoints}: none of the checkpoints {steps} is intact"
+                    f" ({steps[-1]}: {problems[steps[-1]]}); restore the folder from a backup, or"
+                    " choose another --workdir to start again"
+                )
+        for bad, problem in problems.items():
+            self._say(f"checkpoint {bad} is damaged ({problem}); falling back to the one before")
+            self._set_aside(self._folder.checkpoints / str(bad))
+        if len(problems) == len(steps):
+            return None  # the very first save was cut off: nothing had been kept yet
+        stored = self._manager.restore(
+            step, args=ocp.args.Composite(**{_ITEM: _restore_args(abstract_state)})
+        )[_ITEM]
+        return _from_storable(stored, abstract_state)
 
     def _damaged_folder(self) -> pathlib.Path:
         return self._folder.path / "checkpoints_damaged"

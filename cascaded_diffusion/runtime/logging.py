@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -73,7 +74,8 @@ class Progress:
         self._line_secs = line_secs
         self._start = self._last_line = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        # A terminal that knows no width would show an empty bar.
+        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0:
             self._bar = tqdm.tqdm(
                 total=total, initial=initial, unit=unit, desc=label, dynamic_ncols=True
             )

@@ -31,9 +31,9 @@ def grid(images: np.ndarray, *, columns: int, gap: int = 1) -> np.ndarray:
 
 
 def enlarge_nearest(images: np.ndarray, resolution: int) -> np.ndarray:
-    """Shows small images [n, h, w, C] as they are, pixel by pixel, at a larger size."""
-    factor = resolution // images.shape[1]
-    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+    """Shows small images [n, h, h, C] as they are, pixel by pixel, at a larger size."""
+    source = np.arange(resolution) * images.shape[1] // resolution
+    return images[:, source][:, :, source]
 
 
 def save_png(path: pathlib.Path, picture: np.ndarray, *, scale: int = 1) -> None:

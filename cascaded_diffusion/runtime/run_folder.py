@@ -138,7 +138,35 @@ class RunFolder:
         """The record of the checkpoint that evaluation chose, if it has."""
         if not self.best_path.exists():
             return None
-        return json.loads(self.best_path.read_text())
+        try:
+            record = json.loads(self.best_path.read_text())
+            return record if record["step"] >= 0 else None
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(
+                f"{self.best_path}: not a record of evaluation; remove it and run"
+                f" `python -m cascaded_diffusion.evaluate --workdir={self.path}`"
+            ) from e
+
+    def ask_to_stop(self, patience_evals: int | None) -> None:
+        """Writes EARLY_STOP, saying with which patience; removes it for None."""
+        if patience_evals is None:
+            self.early_stop_path.unlink(missing_ok=True)
+        else:
+            record = {"patience_evals": patience_evals}
+            write_whole(self.early_stop_path, json.dumps(record).encode() + b"\n")
+
+    def asked_to_stop(self, patience_evals: int) -> bool:
+        """Whether EARLY_STOP holds for a run with this patience.
+
+        A run that goes on with more patience than the file speaks of goes on.
+        """
+        try:
+            record = json.loads(self.early_stop_path.read_text())
+            return record["patience_evals"] >= patience_evals
+        except FileNotFoundError:
+            return False
+        except (ValueError, KeyError, TypeError):
+            return True  # somebody's own file: its being there says enough
 
     def best_step(self) -> int:
         """The step that evaluation chose.

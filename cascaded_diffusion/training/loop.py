@@ -131,10 +131,14 @@ def _prepare_folder(folder: RunFolder, config: RunConfig) -> None:
 def _finished(folder: RunFolder, config: RunConfig) -> Outcome | None:
     """The outcome of a run that has nothing left to do."""
     if folder.complete_path.exists():
-        record = json.loads(folder.complete_path.read_text())
-        stopped = record["reason"] == "early_stop" and folder.early_stop_path.exists()
-        if stopped or record["step"] >= config.train.train_steps:
-            return Outcome(reason=record["reason"], step=record["step"])
+        try:
+            record = json.loads(folder.complete_path.read_text())
+            reason, step = record["reason"], int(record["step"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{folder.complete_path}: not what a trainer writes; remove it") from e
+        stopped = reason == "early_stop" and folder.asked_to_stop(config.eval.patience_evals)
+        if stopped or step >= config.train.train_steps:
+            return Outcome(reason=reason, step=step)
     return None
 
 
@@ -171,7 +175,11 @@ def train(
             folder.complete_path.unlink(missing_ok=True)
         checkpoints = CheckpointWriter(folder, config.checkpoint)
         try:
-            outcome = _train(config, folder, data_from, image_shape, grid_examples, checkpoints)
+            # From here on a signal is only noted: a step is taken, saved, and that is all.
+            with _StopRequest() as stop:
+                outcome = _train(
+                    config, folder, data_from, image_shape, grid_examples, checkpoints, stop
+                )
         finally:
             checkpoints.close()
         if outcome.reason != "preempted" and is_first_process:
@@ -188,6 +196,7 @@ def _train(
     image_shape: tuple[int, int, int],
     grid_examples: Records,
     checkpoints: CheckpointWriter,
+    stop: _StopRequest,
 ) -> Outcome:
     train_config, total = config.train, config.train.train_steps
     mesh = mesh_lib.build_mesh(config.mesh)
@@ -238,9 +247,9 @@ def _train(
                 data_wait=f"{100 * speed['data_wait_fraction']:.0f} %",
             )
 
-    with _StopRequest() as stop, contextlib.closing(progress):
+    with contextlib.closing(progress):
         while step < total:
-            if folder.early_stop_path.exists():
+            if folder.asked_to_stop(config.eval.patience_evals):
                 reason = "early_stop"
                 break
             waited = time.monotonic()

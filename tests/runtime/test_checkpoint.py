@@ -139,8 +139,21 @@ def test_a_stray_folder_is_not_the_latest(saved):
 def test_without_an_intact_checkpoint_the_run_does_not_begin_again(saved):
     for step in (1, 2, 3):
         DAMAGE["flipped bit"](saved.checkpoints / str(step))
-    with pytest.raises(UserError, match=r"none of the checkpoints \[1, 2, 3\] is intact"):
-        _restore(saved)
+    for _ in range(2):  # also when asked again
+        with pytest.raises(UserError, match=r"none of the checkpoints \[1, 2, 3\] is intact"):
+            _restore(saved)
+        assert checkpoint.finished_steps(saved) == [1, 2, 3]
+
+
+def test_a_first_save_that_was_cut_off_is_no_damage(tmp_path):
+    folder = RunFolder(tmp_path)
+    _save(folder, [1]).close()
+    (folder.checkpoints / "1" / "manifest.json").unlink()
+    restored, said = _restore(folder)
+    assert restored is None
+    assert "checkpoint 1 is damaged (manifest.json is missing" in said[0]
+    _save(folder, [1]).close()
+    assert _restore(folder)[0]["step"] == 1
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path):
