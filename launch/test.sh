@@ -8,4 +8,5 @@ source launch/environment.sh
 ensure_environment test
 run ruff check .
 run ruff format --check .
-run python -m pytest -n 2 "$@"
+# worksteal: the slow tests stand side by side in the files.
+run python -m pytest -n 2 --dist worksteal "$@"

@@ -216,11 +216,14 @@ class CheckpointWriter:
                     f" ({steps[-1]}: {problems[steps[-1]]}); restore the folder from a backup, or"
                     " choose another --workdir to start again"
                 )
+        intact = len(problems) < len(steps)
         for bad, problem in problems.items():
-            self._say(f"checkpoint {bad} is damaged ({problem}); falling back to the one before")
+            # With none intact, the very first save was cut off: nothing was kept yet.
+            remedy = "falling back to the one before" if intact else "starting at step 0"
+            self._say(f"checkpoint {bad} is damaged ({problem}); {remedy}")
             self._set_aside(self._folder.checkpoints / str(bad))
-        if len(problems) == len(steps):
-            return None  # the very first save was cut off: nothing had been kept yet
+        if not intact:
+            return None
         stored = self._manager.restore(
             step, args=ocp.args.Composite(**{_ITEM: _restore_args(abstract_state)})
         )[_ITEM]

@@ -278,7 +278,7 @@ def _train(
                         grid = sample_grid(state.ema_params)
                         if writer is not None:
                             writer.write_image(step, "ema_samples", grid)
-            if stopping:
+            if stopping and step < total:
                 reason = "preempted"
                 break
         if pending is not None:
@@ -319,17 +319,11 @@ class _Clock:
     def data_waited(self, seconds: float) -> None:
         self._waited += seconds
 
-    def pause(self) -> Any:
-        clock = self
-
-        class _Pause:
-            def __enter__(self) -> None:
-                self._began = time.monotonic()
-
-            def __exit__(self, *exc: object) -> None:
-                clock._start += time.monotonic() - self._began
-
-        return _Pause()
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._start += time.monotonic() - began
 
     def read(self) -> dict[str, float]:
         elapsed = max(time.monotonic() - self._start, 1e-9)
