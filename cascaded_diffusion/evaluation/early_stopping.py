@@ -45,9 +45,20 @@ def best_record(comparable: Sequence[Record]) -> Record | None:
 
 
 def should_stop(comparable: Sequence[Record], patience_evals: int) -> bool:
-    """Whether the last `patience_evals` scores all failed to better the one before them."""
-    best = best_record(comparable)
-    if best is None:
-        return len(comparable) > patience_evals
-    since_best = [r for r in comparable if r["step"] > best["step"]]
-    return len(since_best) >= patience_evals
+    """Whether there was ever a run of `patience_evals` scores that bettered nothing.
+
+    Ever, not just at the end: once asked, a stop is not taken back by a score that
+    comes in later, such as that of the checkpoint with which the trainer stopped.
+    """
+    lowest, without_better = math.inf, 0
+    for record in comparable:
+        value = record["value"]
+        if value is not None and value < lowest:
+            lowest, without_better = value, 0
+        else:
+            without_better += 1
+        if without_better >= patience_evals and (
+            lowest < math.inf or without_better > patience_evals
+        ):
+            return True
+    return False

@@ -306,9 +306,8 @@ class RunScorer:
         if best is not None:
             write_whole(self._folder.best_path, json.dumps(best, indent=2).encode() + b"\n")
         patience = self._config.eval.patience_evals
-        self._folder.ask_to_stop(
-            patience if early_stopping.should_stop(comparable, patience) else None
-        )
+        if early_stopping.should_stop(comparable, patience):
+            self._folder.ask_to_stop(patience)
         return best
 
 

@@ -147,13 +147,10 @@ class RunFolder:
                 f" `python -m cascaded_diffusion.evaluate --workdir={self.path}`"
             ) from e
 
-    def ask_to_stop(self, patience_evals: int | None) -> None:
-        """Writes EARLY_STOP, saying with which patience; removes it for None."""
-        if patience_evals is None:
-            self.early_stop_path.unlink(missing_ok=True)
-        else:
-            record = {"patience_evals": patience_evals}
-            write_whole(self.early_stop_path, json.dumps(record).encode() + b"\n")
+    def ask_to_stop(self, patience_evals: int) -> None:
+        """Writes EARLY_STOP, saying which patience ran out."""
+        record = {"patience_evals": patience_evals}
+        write_whole(self.early_stop_path, json.dumps(record).encode() + b"\n")
 
     def asked_to_stop(self, patience_evals: int) -> bool:
         """Whether EARLY_STOP holds for a run with this patience.

@@ -31,6 +31,7 @@ def _series(values):
         ([5.0, 3.0, 4.0], 10, False),
         ([5.0, 3.0, 4.0, 3.5], 10, True),
         ([5.0, 3.0, 4.0, 2.0], 30, False),
+        ([5.0, 3.0, 4.0, 3.5, 2.0], 40, True),  # a stop is not taken back
         ([5.0, 3.0, 3.0], 10, False),  # the earliest of equals
         ([5.0, 3.0, None, None], 10, True),
         ([5.0, float("nan"), 4.0], 20, False),

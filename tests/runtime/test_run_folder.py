@@ -117,6 +117,26 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
     assert lines[1].startswith("sr32: 10/10 steps")
 
 
+def test_an_early_stop_yields_to_more_patience(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert not folder.asked_to_stop(3)
+    folder.ask_to_stop(3)
+    assert folder.asked_to_stop(2)
+    assert folder.asked_to_stop(3)
+    assert not folder.asked_to_stop(4)
+    folder.early_stop_path.write_text("enough\n")  # a user's own
+    assert folder.asked_to_stop(99)
+
+
+def test_a_broken_best_json_is_named(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.eval.mkdir()
+    for text in ("{}", "{", "[]"):
+        folder.best_path.write_text(text)
+        with pytest.raises(UserError, match="best.json: not a record of evaluation"):
+            folder.best_step()
+
+
 def test_grid_puts_images_in_reading_order(tmp_path):
     images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
     picture = pictures.grid(images, columns=4, gap=1)
