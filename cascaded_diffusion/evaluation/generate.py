@@ -28,7 +28,11 @@ BatchSampler = Callable[[Sequence[Params], np.ndarray], Sequence[jax.Array]]
 
 def class_balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
     """int32 [num_samples]: 0, 1, ..., K-1, 0, 1, ... All 0 where there are no classes."""
-    return (np.arange(num_samples) % max(1, num_classes)).astype(np.int32)
+    return _labels_of(np.arange(num_samples), num_classes)
+
+
+def _labels_of(indices: np.ndarray, num_classes: int) -> np.ndarray:
+    return (indices % max(1, num_classes)).astype(np.int32)
 
 
 def generate(
@@ -115,7 +119,7 @@ def _make_cascade_sampler(
     place = _make_placer(mesh)
 
     def sample_batch(params: Sequence[Params], indices: np.ndarray) -> list[jax.Array]:
-        labels = (indices % num_classes).astype(np.int32) if num_classes else None
+        labels = _labels_of(indices, num_classes) if num_classes else None
         keys = keys_for(key, place(indices))
         batch = tuple(indices.tolist())
         given = () if kept is None else kept.get(batch, ())
