@@ -14,6 +14,7 @@ CORE = [
     # tensorflow-datasets needs it and does not say so.
     "importlib_resources",
     "jax>=0.10.2",
+    "matplotlib>=3.11",
     "ml_collections>=1.1.0",
     "numpy>=2.0",
     "optax>=0.2.8",

@@ -39,7 +39,7 @@ def measure_here(config_path: str, steps: int) -> dict[str, float]:
     import numpy as np
 
     from cascaded_diffusion.cascade.stage import build_stage
-    from cascaded_diffusion.config import run_config_from
+    from cascaded_diffusion.config_checks import run_config_from
     from cascaded_diffusion.runtime import mesh as mesh_lib
     from cascaded_diffusion.training import step as step_lib
 

@@ -17,9 +17,9 @@ _HOMES = {
     "RunFolder": "runtime.run_folder",
     "Stage": "cascade.stage",
     "UserError": "errors",
-    "build_stage": "cascade.stage",
-    "cascade_config_from": "config",
-    "run_config_from": "config",
+    "build_stage": "cascade.build",
+    "cascade_config_from": "config_checks",
+    "run_config_from": "config_checks",
 }
 
 __all__ = sorted(_HOMES)

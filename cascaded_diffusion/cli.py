@@ -8,6 +8,7 @@ have been found good, so a mistake is answered in a second.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import os
 import pathlib
 import sys
@@ -18,7 +19,10 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from cascaded_diffusion.config import CascadeConfig, StageConfig, to_dict
+from cascaded_diffusion.config_checks import cascade_config_from, check_chain
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.run_folder import CascadeFolder
 
 EXIT_BAD_INPUT = 2
 # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on.
@@ -89,7 +93,14 @@ def config_values(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[st
     config = flag_values["config"].value
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: get_config() returned {config!r:.40}, expected a ConfigDict")
-    values = config.to_dict()
+    return with_overrides(config.to_dict(), argv)
+
+
+def with_overrides(values: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """`values`, nested, with the overrides of the command line applied in place.
+
+    A number in a path counts in a tuple: `--config.cascade.samplers.0.num_steps=50`.
+    """
     for arg in argv[1:]:
         if not _is_override(arg):
             continue
@@ -97,13 +108,27 @@ def config_values(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[st
         *sections, name = path.split(".")[1:]
         if not equals:
             raise UserError(f"{arg}: expected {arg}=value")
-        node = values
+        node: Any = values
         for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise UserError(f"{arg}: config key {section!r} is not a section")
+            node = _entered(node, section, arg)
+        if not isinstance(node, dict):
+            raise UserError(f"{arg}: {sections[-1]!r} has no keys by name; give it as a whole")
         node[name] = _parse_value(text)
     return values
+
+
+def _entered(node: Any, section: str, arg: str) -> Any:
+    """The section of `node`, made if missing; tuples become lists that can be changed."""
+    if isinstance(node, list):
+        if not section.isdecimal() or int(section) >= len(node):
+            raise UserError(f"{arg}: expected a number below {len(node)} for {section!r}")
+        return node[int(section)]
+    if isinstance(node.get(section), tuple):
+        node[section] = list(node[section])
+    child = node.setdefault(section, {})
+    if not isinstance(child, (dict, list)):
+        raise UserError(f"{arg}: config key {section!r} is not a section")
+    return child
 
 
 def _parse_value(text: str) -> Any:
@@ -124,6 +149,24 @@ def _is_override(arg: str) -> bool:
 
 def _without_overrides(argv: Sequence[str]) -> list[str]:
     return [argv[0], *(arg for arg in argv[1:] if not _is_override(arg))]
+
+
+def config_path(argv: Sequence[str]) -> str:
+    """The path of the config file, without its variant."""
+    return (_config_argument(argv) or "").partition(":")[0]
+
+
+def load_config_file(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """The values of another config file, `name.py` or `name.py:variant`, in `folder`.
+
+    Raises:
+      UserError: it is not there or cannot be loaded.
+    """
+    fv = flags.FlagValues()
+    argv = ["plan", f"--config={folder / name}"]
+    define_config(fv, argv, "")
+    parse(fv, argv, "")
+    return config_values(fv, argv)
 
 
 def _config_argument(argv: Sequence[str]) -> str | None:
@@ -176,3 +219,40 @@ def set_up_jax() -> Any:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return jax
+
+
+def cascade_config(
+    flag_values: flags.FlagValues, argv: Sequence[str], runs: CascadeFolder
+) -> CascadeConfig:
+    """The cascade of `--config`, or without it the one that a sweep wrote to the folder.
+
+    Raises:
+      UserError: neither is there, or it is not a cascade's.
+    """
+    if flag_values["config"].value is not None:
+        return cascade_config_from(config_values(flag_values, argv))
+    if not runs.cascade_path.exists():
+        raise UserError(
+            f"--config is missing: {flag_values['config'].help}; there is no {runs.cascade_path},"
+            " as `evaluate --sweep --write_best` writes it, to be used without"
+        )
+    values = with_overrides(runs.read_cascade(), argv)
+    try:
+        return cascade_config_from(values)
+    except UserError as e:
+        raise UserError(f"{runs.cascade_path}: {e}") from e
+
+
+def check_cascade(config: CascadeConfig, num_stages: int, stages: Sequence[StageConfig]) -> None:
+    """Checks the first stages of a cascade as a cascade of their own."""
+    section = config.cascade
+    first = dataclasses.replace(
+        section,
+        stages=section.stages[:num_stages],
+        configs=section.configs[:num_stages],
+        samplers=section.samplers[:num_stages],
+        aug_levels=section.aug_levels[: num_stages - 1],
+        truncated=section.truncated and any(s.has_level for s in stages[:num_stages]),
+    )
+    values = to_dict(dataclasses.replace(config, cascade=first))
+    check_chain(cascade_config_from(values).cascade, stages)

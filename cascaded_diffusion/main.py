@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from cascaded_diffusion import cli
-from cascaded_diffusion.config import check_devices, check_resume, run_config_from
+from cascaded_diffusion.config_checks import check_devices, check_resume, run_config_from
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 

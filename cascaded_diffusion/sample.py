@@ -2,7 +2,8 @@
 
     python -m cascaded_diffusion.sample --config=configs/mnist_cascade32.py --workdir=RUN
 
-reads the runs RUN/<stage> that the config names and writes, below --output
+reads the runs RUN/<stage> that the config names (without --config: the cascade that
+`evaluate --sweep --write_best` left in RUN/cascade.json) and writes, below --output
 (default RUN/samples):
 
     samples.npz   arr_0 uint8 [n, H, W, C], arr_1 int64 labels [n] (ADM style)
@@ -15,15 +16,13 @@ is the same but for float rounding, at most one grey level in a few pixels.
 
 from __future__ import annotations
 
-import dataclasses
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
 
 from cascaded_diffusion import cli
-from cascaded_diffusion.config import cascade_config_from, check_chain, check_devices
-from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.config_checks import check_chain, check_devices
+from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,46 +32,39 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("workdir", None, "folder that holds the stages' runs", flag_values=fv)
     flags.DEFINE_string("output", None, "where to write; default: WORKDIR/samples", flag_values=fv)
     cli.parse(fv, argv, __doc__)
-    cli.require(fv, "config", "workdir")
-    config = cascade_config_from(cli.config_values(fv, argv))
+    cli.require(fv, "workdir")
+    runs = CascadeFolder(fv.workdir)
+    config = cli.cascade_config(fv, argv, runs)
     section = config.cascade
-    folders = [RunFolder(pathlib.Path(fv.workdir) / name) for name in section.stages]
+    folders = runs.stage_folders(section)
     run_configs = [folder.read_config() for folder in folders]
     check_chain(section, [c.stage for c in run_configs])
-    steps = [folder.best_step() for folder in folders]
-    output = RunFolder(fv.output or pathlib.Path(fv.workdir) / "samples", flag="output")
+    for folder in folders:
+        folder.chosen()
+    output = RunFolder(fv.output or runs.path / "samples", flag="output")
     output.check_writable()
 
     jax = cli.set_up_jax()
     from cascaded_diffusion.cascade.cascade import Cascade
     from cascaded_diffusion.data.sources import load_source, spread_examples
-    from cascaded_diffusion.evaluation import generate, score
+    from cascaded_diffusion.evaluation import generate
+    from cascaded_diffusion.evaluation.cascade_picture import cascade_picture
+    from cascaded_diffusion.evaluation.judge import labelled
+    from cascaded_diffusion.evaluation.trained import load_trained
     from cascaded_diffusion.runtime.mesh import build_mesh
     from cascaded_diffusion.runtime.pictures import save_png
     from cascaded_diffusion.runtime.samples import save_samples
 
     last = run_configs[-1]
-    real = score.LabelledImages(
-        *spread_examples(
-            load_source(last.data, last.data.eval_split, last.stage), rows=2, columns=10
-        ).values()
-    )
+    held_out = load_source(last.data, last.data.eval_split, last.stage)
+    real = labelled(spread_examples(held_out, rows=2, columns=10))
     check_devices(config, jax.device_count())
     mesh = build_mesh(config.mesh)
-    for folder, step in zip(folders, steps, strict=True):
-        print(f"{folder.path.name}: checkpoint {step}", flush=True)
-    stages, params = zip(
-        *(score.load_stage(f, s, mesh) for f, s in zip(folders, steps, strict=True)), strict=True
-    )
-    samplers = [
-        dataclasses.replace(
-            stage.config.sampler, name=name, num_steps=num_steps, guidance_scale=scale
-        )
-        for stage, name, num_steps, scale in zip(
-            stages, section.samplers, section.num_steps, section.guidance_scales, strict=True
-        )
-    ]
-    cascade = Cascade(stages=stages, samplers=samplers, truncated=section.truncated)
+    trained = [load_trained(folder, mesh) for folder in folders]
+    for t in trained:
+        print(f"{t.identity}", flush=True)
+    stages, params = [t.stage for t in trained], [t.params for t in trained]
+    cascade = Cascade(stages=stages, samplers=section.samplers, truncated=section.truncated)
     sampler = generate.make_cascade_sampler(
         cascade, section.aug_levels, seed=section.seed, mesh=mesh
     )
@@ -88,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         save_samples(output.path / f"{name}.npz", stage_images, labels)
     save_samples(output.path / "samples.npz", images[-1], labels)
 
-    picture = score.cascade_picture(
+    picture = cascade_picture(
         cascade, params, section.aug_levels, images, labels, real, seed=section.seed, mesh=mesh
     )
     save_png(output.path / "samples.png", picture)

@@ -57,13 +57,14 @@ class Prediction:
     Attributes:
       x0: [B, H, W, C] the predicted clean image.
       eps: [B, H, W, C] the predicted noise, consistent with `x0` and `xt`.
-      logvar: [B, H, W, C] log-variance of the reverse step, or None where the
-        variance is fixed.
+      variance_fraction: [B, H, W, C] where the variance of the reverse step lies
+        between the small (0) and the large one (1), logarithmically; None where
+        it is not learned. A fraction fits steps of any length, a variance would not.
     """
 
     x0: jax.Array
     eps: jax.Array
-    logvar: jax.Array | None = None
+    variance_fraction: jax.Array | None = None
 
 
 # t [...] in [0, 1] -> logsnr [...], decreasing in t.

@@ -30,30 +30,44 @@ def get_config(variant: str | None = None) -> ConfigDict:
         resolution=16,
         channels=1,
         num_classes=10,
-        low_res_resolution=None,
         network=dict(
             name="unet",
             channels=channels,
             channel_mults=(1, 2),
-            num_res_blocks=1,
+            num_res_blocks=(1, 1),
             attention_resolutions=(),  # the middle block attends in any case
             num_heads=4,
             dropout_rate=0.0,
             patch_size=2,  # feature maps of 8 and 4 px: what two cores can afford
             resample="conv",
+            scale_shift=True,
+            scale_skips=False,
+            noise_input="cosine_time",
             upsample="bilinear",
             dtype="float32",
         ),
+        schedule=dict(
+            name="cosine", num_timesteps=None, noise_levels="continuous", cosine_offset=0.008
+        ),
         diffusion=dict(
-            schedule="cosine",
-            num_timesteps=None,
             # For so short a training better than "v": a small network need not carry
             # the noise through to its output.
             parameterization="x0",
+            variance="fixed",
+            loss="simple",
+            weighting="none",
             label_dropout_prob=0.15,
         ),
-        augment=dict(name="none", schedule="cosine", num_timesteps=None),
-        sampler=dict(name="ddim", num_steps=10, guidance_scale=1.5, clip=True),
+        augment=dict(name="none"),
+        sampler=dict(
+            name="ddim",
+            num_steps=10,
+            grid="uniform",
+            eta=0.0,
+            guidance_scale=1.5,
+            guidance_interval=(0.0, 1.0),
+            threshold="static",
+        ),
     )
     config.data = dict(
         name="mnist",
@@ -73,7 +87,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         warmup_steps=train_steps // 10,
         adam_b2=0.99,
         grad_clip_norm=1.0,
-        ema_decay=0.995,
+        ema_decays=(0.995,),
         log_every_steps=max(1, train_steps // 40),
         sample_every_steps=train_steps // 2,
     )
@@ -83,6 +97,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         batch_size=min(200, num_samples),
         seed=0,
         aug_level=0.0,
+        ema_decays=(0.995,),
         patience_evals=5,
     )
     config.mesh = dict(data=-1, fsdp=1)

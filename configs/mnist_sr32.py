@@ -20,6 +20,9 @@ _VARIANTS = {
     "smoke": (16, 30, 16, 40, "gaussian"),
 }
 
+# Of this stage and of base16, whose images are its input.
+_COSINE = dict(name="cosine", num_timesteps=None, noise_levels="continuous", cosine_offset=0.008)
+
 
 def get_config(variant: str | None = None) -> ConfigDict:
     if variant not in _VARIANTS:
@@ -37,25 +40,42 @@ def get_config(variant: str | None = None) -> ConfigDict:
             name="unet",
             channels=channels,
             channel_mults=(1, 2),
-            num_res_blocks=1,
+            num_res_blocks=(1, 1),
             attention_resolutions=(),
             num_heads=4,
             dropout_rate=0.0,
             patch_size=4,  # feature maps of 8 and 4 px: what two cores can afford
             resample="conv",
+            scale_shift=True,
+            scale_skips=False,
+            noise_input="cosine_time",
             upsample="bilinear",
             dtype="float32",
         ),
+        schedule=_COSINE,
         diffusion=dict(
-            schedule="cosine",
-            num_timesteps=None,
             # With 4 x 4 patches, predicting v would make the network carry 16
             # noise values per position through to its output.
             parameterization="x0",
+            variance="fixed",
+            loss="simple",
+            weighting="none",
             label_dropout_prob=0.1,
         ),
-        augment=dict(name=augmentation, schedule="cosine", num_timesteps=None),
-        sampler=dict(name="ddim", num_steps=8, guidance_scale=1.0, clip=True),
+        augment=dict(
+            name=augmentation,
+            max_level=1.0 if augmentation == "gaussian" else None,
+        ),
+        low_res_schedule=_COSINE if augmentation == "gaussian" else None,
+        sampler=dict(
+            name="ddim",
+            num_steps=8,
+            grid="uniform",
+            eta=0.0,
+            guidance_scale=1.0,
+            guidance_interval=(0.0, 1.0),
+            threshold="static",
+        ),
     )
     config.data = dict(
         name="mnist",
@@ -75,7 +95,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         warmup_steps=train_steps // 10,
         adam_b2=0.99,
         grad_clip_norm=1.0,
-        ema_decay=0.995,
+        ema_decays=(0.995,),
         log_every_steps=max(1, train_steps // 40),
         sample_every_steps=train_steps // 2,
     )
@@ -85,6 +105,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         batch_size=min(200, num_samples),
         seed=0,
         aug_level=0.1 if augmentation == "gaussian" else 0.0,
+        ema_decays=(0.995,),
         patience_evals=5,
     )
     config.mesh = dict(data=-1, fsdp=1)

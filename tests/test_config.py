@@ -8,14 +8,14 @@ import sys
 import pytest
 from absl import flags
 
-from cascaded_diffusion import cli, evaluate, main, sample
-from cascaded_diffusion.config import (
+from cascaded_diffusion import cli, evaluate, main, plan, sample
+from cascaded_diffusion.config import to_dict
+from cascaded_diffusion.config_checks import (
     cascade_config_from,
     check_chain,
     check_devices,
     check_resume,
     run_config_from,
-    to_dict,
 )
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder
@@ -45,6 +45,19 @@ def test_the_shipped_cascade_chains():
         stages = [run_config_from(config_values(n)).stage for n in ("mnist_base16", "mnist_sr32")]
         check_chain(config.cascade, stages)
 
+
+_DISCRETE = {"stage.schedule.num_timesteps": 20, "stage.schedule.noise_levels": "discrete"}
+_ANCESTRAL = {"stage.sampler.name": "ancestral", "stage.sampler.eta": None}
+
+_BLUR = {
+    "stage.augment.name": "blur",
+    "stage.augment.max_level": None,
+    "stage.augment.blur_kernel_size": 3,
+    "stage.augment.blur_sigmas": (0.4, 0.6),
+    "stage.augment.blur_prob": 0.5,
+    "stage.low_res_schedule": None,
+    "eval.aug_level": 0.0,
+}
 
 BAD_RUNS = [
     (
@@ -84,9 +97,15 @@ BAD_RUNS = [
         "config.train.warmup_steps = 31: expected less than config.train.train_steps, which is 30",
     ),
     (
-        {"train.ema_decay": 1.0},
-        "config.train.ema_decay = 1.0: expected a value from 0.0 to 0.999999",
+        {"train.ema_decays": (0.9, 1.0)},
+        "config.train.ema_decays[1] = 1.0: expected a value from 0.0 to 0.999999",
     ),
+    ({"train.ema_decays": ()}, "config.train.ema_decays = (): expected at least one decay"),
+    (
+        {"eval.ema_decays": (0.9,)},
+        "config.eval.ema_decays = (0.9,): expected at least one, each of config.train.ema_decays,",
+    ),
+    ({"eval.ema_decays": ()}, "config.eval.ema_decays = (): expected at least one, each of"),
     ({"train.grad_clip_norm": 0.0}, "config.train.grad_clip_norm = 0.0: expected a value above 0"),
     ({"train.seed": -1}, "config.train.seed = -1: expected a value of at least 0"),
     ({"stage.kind": "sr"}, "config.stage.kind = 'sr': expected one of 'base', 'super_resolution'"),
@@ -94,7 +113,10 @@ BAD_RUNS = [
     ({"stage.resolution": 15}, "config.stage.resolution = 15: expected a multiple of 4"),
     ({"stage.network.patch_size": 3}, "config.stage.resolution = 16: expected a multiple of 6"),
     (
-        {"stage.network.channel_mults": (1, 2, 2, 2, 2)},
+        {
+            "stage.network.channel_mults": (1, 2, 2, 2, 2),
+            "stage.network.num_res_blocks": (1,) * 5,
+        },
         "config.stage.resolution = 16: expected a multiple of 32",
     ),
     (
@@ -137,14 +159,110 @@ BAD_RUNS = [
         "config.stage.sampler.guidance_scale = 1.5: expected 1.0 (no guidance)",
     ),
     (
-        {"stage.diffusion.num_timesteps": 0},
-        "config.stage.diffusion.num_timesteps = 0: expected a value of at least 1",
+        {"stage.schedule.num_timesteps": 0},
+        "config.stage.schedule.num_timesteps = 0: expected a value of at least 2",
     ),
     (
-        {"stage.diffusion.num_timesteps": 1.5},
-        "config.stage.diffusion.num_timesteps = 1.5: expected an integer or None",
+        {"stage.schedule.num_timesteps": 1.5},
+        "config.stage.schedule.num_timesteps = 1.5: expected an integer or None",
     ),
-    ({"stage.sampler.clip": 1}, "config.stage.sampler.clip = 1: expected True or False"),
+    (
+        {"stage.schedule.noise_levels": "discrete"},
+        "config.stage.schedule.noise_levels = 'discrete': expected 'continuous', since",
+    ),
+    (
+        {"stage.schedule.name": "linear"},
+        "config.stage.schedule.cosine_offset = 0.008: expected None, since"
+        " config.stage.schedule.name is 'linear', not 'cosine'",
+    ),
+    (
+        {"stage.schedule.cosine_offset": None},
+        "config.stage.schedule.cosine_offset = None: expected a value, since",
+    ),
+    (
+        {
+            "stage.schedule.name": "linear",
+            "stage.schedule.cosine_offset": None,
+            "stage.schedule.linear_betas": (0.02, 0.01),
+        },
+        "config.stage.schedule.linear_betas = (0.02, 0.01): expected two values, the lower one",
+    ),
+    (
+        {"stage.schedule": None},
+        "config.stage.schedule = None: expected a section with the keys of ScheduleConfig",
+    ),
+    (
+        {"stage.network.scale_skips": 1},
+        "config.stage.network.scale_skips = 1: expected True or False",
+    ),
+    (
+        {"stage.network.num_res_blocks": (1, 1, 1)},
+        "config.stage.network.num_res_blocks = (1, 1, 1): expected 2 values, one per level",
+    ),
+    (
+        {"stage.network.name": "efficient_unet"},
+        "config.stage.network.patch_size = 2: expected 1, since config.stage.network.name is",
+    ),
+    (
+        {"stage.augment.name": "blur"},
+        "config.stage.augment.name = 'blur': expected 'none': a stage of config.stage.kind 'base'"
+        " has no low-res input to damage",
+    ),
+    (
+        {"stage.diffusion.variance": "learned"},
+        "config.stage.diffusion.loss = 'simple': expected 'hybrid' or 'vlb', since",
+    ),
+    (
+        {"stage.diffusion.loss": "vlb"},
+        "config.stage.diffusion.loss = 'vlb': expected 'simple', since the bound is over the steps",
+    ),
+    (
+        {"stage.diffusion.loss": "hybrid"},
+        "config.stage.diffusion.vlb_weight = None: expected a value, since",
+    ),
+    (
+        {
+            **_DISCRETE,
+            "stage.diffusion.loss": "vlb",
+            "stage.diffusion.weighting": "min_snr",
+        },
+        "config.stage.diffusion.weighting = 'min_snr': expected 'none', since",
+    ),
+    (
+        {"stage.sampler.variance": "learned"},
+        "config.stage.sampler.variance = 'learned': expected None, or config.stage.sampler.name ="
+        " 'ancestral': 'ddim' draws no noise of a learned variance",
+    ),
+    (
+        {**_ANCESTRAL, "stage.sampler.variance": "learned"},
+        "config.stage.sampler.variance = 'learned': expected 'small', 'large' or 'interpolated':",
+    ),
+    (
+        {**_ANCESTRAL, "stage.sampler.variance": None},
+        "config.stage.sampler.variance = None: expected a value, since",
+    ),
+    (
+        {**_ANCESTRAL, "stage.sampler.variance": "interpolated"},
+        "config.stage.sampler.variance_interpolation = None: expected a value, since",
+    ),
+    ({"stage.sampler.eta": None}, "config.stage.sampler.eta = None: expected a value, since"),
+    (
+        {"stage.sampler.name": "heun"},
+        "config.stage.sampler.eta = 0.0: expected None, since config.stage.sampler.name is 'heun'",
+    ),
+    (
+        {"stage.sampler.threshold": "dynamic"},
+        "config.stage.sampler.threshold_percentile = None: expected a value, since",
+    ),
+    (
+        {"stage.sampler.guidance_interval": (0.5,)},
+        "config.stage.sampler.guidance_interval = (0.5,): expected two values, the lower one first",
+    ),
+    (
+        {**_DISCRETE, "stage.sampler.num_steps": 21},
+        "config.stage.sampler.num_steps = 21: expected at most 20, the"
+        " config.stage.schedule.num_timesteps of stage 'base16'",
+    ),
     (
         {"data.resolution": 8},
         "config.stage.resolution = 16: expected at most config.data.resolution, which is 8",
@@ -155,7 +273,7 @@ BAD_RUNS = [
         "config.eval.num_samples = 41: expected a multiple of config.stage.num_classes",
     ),
     ({"eval.aug_level": 1.5}, "config.eval.aug_level = 1.5: expected a value from 0.0 to 1.0"),
-    ({"eval.aug_level": 0.1}, "config.eval.aug_level = 0.1: expected 0.0, since"),
+    ({"eval.aug_level": 0.1}, "config.eval.aug_level = 0.1: expected 0.0: stage"),
     (
         {"eval.features": "inception"},
         "config.eval.features = 'inception': expected one of 'classifier'",
@@ -179,6 +297,65 @@ def test_bad_run_configs(overrides, message):
     assert "\n" not in str(error.value)
 
 
+BAD_SR_RUNS = [
+    (
+        {"stage.low_res_schedule": None},
+        "config.stage.low_res_schedule = None: expected the low-res stage's own"
+        " config.stage.schedule, since config.stage.augment.name is 'gaussian'",
+    ),
+    (
+        {"stage.augment.name": "none", "stage.augment.max_level": None, "eval.aug_level": 0.0},
+        "config.stage.low_res_schedule = '(a section)': expected None, since",
+    ),
+    (
+        {"stage.augment.max_level": None},
+        "config.stage.augment.max_level = None: expected a value, since",
+    ),
+    (
+        {"stage.augment.max_level": 0.05},
+        "config.eval.aug_level = 0.1: expected at most 0.05, the config.stage.augment.max_level",
+    ),
+    (
+        {"stage.augment.blur_prob": 0.5},
+        "config.stage.augment.blur_prob = 0.5: expected None, since config.stage.augment.name is",
+    ),
+    (
+        {**_BLUR, "stage.augment.blur_kernel_size": 4},
+        "config.stage.augment.blur_kernel_size = 4: expected an odd number",
+    ),
+    (
+        {**_BLUR, "stage.augment.blur_sigmas": (0.6, 0.4)},
+        "config.stage.augment.blur_sigmas = (0.6, 0.4): expected two values, the lower one first",
+    ),
+    (
+        {**_BLUR, "eval.aug_level": 0.1},
+        "config.eval.aug_level = 0.1: expected 0.0: stage 'sr32' was configured with"
+        " config.stage.augment.name = 'blur' and has no level to choose",
+    ),
+    (
+        {
+            "stage.low_res_schedule.num_timesteps": 10,
+            "stage.low_res_schedule.noise_levels": "discrete",
+            "stage.augment.max_level": 0.05,
+        },
+        "config.stage.augment.max_level = 0.05: expected at least one of the 10 steps",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_SR_RUNS, ids=lambda x: str(x)[:60])
+def test_bad_super_resolution_configs(overrides, message):
+    with pytest.raises(UserError) as error:
+        run_config_from(with_overrides(config_values("mnist_sr32"), overrides))
+    assert str(error.value).startswith(message)
+
+
+def test_keys_that_may_be_none_may_be_left_out():
+    values = config_values("mnist_base16")
+    assert "linear_betas" not in values["stage"]["schedule"]
+    assert run_config_from(values).stage.schedule.linear_betas is None
+
+
 @pytest.mark.parametrize("value", [None, 32, 64])
 def test_super_resolution_needs_a_smaller_low_res(value):
     values = with_overrides(config_values("mnist_sr32"), {"stage.low_res_resolution": value})
@@ -198,6 +375,16 @@ def test_missing_keys_are_named():
         run_config_from(values)
 
 
+_DDIM = {
+    "name": "ddim",
+    "num_steps": 8,
+    "grid": "uniform",
+    "eta": 0.0,
+    "guidance_scale": 1.0,
+    "guidance_interval": (0.0, 1.0),
+    "threshold": "static",
+}
+
 BAD_CASCADES = [
     ({"cascade.stages": ()}, {}, "config.cascade.stages = (): expected the names"),
     ({"cascade.stages": ("../base16", "sr32")}, {}, "config.cascade.stages = "),
@@ -211,11 +398,38 @@ BAD_CASCADES = [
         {},
         "config.cascade.aug_levels[0] = 1.2: expected a value from 0.0 to 1.0",
     ),
-    ({"cascade.num_steps": (10,)}, {}, "config.cascade.num_steps = (10,): expected 2 values"),
+    ({"cascade.configs": ("a.py",)}, {}, "config.cascade.configs = ('a.py',): expected 2 values"),
     (
         {"cascade.samplers": ("ddim", "dpm")},
         {},
-        "config.cascade.samplers[1] = 'dpm': expected one of",
+        "config.cascade.samplers[0] = 'ddim': expected a section with the keys of SamplerConfig",
+    ),
+    (
+        {"cascade.samplers": (_DDIM, {**_DDIM, "name": "dpm"})},
+        {},
+        "config.cascade.samplers[1].name = 'dpm': expected one of",
+    ),
+    ({"cascade.samplers": (_DDIM,)}, {}, "config.cascade.samplers = "),
+    (
+        {"cascade.truncated": True},
+        {"stage.low_res_schedule.cosine_offset": 0.1},
+        "config.cascade.truncated = True: expected False: the config.stage.schedule of 'base16' and"
+        " the config.stage.low_res_schedule of 'sr32' differ",
+    ),
+    (
+        {},
+        {"stage.augment.max_level": 0.05, "eval.aug_level": 0.0},
+        "config.cascade.aug_levels[0] = 0.1: expected at most 0.05, the",
+    ),
+    (
+        {"cascade.truncated": True, "cascade.aug_levels": (0.0,)},
+        _BLUR,
+        "config.cascade.truncated = True: expected False: no stage was trained with",
+    ),
+    (
+        {"cascade.samplers": (_DDIM, {**_DDIM, "num_steps": 21})},
+        _DISCRETE,
+        "config.cascade.samplers[1].num_steps = 21: expected at most 20",
     ),
     (
         {"cascade.aug_levels": (1.0,), "cascade.truncated": True},
@@ -234,13 +448,18 @@ BAD_CASCADES = [
     ),
     (
         {},
-        {"stage.augment.name": "none", "eval.aug_level": 0.0},
+        {
+            "stage.augment.name": "none",
+            "stage.augment.max_level": None,
+            "stage.low_res_schedule": None,
+            "eval.aug_level": 0.0,
+        },
         "config.cascade.aug_levels[0] = 0.1: expected 0.0",
     ),
     (
-        {"cascade.guidance_scales": (2.0, 1.5)},
+        {"cascade.samplers": (_DDIM, {**_DDIM, "guidance_scale": 1.5})},
         {"stage.diffusion.label_dropout_prob": 0.0},
-        "config.cascade.guidance_scales[1] = 1.5: expected 1.0",
+        "config.cascade.samplers[1].guidance_scale = 1.5: expected 1.0",
     ),
 ]
 
@@ -315,8 +534,8 @@ BAD_COMMANDS = [
     ),
     (
         main,
-        [BASE, "--workdir=RUN", "--config.stage.sampler.clip=maybe"],
-        "config.stage.sampler.clip = 'maybe': expected True or False",
+        [BASE, "--workdir=RUN", "--config.stage.network.scale_skips=maybe"],
+        "config.stage.network.scale_skips = 'maybe': expected True or False",
     ),
     (
         main,
@@ -389,7 +608,43 @@ BAD_COMMANDS = [
     (main, [CASCADE, "--workdir=RUN"], "config.cascade is not a config key"),
     (evaluate, [], "--workdir is missing: "),
     (evaluate, ["--workdir=RUN"], "--workdir=RUN: no run there"),
-    (sample, [CASCADE, "--workdir=RUN"], "--workdir=RUN/base16: no run there"),
+    (evaluate, ["--workdir=RUN", "--num_images=3"], "--workdir=RUN: no run there"),
+    (evaluate, ["--workdir=RUN", "--stage=sr32"], "--stage is only for --sweep: add it"),
+    (
+        evaluate,
+        ["--workdir=RUN", "--sweep", "--follow", CASCADE],
+        "--sweep does not go with --follow",
+    ),
+    (evaluate, ["--workdir=RUN", "--sweep"], "--config is missing: "),
+    (
+        evaluate,
+        ["--workdir=RUN", "--sweep", "--stage=sr99", CASCADE],
+        "--stage=sr99: expected one of config.cascade.stages, base16, sr32",
+    ),
+    (
+        sample,
+        [CASCADE, "--workdir=RUN"],
+        "--workdir=RUN: no run 'base16' there; train it with `python -m cascaded_diffusion.main"
+        " --config=configs/mnist_base16.py --workdir=RUN/base16`",
+    ),
+    (sample, ["--workdir=RUN"], "--config is missing: "),
+    (
+        sample,
+        [CASCADE, "--workdir=RUN", "--config.cascade.samplers.2.num_steps=3"],
+        "--config.cascade.samplers.2.num_steps=3: expected a number below 2 for '2'",
+    ),
+    (
+        sample,
+        [CASCADE, "--workdir=RUN", "--config.cascade.samplers.0.num_steps=0"],
+        "config.cascade.samplers[0].num_steps = 0: expected a value of at least 1",
+    ),
+    (plan, [], "--config is missing: "),
+    (plan, [BASE, "--config.stage.resolution=18"], "config.stage.resolution = 18: expected"),
+    (
+        plan,
+        [CASCADE, "--config.cascade.configs=('mnist_base16.py', 'none.py')"],
+        f"--config={ROOT}/configs/none.py: no such .py file",
+    ),
     (
         sample,
         [CASCADE, "--workdir=RUN", "--config.cascade.aug_levels=(2.0,)"],
@@ -452,20 +707,57 @@ def test_overrides_reach_keys_of_every_type():
     argv = [
         "prog",
         BASE,
-        "--config.stage.diffusion.num_timesteps=1000",
+        "--config.stage.schedule.num_timesteps=1000",
         "--config.stage.network.channel_mults=(1, 1)",
-        "--config.stage.sampler.clip=false",
+        "--config.stage.network.scale_skips=true",
         "--config.train.learning_rate=1e-4",
         "--config.data.eval_split=train",
     ]
     cli.define_config(fv, argv, "")
     cli.parse(fv, argv, "")
     config = run_config_from(cli.config_values(fv, argv))
-    assert config.stage.diffusion.num_timesteps == 1000
+    assert config.stage.schedule.num_timesteps == 1000
     assert config.stage.network.channel_mults == (1, 1)
-    assert config.stage.sampler.clip is False
+    assert config.stage.network.scale_skips is True
     assert config.train.learning_rate == 1e-4
     assert config.data.eval_split == "train"
+
+
+def test_overrides_count_in_tuples():
+    fv = flags.FlagValues()
+    argv = ["prog", CASCADE, "--config.cascade.samplers.1.num_steps=5"]
+    cli.define_config(fv, argv, "")
+    cli.parse(fv, argv, "")
+    section = cascade_config_from(cli.config_values(fv, argv)).cascade
+    assert [s.num_steps for s in section.samplers] == [10, 5]
+
+
+SWEEP = ["prog", "--sweep", CASCADE]
+BAD_SWEEPS = [
+    (["--aug_levels=0,x"], "--aug_levels=0,x: expected numbers between commas"),
+    (["--num_steps=1.5"], "--num_steps=1.5: expected integers between commas"),
+    (["--truncated=maybe"], "--truncated=maybe: expected true, false, or both"),
+    (["--aug_levels=0,1.5"], "config.cascade.aug_levels[0] = 1.5: expected a value from 0.0"),
+    (["--samplers=euler"], "config.cascade.samplers[1].name = 'euler': expected one of"),
+    (["--num_steps=0"], "config.cascade.samplers[1].num_steps = 0: expected a value of at least"),
+    (["--stage=base16", "--aug_levels=0"], "--aug_levels, --truncated: 'base16' is a base model"),
+    (
+        ["--aug_levels=1", "--truncated=true"],
+        "config.cascade.aug_levels[0] = 1.0: expected a level",
+    ),
+    ([], "{}/base16: no checkpoint was chosen yet"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_SWEEPS, ids=lambda x: str(x)[:60])
+def test_bad_sweeps(argv, message, tmp_path, monkeypatch):
+    for config in (tiny_base(), tiny_sr()):
+        RunFolder(tmp_path / config.stage.name).write_config(config)
+    monkeypatch.setattr(cli, "set_up_jax", lambda: pytest.fail("a device was touched"))
+    with pytest.raises(UserError) as error:
+        evaluate.main([*SWEEP, f"--workdir={tmp_path}", *argv])
+    assert str(error.value).startswith(message.format(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base16", "sr32"]
 
 
 def test_a_warm_up_leaves_steps_to_train():

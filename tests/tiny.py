@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from cascaded_diffusion.config import RunConfig, run_config_from, to_dict
+from cascaded_diffusion.config import RunConfig, to_dict
+from cascaded_diffusion.config_checks import run_config_from
 from cascaded_diffusion.data.sources import ArraySource
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

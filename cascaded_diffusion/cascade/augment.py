@@ -1,10 +1,10 @@
 r"""Conditioning augmentation: damage the low-res input on purpose (paper, section 3).
 
 A super-resolution stage is trained on real low-res images and used on generated
-ones. Damaging its input while training hides the difference from it. The Gaussian
-variant runs the low-res model's own forward process, at low resolution:
+ones. Damaging its input while training hides the difference from it. At low
+resolutions the damage is the low-res model's own forward process:
 
-    (1)  z_s = alpha_s z_0 + sigma_s eps,      s ~ U{1/T, ..., 1} or U(0, 1]
+    (1)  z_s = alpha_s z_0 + sigma_s eps,      s ~ U{1/T, ..., S} or U(0, S]
 
 The strength `s` = `aug_level` is an input of the network, so that one amortized
 network serves every strength and the strength is chosen after training. When
@@ -13,8 +13,14 @@ sampling there are two ways to come by z_s (section 3.2, 3.3):
     non-truncated   generate z_0, then apply (1)
     truncated       stop the low-res chain at t = s: its state is a sample of z_s
 
+At high resolutions it is a Gaussian blur of a part of the training examples, with
+kernel weights and a standard deviation in pixels, and none when sampling (section 3.1):
+
+    (2)  w_k ~ exp(-k^2 / (2 sigma^2)),  |k| <= (size - 1) / 2,   sigma ~ U[lowest, highest]
+
 `condition` is the one way an input image becomes a `Conditioning`, in training
-and in sampling alike. Enlarging comes last, inside the network.
+and in sampling alike: first the pixel values that a stored image would have, then
+the damage. Enlarging comes last, inside the network.
 """
 
 from __future__ import annotations
@@ -24,8 +30,80 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from cascaded_diffusion.cascade.pixels import quantized
 from cascaded_diffusion.diffusion import gaussian, losses, samplers
 from cascaded_diffusion.types import Conditioning, Schedule
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Damage:
+    """What is done to a batch of low-res images. None: that is not done.
+
+    Attributes:
+      aug_level: [B] in [0, 1]; at 0 the image stays exactly as it is.
+      logsnr: [B], the noise level that belongs to it.
+      noise: [B, h, w, C] standard normal.
+      blur_weights: [B, size], eq. (2), summing to 1.
+    """
+
+    aug_level: jax.Array | None = None
+    logsnr: jax.Array | None = None
+    noise: jax.Array | None = None
+    blur_weights: jax.Array | None = None
+
+
+def blur(image: jax.Array, weights: jax.Array) -> jax.Array:
+    """Separable blur of [B, h, w, C] by [B, size]; the border's pixels go on beyond it."""
+    size = weights.shape[1]
+    half = size // 2
+    padded = jnp.pad(image, ((0, 0), (half, half), (half, half), (0, 0)), mode="edge")
+    weights = weights[:, :, None, None, None]
+    rows = sum(weights[:, k] * padded[:, k : k + image.shape[1]] for k in range(size))
+    return sum(weights[:, k] * rows[:, :, k : k + image.shape[2]] for k in range(size))
+
+
+def gaussian_weights(sigma: jax.Array, size: int) -> jax.Array:
+    """Eq. (2): [B] -> [B, size]. Sigma 0 is the identity."""
+    offsets = jnp.arange(size) - size // 2
+    safe = jnp.where(sigma > 0, sigma, 1.0)[:, None]
+    weights = jnp.exp(-0.5 * jnp.square(offsets / safe))
+    weights = jnp.where(sigma[:, None] > 0, weights, (offsets == 0).astype(weights.dtype))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def condition(
+    low_res: jax.Array,
+    damage: Damage,
+    *,
+    label: jax.Array | None,
+    already_noisy: bool = False,
+) -> Conditioning:
+    """What the network is shown of a low-res image: in training and in sampling.
+
+    Args:
+      low_res: [B, h, w, C], clean, or noised to `damage.aug_level` already.
+      damage: what to do to it.
+      label: [B] or None.
+      already_noisy: the image comes from a truncated chain.
+
+    Raises:
+      ValueError: a noisy image for a stage without `aug_level`.
+    """
+    clean = quantized(low_res)
+    if damage.blur_weights is not None:
+        clean = blur(clean, damage.blur_weights)
+    if damage.aug_level is None:
+        if already_noisy:
+            raise ValueError("this stage was trained without Gaussian conditioning augmentation")
+        return Conditioning(label=label, low_res=clean)
+    noisy = low_res
+    if not already_noisy:
+        noisy = gaussian.diffuse(clean, damage.logsnr, damage.noise)
+    untouched = gaussian.broadcast_right(damage.aug_level, low_res) == 0.0
+    return Conditioning(
+        label=label, low_res=jnp.where(untouched, clean, noisy), aug_level=damage.aug_level
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,22 +112,39 @@ class NoAugment:
 
     has_level = False
 
-    def training_level(self, key: jax.Array, batch_size: int) -> None:
-        del key, batch_size
+    def for_training(self, key: jax.Array, shape: tuple[int, ...]) -> Damage:
+        """The damage of a training batch of low-res images of `shape` [B, h, w, C]."""
+        del key, shape
+        return Damage()
 
-    def condition(
-        self,
-        low_res: jax.Array,
-        aug_level: jax.Array | None,
-        noise: jax.Array | None,
-        *,
-        label: jax.Array | None,
-        already_noisy: bool = False,
-    ) -> Conditioning:
-        if aug_level is not None or already_noisy:
-            raise ValueError("this stage was trained without conditioning augmentation")
-        del noise
-        return Conditioning(label=label, low_res=low_res)
+    def for_sampling(
+        self, keys: jax.Array, shape: tuple[int, ...], aug_level: jax.Array | float | None
+    ) -> Damage:
+        """The damage when sampling: [B] keys, one per image; the level is a scalar."""
+        del keys, shape, aug_level
+        return Damage()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlurAugment(NoAugment):
+    """Blur of a part of the training examples, eq. (2); nothing when sampling.
+
+    Attributes:
+      kernel_size: in pixels, odd.
+      sigmas: lowest and highest standard deviation, in pixels.
+      prob: the part of the examples that is blurred.
+    """
+
+    kernel_size: int
+    sigmas: tuple[float, float]
+    prob: float
+
+    def for_training(self, key: jax.Array, shape: tuple[int, ...]) -> Damage:
+        sigma_key, chosen_key = jax.random.split(key)
+        low, high = self.sigmas
+        sigma = jax.random.uniform(sigma_key, shape[:1], minval=low, maxval=high)
+        chosen = jax.random.bernoulli(chosen_key, self.prob, shape[:1])
+        return Damage(blur_weights=gaussian_weights(jnp.where(chosen, sigma, 0), self.kernel_size))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,45 +154,40 @@ class GaussianAugment:
     Attributes:
       schedule: the forward process of the stage that makes the low-res images.
       num_timesteps: its number of discrete steps, None where it is continuous.
+      max_level: S, the largest strength in training.
     """
 
     schedule: Schedule
     num_timesteps: int | None
+    max_level: float
 
     has_level = True
 
-    def training_level(self, key: jax.Array, batch_size: int) -> jax.Array:
-        """A uniformly random `aug_level` for every example, [B]."""
-        return losses.uniform_t(key, (batch_size,), num_timesteps=self.num_timesteps)
+    def for_training(self, key: jax.Array, shape: tuple[int, ...]) -> Damage:
+        level_key, noise_key = jax.random.split(key)
+        level = losses.uniform_t(
+            level_key, shape[:1], num_timesteps=self.num_timesteps, max_t=self.max_level
+        )
+        return self._damage(level, jax.random.normal(noise_key, shape))
 
-    def condition(
-        self,
-        low_res: jax.Array,
-        aug_level: jax.Array,
-        noise: jax.Array | None,
-        *,
-        label: jax.Array | None,
-        already_noisy: bool = False,
-    ) -> Conditioning:
-        """What the network is shown of a low-res image.
+    def for_sampling(
+        self, keys: jax.Array, shape: tuple[int, ...], aug_level: jax.Array | float | None
+    ) -> Damage:
+        level = jnp.full(shape[:1], 0.0 if aug_level is None else aug_level, jnp.float32)
+        return self._damage(
+            nearest_level(level, self.num_timesteps),
+            samplers.normal_per_image(keys, shape[1:]),
+        )
 
-        Args:
-          low_res: [B, h, w, C], clean, or noised to `aug_level` already.
-          aug_level: [B] in [0, 1]. At 0 the image stays exactly as it is.
-          noise: [B, h, w, C] standard normal; not needed if `already_noisy`.
-          label: [B] or None.
-          already_noisy: the image comes from a truncated chain.
-        """
-        if not already_noisy:
-            noisy = gaussian.diffuse(low_res, self.schedule(aug_level), noise)
-            untouched = gaussian.broadcast_right(aug_level, low_res) == 0.0
-            low_res = jnp.where(untouched, low_res, noisy)
-        return Conditioning(label=label, low_res=low_res, aug_level=aug_level)
+    def _damage(self, level: jax.Array, noise: jax.Array) -> Damage:
+        return Damage(aug_level=level, logsnr=self.schedule(level), noise=noise)
 
 
-Augment = NoAugment | GaussianAugment
+Augment = NoAugment | BlurAugment | GaussianAugment
 
 
-def low_res_noise(keys: jax.Array, low_res: jax.Array) -> jax.Array:
-    """The noise of non-truncated sampling: [B] keys, one per image, -> like `low_res`."""
-    return samplers.normal_per_image(keys, low_res.shape[1:])
+def nearest_level(level: jax.Array | float, num_timesteps: int | None) -> jax.Array | float:
+    """The level that exists in a process of T discrete steps; any level where it is None."""
+    if num_timesteps is None:
+        return level
+    return jnp.round(jnp.asarray(level, jnp.float32) * num_timesteps) / num_timesteps

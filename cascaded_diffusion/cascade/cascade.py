@@ -25,9 +25,9 @@ class Cascade:
     Attributes:
       stages: in order of resolution.
       samplers: one per stage.
-      truncated: how a stage's low-res input comes to have its `aug_level`: True
-        stops the chain below at that level (paper, section 3.2), False lets it
-        finish and noises its result (section 3.3).
+      truncated: how the low-res input of a stage with an `aug_level` comes to have
+        it: True stops the chain below at that level (paper, section 3.2), False lets
+        it finish and noises its result (section 3.3).
     """
 
     stages: Sequence[Stage]
@@ -53,9 +53,17 @@ class Cascade:
             label=label,
             low_res=low_res,
             aug_level=aug_level if index > 0 else None,
-            low_res_is_noisy=self.truncated and index > 0,
+            low_res_is_noisy=self._truncates(index - 1),
             stop_t=stop_t,
             sampler=self.samplers[index],
+        )
+
+    def _truncates(self, index: int) -> bool:
+        """Whether stage `index` hands on a noisy image."""
+        return (
+            self.truncated
+            and 0 <= index < len(self.stages) - 1
+            and self.stages[index + 1].config.has_level
         )
 
     def make_sampler(self) -> Callable[..., list[jax.Array]]:
@@ -63,8 +71,8 @@ class Cascade:
 
         It takes one tree of parameters per stage, [B] keys from `keys_for`, [B]
         labels and one level per enlargement, and returns one tensor [B, H, W, C]
-        per stage. In a truncated cascade all but the last are noisy: that is what
-        the next stage saw. `given` are images of the first stages, which are then
+        per stage. In a truncated cascade those before a stage with a level are noisy:
+        that is what this stage saw. `given` are images of the first stages, which are then
         not run: a search over levels without truncation needs them only once.
 
         Each stage is compiled once, whatever the parameters and the levels are.
@@ -80,8 +88,7 @@ class Cascade:
         ) -> list[jax.Array]:
             images = list(given)
             for i in range(len(images), len(programs)):
-                is_last = i + 1 == len(programs)
-                stop_t = aug_levels[i] if self.truncated and not is_last else 0.0
+                stop_t = aug_levels[i] if self._truncates(i) else 0.0
                 low_res = images[-1] if images else None
                 level = aug_levels[i - 1] if i > 0 else 0.0
                 images.append(programs[i](params[i], keys, label, low_res, level, stop_t))

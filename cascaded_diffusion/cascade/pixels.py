@@ -18,3 +18,12 @@ def float_from_uint8(image: jax.Array) -> jax.Array:
 def uint8_from_float(image: jax.Array) -> jax.Array:
     """Eq. (2). Not finite values are the caller's affair: they have no pixel value."""
     return jnp.round(jnp.clip((image + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
+
+
+def quantized(image: jax.Array) -> jax.Array:
+    """`image` on the 256 pixel values, float32 in [-1, 1]: what storing and reading makes of it.
+
+    The targets of a stage and the low-res input of the next one pass through this,
+    generated or real, stored or handed on.
+    """
+    return float_from_uint8(uint8_from_float(image))

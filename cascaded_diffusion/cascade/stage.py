@@ -6,19 +6,19 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cascaded_diffusion.cascade import resize
-from cascaded_diffusion.cascade.augment import Augment, GaussianAugment, NoAugment, low_res_noise
+from cascaded_diffusion.cascade import augment, resize
+from cascaded_diffusion.cascade.pixels import quantized
 from cascaded_diffusion.config import SamplerConfig, StageConfig
-from cascaded_diffusion.diffusion import gaussian, guidance, losses, samplers
-from cascaded_diffusion.diffusion.schedules import SCHEDULES
-from cascaded_diffusion.networks.unet import Network, UNet
+from cascaded_diffusion.diffusion import bound, gaussian, grids, guidance, losses, samplers
+from cascaded_diffusion.networks.unet import Network
 from cascaded_diffusion.types import Batch, Conditioning, DenoiseFn, Params, Prediction, Schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One diffusion model. Holds no parameters.
+    """One diffusion model. Holds no parameters; `build.build_stage` makes it.
 
     Attributes:
       config: the stage's config section.
@@ -30,24 +30,34 @@ class Stage:
     config: StageConfig
     schedule: Schedule
     network: Network
-    augment: Augment | None
+    augment: augment.Augment | None
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters. Pure, so that it can run under `jit` or `eval_shape`."""
+        return self.network.init(key, *self.example_inputs(batch_size=1))
+
+    def example_inputs(self, batch_size: int) -> tuple[jax.Array, jax.Array, Conditioning]:
+        """(xt, logsnr, conditioning) of the right shapes and dtypes, all zero."""
         config = self.config
-        label = jnp.zeros((1,), jnp.int32) if config.num_classes else None
+        label = jnp.zeros((batch_size,), jnp.int32) if config.num_classes else None
         cond = Conditioning(label=label)
         if self.augment is not None:
             size = config.low_res_resolution
-            low_res = jnp.zeros((1, size, size, config.channels))
-            level = jnp.zeros((1,)) if self.augment.has_level else None
-            cond = self.augment.condition(low_res, level, low_res, label=label)
-        xt = jnp.zeros((1, config.resolution, config.resolution, config.channels))
-        return self.network.init(key, xt, jnp.zeros((1,)), cond)
+            cond = Conditioning(
+                label=label,
+                low_res=jnp.zeros((batch_size, size, size, config.channels)),
+                aug_level=jnp.zeros((batch_size,)) if self.augment.has_level else None,
+            )
+        xt = jnp.zeros((batch_size, config.resolution, config.resolution, config.channels))
+        return xt, jnp.zeros((batch_size,)), cond
+
+    def target_from(self, image: jax.Array) -> jax.Array:
+        """What this stage shall generate [B, H, W, C], of data at any size from that upwards."""
+        return quantized(resize.area_resize(image, self.config.resolution))
 
     def low_res_from(self, image: jax.Array) -> jax.Array:
-        """The clean low-res input [B, h, w, C] that belongs to data [B, H, W, C]."""
-        return resize.area_resize(image, self.config.low_res_resolution)
+        """The clean low-res input [B, h, w, C] of data: the target of the stage below."""
+        return quantized(resize.area_resize(image, self.config.low_res_resolution))
 
     def loss(
         self, params: Params, batch: Batch, key: jax.Array
@@ -62,12 +72,12 @@ class Stage:
         Returns:
           The scalar loss, and a dict of scalars to log.
         """
-        t_key, eps_key, level_key, low_res_key, drop_key, dropout_key = jax.random.split(key, 6)
+        t_key, eps_key, damage_key, drop_key, dropout_key = jax.random.split(key, 5)
         config = self.config
-        x0 = resize.area_resize(batch.image, config.resolution)
+        x0 = self.target_from(batch.image)
         batch_size = x0.shape[0]
 
-        t = losses.uniform_t(t_key, (batch_size,), num_timesteps=config.diffusion.num_timesteps)
+        t = losses.uniform_t(t_key, (batch_size,), num_timesteps=config.schedule.discrete_timesteps)
         logsnr = self.schedule(t)
         eps = jax.random.normal(eps_key, x0.shape)
         xt = gaussian.diffuse(x0, logsnr, eps)
@@ -80,12 +90,8 @@ class Stage:
         cond = Conditioning(label=label)
         if self.augment is not None:
             low_res = self.low_res_from(batch.image)
-            cond = self.augment.condition(
-                low_res,
-                self.augment.training_level(level_key, batch_size),
-                jax.random.normal(low_res_key, low_res.shape),
-                label=label,
-            )
+            damage = self.augment.for_training(damage_key, low_res.shape)
+            cond = augment.condition(low_res, damage, label=label)
 
         output = self.network.apply(
             params,
@@ -94,21 +100,65 @@ class Stage:
             cond,
             dropout_key=dropout_key if config.network.dropout_rate > 0 else None,
         )
-        per_example = losses.simple_loss(
-            output, x0, logsnr, eps, parameterization=config.diffusion.parameterization
+        per_example = self._losses(output, x0, xt, t, logsnr, eps)
+        means = {name: jnp.mean(values) for name, values in per_example.items()}
+        return means["loss"], means
+
+    def _losses(
+        self,
+        output: jax.Array,
+        x0: jax.Array,
+        xt: jax.Array,
+        t: jax.Array,
+        logsnr: jax.Array,
+        eps: jax.Array,
+    ) -> dict[str, jax.Array]:
+        """The loss and, where it has several, its parts, per example: name -> [B]."""
+        diffusion = self.config.diffusion
+        simple = losses.simple_loss(
+            output[..., : x0.shape[-1]],
+            x0,
+            logsnr,
+            eps,
+            parameterization=diffusion.parameterization,
+            weighting=diffusion.weighting,
         )
-        loss = jnp.mean(per_example)
-        return loss, {"loss": loss}
+        if diffusion.loss == "simple":
+            return {"loss": simple}
+        num_timesteps = self.config.schedule.num_timesteps
+        prediction = self._prediction(output, xt, logsnr)
+        if diffusion.loss == "hybrid":
+            prediction = bound.mean_detached(prediction)
+        term = bound.vlb_term(
+            prediction,
+            x0,
+            xt,
+            self.schedule(t - 1.0 / num_timesteps),
+            logsnr,
+            log_variance=samplers.make_log_variance(
+                "learned" if diffusion.variance == "learned" else "small"
+            ),
+            # Half a step: t is a multiple of 1 / T but for rounding.
+            is_first=t < 1.5 / num_timesteps,
+            min_logvar=bound.second_step_logvar(
+                self.schedule, np.asarray([2.0, 1.0, 0.0]) / num_timesteps
+            ),
+        )
+        vlb = num_timesteps * term
+        loss = vlb if diffusion.loss == "vlb" else simple + diffusion.vlb_weight * vlb
+        return {"loss": loss, "loss_simple": simple, "loss_vlb": vlb}
+
+    def _prediction(self, output: jax.Array, xt: jax.Array, logsnr: jax.Array) -> Prediction:
+        return gaussian.prediction_from_output(
+            output, xt, logsnr, parameterization=self.config.diffusion.parameterization
+        )
 
     def denoise_fn(self, params: Params, cond: Conditioning, sampler: SamplerConfig) -> DenoiseFn:
-        """The network as samplers see it, guided and clipped as `sampler` says."""
+        """The network as samplers see it, guided and thresholded as `sampler` says."""
 
         def with_conditioning(cond: Conditioning) -> DenoiseFn:
             def denoise(xt: jax.Array, logsnr: jax.Array) -> Prediction:
-                output = self.network.apply(params, xt, logsnr, cond)
-                return gaussian.prediction_from_output(
-                    output, xt, logsnr, parameterization=self.config.diffusion.parameterization
-                )
+                return self._prediction(self.network.apply(params, xt, logsnr, cond), xt, logsnr)
 
             return denoise
 
@@ -116,10 +166,39 @@ class Stage:
         if cond.label is not None:
             null = jnp.full_like(cond.label, self.config.null_label)
             unconditional = dataclasses.replace(cond, label=null)
+        low_t, high_t = sampler.guidance_interval
+        everywhere = (low_t, high_t) == (0.0, 1.0)
         guided = guidance.classifier_free(
-            with_conditioning(cond), with_conditioning(unconditional), sampler.guidance_scale
+            with_conditioning(cond),
+            with_conditioning(unconditional),
+            sampler.guidance_scale,
+            logsnr_range=None if everywhere else (self.schedule(high_t), self.schedule(low_t)),
         )
-        return guidance.with_clipping(guided) if sampler.clip else guided
+        return guidance.with_threshold(guided, sampler.threshold, sampler.threshold_percentile)
+
+    def time_grid(self, sampler: SamplerConfig) -> np.ndarray:
+        """The times that a sampler visits, [num_steps + 1] from 1 down to 0."""
+        return grids.time_grid(
+            sampler.grid,
+            sampler.num_steps,
+            schedule=self.schedule,
+            discrete_timesteps=self.config.schedule.discrete_timesteps,
+        )
+
+    def conditioning(
+        self,
+        keys: jax.Array,
+        *,
+        label: jax.Array | None,
+        low_res: jax.Array | None,
+        aug_level: jax.Array | float | None,
+        low_res_is_noisy: bool = False,
+    ) -> Conditioning:
+        """What the network is shown besides xt when sampling. Arguments as in `sample`."""
+        if self.augment is None:
+            return Conditioning(label=label)
+        damage = self.augment.for_sampling(keys, low_res.shape, aug_level)
+        return augment.condition(low_res, damage, label=label, already_noisy=low_res_is_noisy)
 
     def sample(
         self,
@@ -150,64 +229,71 @@ class Stage:
         """
         config = self.config
         sampler = config.sampler if sampler is None else sampler
-        batch_size = keys.shape[0]
         xt_keys, step_keys, low_res_keys = (
             jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in range(3)
         )
-        cond = Conditioning(label=label)
-        if self.augment is not None:
-            level = None
-            if self.augment.has_level:
-                value = 0.0 if aug_level is None else aug_level
-                level = jnp.full((batch_size,), value, jnp.float32)
-            cond = self.augment.condition(
-                low_res,
-                level,
-                low_res_noise(low_res_keys, low_res),
-                label=label,
-                already_noisy=low_res_is_noisy,
-            )
+        cond = self.conditioning(
+            low_res_keys,
+            label=label,
+            low_res=low_res,
+            aug_level=aug_level,
+            low_res_is_noisy=low_res_is_noisy,
+        )
         image_shape = (config.resolution, config.resolution, config.channels)
         return samplers.sample(
             self.denoise_fn(params, cond, sampler),
             samplers.normal_per_image(xt_keys, image_shape),
             step_keys,
             schedule=self.schedule,
-            transition=samplers.SAMPLERS[sampler.name],
-            num_steps=sampler.num_steps,
-            stop_t=stop_t,
+            step=samplers.make_step(
+                sampler.name,
+                variance=sampler.variance,
+                variance_interpolation=sampler.variance_interpolation,
+                eta=sampler.eta,
+            ),
+            times=self.time_grid(sampler),
+            stop_t=augment.nearest_level(stop_t, config.schedule.discrete_timesteps),
         )
 
+    def bits_per_dim(
+        self,
+        params: Params,
+        keys: jax.Array,
+        image: jax.Array,
+        *,
+        label: jax.Array | None = None,
+        aug_level: jax.Array | float | None = None,
+        sampler: SamplerConfig | None = None,
+    ) -> jax.Array:
+        """The variational bound of real images under this stage, [B] bits per dimension.
 
-def build_stage(config: StageConfig) -> Stage:
-    """The stage that a config section describes."""
-    augment: Augment | None = None
-    if config.low_res_resolution is not None:
-        augment = NoAugment()
-        if config.augment.name == "gaussian":
-            augment = GaussianAugment(
-                schedule=SCHEDULES[config.augment.schedule](),
-                num_timesteps=config.augment.num_timesteps,
-            )
-    network = config.network
-    module = UNet(
-        out_channels=config.channels,
-        num_classes=config.num_classes,
-        channels=network.channels,
-        channel_mults=network.channel_mults,
-        num_res_blocks=network.num_res_blocks,
-        attention_resolutions=network.attention_resolutions,
-        num_heads=network.num_heads,
-        dropout_rate=network.dropout_rate,
-        patch_size=network.patch_size,
-        resample=network.resample,
-        aug_level_input=augment is not None and augment.has_level,
-        upsample=None if augment is None else resize.UPSAMPLERS[network.upsample],
-        dtype=jnp.dtype(network.dtype),
-    )
-    return Stage(
-        config=config,
-        schedule=SCHEDULES[config.diffusion.schedule](),
-        network=Network(module=module),
-        augment=augment,
-    )
+        Of a super-resolution stage it is that of the image given its damaged low-res
+        version. The chain is the sampler's: its number of steps, grid and variance; a
+        sampler without a variance counts as ancestral, with the stage's learned one or
+        the large one. There is no guidance, and x0 is kept in [-1, 1].
+
+        Args:
+          params: the network's parameters.
+          keys: [B] typed PRNG keys.
+          image: [B, H', W', C] data, at any resolution from this stage's upwards.
+          label: [B] class labels.
+          aug_level: strength of the conditioning augmentation, scalar.
+          sampler: overrides the stage's own sampler settings.
+        """
+        sampler = self.config.sampler if sampler is None else sampler
+        kind = sampler.variance or self.config.diffusion.variance.replace("fixed", "large")
+        cond = self.conditioning(
+            jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys),
+            label=label,
+            low_res=None if self.augment is None else self.low_res_from(image),
+            aug_level=aug_level,
+        )
+        plain = dataclasses.replace(sampler, guidance_scale=1.0, threshold="static")
+        return bound.bits_per_dim(
+            self.denoise_fn(params, cond, plain),
+            self.target_from(image),
+            jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
+            schedule=self.schedule,
+            times=self.time_grid(sampler),
+            log_variance=samplers.make_log_variance(kind, sampler.variance_interpolation),
+        )

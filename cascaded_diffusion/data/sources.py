@@ -10,7 +10,7 @@ from typing import Protocol, TypedDict
 import numpy as np
 
 from cascaded_diffusion.config import DataConfig, StageConfig
-from cascaded_diffusion.data import builtin
+from cascaded_diffusion.data import builtin, shapes
 from cascaded_diffusion.errors import UserError
 
 
@@ -65,7 +65,11 @@ def _mnist(split: str) -> Source:
     return ArraySource(*builtin.load_mnist(split), num_classes=10)
 
 
-SOURCES: dict[str, Callable[[str], Source]] = {"mnist": _mnist}
+def _shapes(split: str) -> Source:
+    return ArraySource(*shapes.load_shapes(split), num_classes=shapes.NUM_CLASSES)
+
+
+SOURCES: dict[str, Callable[[str], Source]] = {"mnist": _mnist, "shapes": _shapes}
 
 
 def load_source(config: DataConfig, split: str, stage: StageConfig) -> Source:

@@ -14,6 +14,11 @@ For s < t, with r = exp(logsnr_t - logsnr_s) <= 1,
          var = (1 - r) sigma_s^2                     ("small", beta-tilde)
 
 Eq. (5) is Ho et al. 2020, eq. (7), written in logsnr. `1 - r` is `-expm1(...)`.
+In the same terms the step's own beta, and the variance that a network learns as a
+fraction f of the way between the two (Nichol & Dhariwal 2021, eq. 15), are
+
+    (6)  beta   = (1 - r) sigma_t^2                  ("large")
+    (7)  logvar = f log beta + (1 - f) log beta-tilde
 """
 
 from __future__ import annotations
@@ -97,8 +102,21 @@ PARAMETERIZATIONS = tuple(_PREDICTIONS)
 def prediction_from_output(
     output: jax.Array, xt: jax.Array, logsnr: jax.Array, *, parameterization: str
 ) -> Prediction:
-    """Reads a network's output [B, H, W, C] as `eps`, `x0` or `v`."""
-    return _PREDICTIONS[parameterization](xt, logsnr, output)
+    """Reads a network's output as `eps`, `x0` or `v`.
+
+    Args:
+      output: [B, H, W, C], or [B, H, W, 2C] where a learned variance follows the
+        image: then a number from about -1 to 1 stands for the fraction of eq. (7).
+      xt: [B, H, W, C], the network's input.
+      logsnr: [B], its noise level.
+      parameterization: one of `PARAMETERIZATIONS`.
+    """
+    channels = xt.shape[-1]
+    prediction = _PREDICTIONS[parameterization](xt, logsnr, output[..., :channels])
+    if output.shape[-1] == channels:
+        return prediction
+    fraction = (output[..., channels:] + 1) / 2
+    return Prediction(x0=prediction.x0, eps=prediction.eps, variance_fraction=fraction)
 
 
 def target_from(
@@ -112,10 +130,13 @@ def target_from(
     return v_from_x0_and_eps(x0, logsnr, eps)
 
 
-def clip_x0(prediction: Prediction, xt: jax.Array, logsnr: jax.Array) -> Prediction:
-    """Static thresholding: x0 cut to [-1, 1], eps recomputed to agree with it."""
-    x0 = jnp.clip(prediction.x0, -1.0, 1.0)
-    return Prediction(x0=x0, eps=predict_eps_from_x0(xt, logsnr, x0), logvar=prediction.logvar)
+def with_x0(prediction: Prediction, x0: jax.Array, xt: jax.Array, logsnr: jax.Array) -> Prediction:
+    """The prediction with another x0, and the eps that agrees with it."""
+    return Prediction(
+        x0=x0,
+        eps=predict_eps_from_x0(xt, logsnr, x0),
+        variance_fraction=prediction.variance_fraction,
+    )
 
 
 def posterior(
@@ -131,3 +152,17 @@ def posterior(
     r, one_minus_r = jnp.exp(logsnr_t - logsnr_s), -jnp.expm1(logsnr_t - logsnr_s)
     mean = r * (alpha_s / alpha_t) * xt + one_minus_r * alpha_s * x0
     return mean, one_minus_r * sigma_s**2
+
+
+def step_logvars(
+    logsnr_s: jax.Array, logsnr_t: jax.Array, min_logvar: jax.Array | float = -jnp.inf
+) -> tuple[jax.Array, jax.Array]:
+    """Logarithms of the small (eq. 5) and the large variance (eq. 6), like `logsnr_s`, s < t.
+
+    The small one is cut off below at `min_logvar`. Where s = t both are -infinity.
+    """
+    log_one_minus_r = jnp.log(-jnp.expm1(logsnr_t - logsnr_s))
+    return (
+        jnp.maximum(log_one_minus_r + jax.nn.log_sigmoid(-logsnr_s), min_logvar),
+        log_one_minus_r + jax.nn.log_sigmoid(-logsnr_t),
+    )

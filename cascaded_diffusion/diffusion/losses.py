@@ -5,9 +5,24 @@ r"""Training losses.
 where the target is eps (Ho et al. 2020, eq. 14; the paper's choice), x0 or v.
 Time is drawn uniformly: from {1/T, ..., T/T} where the process has T discrete
 steps, from (0, 1] where it is continuous. One definition covers both.
+
+**Weighting.** Any of the three is an error of x0 in disguise,
+
+    (2)  |eps error|^2 = snr |x0 error|^2,   |v error|^2 = (1 + snr) |x0 error|^2
+
+so a weighting is a function w(logsnr) of the x0 error, whatever is predicted:
+
+    (3)  snr            w = snr                  (the eps loss; Ho et al. 2020)
+    (4)  truncated_snr  w = max(snr, 1)          (Salimans & Ho 2022)
+    (5)  min_snr        w = min(snr, 5)          (Hang et al. 2023, gamma = 5)
+    (6)  sigmoid        w = snr sigmoid(-logsnr + 2)
+                        (Kingma & Gao 2023; Hoogeboom et al. 2024; in eps: sigmoid(2 - logsnr))
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +30,49 @@ import jax.numpy as jnp
 from cascaded_diffusion.diffusion import gaussian
 from cascaded_diffusion.types import check_shape
 
+# logsnr -> log w.
+Weighting = Callable[[jax.Array], jax.Array]
 
-def uniform_t(key: jax.Array, shape: tuple[int, ...], *, num_timesteps: int | None) -> jax.Array:
+WEIGHTINGS: dict[str, Weighting] = {
+    "snr": lambda logsnr: logsnr,
+    "truncated_snr": lambda logsnr: jnp.maximum(logsnr, 0.0),
+    "min_snr": lambda logsnr: jnp.minimum(logsnr, math.log(5.0)),
+    "sigmoid": lambda logsnr: logsnr + jax.nn.log_sigmoid(2.0 - logsnr),
+}
+
+# log of the factor between the error of what is predicted and that of x0, eq. (2).
+_LOG_ERROR_RATIO: dict[str, Weighting] = {
+    "eps": lambda logsnr: logsnr,
+    "x0": jnp.zeros_like,
+    "v": jax.nn.softplus,
+}
+
+
+def uniform_t(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    *,
+    num_timesteps: int | None,
+    max_t: float = 1.0,
+) -> jax.Array:
     """Uniform diffusion times.
 
     Args:
       key: a typed PRNG key.
       shape: the shape of the result.
-      num_timesteps: T, giving multiples of 1/T in [1/T, 1]; None for the
-        continuous interval (0, 1].
+      num_timesteps: T, giving multiples of 1/T in [1/T, max_t]; None for the
+        continuous interval (0, max_t].
+      max_t: the largest time.
     """
     if num_timesteps is None:
-        return 1.0 - jax.random.uniform(key, shape)
-    return jax.random.randint(key, shape, 1, num_timesteps + 1) / num_timesteps
+        return max_t * (1.0 - jax.random.uniform(key, shape))
+    last = math.floor(max_t * num_timesteps + 1e-6)
+    return jax.random.randint(key, shape, 1, last + 1) / num_timesteps
+
+
+def mean_per_example(x: jax.Array) -> jax.Array:
+    """[B, ...] -> [B]."""
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
 
 
 def simple_loss(
@@ -37,9 +82,13 @@ def simple_loss(
     eps: jax.Array,
     *,
     parameterization: str,
+    weighting: str = "none",
 ) -> jax.Array:
-    """Eq. (1), one value per example: [B, H, W, C] -> [B]."""
+    """Eq. (1), weighted by eq. (3)-(6) unless `weighting` is "none": [B, H, W, C] -> [B]."""
     target = gaussian.target_from(x0, logsnr, eps, parameterization=parameterization)
     check_shape(output, "B H W C", "network output", **dict(zip("BHWC", x0.shape, strict=True)))
-    squared = jnp.square(output.astype(jnp.float32) - target)
-    return jnp.mean(squared, axis=tuple(range(1, squared.ndim)))
+    loss = mean_per_example(jnp.square(output.astype(jnp.float32) - target))
+    if weighting == "none":
+        return loss
+    log_weight = WEIGHTINGS[weighting](logsnr) - _LOG_ERROR_RATIO[parameterization](logsnr)
+    return jnp.exp(log_weight) * loss

@@ -1,15 +1,35 @@
 r"""Samplers: from noise at t = 1 to an image at t = 0, or to any time between.
 
-With the grid t_i = 1 - i / num_steps, every sampler repeats, for t = t_i and
-s = t_{i+1}, one transition:
+Every sampler repeats one step, from t to s < t, along a grid of times. With
+x0_hat and eps_hat the network's prediction at (xt, t):
 
-    (1)  ancestral   xs ~ q(xs | xt, x0 = x0_hat)            (gaussian eq. (5))
-    (2)  DDIM        xs = alpha_s x0_hat + sigma_s eps_hat   (Song et al. 2021)
+    (1)  ancestral   xs ~ N(mu(xt, x0_hat), exp(logvar))         (gaussian eq. (5))
+                     logvar small, large, between, or learned    (gaussian eq. (5)-(7))
+    (2)  DDIM        xs = alpha_s x0_hat + sqrt(sigma_s^2 - w^2) eps_hat + w n
+                     w^2 = eta^2 beta-tilde; eta = 0 draws no noise
+                     (Song et al. 2021, eq. 12 and 16; eta = 1 is (1), small)
+
+Without noise, the chain solves an ordinary differential equation. With
+a = alpha / sigma = exp(logsnr / 2) it reads
+
+    (3)  d(x / sigma) = x0_hat(x, t) da
+
+DDIM is Euler's method for (3). Two methods of second order:
+
+    (4)  Heun            two evaluations: x0_hat at t, and at s where an Euler step leads;
+                         xs = (sigma_s / sigma_t) xt + (alpha_s - sigma_s a_t) mean of both
+    (5)  DPM-Solver++(2M) one evaluation: extrapolates x0_hat from the last two,
+                         in lambda = logsnr / 2 with h = lambda_s - lambda_t, h' the step before:
+                         D  = x0_hat + h / (2 h') (x0_hat - x0_hat')
+                         xs = (sigma_s / sigma_t) xt - alpha_s expm1(-h) D
+                         (Lu et al. 2022, algorithm 2)
+
+A last step to t = 0 returns x0_hat itself.
 
 Truncation (Ho et al. 2021, section 3.2) stops the chain at t = stop_t > 0 and
 returns the still noisy image: grid points below `stop_t` are never visited, the
 last step ends on it exactly. `stop_t` may be traced, so that a sweep over
-truncation levels compiles once; `num_steps` need not be the training T.
+truncation levels compiles once.
 
 The noise of step i for an image comes from `fold_in(key of that image, i)`: an
 image does not depend on the batch it is in, nor on how the batch is sharded.
@@ -21,39 +41,189 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cascaded_diffusion.diffusion import gaussian
 from cascaded_diffusion.types import DenoiseFn, Prediction, Schedule
 
-# (prediction, xt, logsnr_s, logsnr_t, noise) -> xs
-Transition = Callable[[Prediction, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# (x0_hat of the step before, its logsnr [B]); at the first step, that step's own logsnr.
+Memory = tuple[jax.Array, jax.Array]
+
+# (denoise, xt, logsnr_s [B], logsnr_t [B], noise, is_last, memory) -> (xs, prediction at xt).
+Step = Callable[..., tuple[jax.Array, Prediction]]
+
+# (prediction, logsnr_s, logsnr_t, min_logvar) -> log-variance. The levels have the
+# image's rank; see `gaussian.step_logvars` for `min_logvar`.
+LogVariance = Callable[..., jax.Array]
 
 
-def ancestral_step(
+def _learned(
     prediction: Prediction,
+    logsnr_s: jax.Array,
+    logsnr_t: jax.Array,
+    min_logvar: jax.Array | float = -jnp.inf,
+) -> jax.Array:
+    """Gaussian eq. (7)."""
+    small, large = gaussian.step_logvars(logsnr_s, logsnr_t, min_logvar)
+    fraction = prediction.variance_fraction
+    return fraction * large + (1 - fraction) * small
+
+
+def make_log_variance(kind: str, interpolation: float | None = None) -> LogVariance:
+    """The variance of an ancestral step.
+
+    Args:
+      kind: "small", "large", "interpolated" or "learned".
+      interpolation: of "interpolated": 0 is small, 1 is large (log-linear; Imagen's gamma).
+    """
+    if kind == "learned":
+        return _learned
+    weight = {"small": 0.0, "large": 1.0, "interpolated": interpolation}[kind]
+
+    def log_variance(
+        prediction: Prediction,
+        logsnr_s: jax.Array,
+        logsnr_t: jax.Array,
+        min_logvar: jax.Array | float = -jnp.inf,
+    ) -> jax.Array:
+        del prediction
+        small, large = gaussian.step_logvars(logsnr_s, logsnr_t, min_logvar)
+        if weight in (0.0, 1.0):  # 0 times an infinite logarithm is not 0
+            return large if weight else small
+        return weight * large + (1 - weight) * small
+
+    return log_variance
+
+
+VARIANCES = ("small", "large", "interpolated", "learned")
+
+
+def make_ancestral(log_variance: LogVariance) -> Step:
+    """Eq. (1)."""
+
+    def step(
+        denoise: DenoiseFn,
+        xt: jax.Array,
+        logsnr_s: jax.Array,
+        logsnr_t: jax.Array,
+        noise: jax.Array,
+        is_last: jax.Array,
+        memory: Memory,
+    ) -> tuple[jax.Array, Prediction]:
+        del is_last, memory
+        prediction = denoise(xt, logsnr_t)
+        mean, _ = gaussian.posterior(prediction.x0, xt, logsnr_s, logsnr_t)
+        logvar = log_variance(
+            prediction,
+            gaussian.broadcast_right(logsnr_s, xt),
+            gaussian.broadcast_right(logsnr_t, xt),
+        )
+        return mean + jnp.exp(0.5 * logvar) * noise, prediction
+
+    return step
+
+
+def make_ddim(eta: float = 0.0) -> Step:
+    """Eq. (2). With eta 0 `noise` is not used, and XLA never draws it."""
+
+    def step(
+        denoise: DenoiseFn,
+        xt: jax.Array,
+        logsnr_s: jax.Array,
+        logsnr_t: jax.Array,
+        noise: jax.Array,
+        is_last: jax.Array,
+        memory: Memory,
+    ) -> tuple[jax.Array, Prediction]:
+        del is_last, memory
+        prediction = denoise(xt, logsnr_t)
+        if eta == 0.0:
+            return gaussian.diffuse(prediction.x0, logsnr_s, prediction.eps), prediction
+        _, var = gaussian.posterior(prediction.x0, xt, logsnr_s, logsnr_t)
+        alpha_s, sigma_s = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr_s, xt))
+        direction = jnp.sqrt(jnp.maximum(sigma_s**2 - eta**2 * var, 0.0)) * prediction.eps
+        xs = alpha_s * prediction.x0 + direction + eta * jnp.sqrt(var) * noise
+        return xs, prediction
+
+    return step
+
+
+def heun_step(
+    denoise: DenoiseFn,
     xt: jax.Array,
     logsnr_s: jax.Array,
     logsnr_t: jax.Array,
     noise: jax.Array,
-) -> jax.Array:
-    """Eq. (1) with the small (posterior) variance."""
-    mean, var = gaussian.posterior(prediction.x0, xt, logsnr_s, logsnr_t)
-    return mean + jnp.sqrt(var) * noise
+    is_last: jax.Array,
+    memory: Memory,
+) -> tuple[jax.Array, Prediction]:
+    """Eq. (4). The step to t = 0 needs no second evaluation and makes none."""
+    del noise, memory
+    prediction = denoise(xt, logsnr_t)
+    alpha_s, sigma_s = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr_s, xt))
+    alpha_t, sigma_t = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr_t, xt))
+
+    def xs_from(x0: jax.Array) -> jax.Array:
+        ratio = sigma_s / sigma_t
+        return ratio * xt + (alpha_s - ratio * alpha_t) * x0
+
+    def corrected() -> jax.Array:
+        second = denoise(xs_from(prediction.x0), logsnr_s)
+        return xs_from(0.5 * (prediction.x0 + second.x0))
+
+    return jax.lax.cond(is_last, lambda: prediction.x0, corrected), prediction
 
 
-def ddim_step(
-    prediction: Prediction,
+def dpmpp_2m_step(
+    denoise: DenoiseFn,
     xt: jax.Array,
     logsnr_s: jax.Array,
     logsnr_t: jax.Array,
     noise: jax.Array,
-) -> jax.Array:
-    """Eq. (2), deterministic: `noise` is not used (and XLA never draws it)."""
-    del xt, logsnr_t, noise
-    return gaussian.diffuse(prediction.x0, logsnr_s, prediction.eps)
+    is_last: jax.Array,
+    memory: Memory,
+) -> tuple[jax.Array, Prediction]:
+    """Eq. (5). The first step has no step before it and is Euler's."""
+    del noise, is_last
+    prediction = denoise(xt, logsnr_t)
+    x0_before, logsnr_before = memory
+    h = gaussian.broadcast_right(logsnr_s - logsnr_t, xt) / 2
+    h_before = gaussian.broadcast_right(logsnr_t - logsnr_before, xt) / 2
+    weight = jnp.where(h_before > 0, h / (2 * jnp.where(h_before > 0, h_before, 1.0)), 0.0)
+    extrapolated = prediction.x0 + weight * (prediction.x0 - x0_before)
+    alpha_s, sigma_s = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr_s, xt))
+    _, sigma_t = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr_t, xt))
+    return (sigma_s / sigma_t) * xt - alpha_s * jnp.expm1(-h) * extrapolated, prediction
 
 
-SAMPLERS: dict[str, Transition] = {"ancestral": ancestral_step, "ddim": ddim_step}
+SAMPLERS = ("ancestral", "ddim", "dpmpp_2m", "heun")
+
+
+def make_step(
+    name: str,
+    *,
+    variance: str | None = None,
+    variance_interpolation: float | None = None,
+    eta: float | None = None,
+) -> Step:
+    """The step of the sampler `name`, one of `SAMPLERS`.
+
+    Args:
+      name: the sampler.
+      variance: of "ancestral", one of `VARIANCES`.
+      variance_interpolation: of the variance "interpolated".
+      eta: of "ddim".
+    """
+    if name == "ancestral":
+        return make_ancestral(make_log_variance(variance, variance_interpolation))
+    if name == "ddim":
+        return make_ddim(eta)
+    return {"heun": heun_step, "dpmpp_2m": dpmpp_2m_step}[name]
+
+
+def calls_per_image(name: str, num_steps: int) -> int:
+    """Network evaluations of a whole chain, without guidance."""
+    return 2 * num_steps - 1 if name == "heun" else num_steps
 
 
 def normal_per_image(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -67,8 +237,8 @@ def sample(
     keys: jax.Array,
     *,
     schedule: Schedule,
-    transition: Transition,
-    num_steps: int,
+    step: Step,
+    times: np.ndarray,
     stop_t: jax.Array | float = 0.0,
 ) -> jax.Array:
     """Runs the reverse chain from t = 1 to t = stop_t as one compiled loop.
@@ -78,8 +248,8 @@ def sample(
       xt: [B, H, W, C] noise at t = 1.
       keys: [B] typed PRNG keys, one per image.
       schedule: the process to sample.
-      transition: one of `SAMPLERS`.
-      num_steps: steps from t = 1 down to t = 0.
+      step: from `make_step`.
+      times: [num_steps + 1] descending from 1 to 0, from `grids.time_grid`.
       stop_t: where to stop, in [0, 1); scalar, traced or not.
 
     Returns:
@@ -87,19 +257,25 @@ def sample(
       the slightly noisy x at the schedule's highest logsnr.
     """
     stop_t = jnp.asarray(stop_t, jnp.float32)
+    times = jnp.asarray(times, jnp.float32)
     batch = xt.shape[0]
-    # The number of grid points above stop_t. The 1e-4 keeps rounding of a
-    # stop_t that lies on the grid from adding a step of no length.
-    steps_run = jnp.ceil((1.0 - stop_t) * num_steps - 1e-4).astype(jnp.int32)
+    # A stop_t that lies on the grid, but for rounding, must not add a step of no length.
+    # The margin is relative: grids have points far below 1e-6, and 0 cuts none of them.
+    steps_run = jnp.sum(times[:-1] > stop_t * (1 + 1e-6))
 
-    def body(i: jax.Array, xt: jax.Array) -> jax.Array:
-        t = 1.0 - i / num_steps
-        s = jnp.where(i + 1 == steps_run, stop_t, 1.0 - (i + 1) / num_steps)
-        logsnr_t, logsnr_s = (jnp.full((batch,), schedule(u), jnp.float32) for u in (t, s))
-        prediction = denoise(xt, logsnr_t)
+    def logsnr_at(t: jax.Array) -> jax.Array:
+        return jnp.full((batch,), schedule(t), jnp.float32)
+
+    def body(i: jax.Array, carry: tuple[jax.Array, Memory]) -> tuple[jax.Array, Memory]:
+        xt, memory = carry
+        s = jnp.where(i + 1 == steps_run, stop_t, times[i + 1])
+        logsnr_t, logsnr_s = logsnr_at(times[i]), logsnr_at(s)
         step_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
         noise = normal_per_image(step_keys, xt.shape[1:])
-        xs = transition(prediction, xt, logsnr_s, logsnr_t, noise)
-        return jnp.where(s == 0.0, prediction.x0, xs)
+        is_last = s == 0.0
+        xs, prediction = step(denoise, xt, logsnr_s, logsnr_t, noise, is_last, memory)
+        xs = jnp.where(is_last, prediction.x0, xs)
+        return xs, (prediction.x0, logsnr_t)
 
-    return jax.lax.fori_loop(0, steps_run, body, xt)
+    first_memory = (jnp.zeros_like(xt), logsnr_at(times[0]))
+    return jax.lax.fori_loop(0, steps_run, body, (xt, first_memory))[0]

@@ -27,15 +27,26 @@ COMPARABLE = (
 )
 
 
-def series(records: Sequence[Record], metric: str, like: Record) -> list[Record]:
-    """The records of `metric` that are comparable to `like`, one per step, by step."""
-    by_step: dict[int, Record] = {}
+def series(
+    records: Sequence[Record], metric: str, like: Record, ema_decays: Sequence[float]
+) -> list[Record]:
+    """The records of `metric` comparable to `like`, one per step and EMA, in that order."""
+    found: dict[tuple[int, float], Record] = {}
     for record in records:
-        if record.get("metric") == metric and all(
-            record.get(key) == like.get(key) for key in COMPARABLE
+        if (
+            record.get("metric") == metric
+            and record.get("ema_decay") in ema_decays
+            and all(record.get(key) == like.get(key) for key in COMPARABLE)
         ):
-            by_step.setdefault(record["step"], record)
-    return [by_step[step] for step in sorted(by_step)]
+            found.setdefault((record["step"], record["ema_decay"]), record)
+    return [found[key] for key in sorted(found)]
+
+
+def lowest_per_step(comparable: Sequence[Record]) -> list[Record]:
+    """Of each step, the EMA with the lowest value: what early stopping looks at."""
+    steps = sorted({record["step"] for record in comparable})
+    of_step = ([r for r in comparable if r["step"] == step] for step in steps)
+    return [best_record(records) or records[0] for records in of_step]
 
 
 def best_record(comparable: Sequence[Record]) -> Record | None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.cascade import Cascade, keys_for
-from cascaded_diffusion.cascade.pixels import uint8_from_float
+from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.logging import Progress
@@ -70,6 +70,7 @@ def make_cascade_sampler(
     seed: int,
     mesh: Mesh,
     keep_first_stages: bool = False,
+    sample: Callable[..., list[jax.Array]] | None = None,
 ) -> BatchSampler:
     """Samples of a whole cascade; with one stage, of that stage alone.
 
@@ -81,52 +82,60 @@ def make_cascade_sampler(
       keep_first_stages: keep what all but the last stage made of each batch and
         use it again when the same batch is asked for. Only the last stage's
         parameters may then differ between calls.
+      sample: from `cascade.make_sampler()`, for samplers of several levels to share
+        their compiled programs.
     """
-    kept: dict[tuple[int, ...], list[jax.Array]] | None = {} if keep_first_stages else None
-    return _make_cascade_sampler(cascade, cascade.make_sampler(), aug_levels, seed, mesh, kept)
-
-
-def make_level_samplers(
-    cascade: Cascade, levels: Sequence[float], *, seed: int, mesh: Mesh
-) -> list[BatchSampler]:
-    """One sampler per level, which every enlargement of the cascade then has.
-
-    They share their compiled programs, and without truncation what the first
-    stages made: only the last stage runs again for another level. The parameters
-    must be the same in all calls.
-    """
-    sample = cascade.make_sampler()
-    two_stages = len(cascade.stages) == 2
-    # With more stages, those in the middle depend on the level.
-    kept = {} if two_stages and not cascade.truncated else None
-    num_levels = len(cascade.stages) - 1
-    return [
-        _make_cascade_sampler(cascade, sample, [level] * num_levels, seed, mesh, kept)
-        for level in levels
-    ]
-
-
-def _make_cascade_sampler(
-    cascade: Cascade,
-    sample: Callable[..., list[jax.Array]],
-    aug_levels: Sequence[float],
-    seed: int,
-    mesh: Mesh,
-    kept: dict[tuple[int, ...], list[jax.Array]] | None,
-) -> BatchSampler:
     key = jax.random.key(seed)
+    sample = cascade.make_sampler() if sample is None else sample
     num_classes = cascade.stages[0].config.num_classes
-    place = _make_placer(mesh)
+    kept: dict[tuple[int, ...], list[jax.Array]] = {}
+    place = make_placer(mesh)
 
     def sample_batch(params: Sequence[Params], indices: np.ndarray) -> list[jax.Array]:
         labels = _labels_of(indices, num_classes) if num_classes else None
         keys = keys_for(key, place(indices))
         batch = tuple(indices.tolist())
-        given = () if kept is None else kept.get(batch, ())
-        images = sample(params, keys, place(labels), aug_levels, given)
-        if kept is not None:
+        images = sample(params, keys, place(labels), aug_levels, kept.get(batch, ()))
+        if keep_first_stages:
             kept[batch] = images[:-1]
         return [_checked_uint8(x) for x in images]
+
+    return sample_batch
+
+
+def make_last_stage_sampler(
+    cascade: Cascade,
+    aug_levels: Sequence[float],
+    below: np.ndarray,
+    *,
+    seed: int,
+    mesh: Mesh,
+    sample: Callable[..., list[jax.Array]] | None = None,
+) -> BatchSampler:
+    """The cascade's last stage alone, on stored samples of the stage below it.
+
+    What it makes of them is what `make_cascade_sampler` makes without truncation.
+
+    Args:
+      cascade: the stages.
+      aug_levels: one per enlargement.
+      below: uint8 [n, h, w, C], sample i of the stage below at row i.
+      seed: of the samples' keys.
+      mesh: the device mesh.
+      sample: as in `make_cascade_sampler`.
+    """
+    key = jax.random.key(seed)
+    sample = cascade.make_sampler() if sample is None else sample
+    num_classes = cascade.stages[0].config.num_classes
+    place = make_placer(mesh)
+
+    def sample_batch(params: Sequence[Params], indices: np.ndarray) -> list[jax.Array]:
+        labels = _labels_of(indices, num_classes) if num_classes else None
+        low_res = float_from_uint8(place(below[indices]))
+        given = [None] * (len(cascade.stages) - 2) + [low_res]
+        keys = keys_for(key, place(indices))
+        images = sample(params, keys, place(labels), aug_levels, given)
+        return [_checked_uint8(images[-1])]
 
     return sample_batch
 
@@ -143,7 +152,7 @@ def make_enlarging_sampler(
     """Enlargements of given images, float32 [n, h, w, C]; sample `i` is of image i mod n."""
     key = jax.random.key(seed)
     num_classes = stage.config.num_classes
-    place = _make_placer(mesh)
+    place = make_placer(mesh)
     level = aug_level if stage.augment is not None and stage.augment.has_level else None
 
     @jax.jit
@@ -159,7 +168,8 @@ def make_enlarging_sampler(
     return sample_batch
 
 
-def _make_placer(mesh: Mesh) -> Callable[[np.ndarray | None], jax.Array | None]:
+def make_placer(mesh: Mesh) -> Callable[[np.ndarray | None], jax.Array | None]:
+    """Returns a function that splits an array's first axis over the mesh; None stays None."""
     sharding = mesh_lib.batch_sharding(mesh)
     return lambda x: None if x is None else jax.device_put(x, sharding)
 

@@ -36,6 +36,11 @@ def upsample_nearest(x: jax.Array) -> jax.Array:
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
+def downsample_mean(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H/2, W/2, C], the means of 2x2 pixels."""
+    return nn.avg_pool(x, (2, 2), strides=(2, 2))
+
+
 def group_norm(dtype: jnp.dtype, channels: int, name: str) -> nn.GroupNorm:
     """Group normalization with 32 groups, or as many as divide the channels."""
     return nn.GroupNorm(num_groups=math.gcd(32, channels), epsilon=1e-5, dtype=dtype, name=name)
@@ -56,30 +61,69 @@ def conv3x3(
     )
 
 
-class ResBlock(nn.Module):
-    """Residual block whose second norm is scaled and shifted by the embedding.
+def concat_skip(h: jax.Array, skip: jax.Array, *, scale: bool) -> jax.Array:
+    """Two feature maps [B, H, W, *] side by side, the second times 1/sqrt(2) if `scale`."""
+    return jnp.concatenate([h, skip * math.sqrt(0.5) if scale else skip], axis=-1)
 
-    As in Dhariwal & Nichol 2021 ("adaptive group normalization").
-    [B, H, W, C], [B, E] -> [B, H, W, features].
+
+def image_out(h: jax.Array, features: int, dtype: jnp.dtype) -> jax.Array:
+    """The end of a network: norm, swish, convolution. -> [B, H, W, features] float32.
+
+    The output is float32 whatever the compute dtype: the loss and the samplers
+    subtract nearly equal numbers.
+    """
+    h = nn.swish(group_norm(dtype, h.shape[-1], "norm_out")(h)).astype(jnp.float32)
+    return conv3x3(features, jnp.float32, "conv_out", zero_init=True)(h)
+
+
+class ResBlock(nn.Module):
+    """Residual block steered by the embedding.
+
+    Its second norm is scaled and shifted by it, as in Dhariwal & Nichol 2021
+    ("adaptive group normalization"), or it is added before that norm, as in
+    Ho et al. 2020 and SR3.
+    [B, H, W, C], [B, E] -> [B, H, W, features], or with `resample` H and W halved
+    ("down", 2x2 averages) or doubled ("up", nearest neighbour): on both branches,
+    before the first convolution (Brock et al. 2019).
+
+    Attributes:
+      features: channels of the output.
+      dropout_rate: dropout before the second convolution.
+      scale_shift: the former of the two; else the latter.
+      resample: None, "down" or "up".
+      project_skip: whether the skip branch has a 1x1 convolution even where the
+        number of channels stays.
+      dtype: dtype of the computation.
     """
 
     features: int
     dropout_rate: float = 0.0
+    scale_shift: bool = True
+    resample: str | None = None
+    project_skip: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, embedding: jax.Array, *, deterministic: bool) -> jax.Array:
         features, dtype = self.features, self.dtype
         h = nn.swish(group_norm(dtype, x.shape[-1], "norm0")(x))
+        if self.resample is not None:
+            resample = {"down": downsample_mean, "up": upsample_nearest}[self.resample]
+            h, x = resample(h), resample(x)
         h = conv3x3(features, dtype, "conv0")(h)
 
-        scale_shift = nn.Dense(2 * features, kernel_init=ZERO_INIT, dtype=dtype, name="scale_shift")
-        scale, shift = jnp.split(scale_shift(nn.swish(embedding))[:, None, None, :], 2, axis=-1)
-        h = group_norm(dtype, features, "norm1")(h) * (1 + scale) + shift
+        steer = nn.swish(embedding)[:, None, None, :]
+        if self.scale_shift:
+            dense = nn.Dense(2 * features, kernel_init=ZERO_INIT, dtype=dtype, name="scale_shift")
+            scale, shift = jnp.split(dense(steer), 2, axis=-1)
+            h = group_norm(dtype, features, "norm1")(h) * (1 + scale) + shift
+        else:
+            h = h + nn.Dense(features, dtype=dtype, name="shift")(steer)
+            h = group_norm(dtype, features, "norm1")(h)
 
         h = nn.Dropout(self.dropout_rate)(nn.swish(h), deterministic=deterministic)
         h = conv3x3(features, dtype, "conv1", zero_init=True)(h)
-        if x.shape[-1] != features:
+        if self.project_skip or x.shape[-1] != features:
             x = nn.Dense(features, dtype=dtype, name="skip")(x)
         return x + h
 
@@ -111,7 +155,7 @@ class Downsample(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.method == "conv":
             return conv3x3(x.shape[-1], self.dtype, "conv", stride=2)(x)
-        return nn.avg_pool(x, (2, 2), strides=(2, 2))
+        return downsample_mean(x)
 
 
 class Upsample(nn.Module):

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from cascaded_diffusion.config import CheckpointConfig
+from cascaded_diffusion.config import CheckpointConfig, ema_name
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
 
@@ -260,12 +260,13 @@ def finished_steps(folder: RunFolder) -> list[int]:
     ]
 
 
-def load_ema_params(folder: RunFolder, step: int, abstract_params: Any) -> Any:
-    """The EMA parameters of one checkpoint, for evaluation and sampling.
+def load_ema_params(folder: RunFolder, step: int, ema_decay: float, abstract_params: Any) -> Any:
+    """The EMA parameters of one checkpoint and decay, for evaluation and sampling.
 
     Raises:
       UserError: the checkpoint is not there or not intact.
     """
+    name = ema_name(ema_decay)
     path = folder.checkpoints / str(step)
     problem = damage(path) if path.is_dir() else "it is not there"
     if problem is not None:
@@ -274,10 +275,14 @@ def load_ema_params(folder: RunFolder, step: int, abstract_params: Any) -> Any:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(
                 (path / _ITEM).absolute(),
-                args=_restore_args({"ema_params": abstract_params}, partial=True),
+                args=_restore_args({"ema_params": {name: abstract_params}}, partial=True),
             )
     except Exception as e:
         # Intact, yet not what this stage has; or a trainer removed it meanwhile.
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be restored ({reason})") from e
-    return restored["ema_params"]
+    params = restored["ema_params"][name]
+    # What a checkpoint lacks, a partial restore passes over in silence.
+    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
+        raise UserError(f"{path}: cannot be restored (it has no EMA of decay {ema_decay:g})")
+    return params

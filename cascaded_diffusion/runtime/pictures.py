@@ -1,10 +1,14 @@
-"""Picture files: grids and labelled rows of images. The only home of Pillow."""
+"""Picture files: grids and labelled rows of images, and plots of numbers.
+
+The only home of Pillow and of matplotlib.
+"""
 
 from __future__ import annotations
 
 import io
+import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -58,3 +62,39 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, scale: int = 2) -> 
         )
         strips += [np.asarray(header), strip]
     return np.concatenate(strips, axis=0)
+
+
+def line_plot(
+    path: pathlib.Path,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+) -> None:
+    """Writes a PNG of 960 x 600 pixels with one line, a marker at each point, per series.
+
+    Args:
+      path: file to write.
+      series: the (x, y) points of each line, in the order to join them, by its name in
+        the legend.
+      x_label: what x is.
+      y_label: what y is.
+      title: above the plot.
+    """
+    # Here because it is slow to import, and few runs plot. A Figure of its own, without
+    # pyplot, needs no display and leaves nothing open behind it.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for (name, points), marker in zip(series.items(), itertools.cycle("os^Dv"), strict=False):
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, label=name)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(alpha=0.3)
+    # An empty legend is a warning.
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    write_whole(path, data.getvalue())

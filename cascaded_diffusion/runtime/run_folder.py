@@ -9,21 +9,29 @@
     RUN/eval/*.png, *.npz         sample grids and samples
     RUN/EARLY_STOP, RUN/TRAIN_COMPLETE
 
+A folder of such runs is a cascade's:
+
+    RUNS/<stage>/                 a run folder
+    RUNS/cascade.json             the cascade with the best values that a sweep found
+    RUNS/sweep/<stage>.*          its records, table and plot
+
 Whole files appear under their name by a rename, never half-written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import Any
 
-from cascaded_diffusion.config import RunConfig, run_config_from, to_dict
+from cascaded_diffusion.config import CascadeConfig, CascadeSection, RunConfig, to_dict
+from cascaded_diffusion.config_checks import run_config_from
 from cascaded_diffusion.errors import UserError
 
 
@@ -68,6 +76,58 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
             with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
     return records
+
+
+def check_writable(path: pathlib.Path, flag: str) -> None:
+    """Raises UserError if the folder cannot be written; leaves no trace."""
+    parent = path
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"--{flag}={path}: {parent} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as e:
+        raise UserError(
+            f"--{flag}={path}: cannot write to {parent} ({e.strerror}); choose a"
+            " folder that you may write to"
+        ) from e
+
+
+@contextlib.contextmanager
+def held_lock(path: pathlib.Path, role: str, flag: str) -> Iterator[None]:
+    """Holds a folder for one writer of a kind.
+
+    The lock is the operating system's: it ends with the process that holds
+    it, however that ends.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / f".{role}.lock").open("a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            f.seek(0)
+            holder = f.read().strip() or "unknown"
+            raise UserError(
+                f"--{flag}={path}: another {role} process (pid {holder}) is writing"
+                " there; wait for it, or choose another folder"
+            ) from e
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A checkpoint's step, and which of its EMAs."""
+
+    step: int
+    ema_decay: float
 
 
 class RunFolder:
@@ -116,19 +176,7 @@ class RunFolder:
 
     def check_writable(self) -> None:
         """Raises UserError if the folder cannot be written; leaves no trace."""
-        parent = self.path
-        while not parent.exists() and parent != parent.parent:
-            parent = parent.parent
-        if not parent.is_dir():
-            raise UserError(f"--{self._flag}={self.path}: {parent} is not a folder")
-        try:
-            with tempfile.TemporaryFile(dir=parent):
-                pass
-        except OSError as e:
-            raise UserError(
-                f"--{self._flag}={self.path}: cannot write to {parent} ({e.strerror}); choose a"
-                " folder that you may write to"
-            ) from e
+        check_writable(self.path, self._flag)
 
     def write_config(self, config: RunConfig) -> None:
         """Stores the resolved config."""
@@ -140,7 +188,7 @@ class RunFolder:
             return None
         try:
             record = json.loads(self.best_path.read_text())
-            return record if record["step"] >= 0 else None
+            return record if record["step"] >= 0 and record["ema_decay"] >= 0 else None
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"{self.best_path}: not a record of evaluation; remove it and run"
@@ -165,8 +213,8 @@ class RunFolder:
         except (ValueError, KeyError, TypeError):
             return True  # somebody's own file: its being there says enough
 
-    def best_step(self) -> int:
-        """The step that evaluation chose.
+    def chosen(self) -> Chosen:
+        """The checkpoint that evaluation chose.
 
         Raises:
           UserError: none was chosen yet.
@@ -177,33 +225,56 @@ class RunFolder:
                 f"{self.path}: no checkpoint was chosen yet; run"
                 f" `python -m cascaded_diffusion.evaluate --workdir={self.path}` first"
             )
-        return best["step"]
+        return Chosen(step=best["step"], ema_decay=best["ema_decay"])
 
-    @contextlib.contextmanager
-    def writer_lock(self, role: str) -> Iterator[None]:
-        """Holds the folder for one writer of a kind ("train", "eval").
+    def writer_lock(self, role: str) -> contextlib.AbstractContextManager[None]:
+        """Holds the folder for one writer of a kind ("train", "eval"): see `held_lock`."""
+        return held_lock(self.path, role, self._flag)
 
-        The lock is the operating system's: it ends with the process that holds
-        it, however that ends.
+
+class CascadeFolder:
+    """A folder of runs that make a cascade. Opening it writes nothing.
+
+    Args:
+      path: the folder; a stage's run is the folder of its name in there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self.sweep = self.path / "sweep"
+        self.cascade_path = self.path / "cascade.json"
+
+    def stage_folders(self, section: CascadeSection) -> list[RunFolder]:
+        """The runs of a cascade's stages.
 
         Raises:
-          UserError: another process holds it.
+          UserError: one is missing; says which command trains it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / f".{role}.lock").open("a+") as f:
-            self._lock(f, role)
-            f.truncate(0)
-            f.write(str(os.getpid()))
-            f.flush()
-            yield
+        folders = [RunFolder(self.path / name) for name in section.stages]
+        for folder, config in zip(folders, section.configs, strict=True):
+            if not folder.exists():
+                raise UserError(
+                    f"--workdir={self.path}: no run {folder.path.name!r} there; train it with"
+                    f" `python -m cascaded_diffusion.main --config=configs/{config}"
+                    f" --workdir={folder.path}`"
+                )
+        return folders
 
-    def _lock(self, f: IO[str], role: str) -> None:
+    def check_writable(self) -> None:
+        """Raises UserError if the folder cannot be written; leaves no trace."""
+        check_writable(self.path, "workdir")
+
+    def sweep_lock(self) -> contextlib.AbstractContextManager[None]:
+        """Holds the folder for one sweep: see `held_lock`."""
+        return held_lock(self.path, "sweep", "workdir")
+
+    def read_cascade(self) -> dict[str, Any]:
+        """The cascade that a sweep wrote, as plain values, to be checked like a new one."""
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            f.seek(0)
-            holder = f.read().strip() or "unknown"
-            raise UserError(
-                f"--{self._flag}={self.path}: another {role} process (pid {holder}) is writing"
-                " there; wait for it, or choose another folder"
-            ) from e
+            return json.loads(self.cascade_path.read_text())
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.cascade_path}: cannot be read as JSON ({e})") from e
+
+    def write_cascade(self, config: CascadeConfig) -> None:
+        """Stores a cascade's config."""
+        write_whole(self.cascade_path, json.dumps(to_dict(config), indent=2).encode() + b"\n")

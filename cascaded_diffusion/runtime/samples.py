@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import pathlib
 import zipfile
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,11 +16,38 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import write_whole
 
 
-def save_samples(path: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Writes an ADM-style file: `arr_0` uint8 NHWC, `arr_1` int64 labels."""
+def save_samples(
+    path: pathlib.Path,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes an ADM-style file: `arr_0` uint8 NHWC, `arr_1` int64 labels.
+
+    `provenance`, all that the samples are a function of, is kept beside them as JSON.
+    """
     data = io.BytesIO()
-    np.savez(data, arr_0=images, arr_1=labels.astype(np.int64))
+    arrays = {"arr_0": images, "arr_1": labels.astype(np.int64)}
+    if provenance is not None:
+        arrays["provenance"] = np.asarray(json.dumps(provenance))
+    np.savez(data, **arrays)
     write_whole(path, data.getvalue())
+
+
+def read_provenance(path: pathlib.Path) -> Mapping[str, Any] | None:
+    """What `save_samples` was told of the samples' origin; None without file or origin."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return json.loads(str(stored["provenance"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def stored_samples(path: pathlib.Path) -> np.ndarray:
+    """The images of a file whose provenance has been read."""
+    with np.load(path, allow_pickle=False) as stored:
+        return stored["arr_0"]
 
 
 def load_samples(path: str, stage: StageConfig) -> tuple[np.ndarray, np.ndarray]:

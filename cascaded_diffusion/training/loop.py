@@ -15,10 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.cascade.cascade import keys_for
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
-from cascaded_diffusion.cascade.stage import Stage, build_stage
-from cascaded_diffusion.config import RunConfig, check_resume
+from cascaded_diffusion.cascade.stage import Stage
+from cascaded_diffusion.config import RunConfig, ema_name
+from cascaded_diffusion.config_checks import check_resume
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import pictures
@@ -275,7 +277,7 @@ def _train(
                         checkpoints.save(step, state)
                         saved_step = step
                     if sample:
-                        grid = sample_grid(state.ema_params)
+                        grid = sample_grid(state.ema_params[ema_name(config.eval.ema_decays[0])])
                         if writer is not None:
                             writer.write_image(step, "ema_samples", grid)
             if stopping and step < total:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from cascaded_diffusion.config import ema_name
 from cascaded_diffusion.types import Params
 
 
@@ -20,7 +22,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, the number of optimizer steps taken.
       params: the network's parameters, float32.
-      ema_params: their exponential moving average.
+      ema_params: their exponential moving averages, by `ema_name` of the decay.
       opt_state: the optimizer's state.
       key: typed PRNG key of the run; step k draws from `fold_in(key, k)`, so that
         nothing but `step` has to advance and a resumed run repeats no noise.
@@ -28,19 +30,23 @@ class TrainState:
 
     step: jax.Array
     params: Params
-    ema_params: Params
+    ema_params: dict[str, Params]
     opt_state: Any
     key: jax.Array
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, key: jax.Array
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    ema_decays: Sequence[float],
 ) -> TrainState:
-    """The state before the first step. The EMA starts at the parameters."""
+    """The state before the first step. Every EMA starts at the parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema_params=jax.tree.map(jnp.copy, params),
+        ema_params={ema_name(d): jax.tree.map(jnp.copy, params) for d in ema_decays},
         opt_state=optimizer.init(params),
         key=key,
     )

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.cascade.stage import Stage
-from cascaded_diffusion.config import TrainConfig
+from cascaded_diffusion.config import TrainConfig, ema_name
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.training.optimizer import build_learning_rate, build_optimizer
 from cascaded_diffusion.training.state import TrainState, init_state, updated_ema
@@ -38,7 +38,12 @@ def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
 
     def init() -> TrainState:
         params_key, run_key = jax.random.split(jax.random.key(config.seed))
-        return init_state(stage.init(params_key), build_optimizer(config), run_key)
+        return init_state(
+            stage.init(params_key),
+            build_optimizer(config),
+            run_key,
+            ema_decays=config.ema_decays,
+        )
 
     return init
 
@@ -65,7 +70,12 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
         new_state = TrainState(
             step=state.step + 1,
             params=params,
-            ema_params=updated_ema(state.ema_params, params, state.step, decay=config.ema_decay),
+            ema_params={
+                ema_name(decay): updated_ema(
+                    state.ema_params[ema_name(decay)], params, state.step, decay=decay
+                )
+                for decay in config.ema_decays
+            },
             opt_state=opt_state,
             key=state.key,
         )

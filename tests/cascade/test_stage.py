@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.cascade import resize
+from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.cascade.cascade import Cascade, keys_for
-from cascaded_diffusion.cascade.stage import build_stage
+from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
+from cascaded_diffusion.diffusion import gaussian
 from cascaded_diffusion.networks.unet import Network
 from cascaded_diffusion.types import Batch
 from tests.networks.test_unet import randomized
@@ -41,74 +43,98 @@ def _batch(resolution=32):
     return Batch(image=image, label=jnp.arange(8))
 
 
-def test_training_and_sampling_show_the_network_the_same_low_res_input():
-    # The bug most reported of cascade trainers: resize, damage or clipping in another
-    # order. With the same image, level and noise the conditioning must be the same
-    # to the bit.
-    stage = build_stage(tiny_sr(stage__diffusion__label_dropout_prob=0.0).stage)
+_AUGMENTS = {
+    "none": {"stage__augment__name": "none", "stage__augment__max_level": None},
+    "gaussian": {},
+    "blur": {
+        "stage__augment__name": "blur",
+        "stage__augment__max_level": None,
+        "stage__augment__blur_kernel_size": 3,
+        "stage__augment__blur_sigmas": (0.4, 0.6),
+        "stage__augment__blur_prob": 0.5,
+    },
+}
+
+
+def _sr_with(augment):
+    overrides = dict(_AUGMENTS[augment])
+    if augment != "gaussian":
+        overrides |= {"stage__low_res_schedule": None, "eval__aug_level": 0.0}
+    return build_stage(tiny_sr(stage__diffusion__label_dropout_prob=0.0, **overrides).stage)
+
+
+class _Replayed:
+    """The stage's augmentation, whose damage when sampling is what training drew."""
+
+    def __init__(self, augment):
+        self._augment, self.has_level = augment, augment.has_level
+
+    def for_training(self, key, shape):
+        self.damage = self._augment.for_training(key, shape)
+        return self.damage
+
+    def for_sampling(self, keys, shape, aug_level):
+        return self.damage
+
+
+@pytest.mark.parametrize("augment", _AUGMENTS)
+def test_training_and_sampling_show_the_network_the_same_low_res_input(augment):
+    # The bug most reported of cascade trainers: resize, damage, clipping or rounding in
+    # another order. With the same image and damage the conditioning must be the same to
+    # the bit, whether the image comes from the data, from the stage below as it hands it
+    # on, or from a file.
+    stage = _sr_with(augment)
     recorder = Recorder()
-    stage = dataclasses.replace(stage, network=recorder)
+    stage = dataclasses.replace(stage, network=recorder, augment=_Replayed(stage.augment))
     batch = _batch()
     stage.loss({}, batch, jax.random.key(3))
     trained = recorder.calls[-1][2]
 
-    low_res = stage.low_res_from(batch.image)
-    noise = (
-        trained.low_res
-        - jnp.sqrt(jax.nn.sigmoid(stage.schedule(trained.aug_level)))[:, None, None, None] * low_res
-    )
-    assert np.abs(noise).max() > 0.1
-
-    # Sampling one image per level, as the level is one per call there.
-    for i in range(3):
+    handed_on = resize.area_resize(batch.image, 16)
+    stored = float_from_uint8(uint8_from_float(handed_on))
+    for low_res in (handed_on, stored, stage.low_res_from(batch.image)):
         recorder.calls.clear()
-        keys = jax.random.split(jax.random.key(i), 8)
-        stage_sampled = dataclasses.replace(
-            stage, augment=_WithNoise(stage.augment, trained, low_res)
-        )
+        keys = jax.random.split(jax.random.key(0), 8)
         with jax.disable_jit():
-            stage_sampled.sample(
-                {}, keys, label=batch.label, low_res=low_res, aug_level=float(trained.aug_level[i])
-            )
-        sampled = recorder.calls[0][2]
-        np.testing.assert_array_equal(sampled.low_res[i], trained.low_res[i])
-        assert sampled.aug_level[i] == trained.aug_level[i]
-        np.testing.assert_array_equal(sampled.label, trained.label)
-        assert (sampled.low_res.dtype, trained.low_res.dtype) == (jnp.float32, jnp.float32)
+            stage.sample({}, keys, label=batch.label, low_res=low_res, aug_level=0.3)
+        for call in recorder.calls:
+            sampled = call[2]
+            np.testing.assert_array_equal(sampled.low_res, trained.low_res)
+            assert sampled.low_res.dtype == trained.low_res.dtype == jnp.float32
+            np.testing.assert_array_equal(sampled.label, trained.label)
+            if augment == "gaussian":
+                np.testing.assert_array_equal(sampled.aug_level, trained.aug_level)
+            else:
+                assert sampled.aug_level is trained.aug_level is None
 
 
-class _WithNoise:
-    """The stage's augmentation with its noise replaced by the one that training drew."""
-
-    has_level = True
-
-    def __init__(self, augment, trained, low_res):
-        self._augment = augment
-        keys = jax.random.split(jax.random.key(3), 6)
-        self._noise = jax.random.normal(keys[3], low_res.shape)
-
-    def condition(self, low_res, aug_level, noise, *, label, already_noisy=False):
-        return self._augment.condition(
-            low_res, aug_level, self._noise, label=label, already_noisy=already_noisy
-        )
+def test_blur_is_for_training_alone():
+    stage = _sr_with("blur")
+    recorder = Recorder()
+    stage = dataclasses.replace(stage, network=recorder)
+    batch = _batch()
+    clean = stage.low_res_from(batch.image)
+    stage.loss({}, batch, jax.random.key(0))
+    blurred = np.abs(recorder.calls[-1][2].low_res - clean).max((1, 2, 3)) > 0
+    assert 0 < blurred.sum() < 8
+    with jax.disable_jit():
+        stage.sample({}, jax.random.split(jax.random.key(0), 8), label=batch.label, low_res=clean)
+    np.testing.assert_array_equal(recorder.calls[-1][2].low_res, clean)
 
 
 def test_low_res_input_is_the_base_models_target():
     # One operator makes the base model's targets and the low-res inputs.
-    recorder = Recorder()
-    base = dataclasses.replace(build_stage(tiny_base().stage), network=recorder)
-    sr = build_stage(tiny_sr().stage)
+    base, sr = build_stage(tiny_base().stage), build_stage(tiny_sr().stage)
     batch = _batch()
+    np.testing.assert_array_equal(base.target_from(batch.image), sr.low_res_from(batch.image))
+    recorder = Recorder()
+    base = dataclasses.replace(base, network=recorder)
     base.loss({}, batch, jax.random.key(0))
-    _, eps_key, *_ = jax.random.split(jax.random.key(0), 6)
+    _, eps_key, *_ = jax.random.split(jax.random.key(0), 5)
     xt, logsnr, _ = recorder.calls[0]
     eps = jax.random.normal(eps_key, xt.shape)
-    alpha2 = jax.nn.sigmoid(logsnr)[:, None, None, None]
-    x0 = (xt - jnp.sqrt(1 - alpha2) * eps) / jnp.sqrt(alpha2)
-    clear = np.asarray(logsnr) > 0  # elsewhere the division amplifies rounding
-    assert clear.any()
-    np.testing.assert_allclose(x0[clear], sr.low_res_from(batch.image)[clear], atol=1e-5)
-    np.testing.assert_array_equal(sr.low_res_from(batch.image), resize.area_resize(batch.image, 16))
+    expected = gaussian.diffuse(sr.low_res_from(batch.image), logsnr, eps)
+    np.testing.assert_array_equal(xt, expected)
 
 
 def test_labels_are_dropped_as_often_as_configured():
@@ -122,14 +148,77 @@ def test_labels_are_dropped_as_often_as_configured():
     assert abs((labels == 10).mean() - 0.25) < 0.04
 
 
-def test_loss_of_a_perfect_network_is_zero():
-    # The recorder answers zero: with an x0 target and black images that is perfect.
+def test_loss_is_the_error_of_the_configured_target():
+    # The recorder answers zero; the nearest pixel value to grey is 1/255 above it.
     stage = build_stage(tiny_base(stage__diffusion__parameterization="x0").stage)
     stage = dataclasses.replace(stage, network=Recorder())
     batch = Batch(image=jnp.zeros((4, 32, 32, 1)), label=jnp.arange(4))
     loss, metrics = stage.loss({}, batch, jax.random.key(0))
-    assert loss == 0.0
+    np.testing.assert_allclose(loss, 1 / 255**2, rtol=1e-4)
     assert metrics["loss"] == loss
+
+
+_DISCRETE = {
+    "stage__schedule__num_timesteps": 20,
+    "stage__schedule__noise_levels": "discrete",
+    "stage__diffusion__variance": "learned",
+    "stage__diffusion__parameterization": "eps",
+}
+
+
+class LearnedVariance:
+    """A network of two parameters: what it says of the mean, and of the variance."""
+
+    def apply(self, params, xt, logsnr, cond, *, dropout_key=None):
+        shape = jnp.ones_like(xt)
+        return jnp.concatenate([params["mean"] * shape, params["variance"] * shape], -1)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "vlb"])
+def test_hybrid_loss_is_the_simple_one_and_a_thousandth_of_the_bound(kind):
+    config = tiny_base(
+        **_DISCRETE,
+        stage__diffusion__loss=kind,
+        stage__diffusion__vlb_weight=0.001 if kind == "hybrid" else None,
+    )
+    stage = dataclasses.replace(build_stage(config.stage), network=LearnedVariance())
+    params = {"mean": jnp.float32(0.3), "variance": jnp.float32(-0.4)}
+    grads, metrics = jax.grad(stage.loss, has_aux=True)(params, _batch(), jax.random.key(0))
+    simple, vlb = metrics["loss_simple"], metrics["loss_vlb"]
+    expected = simple + 0.001 * vlb if kind == "hybrid" else vlb
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+    assert float(vlb) > 0
+    assert grads["variance"] != 0
+    # The mean is trained by the simple loss alone: d/dm mean((m - eps)^2) = 2 (m - mean(eps)).
+    _, eps_key, *_ = jax.random.split(jax.random.key(0), 5)
+    eps = jax.random.normal(eps_key, (8, 16, 16, 1))
+    of_simple = 2 * (0.3 - eps.mean())
+    if kind == "hybrid":
+        np.testing.assert_allclose(grads["mean"], of_simple, rtol=1e-4)
+    else:
+        assert abs(grads["mean"] - of_simple) > 0.1
+
+
+def test_the_real_network_learns_a_variance_and_samples_with_it():
+    config = tiny_base(
+        **_DISCRETE,
+        stage__diffusion__loss="hybrid",
+        stage__diffusion__vlb_weight=0.001,
+        stage__sampler__name="ancestral",
+        stage__sampler__variance="learned",
+        stage__sampler__eta=None,
+        stage__sampler__num_steps=4,
+    )
+    stage, params = _stage(config)
+    loss, _ = jax.jit(stage.loss)(params, _batch(), jax.random.key(0))
+    assert np.isfinite(loss)
+    keys, labels = keys_for(jax.random.key(1), jnp.arange(4)), jnp.arange(4)
+    images = jax.jit(lambda p: stage.sample(p, keys, label=labels))(params)
+    assert images.shape == (4, 16, 16, 1)
+    assert np.isfinite(images).all()
+    bits = jax.jit(lambda p: stage.bits_per_dim(p, keys, _batch().image[:4], label=labels))(params)
+    assert bits.shape == (4,)
+    assert np.isfinite(bits).all()
 
 
 def _cascade(stages, truncated):
@@ -203,3 +292,87 @@ def test_network_is_a_pair_of_pure_functions():
     assert isinstance(stage.network, Network)
     a, b = (jax.jit(stage.init)(jax.random.key(0)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def _cascade3(truncated):
+    """8 -> 16 -> 32 px, the middle stage with and the last without a level."""
+    base = tiny_base(stage__resolution=8, data__resolution=32).stage
+    middle = tiny_sr(
+        stage__resolution=16,
+        stage__low_res_resolution=8,
+        stage__network__patch_size=2,
+    ).stage
+    last = _sr_with("blur").config
+    stages = [build_stage(config) for config in (base, middle, last)]
+    samplers = [
+        dataclasses.replace(s.config.sampler, num_steps=3, guidance_scale=1.0) for s in stages
+    ]
+    return Cascade(stages=stages, samplers=samplers, truncated=truncated)
+
+
+def test_three_stages_with_a_level_each():
+    params = None
+    images = {}
+    for truncated, levels in ((False, (0.2, 0.0)), (True, (0.2, 0.0)), (False, (0.5, 0.0))):
+        cascade = _cascade3(truncated)
+        if params is None:
+            params = [
+                jax.tree.map(lambda x: 0.3 * x, randomized(jax.jit(s.init)(jax.random.key(i))))
+                for i, s in enumerate(cascade.stages)
+            ]
+        keys, labels = keys_for(jax.random.key(1), jnp.arange(4)), jnp.arange(4)
+        images[truncated, levels] = cascade.make_sampler()(params, keys, labels, levels)
+    for made in images.values():
+        assert [x.shape[1] for x in made] == [8, 16, 32]
+    plain, cut, strong = images.values()
+    np.testing.assert_array_equal(plain[0], strong[0])
+    assert np.abs(plain[0] - cut[0]).max() > 1e-3  # truncated: still noisy
+    assert np.abs(cut[1]).max() <= 1.0  # the last stage has no level: nothing to truncate for
+    assert np.abs(plain[1] - strong[1]).max() > 1e-3
+
+
+class Optimal:
+    """The network that knows its data to be N(0.2, 0.3^2) in every pixel; predicts x0."""
+
+    def apply(self, params, xt, logsnr, cond, *, dropout_key=None):
+        alpha, sigma = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr, xt))
+        gain = alpha * 0.3**2 / (alpha**2 * 0.3**2 + sigma**2)
+        return 0.2 + gain * (xt - alpha * 0.2)
+
+
+def test_truncated_input_has_the_distribution_of_noised_true_images():
+    base, sr = build_stage(tiny_base().stage), build_stage(tiny_sr().stage)
+    recorder = Recorder()
+    stages = [
+        dataclasses.replace(base, network=Optimal()),
+        dataclasses.replace(sr, network=recorder),
+    ]
+    sampler = dataclasses.replace(
+        base.config.sampler,
+        name="ancestral",
+        variance="small",
+        eta=None,
+        num_steps=200,
+        guidance_scale=1.0,
+        threshold="none",
+    )
+    last = dataclasses.replace(sr.config.sampler, num_steps=1)
+    keys, labels = keys_for(jax.random.key(1), jnp.arange(40)), jnp.arange(40) % 10
+    true = 0.2 + 0.3 * jax.random.normal(jax.random.key(9), (40, 16, 16, 1))
+    moments = {}
+    for truncated in (False, True):
+        cascade = Cascade(stages=stages, samplers=[sampler, last], truncated=truncated)
+        given = () if truncated else [true]
+        if truncated:
+            run = jax.jit(cascade.sample_stage, static_argnums=0)
+            given = [run(0, {}, keys, labels, None, None, 0.3)]
+        with jax.disable_jit():
+            cascade.make_sampler()([{}, {}], keys, labels, [0.3], given)
+        seen = np.asarray(recorder.calls[-1][2].low_res)
+        moments[truncated] = (seen.mean(), seen.std())
+    alpha2 = float(jax.nn.sigmoid(base.schedule(0.3)))
+    expected = (0.2 * alpha2**0.5, (0.3**2 * alpha2 + 1 - alpha2) ** 0.5)
+    error = 4 * expected[1] / np.sqrt(true.size)
+    for mean, std in moments.values():
+        assert abs(mean - expected[0]) < error
+        assert abs(std - expected[1]) < error

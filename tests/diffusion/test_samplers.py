@@ -1,4 +1,6 @@
-"""Samplers against data whose optimal denoiser is known: x0 ~ N(mean, std^2 I)."""
+"""Samplers against data whose optimal denoiser and flow are known: a Gaussian."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,89 +8,263 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.diffusion import gaussian, samplers
-from cascaded_diffusion.diffusion.schedules import make_cosine_schedule
+from cascaded_diffusion.diffusion.grids import time_grid
+from cascaded_diffusion.diffusion.schedules import make_cosine_schedule, make_schedule
+from cascaded_diffusion.types import Prediction
+from tests.diffusion.gaussian_data import correlated, independent, levels
 
-MEAN, STD = 0.3, 0.5
-SCHEDULE = make_cosine_schedule()
-BATCH, SHAPE = 4, (32, 32, 1)
+SCHEDULE = make_cosine_schedule(offset=0.008)
+DATA = correlated()
+STEPS = {
+    "ancestral small": samplers.make_step("ancestral", variance="small"),
+    "ancestral large": samplers.make_step("ancestral", variance="large"),
+    "ancestral between": samplers.make_step(
+        "ancestral", variance="interpolated", variance_interpolation=0.5
+    ),
+    "ancestral learned": samplers.make_step("ancestral", variance="learned"),
+    "ddim eta 0": samplers.make_step("ddim", eta=0.0),
+    "ddim eta 0.5": samplers.make_step("ddim", eta=0.5),
+    "ddim eta 1": samplers.make_step("ddim", eta=1.0),
+    "dpmpp_2m": samplers.make_step("dpmpp_2m"),
+    "heun": samplers.make_step("heun"),
+}
+ORDERS = {"ddim eta 0": 1, "heun": 2, "dpmpp_2m": 2}
 
 
-def optimal_denoiser(xt, logsnr):
-    alpha, sigma = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr, xt))
-    gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
-    x0 = MEAN + gain * (xt - alpha * MEAN)
-    return gaussian.prediction_from_output(x0, xt, logsnr, parameterization="x0")
+def uniform_times(num_steps):
+    return time_grid("uniform", num_steps, schedule=SCHEDULE, discrete_timesteps=None)
 
 
-def run(name, num_steps, stop_t=0.0, seed=0):
-    keys = jax.random.split(jax.random.key(seed), BATCH)
-    xt = samplers.normal_per_image(keys, SHAPE)
+def denoise(xt, logsnr):
+    """The optimal denoiser; any variance between the two will do where steps are short."""
+    prediction = DATA.denoise(xt, logsnr)
+    return Prediction(
+        x0=prediction.x0, eps=prediction.eps, variance_fraction=jnp.full_like(xt, 0.3)
+    )
+
+
+@functools.cache
+def compiled(name, grid, num_steps):
+    times = time_grid(grid, num_steps, schedule=SCHEDULE, discrete_timesteps=None)
     return jax.jit(
         lambda xt, keys, stop_t: samplers.sample(
-            optimal_denoiser,
-            xt,
-            keys,
+            denoise, xt, keys, schedule=SCHEDULE, step=STEPS[name], times=times, stop_t=stop_t
+        )
+    )
+
+
+def run(name, grid, num_steps, stop_t=0.0, batch=4096):
+    """Noise at t = 1, and where it leads."""
+    xt = samplers.normal_per_image(jax.random.split(jax.random.key(0), batch), DATA.shape)
+    keys = jax.random.split(jax.random.key(1), batch)
+    return xt, compiled(name, grid, num_steps)(xt, keys, stop_t)
+
+
+def assert_has_moments(samples, mean, covariance):
+    """Mean and covariance are those given, within the error of so many samples."""
+    n, dims = len(samples), len(mean)
+    values, vectors = np.linalg.eigh(covariance)
+    white = (np.asarray(samples, np.float64).reshape(n, dims) - mean) @ vectors / np.sqrt(values)
+    assert np.abs(white.mean(0)).max() < 4.5 / np.sqrt(n)
+    error = np.cov(white.T) - np.eye(dims)
+    variances = np.diag(error)
+    assert np.abs(variances).max() < 4.5 * np.sqrt(2 / n)
+    assert np.abs(variances.mean()) < 4 * np.sqrt(2 / n / dims)
+    assert np.abs(error - np.diag(variances)).max() < 5 / np.sqrt(n)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_fine_grid_reaches_the_true_mean_and_covariance(name):
+    _, samples = run(name, "uniform", 512)
+    assert_has_moments(samples, DATA.mean, DATA.covariance)
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("stop_t", [0.25, 0.31])  # on the grid, and off it
+def test_truncated_chain_has_the_marginal_of_the_forward_process(name, stop_t):
+    _, samples = run(name, "uniform", 256, stop_t)
+    assert_has_moments(samples, *DATA.marginal(SCHEDULE(stop_t)))
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_error_against_the_exact_flow_falls_with_the_order_of_the_solver(name):
+    errors = []
+    for num_steps in (64, 128, 256):
+        times = time_grid("logsnr", num_steps, schedule=SCHEDULE, discrete_timesteps=None)
+        stop_t = times[num_steps // 2]
+        xt, samples = run(name, "logsnr", num_steps, stop_t, batch=256)
+        exact = DATA.flow(xt, SCHEDULE(1.0), SCHEDULE(stop_t))
+        errors.append(np.sqrt(np.mean((np.asarray(samples) - exact) ** 2)))
+    observed = np.log2(np.divide(errors[:-1], errors[1:]))
+    np.testing.assert_allclose(observed, ORDERS[name], atol=0.1, err_msg=f"{errors}")
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
+def test_second_order_is_far_ahead_of_first_order_in_few_steps(name):
+    def error(name):
+        xt, samples = run(name, "uniform", 20, 0.1, batch=256)
+        exact = DATA.flow(xt, SCHEDULE(1.0), SCHEDULE(0.1))
+        return np.sqrt(np.mean((np.asarray(samples) - exact) ** 2))
+
+    assert error(name) < error("ddim eta 0") / 5
+
+
+@pytest.mark.parametrize("stop_t", [0.3, 0.5])  # off the grid, and on it
+def test_ancestral_steps_with_the_right_learned_variance_are_exact_in_four(stop_t):
+    # Given xt, xs is Gaussian with the posterior's variance plus that of x0 seen through
+    # its mean; with independent pixels a fraction per pixel can say so.
+    data, times = independent(), uniform_times(4)
+    visited = np.append(times[times > stop_t], stop_t)
+    logsnr = np.asarray(SCHEDULE(visited), np.float64)
+    (alpha2_s, sigma2_s), (_, sigma2_t) = levels(logsnr[1:]), levels(logsnr[:-1])
+    shrink = -np.expm1(logsnr[:-1] - logsnr[1:])
+    small, large = shrink * sigma2_s, shrink * sigma2_t
+    uncertainty = np.stack([data.posterior_variance(level) for level in logsnr[:-1]])
+    exact = small[:, None] + (shrink**2 * alpha2_s)[:, None] * uncertainty
+    fraction = np.log(exact / small[:, None]) / np.log(large / small)[:, None]
+    assert ((fraction > 0) & (fraction < 1)).all()
+
+    def informed(xt, logsnr_t):
+        prediction = data.denoise(xt, logsnr_t)
+        step = jnp.argmin(jnp.abs(jnp.asarray(logsnr[:-1]) - logsnr_t[0]))
+        row = jnp.asarray(fraction, jnp.float32)[step].reshape(xt.shape[1:])
+        return Prediction(
+            x0=prediction.x0,
+            eps=prediction.eps,
+            variance_fraction=jnp.broadcast_to(row, xt.shape),
+        )
+
+    keys = jax.random.split(jax.random.key(2), 16384)
+    samples = jax.jit(
+        lambda keys: samplers.sample(
+            informed,
+            samplers.normal_per_image(keys, data.shape),
+            jax.vmap(lambda key: jax.random.fold_in(key, 99))(keys),
             schedule=SCHEDULE,
-            transition=samplers.SAMPLERS[name],
-            num_steps=num_steps,
+            step=STEPS["ancestral learned"],
+            times=times,
             stop_t=stop_t,
         )
-    )(xt, keys, stop_t)
+    )(keys)
+    assert_has_moments(samples, *data.marginal(SCHEDULE(stop_t)))
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_fine_grid_reaches_the_true_moments(name):
-    samples = np.asarray(run(name, 400))
-    error = STD / np.sqrt(samples.size)
-    assert abs(samples.mean() - MEAN) < 4 * error
-    assert abs(samples.std() - STD) < 4 * error
+@pytest.mark.parametrize("stop_t", [0.0, 0.25, 0.31])
+def test_ddim_with_eta_one_is_ancestral_with_the_small_variance(stop_t):
+    _, ddim = run("ddim eta 1", "uniform", 20, stop_t, batch=64)
+    _, ancestral = run("ancestral small", "uniform", 20, stop_t, batch=64)
+    np.testing.assert_allclose(ddim, ancestral, atol=1e-5)
 
 
-def test_ddim_is_first_order():
-    # The deterministic flow maps each noise to mean + std * noise.
-    keys = jax.random.split(jax.random.key(0), BATCH)
-    exact = MEAN + STD * np.asarray(samplers.normal_per_image(keys, SHAPE))
-    errors = [np.abs(np.asarray(run("ddim", n)) - exact).max() for n in (20, 40, 80, 160)]
-    ratios = np.asarray(errors[:-1]) / np.asarray(errors[1:])
-    assert (ratios > 1.6).all(), (errors, ratios)
+def test_interpolated_variance_ends_at_small_and_large():
+    s, t = jnp.asarray([2.0]), jnp.asarray([-1.0])
+    small, large = gaussian.step_logvars(s, t)
+    for weight, expected in ((0.0, small), (0.25, 0.75 * small + 0.25 * large), (1.0, large)):
+        between = samplers.make_log_variance("interpolated", weight)
+        np.testing.assert_allclose(between(None, s, t), expected, rtol=1e-6)
+    learned = samplers.make_log_variance("learned")
+    prediction = Prediction(x0=s, eps=s, variance_fraction=jnp.asarray([0.25]))
+    np.testing.assert_allclose(learned(prediction, s, t), 0.75 * small + 0.25 * large, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
-@pytest.mark.parametrize("stop_t", [0.25, 0.31])  # on the grid of 20 steps, and off it
-def test_truncated_chain_has_the_moments_of_the_forward_process(name, stop_t):
-    samples = np.asarray(run(name, 400, stop_t))
-    alpha, sigma = gaussian.alpha_sigma_from_logsnr(SCHEDULE(jnp.asarray(stop_t)))
-    std = np.sqrt(alpha**2 * STD**2 + sigma**2)
-    error = std / np.sqrt(samples.size)
-    assert abs(samples.mean() - alpha * MEAN) < 4 * error
-    assert abs(samples.std() - std) < 4 * error
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_no_length_changes_nothing(name):
+    # The cut ends of a schedule have such steps.
+    xt = samplers.normal_per_image(jax.random.split(jax.random.key(0), 3), DATA.shape)
+    logsnr = jnp.full((3,), -20.0)
+    memory = (jnp.zeros_like(xt), logsnr)
+    is_last = jnp.asarray(False)
+    xs, _ = STEPS[name](denoise, xt, logsnr, logsnr, jnp.ones_like(xt), is_last, memory)
+    np.testing.assert_allclose(xs, xt, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_last_step_returns_the_denoised_image(name):
+    # One step from pure noise: that knows nothing but the mean.
+    _, samples = run(name, "uniform", 1, batch=8)
+    expected = np.broadcast_to(DATA.mean.reshape(DATA.shape), samples.shape)
+    np.testing.assert_allclose(samples, expected, atol=3e-4)
+
+
+def visited_levels(times, stop_t, name="ddim eta 0", schedule=SCHEDULE):
+    """The noise levels that a denoiser is asked for."""
+    visited = []
+
+    def spy(xt, logsnr):
+        jax.debug.callback(lambda x: visited.append(float(x)), logsnr[0], ordered=True)
+        return denoise(xt, logsnr)
+
+    samplers.sample(
+        spy,
+        jnp.zeros((1, *DATA.shape)),
+        jax.random.split(jax.random.key(0), 1),
+        schedule=schedule,
+        step=STEPS[name],
+        times=times,
+        stop_t=stop_t,
+    )
+    jax.effects_barrier()
+    return visited
 
 
 @pytest.mark.parametrize("num_steps", [7, 10, 20])
-def test_truncation_visits_the_grid_above_stop_t_and_ends_on_it(num_steps):
-    # Reads the visited times off the noise levels that the denoiser is asked for.
-    for stop_t in (0.0, 0.1, 0.3, 0.5, 0.7, 0.85):
-        visited = []
+@pytest.mark.parametrize("stop_t", [0.0, 0.1, 0.3, 0.5, 0.7, 0.85])
+def test_truncation_visits_the_grid_above_stop_t(num_steps, stop_t):
+    grid = 1 - np.arange(num_steps) / num_steps
+    expected = np.asarray(SCHEDULE(grid[grid > stop_t + 1e-6]))
+    got = visited_levels(uniform_times(num_steps), stop_t)
+    np.testing.assert_allclose(got, expected, atol=1e-3)
 
-        def spy(xt, logsnr, visited=visited):
-            jax.debug.callback(lambda x: visited.append(float(x)), logsnr[0], ordered=True)
-            return optimal_denoiser(xt, logsnr)
 
-        keys = jax.random.split(jax.random.key(0), 1)
-        out = samplers.sample(
-            spy,
-            jnp.zeros((1, 2, 2, 1)),
+def test_every_time_of_a_grid_is_visited_however_near_to_zero():
+    times = time_grid("logsnr", 30, schedule=SCHEDULE, discrete_timesteps=None)
+    assert times[-2] < 1e-6
+    np.testing.assert_allclose(visited_levels(times, 0.0), SCHEDULE(times[:-1]), atol=1e-2)
+
+
+def test_every_step_of_a_discrete_model_is_visited_once():
+    table = make_schedule(
+        "cosine", resolution=4, num_timesteps=50, between_steps=False, cosine_offset=0.008
+    )
+    times = time_grid("uniform", 50, schedule=table, discrete_timesteps=50)
+    for stop in (0, 1, 20):
+        got = visited_levels(times, stop / 50, schedule=table)
+        np.testing.assert_array_equal(got, np.asarray(table(np.arange(50, stop, -1) / 50)))
+
+
+@pytest.mark.parametrize("name", ["ddim eta 0", "ancestral small", "dpmpp_2m", "heun"])
+def test_the_denoiser_is_called_as_often_as_announced(name):
+    calls = visited_levels(uniform_times(5), 0.0, name)
+    assert len(calls) == samplers.calls_per_image(name.split()[0], 5)
+
+
+def test_one_program_serves_every_stop_t_and_zero_is_the_whole_chain():
+    traces = []
+
+    def counting(xt, logsnr):
+        traces.append(1)
+        return denoise(xt, logsnr)
+
+    def chain(xt, keys, **stop):
+        return samplers.sample(
+            counting,
+            xt,
             keys,
             schedule=SCHEDULE,
-            transition=samplers.ddim_step,
-            num_steps=num_steps,
-            stop_t=stop_t,
+            step=STEPS["ancestral small"],
+            times=uniform_times(8),
+            **stop,
         )
-        jax.effects_barrier()
-        assert out.shape == (1, 2, 2, 1)
-        grid = 1 - np.arange(num_steps) / num_steps
-        expected = np.asarray(SCHEDULE(jnp.asarray(grid[grid > stop_t + 1e-6])))
-        np.testing.assert_allclose(visited, expected, atol=1e-3)
+
+    xt = samplers.normal_per_image(jax.random.split(jax.random.key(0), 2), DATA.shape)
+    keys = jax.random.split(jax.random.key(1), 2)
+    stopped = jax.jit(lambda xt, keys, stop_t: chain(xt, keys, stop_t=stop_t))
+    first = stopped(xt, keys, 0.0)
+    num_traces = len(traces)
+    for stop_t in (0.2, 0.5, 0.51):
+        assert not np.allclose(stopped(xt, keys, stop_t), first)
+    assert len(traces) == num_traces
+    np.testing.assert_allclose(first, jax.jit(chain)(xt, keys), atol=1e-6)
 
 
 def test_noise_of_an_image_does_not_depend_on_its_batch():

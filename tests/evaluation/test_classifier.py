@@ -4,7 +4,7 @@ import pytest
 from cascaded_diffusion.data.builtin import load_mnist
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import classifier as lib
-from cascaded_diffusion.evaluation.score import resized
+from cascaded_diffusion.evaluation.judge import resized
 from cascaded_diffusion.runtime.samples import load_samples, save_samples
 from tests.tiny import tiny_sr
 

@@ -16,7 +16,8 @@ IDENTITY = {
 
 
 def _record(step, value, metric="fd_classifier", **changes):
-    return {"step": step, "metric": metric, "value": value, **IDENTITY, **changes}
+    record = {"step": step, "ema_decay": 0.99, "metric": metric, "value": value}
+    return {**record, **IDENTITY, **changes}
 
 
 def _series(values):
@@ -55,16 +56,30 @@ def test_only_like_is_compared_with_like():
         _record(50, 0.1, low_res="real"),
         _record(60, 0.1, sampler={"name": "ancestral"}),
         _record(70, 0.1, metric="classifier_accuracy"),
+        _record(75, 0.1, ema_decay=0.5),
         _record(80, 2.0),
     ]
-    found = early_stopping.series(records, "fd_classifier", IDENTITY)
+    found = early_stopping.series(records, "fd_classifier", IDENTITY, [0.99])
     assert [r["step"] for r in found] == [10, 80]
 
 
 def test_the_decision_depends_on_the_set_of_records_alone():
     records = _series([5.0, 3.0, 4.0, 3.5])
-    expected = early_stopping.series(records, "fd_classifier", IDENTITY)
+    expected = early_stopping.series(records, "fd_classifier", IDENTITY, [0.99])
     for seed in range(5):
         shuffled = [*records, records[2]]  # out of order, one written twice
         random.Random(seed).shuffle(shuffled)
-        assert early_stopping.series(shuffled, "fd_classifier", IDENTITY) == expected
+        assert early_stopping.series(shuffled, "fd_classifier", IDENTITY, [0.99]) == expected
+
+
+def test_of_several_emas_the_best_one_counts():
+    values = [(10, 0.9, 5.0), (10, 0.99, 4.0), (20, 0.9, 3.0), (20, 0.99, None), (30, 0.99, 6.0)]
+    records = [_record(step, value, ema_decay=decay) for step, decay, value in values]
+    found = early_stopping.series(records, "fd_classifier", IDENTITY, [0.9, 0.99])
+    assert len(found) == 5
+    best = early_stopping.best_record(found)
+    assert (best["step"], best["ema_decay"]) == (20, 0.9)
+    per_step = early_stopping.lowest_per_step(found)
+    assert [(r["step"], r["value"]) for r in per_step] == [(10, 4.0), (20, 3.0), (30, 6.0)]
+    assert early_stopping.should_stop(per_step, 1)
+    assert not early_stopping.should_stop(per_step, 2)

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.evaluation import generate, score
 from cascaded_diffusion.evaluation.classifier import LabelledImages
+from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
 from tests.tiny import random_source, round_trip, tiny_base, tiny_sr
@@ -78,7 +78,7 @@ def test_every_checkpoint_once_the_best_chosen_and_training_stopped(clean):
         for metric, value in ((score.METRIC, distance), (score.ACCURACY, 0.5))
     ]
     assert all(r["num_samples"] == 40 and r["low_res"] == "none" for r in records)
-    assert folder.best_step() == 2
+    assert folder.chosen().step == 2
     assert folder.early_stop_path.exists()  # two scores without a better one
     images, labels = judge.seen[0]
     assert (images.shape, images.dtype) == ((40, 16, 16, 1), np.uint8)
@@ -105,20 +105,20 @@ def test_super_resolution_is_scored_on_real_and_on_generated_input(clean):
     base, sr = clean["base16"], clean["sr32"]
     _scorer(base, Judge([3.0, 2.0, 1.0])).score_new_checkpoints()
     mesh = build_mesh(sr.read_config().mesh)
-    previous = score.load_previous(base, mesh)
-    assert (previous.name, previous.step) == ("base16", 6)
+    previous = load_trained(base, mesh)
+    assert previous.identity == "base16@6, EMA 0.995"
     judge = Judge([1.0, 9.0, 2.0, 8.0, 3.0, 7.0])
     _scorer(sr, judge, previous=previous).score_new_checkpoints()
     records = [r for r in read_lines(sr.results_path) if r["metric"] == score.METRIC]
     assert [(r["step"], r["low_res"], r["value"]) for r in records] == [
         (2, "real", 1.0),
-        (2, "samples:base16@6", 9.0),
+        (2, "samples:base16@6, EMA 0.995", 9.0),
         (4, "real", 2.0),
-        (4, "samples:base16@6", 8.0),
+        (4, "samples:base16@6, EMA 0.995", 8.0),
         (6, "real", 3.0),
-        (6, "samples:base16@6", 7.0),
+        (6, "samples:base16@6, EMA 0.995", 7.0),
     ]
-    assert sr.best_step() == 2  # by real input: stages are trained independently
+    assert sr.chosen().step == 2  # by real input: stages are trained independently
     real_images, real_labels = judge.seen[0]
     assert real_images.shape == (40, 32, 32, 1)
     rows = np.arange(40) * 64 // 40
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_recorded_as_failed_once_and_passed_over(clean):
         failed = [r for r in read_lines(folder.results_path) if r["value"] is None]
         assert [r["step"] for r in failed] == [4]
         assert "has changed since it was written" in failed[0]["failed"]
-        assert folder.best_step() == 6
+        assert folder.chosen().step == 6
         assert _scorer(folder, Judge([])).score_new_checkpoints() == 0
     finally:
         data.write_bytes(original)
@@ -165,25 +165,18 @@ def test_results_are_one_json_object_a_line(clean):
     assert json.loads(folder.best_path.read_text())["step"] == 6
 
 
-@pytest.mark.parametrize("truncated", [False, True])
-def test_a_sweep_over_levels_gives_what_each_level_gives_alone(clean, truncated):
-    mesh = build_mesh(clean["base16"].read_config().mesh)
-    loaded = [score.load_stage(clean[name], 6, mesh) for name in ("base16", "sr32")]
-    stages, params = zip(*loaded, strict=True)
-    cascade = Cascade(
-        stages=stages, samplers=[s.config.sampler for s in stages], truncated=truncated
-    )
-    settings = {"num_samples": 16, "batch_size": 8, "label": "sweep"}
-    levels = (0.1, 0.6)
-    swept = generate.make_level_samplers(cascade, levels, seed=1, mesh=mesh)
-    for level, sampler in zip(levels, swept, strict=True):
-        alone = generate.make_cascade_sampler(cascade, [level], seed=1, mesh=mesh)
-        for a, b in zip(
-            generate.generate(sampler, params, **settings),
-            generate.generate(alone, params, **settings),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(a, b)
+def test_every_ema_is_scored_and_the_best_is_chosen(tmp_path):
+    config = _config(tiny_base, train__ema_decays=(0.05, 0.99), eval__ema_decays=(0.05, 0.99))
+    folder = RunFolder(tmp_path)
+    _train(config, folder.path)
+    judge = Judge([3.0, 4.0, 5.0, 2.0, 6.0, 7.0])
+    _scorer(folder, judge).score_new_checkpoints()
+    chosen = folder.chosen()
+    assert (chosen.step, chosen.ema_decay) == (4, 0.99)
+    assert not np.array_equal(judge.seen[2][0], judge.seen[3][0])  # of two EMAs of one step
+    assert len(list(folder.eval.glob("step_4_ema_*_none.png"))) == 2
+    assert load_trained(folder, build_mesh(config.mesh)).identity == "base16@4, EMA 0.99"
+    assert _scorer(folder, Judge([])).score_new_checkpoints() == 0
 
 
 def test_labels_are_balanced():

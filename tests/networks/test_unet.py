@@ -1,10 +1,13 @@
+import math
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cascaded_diffusion.networks import embeddings, layers
-from cascaded_diffusion.networks.unet import Network, UNet
+from cascaded_diffusion.networks.unet import NETWORKS, Network
 from cascaded_diffusion.types import Conditioning
 
 
@@ -12,19 +15,19 @@ def bilinear(x, size):
     return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear")
 
 
-def build(super_resolution=False, **overrides):
+def build(super_resolution=False, name="unet", **overrides):
     settings = dict(
         out_channels=3,
         num_classes=4,
         channels=8,
         channel_mults=(1, 2),
-        num_res_blocks=1,
+        num_res_blocks=(1, 1),
         attention_resolutions=(8,),
         num_heads=2,
         aug_level_input=super_resolution,
         upsample=bilinear if super_resolution else None,
     )
-    return Network(module=UNet(**{**settings, **overrides}))
+    return Network(module=NETWORKS[name](**{**settings, **overrides}))
 
 
 def inputs(super_resolution=False, batch=2):
@@ -46,22 +49,44 @@ def randomized(params, seed=1):
     )
 
 
+def outputs_of_blocks(network, params, args):
+    """The shapes of what the network's blocks return, by name."""
+    _, state = jax.eval_shape(
+        lambda p, *a: network.module.apply(
+            {"params": p}, *a, capture_intermediates=True, mutable=["intermediates"]
+        ),
+        params,
+        *args,
+    )
+    blocks = {k: v for k, v in state["intermediates"].items() if isinstance(v, dict)}
+    return {name: block["__call__"][0].shape for name, block in blocks.items()}
+
+
 @pytest.mark.parametrize("super_resolution", [False, True])
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"patch_size": 2}, {"resample": "pool"}, {"num_res_blocks": 2, "channel_mults": (1,)}],
+    [
+        {},
+        {"patch_size": 2, "out_channels": 6},
+        {"resample": "pool"},
+        {"resample": "biggan"},
+        {"num_res_blocks": (2,), "channel_mults": (1,)},
+        {"name": "efficient_unet", "out_channels": 6},
+        {"name": "efficient_unet", "num_res_blocks": (1, 2)},
+    ],
 )
 def test_output_is_an_image_and_starts_at_zero(super_resolution, overrides):
     network = build(super_resolution, **overrides)
     args = inputs(super_resolution)
     params = network.init(jax.random.key(0), *args)
     out = network.apply(params, *args)
-    assert out.shape == args[0].shape
+    assert out.shape == (*args[0].shape[:-1], overrides.get("out_channels", 3))
     np.testing.assert_array_equal(out, 0.0)
 
 
-def test_every_input_reaches_the_output():
-    network = build(super_resolution=True)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_input_reaches_the_output(name):
+    network = build(super_resolution=True, name=name)
     xt, logsnr, cond = inputs(super_resolution=True)
     params = randomized(network.init(jax.random.key(0), xt, logsnr, cond))
     apply = jax.jit(network.apply)
@@ -85,12 +110,13 @@ def test_every_input_reaches_the_output():
             Conditioning(label=cond.label, low_res=cond.low_res, aug_level=cond.aug_level + 0.3),
         ),
     }
-    for name, args in changed.items():
-        assert np.abs(apply(params, *args) - reference).max() > 1e-3, name
+    for changed_input, args in changed.items():
+        assert np.abs(apply(params, *args) - reference).max() > 1e-3, changed_input
 
 
-def test_examples_do_not_mix():
-    network = build()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_examples_do_not_mix(name):
+    network = build(name=name)
     xt, logsnr, cond = inputs(batch=3)
     params = randomized(network.init(jax.random.key(0), xt, logsnr, cond))
     reference = network.apply(params, xt, logsnr, cond)
@@ -144,12 +170,98 @@ def test_space_to_depth_is_inverted_and_keeps_neighbours_together():
     np.testing.assert_array_equal(layers.depth_to_space(packed, 2), x)
 
 
-def test_noise_input_is_the_time_of_the_plain_cosine_schedule():
+def test_noise_input_is_the_time_of_the_plain_cosine_schedule_or_alpha():
     t = np.linspace(0.01, 0.99, 50)
-    logsnr = -2 * np.log(np.tan(np.pi / 2 * t))
+    logsnr = jnp.asarray(-2 * np.log(np.tan(np.pi / 2 * t)))
+    np.testing.assert_allclose(embeddings.NOISE_INPUTS["cosine_time"](logsnr), t, atol=1e-6)
+    alpha = np.cos(np.pi / 2 * t)
+    np.testing.assert_allclose(embeddings.NOISE_INPUTS["noise_level"](logsnr), alpha, atol=1e-6)
+
+
+def test_the_network_is_told_of_the_noise_by_the_input_it_names():
+    # logsnr = 0 is the time 1/2 of the cosine schedule, and alpha = 1/2 is logsnr = -log 3.
+    xt, _, cond = inputs()
+    time, level = build(), build(noise_input="noise_level")
+    params = randomized(time.init(jax.random.key(0), xt, jnp.zeros(2), cond))
     np.testing.assert_allclose(
-        embeddings.noise_input_from_logsnr(jnp.asarray(logsnr)), t, atol=1e-6
+        time.apply(params, xt, jnp.zeros(2), cond),
+        level.apply(params, xt, jnp.full(2, -math.log(3.0)), cond),
+        rtol=1e-3,
+        atol=1e-3,
     )
+
+
+def test_every_level_has_its_own_number_of_blocks():
+    params = jax.eval_shape(build(num_res_blocks=(1, 2)).init, jax.random.key(0), *inputs())
+    assert {name for name in params if name[:2] in {"do", "up"} and name[-1].isdigit()} == {
+        *("down0_block0", "down1_block0", "down1_block1"),
+        *("up1_block0", "up1_block1", "up1_block2", "up0_block0", "up0_block1"),
+    }
+    with pytest.raises(ValueError):
+        jax.eval_shape(build(num_res_blocks=(1,)).init, jax.random.key(0), *inputs())
+
+
+def test_biggan_resampling_is_a_residual_block():
+    network, args = build(resample="biggan"), inputs()
+    params = jax.eval_shape(network.init, jax.random.key(0), *args)
+    shapes = outputs_of_blocks(network, params, args)
+    assert shapes["down1_resample"] == (2, 8, 8, 8)
+    assert shapes["up1_resample"] == (2, 16, 16, 16)
+    for name in ("down1_resample", "up1_resample"):
+        assert set(params[name]) == {"norm0", "conv0", "scale_shift", "norm1", "conv1"}
+
+
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_a_resampling_block_resamples_both_branches_before_the_first_convolution(direction):
+    plain = {"down": layers.downsample_mean, "up": layers.upsample_nearest}[direction]
+    x, embedding = jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.ones((2, 16))
+    block = layers.ResBlock(8, resample=direction)
+    params = block.init(jax.random.key(1), x, embedding, deterministic=True)
+    # The last convolution starts at zero, so at first the skip branch is all there is.
+    np.testing.assert_allclose(
+        block.apply(params, x, embedding, deterministic=True), plain(x), rtol=1e-6
+    )
+    _, state = block.apply(
+        params,
+        x,
+        embedding,
+        deterministic=True,
+        capture_intermediates=True,
+        mutable="intermediates",
+    )
+    captured = {k: v["__call__"][0] for k, v in state["intermediates"].items() if k != "__call__"}
+    resampled = plain(nn.swish(captured["norm0"]))
+    conv0 = params["params"]["conv0"]
+    expected = layers.conv3x3(8, jnp.float32, None).apply({"params": conv0}, resampled)
+    np.testing.assert_allclose(captured["conv0"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "joined", "source"),
+    [("unet", "up1_block0", "down1_block0"), ("efficient_unet", "up0_block0", "down0_block0")],
+)
+def test_scaled_skips_are_divided_by_the_root_of_two(name, joined, source):
+    args = inputs()
+    options = dict(name=name, attention_resolutions=())
+    params = randomized(build(**options).init(jax.random.key(0), *args))
+    results = []
+    for scale_skips in (False, True):
+        seen = {}
+
+        def spy(next_fun, args, kwargs, context, seen=seen):
+            out = next_fun(*args, **kwargs)
+            if context.module.name in {joined, source}:
+                seen[context.module.name] = (args[0], out)
+            return out
+
+        with nn.intercept_methods(spy):
+            out = build(**options, scale_skips=scale_skips).apply(params, *args)
+        _, skip = seen[source]
+        together, _ = seen[joined]
+        scale = 2**-0.5 if scale_skips else 1.0
+        np.testing.assert_allclose(together[..., -skip.shape[-1] :], scale * skip, rtol=1e-6)
+        results.append(out)
+    assert np.abs(results[0] - results[1]).max() > 1e-3
 
 
 def test_group_norm_normalizes_within_an_image():

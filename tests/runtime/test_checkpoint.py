@@ -19,7 +19,10 @@ CONFIG = tiny_base(checkpoint__max_to_keep=3).checkpoint
 def _state(step, sharding=None):
     state = {
         "step": jnp.asarray(step, jnp.int32),
-        "ema_params": {"w": jnp.arange(4096.0).reshape(8, 512) + step},
+        "ema_params": {
+            f"decay_0_{d}": {"w": jnp.arange(4096.0).reshape(8, 512) + step + int(d)}
+            for d in ("99", "999")
+        },
         "key": jax.random.key(step),
     }
     return state if sharding is None else jax.device_put(state, sharding)
@@ -31,6 +34,7 @@ def _abstract(sharding):
     )
 
 
+EMA = "decay_0_99"
 REPLICATED = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
@@ -90,7 +94,9 @@ def test_the_newest_is_restored_to_the_bit_with_its_key(saved):
     restored, said = _restore(saved)
     assert said == []
     expected = _state(3)
-    np.testing.assert_array_equal(restored["ema_params"]["w"], expected["ema_params"]["w"])
+    np.testing.assert_array_equal(
+        restored["ema_params"][EMA]["w"], expected["ema_params"][EMA]["w"]
+    )
     assert restored["step"] == 3
     assert jax.random.key_data(restored["key"]).tolist() == [0, 3]
     np.testing.assert_array_equal(
@@ -103,7 +109,9 @@ def test_damage_is_noticed_named_and_passed_over(saved, damage):
     DAMAGE[damage](saved.checkpoints / "3")
     restored, said = _restore(saved)
     assert restored["step"] == 2
-    np.testing.assert_array_equal(restored["ema_params"]["w"], _state(2)["ema_params"]["w"])
+    np.testing.assert_array_equal(
+        restored["ema_params"][EMA]["w"], _state(2)["ema_params"][EMA]["w"]
+    )
     (line,) = said
     assert line.startswith("checkpoint 3 is damaged (")
     # Out of the way: step 3 can be saved again.
@@ -159,7 +167,7 @@ def test_a_first_save_that_was_cut_off_is_no_damage(tmp_path):
 def test_the_latest_and_the_best_are_kept(tmp_path):
     folder = RunFolder(tmp_path)
     folder.eval.mkdir()
-    folder.best_path.write_text(json.dumps({"step": 2}))
+    folder.best_path.write_text(json.dumps({"step": 2, "ema_decay": 0.99}))
     writer = _save(folder, [1, 2, 3, 4, 5, 6])
     writer.close()
     assert writer.steps() == [2, 4, 5, 6]
@@ -167,14 +175,18 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
 
 
 def test_readers_see_only_finished_checkpoints(saved):
+    abstract = _abstract(REPLICATED)["ema_params"]["decay_0_99"]
     (saved.checkpoints / "3" / "manifest.json").unlink()
     assert checkpoint.finished_steps(saved) == [1, 2]
     with pytest.raises(UserError, match="not an intact checkpoint"):
-        checkpoint.load_ema_params(saved, 3, _abstract(REPLICATED)["ema_params"])
+        checkpoint.load_ema_params(saved, 3, 0.99, abstract)
     with pytest.raises(UserError, match="it is not there"):
-        checkpoint.load_ema_params(saved, 7, _abstract(REPLICATED)["ema_params"])
-    params = checkpoint.load_ema_params(saved, 2, _abstract(REPLICATED)["ema_params"])
-    np.testing.assert_array_equal(params["w"], _state(2)["ema_params"]["w"])
+        checkpoint.load_ema_params(saved, 7, 0.99, abstract)
+    for decay, name in ((0.99, "decay_0_99"), (0.999, "decay_0_999")):
+        params = checkpoint.load_ema_params(saved, 2, decay, abstract)
+        np.testing.assert_array_equal(params["w"], _state(2)["ema_params"][name]["w"])
+    with pytest.raises(UserError, match="cannot be restored"):
+        checkpoint.load_ema_params(saved, 2, 0.5, abstract)
 
 
 def test_a_save_that_fails_is_reported(tmp_path, monkeypatch):
@@ -209,6 +221,8 @@ def test_restores_onto_another_mesh(tmp_path):
             shardings,
         )
         restored = writer.restore_latest(abstract)
-        np.testing.assert_array_equal(restored["ema_params"]["w"], _state(1)["ema_params"]["w"])
-        assert restored["ema_params"]["w"].sharding == shardings["ema_params"]["w"]
+        np.testing.assert_array_equal(
+            restored["ema_params"][EMA]["w"], _state(1)["ema_params"][EMA]["w"]
+        )
+        assert restored["ema_params"][EMA]["w"].sharding == shardings["ema_params"][EMA]["w"]
     writer.close()

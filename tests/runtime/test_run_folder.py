@@ -134,7 +134,7 @@ def test_a_broken_best_json_is_named(tmp_path):
     for text in ("{}", "{", "[]"):
         folder.best_path.write_text(text)
         with pytest.raises(UserError, match="best.json: not a record of evaluation"):
-            folder.best_step()
+            folder.chosen()
 
 
 def test_grid_puts_images_in_reading_order(tmp_path):

@@ -1,0 +1,82 @@
+"""From config to stage: the one place that knows both the names and what they stand for."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from cascaded_diffusion.cascade import resize
+from cascaded_diffusion.cascade.augment import Augment, BlurAugment, GaussianAugment, NoAugment
+from cascaded_diffusion.cascade.stage import Stage
+from cascaded_diffusion.config import ScheduleConfig, StageConfig
+from cascaded_diffusion.diffusion.schedules import make_schedule
+from cascaded_diffusion.networks.unet import NETWORKS, Network
+from cascaded_diffusion.types import Schedule
+
+
+def build_schedule(config: ScheduleConfig, resolution: int) -> Schedule:
+    """The schedule that a config section describes, for images of `resolution`."""
+    return make_schedule(
+        config.name,
+        resolution=resolution,
+        num_timesteps=config.num_timesteps,
+        between_steps=config.noise_levels == "continuous",
+        cosine_offset=config.cosine_offset,
+        linear_beta_range=config.linear_betas,
+        reference_resolution=config.reference_resolution,
+    )
+
+
+def build_augment(config: StageConfig) -> Augment | None:
+    """How a stage's low-res input is damaged; None for a base model."""
+    augment = config.augment
+    if config.low_res_resolution is None:
+        return None
+    if augment.name == "none":
+        return NoAugment()
+    if augment.name == "blur":
+        return BlurAugment(
+            kernel_size=augment.blur_kernel_size,
+            sigmas=augment.blur_sigmas,
+            prob=augment.blur_prob,
+        )
+    return GaussianAugment(
+        schedule=build_schedule(config.low_res_schedule, config.low_res_resolution),
+        num_timesteps=config.low_res_schedule.discrete_timesteps,
+        max_level=augment.max_level,
+    )
+
+
+def build_network(config: StageConfig) -> Network:
+    """A stage's network."""
+    network = config.network
+    learned = config.diffusion.variance == "learned"
+    is_base = config.low_res_resolution is None
+    module = NETWORKS[network.name](
+        out_channels=config.channels * (2 if learned else 1),
+        num_classes=config.num_classes,
+        channels=network.channels,
+        channel_mults=network.channel_mults,
+        num_res_blocks=network.num_res_blocks,
+        attention_resolutions=network.attention_resolutions,
+        num_heads=network.num_heads,
+        dropout_rate=network.dropout_rate,
+        patch_size=network.patch_size,
+        resample=network.resample,
+        scale_shift=network.scale_shift,
+        scale_skips=network.scale_skips,
+        noise_input=network.noise_input,
+        aug_level_input=config.has_level,
+        upsample=None if is_base else resize.UPSAMPLERS[network.upsample],
+        dtype=jnp.dtype(network.dtype),
+    )
+    return Network(module=module)
+
+
+def build_stage(config: StageConfig) -> Stage:
+    """The stage that a config section describes."""
+    return Stage(
+        config=config,
+        schedule=build_schedule(config.schedule, config.resolution),
+        network=build_network(config),
+        augment=build_augment(config),
+    )

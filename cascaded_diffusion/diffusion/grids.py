@@ -1,0 +1,88 @@
+r"""Grids of sampling times: from t = 1 down to t = 0 in any number of steps.
+
+With u_i = i / N, i = 0 .. N:
+
+    (1)  uniform     t_i = 1 - u_i
+    (2)  quadratic   t_i = (1 - u_i)^2: shorter steps near the image
+    (3)  logsnr      t_i with logsnr(t_i) linear in u_i; of discrete steps the last
+                     but one is the first step, and the last goes from there to 0
+
+A model of T discrete steps knows the times i / T alone. A grid is rounded to them,
+and its points are kept apart: N <= T steps are N different ones.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from cascaded_diffusion.types import Schedule
+
+
+def _uniform(u: np.ndarray, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
+    del schedule, knots
+    return 1 - u
+
+
+def _quadratic(u: np.ndarray, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
+    del schedule, knots
+    return (1 - u) ** 2
+
+
+def _logsnr(u: np.ndarray, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
+    with jax.ensure_compile_time_eval():
+        logsnr = np.asarray(schedule(knots), np.float64)
+    # np.interp wants the abscissa ascending; equal values, where a schedule is
+    # cut, would map a level to the wrong end of the cut.
+    ascending, first = np.unique(logsnr[::-1], return_index=True)
+    if knots[0] > 0:  # the last step goes from the first knot to 0, of no level
+        u = np.minimum(u * (len(u) - 1) / max(len(u) - 2, 1), 1)
+    levels = ascending[0] + u * (ascending[-1] - ascending[0])
+    times = np.interp(levels, ascending, knots[::-1][first])
+    times[0], times[-1] = 1.0, 0.0
+    return times
+
+
+def _knots(discrete_timesteps: int | None) -> np.ndarray:
+    """The times, ascending to 1, between which a level is interpolated.
+
+    Of discrete steps the level at t = 0 is infinity cut off, far from that of the first
+    step with nothing between: aiming there would waste a third of the grid.
+    """
+    if discrete_timesteps is not None:
+        return np.arange(1, discrete_timesteps + 1) / discrete_timesteps
+    # Towards both ends the level changes with the logarithm of the distance to them.
+    near = np.geomspace(1e-9, 0.5, 10_000)
+    return np.concatenate([[0.0], near, 1 - near[-2::-1], [1.0]])
+
+
+GRIDS = {"uniform": _uniform, "quadratic": _quadratic, "logsnr": _logsnr}
+
+
+def time_grid(
+    grid: str, num_steps: int, *, schedule: Schedule, discrete_timesteps: int | None
+) -> np.ndarray:
+    """The times of a chain, float32 [num_steps + 1], strictly descending from 1 to 0.
+
+    Args:
+      grid: one of `GRIDS`.
+      num_steps: N.
+      schedule: the process.
+      discrete_timesteps: T where only the times i / T exist, else None.
+
+    Raises:
+      ValueError: more steps than there are times.
+    """
+    times = GRIDS[grid](np.arange(num_steps + 1) / num_steps, schedule, _knots(discrete_timesteps))
+    if discrete_timesteps is None:
+        return times.astype(np.float32)
+    if num_steps > discrete_timesteps:
+        raise ValueError(f"{num_steps} steps of {discrete_timesteps} discrete times")
+    steps = np.round(times * discrete_timesteps).astype(int)
+    # Apart from below, then from above: the second pass cannot undo the first, as
+    # there are enough times for all.
+    room_below = np.arange(num_steps, -1, -1)
+    steps = np.maximum.accumulate((steps - room_below)[::-1])[::-1] + room_below
+    room_above = discrete_timesteps - np.arange(num_steps + 1)
+    steps = np.minimum(steps, room_above)
+    return (steps / discrete_timesteps).astype(np.float32)

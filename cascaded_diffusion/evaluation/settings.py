@@ -1,0 +1,106 @@
+"""What may be chosen after training: the ways to sample one stage of a cascade.
+
+Conditioning augmentation is amortized over its strength so that the strength can be
+chosen after training (paper, section 3.3); steps, sampler and guidance are free as
+well. Nothing here needs a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from cascaded_diffusion.config import CascadeSection, SamplerConfig, StageConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to sample the stage.
+
+    Attributes:
+      sampler: its sampler.
+      aug_level: of its low-res input; None for a base model.
+      truncated: whether the chain below is stopped at that level.
+    """
+
+    sampler: SamplerConfig
+    aug_level: float | None
+    truncated: bool
+
+    def describe(self) -> dict[str, Any]:
+        """What a table's row and a plot's legend say of it, by column."""
+        return {
+            "aug_level": self.aug_level,
+            "truncated": self.truncated,
+            "sampler": self.sampler.name,
+            "num_steps": self.sampler.num_steps,
+            "guidance": self.sampler.guidance_scale,
+        }
+
+
+def sampler_named(name: str, like: SamplerConfig, stage: StageConfig) -> SamplerConfig:
+    """`like` with another sampler, whose own settings are then the usual ones.
+
+    Ancestral sampling has the learned variance where there is one, else the small
+    one; DDIM draws no noise.
+    """
+    if name == like.name:
+        return like
+    learned = "learned" if stage.diffusion.variance == "learned" else "small"
+    return dataclasses.replace(
+        like,
+        name=name,
+        variance=learned if name == "ancestral" else None,
+        variance_interpolation=None,
+        eta=0.0 if name == "ddim" else None,
+    )
+
+
+def make_settings(
+    section: CascadeSection,
+    index: int,
+    stage: StageConfig,
+    *,
+    aug_levels: Sequence[float] = (),
+    truncated: Sequence[bool] = (),
+    samplers: Sequence[str] = (),
+    num_steps: Sequence[int] = (),
+    guidance_scales: Sequence[float] = (),
+) -> list[Setting]:
+    """All combinations for stage `index`; what is not given stays as the cascade has it."""
+    own = section.samplers[index]
+    levels: Sequence[float | None] = [None]
+    if index > 0:
+        levels = aug_levels or [section.aug_levels[index - 1]]
+    modes = list(truncated or [section.truncated]) if index > 0 and stage.has_level else [False]
+    return [
+        Setting(
+            sampler=dataclasses.replace(
+                sampler_named(name, own, stage), num_steps=steps, guidance_scale=scale
+            ),
+            aug_level=level,
+            truncated=mode,
+        )
+        for level, mode, name, steps, scale in itertools.product(
+            levels,
+            modes,
+            samplers or [own.name],
+            num_steps or [own.num_steps],
+            guidance_scales or [own.guidance_scale],
+        )
+    ]
+
+
+def with_setting(section: CascadeSection, index: int, setting: Setting) -> CascadeSection:
+    """The cascade with stage `index` sampled as `setting` says."""
+    levels = list(section.aug_levels)
+    if index > 0:
+        levels[index - 1] = setting.aug_level
+    samplers = list(section.samplers)
+    samplers[index] = setting.sampler
+    truncated = setting.truncated if index > 0 else section.truncated
+    return dataclasses.replace(
+        section, aug_levels=tuple(levels), samplers=tuple(samplers), truncated=truncated
+    )

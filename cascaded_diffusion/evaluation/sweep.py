@@ -1,0 +1,220 @@
+"""The search after training: one stage of a trained cascade, sampled in many ways and scored.
+
+Every setting is scored on the same seeds, labels and, without truncation, the same
+stored samples of the stages below: those are made once.
+
+    RUN/sweep/<stage>.jsonl          one line per setting
+    RUN/sweep/<stage>.md, .png       table and plot
+    RUN/sweep/<stage below>.npz      the samples that are enlarged
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from cascaded_diffusion.cascade.cascade import Cascade
+from cascaded_diffusion.config import CascadeSection, to_dict
+from cascaded_diffusion.evaluation import generate
+from cascaded_diffusion.evaluation.judge import ACCURACY, METRIC, Judge, judged_labels
+from cascaded_diffusion.evaluation.settings import Setting, with_setting
+from cascaded_diffusion.evaluation.trained import TrainedStage
+from cascaded_diffusion.runtime import pictures
+from cascaded_diffusion.runtime.run_folder import append_line, read_lines, write_whole
+from cascaded_diffusion.runtime.samples import read_provenance, save_samples, stored_samples
+
+
+class Sweep:
+    """Scores settings of one stage of a cascade.
+
+    Args:
+      section: the cascade.
+      trained: its stages up to the one that is swept, which is the last of them.
+      judge: of that stage's run.
+      folder: where records, table, plot and stored samples are kept.
+      mesh: the device mesh.
+      num_samples: per setting.
+      batch_size: of sampling.
+    """
+
+    def __init__(
+        self,
+        section: CascadeSection,
+        trained: Sequence[TrainedStage],
+        judge: Judge,
+        folder: pathlib.Path,
+        mesh: Mesh,
+        *,
+        num_samples: int,
+        batch_size: int,
+    ):
+        self._section, self._trained, self._judge, self._mesh = section, trained, judge, mesh
+        self._folder, self._num_samples, self._batch_size = folder, num_samples, batch_size
+        self._index = len(trained) - 1
+        self._name = trained[-1].stage.config.name
+        self._params = [t.params for t in trained]
+        self._programs: dict[Any, tuple[Cascade, Callable[..., Any]]] = {}
+        self._records_path = folder / f"{self._name}.jsonl"
+
+    def run(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
+        """Scores what has no score yet; writes table and plot. One record per setting."""
+        rows = []
+        for i, setting in enumerate(settings, start=1):
+            record = self._stored(setting)
+            if record is None:
+                record = self._score(setting, f"{self._name}, setting {i}/{len(settings)}")
+                append_line(self._records_path, record)
+            rows.append(record)
+            said = ", ".join(f"{k} {v}" for k, v in setting.describe().items() if v is not None)
+            print(f"{self._name}, {said}: {METRIC} {record[METRIC]:.3f}", flush=True)
+        self._write_table(settings, rows)
+        self._write_plot(settings, rows)
+        return rows
+
+    def _cascade(self, setting: Setting) -> tuple[Cascade, Callable[..., Any]]:
+        """Compiled once for all levels."""
+        key = (setting.truncated, setting.sampler)
+        if key not in self._programs:
+            cascade = Cascade(
+                stages=[t.stage for t in self._trained],
+                samplers=[*self._section.samplers[: self._index], setting.sampler],
+                truncated=setting.truncated,
+            )
+            self._programs[key] = (cascade, cascade.make_sampler())
+        return self._programs[key]
+
+    def _levels(self, setting: Setting) -> list[float]:
+        levels = with_setting(self._section, self._index, setting).aug_levels
+        return list(levels[: self._index])
+
+    def _identity(self, setting: Setting) -> dict[str, Any]:
+        """All that the scores are a function of."""
+        return {
+            "stages": [t.identity for t in self._trained],
+            "samplers": [
+                to_dict(s) for s in (*self._section.samplers[: self._index], setting.sampler)
+            ],
+            "aug_levels": self._levels(setting),
+            "truncated": setting.truncated,
+            "num_samples": self._num_samples,
+            "seed": self._section.seed,
+            "reference": self._judge.reference,
+            "features": self._judge.features,
+        }
+
+    def _stored(self, setting: Setting) -> dict[str, Any] | None:
+        wanted = self._identity(setting)
+        for record in read_lines(self._records_path):
+            if all(record.get(key) == value for key, value in wanted.items()):
+                return record
+        return None
+
+    def _score(self, setting: Setting, label: str) -> dict[str, Any]:
+        cascade, sample = self._cascade(setting)
+        seed, mesh, levels = self._section.seed, self._mesh, self._levels(setting)
+        if self._index == 0 or setting.truncated:
+            sampler = generate.make_cascade_sampler(
+                cascade, levels, seed=seed, mesh=mesh, sample=sample
+            )
+        else:
+            sampler = generate.make_last_stage_sampler(
+                cascade, levels, self._samples_below(), seed=seed, mesh=mesh, sample=sample
+            )
+        images = self._generate(sampler, self._params, label)[-1]
+        num_classes = cascade.stages[0].config.num_classes
+        labels = generate.class_balanced_labels(self._num_samples, num_classes)
+        scores = self._judge.scores(images, judged_labels(labels, num_classes))
+        return {**self._identity(setting), **scores}
+
+    def _generate(
+        self, sampler: generate.BatchSampler, params: Sequence[Any], label: str
+    ) -> list[np.ndarray]:
+        return generate.generate(
+            sampler,
+            params,
+            num_samples=self._num_samples,
+            batch_size=self._batch_size,
+            label=label,
+        )
+
+    def _samples_below(self) -> np.ndarray:
+        """The samples to enlarge: read if they are stored, else made and stored."""
+        below = self._trained[:-1]
+        name = below[-1].stage.config.name
+        provenance = {
+            "stages": [t.identity for t in below],
+            "samplers": [to_dict(s) for s in self._section.samplers[: len(below)]],
+            "aug_levels": list(self._section.aug_levels[: len(below) - 1]),
+            "truncated": False,
+            "seed": self._section.seed,
+        }
+        path = self._folder / f"{name}.npz"
+        if read_provenance(path) == provenance:
+            images = stored_samples(path)
+            if len(images) >= self._num_samples:
+                return images
+        cascade = Cascade(
+            stages=[t.stage for t in below],
+            samplers=self._section.samplers[: len(below)],
+            truncated=False,
+        )
+        sampler = generate.make_cascade_sampler(
+            cascade,
+            self._section.aug_levels[: len(below) - 1],
+            seed=self._section.seed,
+            mesh=self._mesh,
+        )
+        images = self._generate(sampler, self._params[:-1], f"{name}, to be enlarged")[-1]
+        num_classes = cascade.stages[0].config.num_classes
+        labels = generate.class_balanced_labels(self._num_samples, num_classes)
+        save_samples(path, images, labels, provenance=provenance)
+        return images
+
+    def _write_table(self, settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> None:
+        columns = list(settings[0].describe())
+        metrics = [METRIC, *([ACCURACY] if ACCURACY in rows[0] else [])]
+        lines = [
+            f"# {self._name}: {self._num_samples} samples per setting, best first",
+            "",
+            f"| {' | '.join([*columns, *metrics])} |",
+            f"|{'---|' * (len(columns) + len(metrics))}",
+        ]
+        for setting, row in sorted(zip(settings, rows, strict=True), key=lambda x: x[1][METRIC]):
+            cells = [str(v) for v in setting.describe().values()]
+            cells += [f"{row[m]:.3f}" for m in metrics]
+            lines.append(f"| {' | '.join(cells)} |")
+        about = [f"Stages: {'; '.join(rows[0]['stages'])}. Reference: {rows[0]['reference']}."]
+        text = "\n".join([*lines, "", *about, ""])
+        write_whole(self._folder / f"{self._name}.md", text.encode())
+        print(f"\n{text}", flush=True)
+
+    def _write_plot(self, settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first number that varies along x, one line for every combination of the rest."""
+        described = [s.describe() for s in settings]
+        varies = [key for key in described[0] if len({d[key] for d in described}) > 1]
+        numbers = [key for key in varies if key in ("aug_level", "num_steps", "guidance")]
+        if not numbers:
+            return
+        x = numbers[0]
+        series: dict[str, list[tuple[float, float]]] = {}
+        for d, row in zip(described, rows, strict=True):
+            name = ", ".join(f"{key} {d[key]}" for key in varies if key != x) or self._name
+            series.setdefault(name, []).append((d[x], row[METRIC]))
+        path = self._folder / f"{self._name}.png"
+        pictures.line_plot(
+            path,
+            {name: sorted(points) for name, points in series.items()},
+            x_label=x,
+            y_label=f"{METRIC} of {self._num_samples} samples",
+            title=self._name,
+        )
+        print(f"{path}, {path.with_suffix('.md')}", flush=True)
+
+
+def best_setting(settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> Setting:
+    """The setting with the lowest metric; the first of equals."""
+    return min(zip(settings, rows, strict=True), key=lambda x: x[1][METRIC])[0]

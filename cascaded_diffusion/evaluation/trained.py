@@ -1,0 +1,49 @@
+"""Trained stages, as evaluation and sampling load them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from cascaded_diffusion.cascade.build import build_stage
+from cascaded_diffusion.cascade.stage import Stage
+from cascaded_diffusion.runtime import checkpoint
+from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.runtime.run_folder import Chosen, RunFolder
+from cascaded_diffusion.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedStage:
+    """A stage at the checkpoint that evaluation chose in its run."""
+
+    stage: Stage
+    params: Params
+    chosen: Chosen
+
+    @property
+    def identity(self) -> str:
+        """Name, step and EMA in a few characters, for records."""
+        name = self.stage.config.name
+        return f"{name}@{self.chosen.step}, EMA {self.chosen.ema_decay:g}"
+
+
+def load_trained(folder: RunFolder, mesh: Mesh) -> TrainedStage:
+    """The stage of a run at the checkpoint that evaluation chose there."""
+    stage, chosen = build_stage(folder.read_config().stage), folder.chosen()
+    params = checkpoint.load_ema_params(
+        folder, chosen.step, chosen.ema_decay, abstract_params(stage, mesh)
+    )
+    return TrainedStage(stage=stage, params=params, chosen=chosen)
+
+
+def abstract_params(stage: Stage, mesh: Mesh) -> Any:
+    """Shapes of a stage's parameters, to be held by every device."""
+    sharding = mesh_lib.replicated(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(stage.init, jax.random.key(0)),
+    )

@@ -1,0 +1,104 @@
+"""What the U-Nets share: their attributes, and how their inputs come together.
+
+Input `xt` is joined, channel by channel, by the enlarged `low_res` image (paper,
+section 2.2). The noise level, the class label and `aug_level` are embedded and
+summed; the sum steers every residual block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cascaded_diffusion.networks import embeddings
+from cascaded_diffusion.types import Conditioning, check_shape
+
+# How an image [B, h, w, C] is enlarged to (H, W).
+Upsampler = Callable[[jax.Array, tuple[int, int]], jax.Array]
+
+
+class ConditionalNetwork(nn.Module):
+    """The base of every network that a stage may have; a config chooses it by name.
+
+    Attributes:
+      out_channels: channels of the output; the image's, or twice as many where
+        the variance is learned.
+      num_classes: number of class labels; 0 for none. Label `num_classes` is
+        the dropped label of classifier-free guidance.
+      channels: the unit of width, and the channels of the first convolution.
+      channel_mults: channels of each level, as multiples of `channels`.
+      num_res_blocks: residual blocks of each level on the way down.
+      attention_resolutions: sizes of the feature maps that get self-attention.
+      num_heads: attention heads.
+      dropout_rate: dropout in the residual blocks.
+      patch_size: the image is cut into patches of this size, which become
+        channels (space-to-depth), before the first convolution.
+      resample: "conv" for strided convolutions, "pool" for 2x2 averages,
+        "biggan" for residual blocks that resample inside.
+      scale_shift: how the embedding steers a residual block, see `layers.ResBlock`.
+      scale_skips: whether what skips across the U is multiplied by 1/sqrt(2),
+        as in SR3 and Imagen.
+      noise_input: a key of `embeddings.NOISE_INPUTS`.
+      aug_level_input: whether `aug_level` is an input.
+      upsample: how the low-res image is enlarged; None for a base model.
+      dtype: dtype of the computation; parameters are float32.
+    """
+
+    out_channels: int
+    num_classes: int
+    channels: int
+    channel_mults: tuple[int, ...]
+    num_res_blocks: tuple[int, ...]
+    attention_resolutions: tuple[int, ...]
+    num_heads: int
+    dropout_rate: float = 0.0
+    patch_size: int = 1
+    resample: str = "conv"
+    scale_shift: bool = True
+    scale_skips: bool = False
+    noise_input: str = "cosine_time"
+    aug_level_input: bool = False
+    upsample: Upsampler | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    def prepare(
+        self, xt: jax.Array, logsnr: jax.Array, cond: Conditioning
+    ) -> tuple[jax.Array, jax.Array]:
+        """The joined image [B, H, W, C or 2C] and the embedding [B, E]; ValueError if unfit."""
+        check_shape(xt, "B H W C", "xt")
+        check_shape(logsnr, "B", "logsnr", B=xt.shape[0])
+        return self._join(xt, cond), self._embed(logsnr, cond)
+
+    def _join(self, xt: jax.Array, cond: Conditioning) -> jax.Array:
+        if (cond.low_res is None) != (self.upsample is None):
+            raise ValueError("low_res must be given to super-resolution networks, and only to them")
+        if cond.low_res is None:
+            return xt
+        check_shape(cond.low_res, "B h w C", "low_res", B=xt.shape[0], C=xt.shape[-1])
+        enlarged = self.upsample(cond.low_res, xt.shape[1:3])
+        return jnp.concatenate([xt, enlarged], axis=-1)
+
+    def _embed(self, logsnr: jax.Array, cond: Conditioning) -> jax.Array:
+        size = 4 * self.channels
+        noise_input = embeddings.NOISE_INPUTS[self.noise_input](logsnr)
+        embedding = embeddings.ScalarEmbedding(size, self.channels, self.dtype, name="noise_level")(
+            noise_input
+        )
+        if (cond.label is None) != (self.num_classes == 0):
+            raise ValueError("label must be given to class-conditional networks, and only to them")
+        if cond.label is not None:
+            check_shape(cond.label, "B", "label", B=logsnr.shape[0])
+            embedding += nn.Embed(self.num_classes + 1, size, dtype=self.dtype, name="label")(
+                cond.label
+            )
+        if (cond.aug_level is None) == self.aug_level_input:
+            raise ValueError("aug_level must be given where aug_level_input is set, and only there")
+        if cond.aug_level is not None:
+            check_shape(cond.aug_level, "B", "aug_level", B=logsnr.shape[0])
+            embedding += embeddings.ScalarEmbedding(
+                size, self.channels, self.dtype, name="aug_level"
+            )(cond.aug_level)
+        return embedding

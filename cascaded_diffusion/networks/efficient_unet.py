@@ -1,0 +1,75 @@
+"""The Efficient U-Net of Imagen (Saharia et al. 2022, section 2.4 and appendix B).
+
+A U-Net for super-resolution at high resolutions. Most of its parameters are at
+the low resolutions, and every level, the first too, changes resolution on the
+cheap side of its blocks: it strides before them on the way down and enlarges
+after them on the way up. At full resolution there are only the first and last
+convolutions and the one that ends the enlarging.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from cascaded_diffusion.networks import layers
+from cascaded_diffusion.networks.conditioning import ConditionalNetwork
+from cascaded_diffusion.types import Conditioning
+
+
+class EfficientUNet(ConditionalNetwork):
+    """The Efficient U-Net over [B, H, W, C] images; L levels divide H and W by 2^L.
+
+    It differs from `UNet` in these ways:
+      * level l works at size H / 2^(l + 1), and has `num_res_blocks[l]` blocks on
+        the way up as well, each of them with a projection on its skip branch;
+      * attention follows a level's last block, not each of them;
+      * one feature map per level skips across, its last. The deepest level's does
+        not: nothing lies between its two ways, so it would meet itself. Nor does
+        the output of the first convolution, so as to spare full resolution;
+      * there are no blocks in the middle.
+
+    `resample` has to be "conv" and `patch_size` 1.
+    """
+
+    @nn.compact
+    def __call__(
+        self, xt: jax.Array, logsnr: jax.Array, cond: Conditioning, *, deterministic: bool = True
+    ) -> jax.Array:
+        if self.resample != "conv" or self.patch_size != 1:
+            raise ValueError('the efficient U-Net needs resample "conv" and patch_size 1')
+        h, embedding = self.prepare(xt, logsnr, cond)
+
+        def blocks(h: jax.Array, features: int, count: int, name: str) -> jax.Array:
+            for i in range(count):
+                block = layers.ResBlock(
+                    features,
+                    dropout_rate=self.dropout_rate,
+                    scale_shift=self.scale_shift,
+                    project_skip=True,
+                    dtype=self.dtype,
+                    name=f"{name}_block{i}",
+                )
+                h = block(h, embedding, deterministic=deterministic)
+            if h.shape[1] not in self.attention_resolutions:
+                return h
+            return layers.AttentionBlock(self.num_heads, self.dtype, name=f"{name}_attention")(h)
+
+        levels = list(enumerate(zip(self.channel_mults, self.num_res_blocks, strict=True)))
+        h = layers.conv3x3(self.channels, self.dtype, "conv_in")(h.astype(self.dtype))
+        skips = []
+        for level, (mult, count) in levels:
+            features = self.channels * mult
+            h = layers.conv3x3(features, self.dtype, f"down{level}_resample", stride=2)(h)
+            h = blocks(h, features, count, f"down{level}")
+            skips.append(h)
+        skips.pop()
+
+        for level, (mult, count) in reversed(levels):
+            if level + 1 < len(levels):
+                h = layers.concat_skip(h, skips.pop(), scale=self.scale_skips)
+            h = blocks(h, self.channels * mult, count, f"up{level}")
+            h = layers.Upsample("conv", self.dtype, name=f"up{level}_resample")(h)
+        assert not skips
+
+        return layers.image_out(h, self.out_channels, self.dtype)

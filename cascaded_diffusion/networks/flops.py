@@ -1,0 +1,43 @@
+"""FLOPs of a network, as the literature counts them: a multiply-add is two.
+
+Counted are convolutions and matrix products, with the multiplications that fall on a
+convolution's padding. XLA's own count leaves those out: at 4 and 8 px that is a tenth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> int:
+    """FLOPs of one call of `function`, traced with arrays or their shapes."""
+    return 2 * _multiply_adds(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _multiply_adds(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        inputs = [getattr(v.aval, "shape", ()) for v in equation.invars]
+        output = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.params["dimension_numbers"].rhs_spec  # out, in, spatial
+            per_output = [inputs[1][axis] for axis in kernel[1:]]
+            total += output * math.prod(per_output)
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += output * math.prod(inputs[0][axis] for axis in contracted)
+        total += sum(map(_multiply_adds, _inner(equation.params.values())))
+    return total
+
+
+def _inner(values: Any) -> Iterator[Any]:
+    """The jaxprs that an equation calls."""
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _inner(value)
+        elif hasattr(getattr(value, "jaxpr", value), "eqns"):
+            yield getattr(value, "jaxpr", value)

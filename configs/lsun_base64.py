@@ -1,0 +1,112 @@
+"""Base model, LSUN bedrooms at 64 px, without classes: the first stage of the LSUN cascade.
+
+    python -m cascaded_diffusion.main --config=configs/lsun_base64.py --workdir=RUN/lsun_base64
+
+Hardware and hours: not measured; 0.27 billion parameters, 1.3e20 FLOP to train.
+Expected FID: not published for this stage, not measured. It is scored by fd_classifier,
+which is not FID, and which says little of a data set of a single class.
+Bedrooms, since they are LSUN's largest set of the usual ones (3 million images) and the one
+most models are scored on. The paper publishes no settings of its LSUN models: they are
+ours, after the 64 px model of Improved DDPM (iDDPM).
+Lines end with where their value is from.
+"""
+
+from ml_collections import ConfigDict
+
+from cascaded_diffusion.errors import UserError
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    if variant not in (None, "smoke"):
+        raise UserError(f"--config=...:{variant}: expected no variant, or ':smoke'")
+    config = ConfigDict()
+    config.stage = dict(
+        name="lsun_base64",
+        kind="base",
+        resolution=64,
+        channels=3,
+        num_classes=0,
+        network=dict(
+            name="unet",
+            channels=192,  # iDDPM
+            channel_mults=(1, 2, 3, 4),  # iDDPM
+            num_res_blocks=(3, 3, 3, 3),  # iDDPM
+            attention_resolutions=(16, 8),  # iDDPM
+            num_heads=4,  # iDDPM
+            dropout_rate=0.1,  # as base32
+            patch_size=1,
+            resample="conv",  # iDDPM
+            scale_shift=True,  # iDDPM
+            scale_skips=False,  # iDDPM
+            noise_input="cosine_time",  # the time step (paper), but for the offset
+            upsample="bilinear",  # not used: there is no low-res input
+            dtype="bfloat16",  # ours
+        ),
+        schedule=dict(
+            name="cosine",  # iDDPM
+            num_timesteps=4000,  # as base32
+            noise_levels="discrete",  # iDDPM
+            cosine_offset=0.008,  # iDDPM
+        ),
+        diffusion=dict(
+            parameterization="eps",  # iDDPM
+            variance="learned",  # iDDPM
+            loss="hybrid",  # iDDPM
+            vlb_weight=0.001,  # iDDPM
+            weighting="none",
+            label_dropout_prob=0.0,
+        ),
+        augment=dict(name="none"),
+        sampler=dict(
+            name="ancestral",  # iDDPM
+            num_steps=4000,  # as base32
+            grid="uniform",
+            variance="learned",  # iDDPM
+            guidance_scale=1.0,
+            guidance_interval=(0.0, 1.0),
+            threshold="static",  # DDPM
+        ),
+    )
+    config.data = dict(
+        name="lsun/bedroom",
+        train_split="train",
+        eval_split="validation",
+        resolution=64,
+        random_flip=True,  # not published; ours
+        shuffle_seed=0,
+        read_threads=16,
+    )
+    config.train = dict(
+        seed=0,
+        batch_size=512,  # not published; ours
+        train_steps=500_000,  # not published; ours
+        learning_rate=1e-4,  # as base32
+        lr_decay="none",  # not published; ours
+        warmup_steps=10_000,  # SR3; the paper's is not published
+        adam_b2=0.999,  # not published; ours
+        grad_clip_norm=1.0,  # not published; ours
+        ema_decays=(0.9999,),  # as base32
+        log_every_steps=100,
+        sample_every_steps=10_000,
+    )
+    config.eval = dict(
+        features="classifier",  # fd_classifier; not FID
+        num_samples=10_000,  # as base32
+        batch_size=512,
+        seed=0,
+        aug_level=0.0,
+        ema_decays=(0.9999,),
+        patience_evals=10,
+    )
+    config.mesh = dict(data=-1, fsdp=1)
+    config.checkpoint = dict(save_every_steps=10_000, max_to_keep=3)
+    if variant == "smoke":  # less of everything, and drawn pictures at a quarter of the size
+        config.stage.update(resolution=16)
+        config.stage.network.update(channels=16, channel_mults=(1, 2), num_res_blocks=(1, 1))
+        config.stage.network.dtype = "float32"
+        config.stage.update(schedule=dict(num_timesteps=40), sampler=dict(num_steps=8))
+        config.data.update(name="shapes", eval_split="test", resolution=64)
+        config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
+        config.eval.update(num_samples=20, batch_size=16)
+        config.update(mesh=dict(fsdp=1), checkpoint=dict(save_every_steps=10))
+    return config

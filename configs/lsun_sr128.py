@@ -1,0 +1,117 @@
+"""Super-resolution 64 -> 128 px on LSUN bedrooms, without classes.
+
+    python -m cascaded_diffusion.main --config=configs/lsun_sr128.py --workdir=RUN/lsun_sr128
+
+Hardware and hours: not measured; 0.58 billion parameters, 4.1e20 FLOP to train.
+Expected FID: the paper has a number, which we did not recover; not measured. It is scored by
+fd_classifier, which is not FID, and which says little of a data set of a single class.
+As in the paper: Gaussian augmentation, not truncated. It publishes no settings of its LSUN
+models: they are ours, after sr128.
+Lines end with where their value is from.
+"""
+
+from ml_collections import ConfigDict
+
+from cascaded_diffusion.errors import UserError
+
+# lsun_base64's own schedule.
+_COSINE = dict(name="cosine", num_timesteps=4000, noise_levels="discrete", cosine_offset=0.008)
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    if variant not in (None, "smoke"):
+        raise UserError(f"--config=...:{variant}: expected no variant, or ':smoke'")
+    config = ConfigDict()
+    config.stage = dict(
+        name="lsun_sr128",
+        kind="super_resolution",
+        resolution=128,
+        channels=3,
+        num_classes=0,
+        low_res_resolution=64,
+        network=dict(
+            name="unet",
+            channels=128,  # as sr128
+            channel_mults=(1, 2, 4, 8, 8),  # as sr128
+            num_res_blocks=(3, 3, 3, 3, 3),  # as sr128
+            attention_resolutions=(16,),  # as sr128
+            num_heads=1,  # as sr128
+            dropout_rate=0.0,  # as sr128
+            patch_size=1,
+            resample="biggan",  # SR3
+            scale_shift=False,  # SR3: DDPM's bias; the paper's way is not published
+            scale_skips=True,  # SR3
+            noise_input="noise_level",  # as sr128
+            upsample="bicubic",  # SR3
+            dtype="bfloat16",  # ours
+        ),
+        schedule=dict(
+            name="linear",  # not published; ours
+            num_timesteps=2000,  # as sr128
+            noise_levels="continuous",  # as sr128
+            linear_betas=(1e-4, 0.02),  # DDPM; the paper's are not published
+        ),
+        diffusion=dict(
+            parameterization="eps",  # SR3
+            variance="fixed",  # as sr128
+            loss="simple",  # SR3
+            weighting="none",
+            label_dropout_prob=0.0,
+        ),
+        augment=dict(name="gaussian", max_level=1.0),  # paper; the range is ours
+        low_res_schedule=_COSINE,
+        sampler=dict(
+            name="ancestral",  # SR3
+            num_steps=100,  # as sr128
+            grid="uniform",  # not published; ours
+            variance="large",  # SR3
+            guidance_scale=1.0,
+            guidance_interval=(0.0, 1.0),
+            threshold="static",  # DDPM
+        ),
+    )
+    config.data = dict(
+        name="lsun/bedroom",
+        train_split="train",
+        eval_split="validation",
+        resolution=128,
+        random_flip=True,  # not published; ours
+        shuffle_seed=0,
+        read_threads=16,
+    )
+    config.train = dict(
+        seed=0,
+        batch_size=512,  # not published; ours
+        train_steps=500_000,  # as sr128
+        learning_rate=1e-4,  # as sr128
+        lr_decay="none",  # not published; ours
+        warmup_steps=10_000,  # SR3; the paper's is not published
+        adam_b2=0.999,  # not published; ours
+        grad_clip_norm=1.0,  # not published; ours
+        ema_decays=(0.9999,),  # as sr128
+        log_every_steps=100,
+        sample_every_steps=10_000,
+    )
+    config.eval = dict(
+        features="classifier",  # fd_classifier; not FID
+        num_samples=10_000,  # as sr128
+        batch_size=512,
+        seed=0,
+        aug_level=500 / 4000,  # not published; ours
+        ema_decays=(0.9999,),
+        patience_evals=10,
+    )
+    config.mesh = dict(data=-1, fsdp=8)
+    config.checkpoint = dict(save_every_steps=10_000, max_to_keep=3)
+    if variant == "smoke":  # less of everything, and drawn pictures at a quarter of the size
+        config.stage.update(resolution=32, low_res_resolution=16)
+        config.stage.network.update(channels=16, channel_mults=(1, 2, 2), num_res_blocks=(1, 1, 1))
+        config.stage.network.dtype = "float32"
+        config.stage.schedule.num_timesteps = 40
+        config.stage.low_res_schedule.num_timesteps = 40
+        config.stage.sampler.num_steps = 8
+        config.data.update(name="shapes", eval_split="test", resolution=64)
+        config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
+        config.eval.update(num_samples=20, batch_size=16)
+        config.update(mesh=dict(fsdp=1), checkpoint=dict(save_every_steps=10))
+    return config

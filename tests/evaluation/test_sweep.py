@@ -1,0 +1,149 @@
+"""The search after training, on a real (tiny) cascade with a judge whose verdicts are known."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascaded_diffusion.cascade.cascade import Cascade
+from cascaded_diffusion.config_checks import cascade_config_from
+from cascaded_diffusion.evaluation import generate
+from cascaded_diffusion.evaluation.judge import METRIC
+from cascaded_diffusion.evaluation.settings import (
+    make_settings,
+    sampler_named,
+    with_setting,
+)
+from cascaded_diffusion.evaluation.sweep import Sweep, best_setting
+from cascaded_diffusion.evaluation.trained import load_trained
+from cascaded_diffusion.runtime.mesh import build_mesh
+from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.runtime.samples import read_provenance, stored_samples
+from tests.evaluation.test_score import Judge
+from tests.tiny import config_values, tiny_base, tiny_sr
+from tests.training.test_training import _train
+
+NUM_SAMPLES, BATCH_SIZE = 20, 8
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return build_mesh(tiny_base().mesh)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, mesh):
+    stages = []
+    for make in (tiny_base, tiny_sr):
+        config = make(train__train_steps=2, train__warmup_steps=1, checkpoint__save_every_steps=2)
+        folder = RunFolder(tmp_path_factory.mktemp("runs") / config.stage.name)
+        _train(config, folder.path)
+        folder.eval.mkdir()
+        folder.best_path.write_text(json.dumps({"step": 2, "ema_decay": 0.995}))
+        stages.append(load_trained(folder, mesh))
+    return stages
+
+
+def _section(truncated=False):
+    section = cascade_config_from(config_values("mnist_cascade32")).cascade
+    short = tuple(dataclasses.replace(s, num_steps=2, guidance_scale=1.0) for s in section.samplers)
+    return dataclasses.replace(section, samplers=short, truncated=truncated)
+
+
+def _sweep(section, trained, judge, folder, mesh):
+    return Sweep(
+        section, trained, judge, folder, mesh, num_samples=NUM_SAMPLES, batch_size=BATCH_SIZE
+    )
+
+
+def _settings(section, trained, **choices):
+    return make_settings(section, 1, trained[1].stage.config, **choices)
+
+
+def test_every_setting_gives_what_sampling_the_cascade_with_it_gives(trained, tmp_path, mesh):
+    section = _section()
+    settings = _settings(section, trained, aug_levels=[0.1, 0.6], truncated=[False, True])
+    judge = Judge([4.0, 3.0, 2.0, 5.0])
+    rows = _sweep(section, trained, judge, tmp_path, mesh).run(settings)
+    assert [row[METRIC] for row in rows] == [4.0, 3.0, 2.0, 5.0]
+    for setting, (images, labels) in zip(settings, judge.seen, strict=True):
+        chosen = with_setting(section, 1, setting)
+        cascade = Cascade(
+            stages=[t.stage for t in trained],
+            samplers=chosen.samplers,
+            truncated=chosen.truncated,
+        )
+        alone = generate.generate(
+            generate.make_cascade_sampler(cascade, chosen.aug_levels, seed=section.seed, mesh=mesh),
+            [t.params for t in trained],
+            num_samples=NUM_SAMPLES,
+            batch_size=BATCH_SIZE,
+            label="alone",
+        )
+        np.testing.assert_array_equal(images, alone[-1])
+        np.testing.assert_array_equal(labels, np.arange(NUM_SAMPLES) % 10)
+        if not setting.truncated:
+            # The stored base samples are the very ones that the cascade hands on.
+            np.testing.assert_array_equal(stored_samples(tmp_path / "base16.npz"), alone[0])
+
+    table = (tmp_path / "sr32.md").read_text()
+    assert "| 0.6 | False | ddim | 2 | 1.0 | 2.000 | 0.500 |" in table
+    assert table.index("2.000") < table.index("3.000") < table.index("5.000")
+    assert Image.open(tmp_path / "sr32.png").size[0] > 500
+
+    best = best_setting(settings, rows)
+    assert (best.aug_level, best.truncated) == (0.6, False)
+    assert with_setting(section, 1, best).aug_levels == (0.6,)
+
+
+def test_what_is_scored_is_not_scored_again_and_base_samples_are_made_once(trained, tmp_path, mesh):
+    section = _section()
+    first = _settings(section, trained, aug_levels=[0.1])
+    _sweep(section, trained, Judge([4.0]), tmp_path, mesh).run(first)
+    stamp = (tmp_path / "base16.npz").stat().st_mtime_ns
+    more = _settings(section, trained, aug_levels=[0.1, 0.2])
+    rows = _sweep(section, trained, Judge([3.0]), tmp_path, mesh).run(more)
+    assert [row[METRIC] for row in rows] == [4.0, 3.0]
+    assert (tmp_path / "base16.npz").stat().st_mtime_ns == stamp
+
+    # Other base samples, other scores.
+    other = dataclasses.replace(section, seed=7)
+    rows = _sweep(other, trained, Judge([9.0]), tmp_path, mesh).run(first)
+    assert rows[0][METRIC] == 9.0
+    assert read_provenance(tmp_path / "base16.npz")["seed"] == 7
+
+
+def test_a_base_model_is_swept_over_steps_and_samplers(trained, tmp_path, mesh):
+    section = _section()
+    base = trained[:1]
+    settings = make_settings(
+        section, 0, base[0].stage.config, samplers=["ddim", "heun"], num_steps=[2, 3]
+    )
+    assert [(s.sampler.name, s.sampler.num_steps) for s in settings] == [
+        ("ddim", 2),
+        ("ddim", 3),
+        ("heun", 2),
+        ("heun", 3),
+    ]
+    rows = _sweep(section, base, Judge([4.0, 3.0, 2.0, 1.0]), tmp_path, mesh).run(settings)
+    best = best_setting(settings, rows)
+    chosen = with_setting(section, 0, best)
+    assert (chosen.samplers[0].name, chosen.samplers[0].num_steps) == ("heun", 3)
+    assert chosen.samplers[1] == section.samplers[1]
+    assert chosen.aug_levels == section.aug_levels
+
+
+def test_another_sampler_has_settings_that_it_can_use():
+    stage = tiny_base().stage
+    ddim = stage.sampler
+    assert sampler_named("ddim", ddim, stage) is ddim
+    ancestral = sampler_named("ancestral", ddim, stage)
+    assert (ancestral.variance, ancestral.eta) == ("small", None)
+    learned = dataclasses.replace(
+        stage, diffusion=dataclasses.replace(stage.diffusion, variance="learned")
+    )
+    assert sampler_named("ancestral", ddim, learned).variance == "learned"
+    heun = sampler_named("heun", ancestral, stage)
+    assert (heun.variance, heun.eta) == (None, None)
