@@ -45,41 +45,38 @@ def main() -> None:
     runs = parser.parse_args().runs.resolve()
     folders = {name: RunFolder(runs / name) for name in ("base16", "sr32", "sr32_no_augment")}
     for name in ("base16", "sr32"):
-        folders[name].best_step()  # complains if the demo has not run
+        folders[name].chosen()  # complains if the demo has not run
     train_without_augmentation(folders["sr32_no_augment"])
 
     cli.set_up_jax()
     from cascaded_diffusion.cascade.cascade import Cascade
     from cascaded_diffusion.data.sources import examples, load_source
-    from cascaded_diffusion.evaluation import generate, score
+    from cascaded_diffusion.evaluation import generate
+    from cascaded_diffusion.evaluation.judge import ACCURACY, METRIC, build_judge, labelled, resized
+    from cascaded_diffusion.evaluation.trained import load_trained
     from cascaded_diffusion.runtime.mesh import build_mesh
 
     config: RunConfig = folders["sr32"].read_config()
     mesh = build_mesh(config.mesh)
     sources = [load_source(config.data, split, config.stage) for split in ("train", "test")]
-    train, held_out = (
-        score.LabelledImages(*examples(source, range(len(source))).values()) for source in sources
-    )
-    judge = score.build_judge(config, folders["sr32"], train, held_out)
+    train, held_out = (labelled(examples(source, range(len(source)))) for source in sources)
+    judge = build_judge(config, folders["sr32"], train, held_out)
     labels = generate.class_balanced_labels(1000, 10)
-    models = {
-        name: score.load_stage(folder, folder.best_step(), mesh) for name, folder in folders.items()
-    }
-    base, base_params = models["base16"]
+    models = {name: load_trained(folder, mesh) for name, folder in folders.items()}
+    base = models["base16"]
 
     def measure(name: str, levels: tuple[float, ...], truncated: bool) -> list[dict[str, float]]:
-        stage, params = models[name]
+        chain = [base, models[name]]
         cascade = Cascade(
-            stages=[base, stage],
-            samplers=[s.config.sampler for s in (base, stage)],
+            stages=[t.stage for t in chain],
+            samplers=[t.stage.config.sampler for t in chain],
             truncated=truncated,
         )
-        rows = []
-        samplers = generate.make_level_samplers(cascade, levels, seed=0, mesh=mesh)
-        for level, sampler in zip(levels, samplers, strict=True):
+        rows, sample = [], cascade.make_sampler()
+        for level in levels:
             images = generate.generate(
-                sampler,
-                [base_params, params],
+                generate.make_cascade_sampler(cascade, [level], seed=0, mesh=mesh, sample=sample),
+                [t.params for t in chain],
                 num_samples=1000,
                 batch_size=200,
                 label=f"{name}, level {level}, {'truncated' if truncated else 'non-truncated'}",
@@ -90,10 +87,10 @@ def main() -> None:
     non_truncated = measure("sr32", LEVELS, False)
     truncated = measure("sr32", LEVELS, True)
     (ablation,) = measure("sr32_no_augment", (0.0,), False)
-    floor = judge.scores(score.resized(held_out, 32).images, held_out.labels)
+    floor = judge.scores(resized(held_out, 32).images, held_out.labels)
 
     def cell(row: dict[str, float]) -> str:
-        return f"{row[score.METRIC]:.2f} / {100 * row[score.ACCURACY]:.1f} %"
+        return f"{row[METRIC]:.2f} / {100 * row[ACCURACY]:.1f} %"
 
     lines = [
         "| aug_level | non-truncated | truncated |",
@@ -105,7 +102,7 @@ def main() -> None:
         f"| trained without augmentation | {cell(ablation)} | |",
         f"| the 1,000 held-out real digits | {cell(floor)} | |",
     ]
-    sampler = base.config.sampler
+    sampler = base.stage.config.sampler
     text = "\n".join(
         [
             "# fd_classifier of 1,000 cascade samples / recognised as their label",

@@ -108,7 +108,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.checkpoint = dict(save_every_steps=10_000, max_to_keep=3)
     if variant == "smoke":  # less of everything, and drawn pictures at a quarter of the size
         config.stage.update(resolution=64, num_classes=10, low_res_resolution=16)
-        config.stage.network.update(channels=16, channel_mults=(1, 2, 2), num_res_blocks=(1, 1, 1))
+        config.stage.network.update(channels=8, channel_mults=(1, 2, 2), num_res_blocks=(1, 1, 1))
         config.stage.network.dtype = "float32"
         config.stage.update(schedule=dict(num_timesteps=40), sampler=dict(num_steps=8))
         config.data.update(name="shapes", eval_split="test", resolution=64)

@@ -1,5 +1,6 @@
 """Bad input: one line that names key, value and what is allowed; exit code 2; nothing written."""
 
+import json
 import math
 import os
 import subprocess
@@ -21,29 +22,60 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import ROOT, config_values, round_trip, tiny_base, tiny_sr, with_overrides
 
-CONFIGS = {
-    "mnist_base16": (None, "smoke"),
-    "mnist_sr32": (None, "smoke", "no_augment"),
-}
+_FILES = {path.stem: path.read_text() for path in sorted((ROOT / "configs").glob("*.py"))}
+CASCADES = [name for name, text in _FILES.items() if "config.cascade = " in text]
+STAGES = [name for name in _FILES if name not in CASCADES]
+PAPER = {"base32", "sr64", "sr128", "sr256", "cascade64", "cascade128", "cascade256"}
+PAPER |= {"base16", "sr64_from16", "base64", "lsun_base64", "lsun_sr128"}
 
 
-@pytest.mark.parametrize(
-    ("name", "variant"), [(n, v) for n, variants in CONFIGS.items() for v in variants]
-)
+def test_every_model_of_the_paper_has_its_config():
+    assert set(_FILES) >= PAPER
+
+
+@pytest.mark.parametrize("variant", [None, "smoke"])
+@pytest.mark.parametrize("name", STAGES)
 def test_shipped_configs_are_good_and_survive_json(name, variant):
-    import json
-
     config = run_config_from(config_values(name, variant))
     assert run_config_from(json.loads(json.dumps(to_dict(config)))) == config
-    check_devices(config, 1)
-    check_devices(config, 8)
+    check_devices(config, config.mesh.fsdp)
+    check_devices(config, 8 * config.mesh.fsdp)
+    # A run folder has the stage's name; a cascade finds it by that.
+    assert name.removeprefix("mnist_") == config.stage.name
 
 
-def test_the_shipped_cascade_chains():
-    for variant in (None, "smoke"):
-        config = cascade_config_from(config_values("mnist_cascade32", variant))
-        stages = [run_config_from(config_values(n)).stage for n in ("mnist_base16", "mnist_sr32")]
-        check_chain(config.cascade, stages)
+@pytest.mark.parametrize("variant", [None, "smoke"])
+@pytest.mark.parametrize("name", CASCADES)
+def test_the_shipped_cascades_chain(name, variant):
+    config = cascade_config_from(config_values(name, variant))
+    assert cascade_config_from(json.loads(json.dumps(to_dict(config)))) == config
+    files = [file.removesuffix(":smoke") for file in config.cascade.configs]
+    assert all((variant == "smoke") == (":smoke" in file) for file in config.cascade.configs)
+    stages = [
+        run_config_from(config_values(file.removesuffix(".py"), variant)).stage for file in files
+    ]
+    check_chain(config.cascade, stages)
+    assert tuple(stage.name for stage in stages) == config.cascade.stages
+
+
+def test_the_ablation_is_a_variant():
+    config = run_config_from(config_values("mnist_sr32", "no_augment"))
+    assert config.stage.augment.name == "none"
+
+
+def test_every_smoke_variant_has_the_structure_of_the_whole_model():
+    for name in STAGES:
+        whole, small = (run_config_from(config_values(name, v)).stage for v in (None, "smoke"))
+        assert whole.diffusion == small.diffusion, name
+        assert whole.augment == small.augment, name
+        assert whole.sampler.name == small.sampler.name, name
+        assert whole.schedule.name == small.schedule.name, name
+        assert whole.schedule.noise_levels == small.schedule.noise_levels, name
+        for key in ("name", "resample", "scale_shift", "scale_skips", "noise_input", "upsample"):
+            assert getattr(whole.network, key) == getattr(small.network, key), (name, key)
+        if whole.low_res_resolution is not None:
+            factor = whole.resolution / whole.low_res_resolution
+            assert factor == small.resolution / small.low_res_resolution, name
 
 
 _DISCRETE = {"stage.schedule.num_timesteps": 20, "stage.schedule.noise_levels": "discrete"}

@@ -71,7 +71,8 @@ def correlated(side=4, seed=0):
     dims = side * side
     vectors, _ = np.linalg.qr(rng.normal(size=(dims, dims)))
     values = np.linspace(0.2, 0.9, dims) ** 2
-    return GaussianData(rng.uniform(-0.5, 0.5, dims), (vectors * values) @ vectors.T, (side, side, 1))
+    mean = rng.uniform(-0.5, 0.5, dims)
+    return GaussianData(mean, (vectors * values) @ vectors.T, (side, side, 1))
 
 
 def independent(side=4, stds=(0.1, 0.9), seed=0):

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 
 import jax
@@ -27,19 +28,11 @@ def draw(batch, seed=0):
     return x0, jax.random.split(jax.random.key(seed + 100), batch)
 
 
-def uniform_times(num_steps):
-    return time_grid("uniform", num_steps, schedule=SCHEDULE, discrete_timesteps=None)
-
-
-def bits(denoise, x0, keys, num_steps, log_variance):
+def bits(denoise, x0, keys, num_steps, log_variance, grid="uniform"):
+    times = time_grid(grid, num_steps, schedule=SCHEDULE, discrete_timesteps=None)
     return jax.jit(
         lambda x0, keys: bound.bits_per_dim(
-            denoise,
-            x0,
-            keys,
-            schedule=SCHEDULE,
-            times=uniform_times(num_steps),
-            log_variance=log_variance,
+            denoise, x0, keys, schedule=SCHEDULE, times=times, log_variance=log_variance
         )
     )(x0, keys)
 
@@ -56,7 +49,7 @@ def exact_log_likelihood(x0, mean, logvar):
 
 
 PIXELS = (np.arange(256) / 127.5 - 1).astype(np.float32)
-LOGVARS = np.float32([-20.0, -12.0, -7.0, -3.0, 0.0, 2.0])
+LOGVARS = np.float32([-20.0, -12.0, -7.0, -3.0, 0.0])
 
 
 def test_normal_kl_is_the_textbooks():
@@ -76,15 +69,14 @@ def test_normal_kl_is_the_textbooks():
 
 
 @pytest.mark.parametrize("logvar", LOGVARS)
-@pytest.mark.parametrize("mean", [-1.3, -1.0, -0.2, 0.0, 0.003, 0.999, 1.5])
-def test_discretized_likelihood_is_scipys_and_sums_to_one(mean, logvar):
-    mean, logvar = np.full(256, mean, np.float32), np.full(256, logvar)
-    got = bound.discretized_log_likelihood(PIXELS, mean, logvar)
+def test_discretized_likelihood_is_scipys_and_sums_to_one(logvar):
+    mean = np.float32([-1.3, -1.0, -0.2, 0.0, 0.003, 0.999, 1.5])[:, None]
+    got = np.asarray(bound.discretized_log_likelihood(PIXELS, mean, logvar), np.float64)
     assert np.isfinite(got).all()  # far tails too
     np.testing.assert_allclose(
         got, exact_log_likelihood(PIXELS, mean, logvar), rtol=1e-5, atol=1e-5
     )
-    np.testing.assert_allclose(np.exp(np.asarray(got, np.float64)).sum(), 1.0, atol=1e-4)
+    np.testing.assert_allclose(np.exp(got).sum(1), 1.0, atol=1e-4)
 
 
 def test_the_gradient_of_the_likelihood_is_finite_in_far_tails():
@@ -98,15 +90,15 @@ def test_the_gradient_of_the_likelihood_is_finite_in_far_tails():
 
 
 def _term(x0, xt, prediction, logsnr_s, logsnr_t, log_variance, is_first=False, cut=-30.0):
-    batch = len(x0)
-    return bound.vlb_term(
+    full = functools.partial(jnp.full, x0.shape[:1])
+    vlb_term = jax.jit(functools.partial(bound.vlb_term, log_variance=log_variance))
+    return vlb_term(
         prediction,
         x0,
         xt,
-        jnp.full((batch,), logsnr_s),
-        jnp.full((batch,), logsnr_t),
-        log_variance=log_variance,
-        is_first=jnp.full((batch,), is_first),
+        full(logsnr_s),
+        full(logsnr_t),
+        is_first=full(is_first),
         min_logvar=cut,
     )
 
@@ -190,7 +182,7 @@ def test_bits_of_gaussian_data_are_the_closed_form(num_steps, log_variance):
     x0, keys = draw(4096)
     got = np.asarray(bits(DATA.denoise, x0, keys, num_steps, log_variance), np.float64)
 
-    logsnr = np.asarray(SCHEDULE(uniform_times(num_steps)), np.float64)
+    logsnr = np.asarray(SCHEDULE(1 - np.arange(num_steps + 1) / num_steps), np.float64)
     (alpha2_s, sigma2_s), (_, sigma2_t) = levels(logsnr[1:]), levels(logsnr[:-1])
     shrink = -np.expm1(logsnr[:-1] - logsnr[1:])
     small, large = shrink * sigma2_s, shrink * sigma2_t
@@ -211,14 +203,19 @@ def test_bits_of_gaussian_data_are_the_closed_form(num_steps, log_variance):
     assert abs(got.mean() - expected) < 4 * error
 
 
-def test_bits_fall_with_more_steps_towards_the_entropy_of_the_data():
-    # In bits per dim, of pixels 2/255 apart; the bound is never below it.
-    variances = np.diag(DATA.covariance)
-    entropy = np.mean(0.5 * np.log2(2 * np.pi * np.e * variances) + np.log2(255 / 2))
+def test_bits_fall_with_more_steps_to_those_of_the_data_itself():
+    # -log2 of the true density, of pixels 2/255 apart: nothing needs fewer on average.
     x0, keys = draw(1024)
-    got = [float(bits(DATA.denoise, x0, keys, n, SMALL).mean()) for n in (16, 64, 512)]
-    assert got[0] > got[1] > got[2] > entropy
-    assert got[2] < entropy + 0.15
+    variances = np.diag(DATA.covariance)
+    squares = (np.asarray(x0).reshape(len(x0), -1) - DATA.mean) ** 2 / variances
+    true = np.log2(2 * np.pi * variances) / 2 + squares / 2 / np.log(2) + np.log2(255 / 2)
+    excess = [
+        np.asarray(bits(DATA.denoise, x0, keys, n, LARGE), np.float64) - true.mean(1)
+        for n in (16, 50, 200)
+    ]
+    means = [x.mean() for x in excess]
+    assert means[0] > 2 * means[1] > 4 * means[2]
+    assert -4 * excess[2].std() / np.sqrt(len(x0)) < means[2] < 0.1
 
 
 def test_a_better_denoiser_needs_fewer_bits():

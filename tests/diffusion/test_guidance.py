@@ -19,9 +19,7 @@ def constant(x0):
 
 def fixed(x0):
     """A denoiser that answers the image `x0` [B, H, W, C]."""
-    return lambda xt, logsnr: gaussian.prediction_from_output(
-        x0, xt, logsnr, parameterization="x0"
-    )
+    return lambda xt, logsnr: gaussian.prediction_from_output(x0, xt, logsnr, parameterization="x0")
 
 
 def must_not_run(xt, logsnr):
