@@ -4,8 +4,8 @@ r"""What each sampler makes of so many steps, where the right answer is known.
 
 The data are Gaussian, 16 pixels x0 ~ N(m, diag(s^2)) with means from -0.5 to 0.5 and
 stds s from 0.1 to 0.9, so that the best denoiser is a formula and no network is
-involved: what is left is the error of the sampler. For every sampler and number of
-steps it prints the root mean square over the pixels of
+involved: what is left is the error of the sampler. For every grid, sampler and number
+of steps it prints the root mean square over the pixels of
 
     (1)  the error of the mean, in units of s
     (2)  the error of the std, relative to s
@@ -13,7 +13,8 @@ steps it prints the root mean square over the pixels of
 and for the samplers without noise that of
 
     (3)  x - (m + s xT), the end of the exact flow from the same noise xT, and the order
-         at which it falls when the steps are doubled, log2 of the ratio.
+         at which it falls when the steps are doubled, log2 of the ratio. The last step,
+         which returns the denoised image, is part of it.
 
 (1) and (2) include the errors of a finite number of samples, given below the table;
 (3) has none. `--write` stores the tables in benchmarks/results/samplers.md.
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import pathlib
 
 import machine
@@ -30,6 +32,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = (4, 8, 16, 32, 64, 128)
+GRIDS = ("uniform", "quadratic", "logsnr")
 STDS = np.linspace(0.1, 0.9, 16)
 MEANS = 0.5 * np.cos(np.pi * np.arange(16) * 7 / 15)
 OFFSET = 0.008  # of the cosine schedule
@@ -92,16 +95,18 @@ def errors(sampler: str, num_steps: int, grid: str, num_samples: int) -> tuple[f
 def main() -> None:
     """Runs every sampler in every number of steps and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--grid", default="uniform")
     parser.add_argument("--num_samples", type=int, default=16384)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
 
-    def table(names: tuple[str, ...], cell: str) -> list[str]:
+    def order(pair: tuple[tuple[float, ...], tuple[float, ...]]) -> str:
+        return f" ({np.log2(pair[0][2] / pair[1][2]):.1f})"
+
+    def table(grid: str, names: tuple[str, ...], cell: str) -> list[str]:
         rows = [f"| sampler | {' | '.join(map(str, STEPS))} |", "|---" * (len(STEPS) + 1) + "|"]
         for name in names:
-            found = [errors(name, n, args.grid, args.num_samples) for n in STEPS]
-            orders = ["", *(f" ({np.log2(a[2] / b[2]):.1f})" for a, b in zip(found, found[1:]))]
+            found = [errors(name, n, grid, args.num_samples) for n in STEPS]
+            orders = ["", *map(order, itertools.pairwise(found))]
             cells = [
                 cell.format(mean=100 * f[0], std=100 * f[1], flow=f[2], order=order)
                 for f, order in zip(found, orders, strict=True)
@@ -109,23 +114,27 @@ def main() -> None:
             rows.append(f"| {name} | {' | '.join(cells)} |")
         return rows
 
-    lines = [
-        "# Samplers on Gaussian data, by number of steps",
-        "",
-        "Error of the mean / of the std, both in % of the std:",
-        "",
-        *table(tuple(SAMPLERS), "{mean:.1f} / {std:.1f}"),
-        "",
-        "Without noise, the error against the exact flow (the order since the column before):",
-        "",
-        *table(WITHOUT_NOISE, "{flow:.4f}{order}"),
-        "",
-        f"Optimal denoiser, 16 pixels of stds 0.1 to 0.9, cosine schedule with offset {OFFSET},"
-        f" {args.grid} grid; Heun evaluates the denoiser twice a step. {args.num_samples} samples:"
-        f" a perfect sampler would show {100 / args.num_samples**0.5:.1f} /"
+    lines = ["# Samplers on Gaussian data, by number of steps", ""]
+    for grid in GRIDS:
+        lines += [
+            f"## Grid: {grid}",
+            "",
+            "Error of the mean / of the std, both in % of the std:",
+            "",
+            *table(grid, tuple(SAMPLERS), "{mean:.1f} / {std:.1f}"),
+            "",
+            "Error against the exact flow (and the order, from the column before):",
+            "",
+            *table(grid, WITHOUT_NOISE, "{flow:.4f}{order}"),
+            "",
+        ]
+    lines += [
+        f"Optimal denoiser, 16 pixels of stds 0.1 to 0.9, cosine schedule with offset {OFFSET}."
+        f" Heun evaluates the denoiser twice a step. {args.num_samples} samples: a perfect sampler"
+        f" would show about {100 / args.num_samples**0.5:.1f} /"
         f" {100 / (2 * args.num_samples) ** 0.5:.1f}.",
         f"Measured on: {machine.describe()}.",
-        f"Command: `python benchmarks/samplers.py --grid={args.grid} --write`.",
+        "Command: `python benchmarks/samplers.py --write`.",
         "",
     ]
     text = "\n".join(lines)

@@ -2,7 +2,7 @@
 
     python -m cascaded_diffusion.main --config=configs/base16.py --workdir=RUN/base16
 
-Hardware and hours: not measured; 0.13 billion parameters, 2.3e19 FLOP to train.
+Hardware and hours: not measured; 0.13 billion parameters, 2.6e19 FLOP to train.
 Expected FID: not published, not measured. It is scored by fd_classifier, not by FID.
 The paper asks with 16 -> 64 px whether a cascade without augmentation is worth having, and
 publishes none of this model's settings. Ours are those of base64 with one level less, so

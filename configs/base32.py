@@ -2,7 +2,7 @@
 
     python -m cascaded_diffusion.main --config=configs/base32.py --workdir=RUN/base32
 
-Hardware and hours: not measured; 0.79 billion parameters, 5.6e20 FLOP to train.
+Hardware and hours: not measured; 0.79 billion parameters, 6.1e20 FLOP to train.
 Expected FID: 1.11 to the training images, 1.99 to the validation images (paper, 50,000
 samples); here not measured. It is scored by fd_classifier, not by FID. A score of the
 paper's 4000 sampling steps is expensive; --config.stage.sampler.num_steps=250 makes it

@@ -2,7 +2,7 @@
 
     python -m cascaded_diffusion.main --config=configs/base64.py --workdir=RUN/base64
 
-Hardware and hours: not measured; 0.27 billion parameters, 5.2e20 FLOP to train.
+Hardware and hours: not measured; 0.27 billion parameters, 5.5e20 FLOP to train.
 Expected FID: 2.35 to the training images (paper, 50,000 samples); here not measured. It is
 scored by fd_classifier, not by FID.
 The paper describes it as Improved DDPM with dropout, trained for longer, with 2000 time

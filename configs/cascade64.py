@@ -3,7 +3,7 @@
     python -m cascaded_diffusion.sample --config=configs/cascade64.py --workdir=RUN
 
 RUN holds the runs of the stages, RUN/base32 and RUN/sr64.
-Hardware and hours: not measured; 2.3e15 FLOP per sample.
+Hardware and hours: not measured; 2.4e15 FLOP per sample.
 Expected FID: 1.48 to the training images, 2.48 to the validation images, Inception Score
 67.95 (paper); here not measured. `evaluate --samples` scores by fd_classifier, not by FID.
 Truncated at step 501 of 4000, one of the paper's two best levels; without truncation the

@@ -2,7 +2,7 @@
 
     python -m cascaded_diffusion.main --config=configs/lsun_base64.py --workdir=RUN/lsun_base64
 
-Hardware and hours: not measured; 0.27 billion parameters, 1.3e20 FLOP to train.
+Hardware and hours: not measured; 0.27 billion parameters, 1.4e20 FLOP to train.
 Expected FID: not published for this stage, not measured. It is scored by fd_classifier,
 which is not FID, and which says little of a data set of a single class.
 Bedrooms, since they are LSUN's largest set of the usual ones (3 million images) and the one

@@ -2,7 +2,7 @@
 
     python -m cascaded_diffusion.main --config=configs/lsun_sr128.py --workdir=RUN/lsun_sr128
 
-Hardware and hours: not measured; 0.58 billion parameters, 4.1e20 FLOP to train.
+Hardware and hours: not measured; 0.56 billion parameters, 4.2e20 FLOP to train.
 Expected FID: the paper has a number, which we did not recover; not measured. It is scored by
 fd_classifier, which is not FID, and which says little of a data set of a single class.
 As in the paper: Gaussian augmentation, not truncated. It publishes no settings of its LSUN

@@ -2,7 +2,7 @@
 
     python -m cascaded_diffusion.main --config=configs/modern_base64.py --workdir=RUN/modern_base64
 
-Hardware and hours: not measured; 0.30 billion parameters, 3.2e20 FLOP to train.
+Hardware and hours: not measured; 0.30 billion parameters, 3.4e20 FLOP to train.
 Expected FID: not measured. It is scored by fd_classifier, not by FID.
 Not the paper's model, but its idea with what was found since: v-prediction in continuous
 time, a loss weighted by min-SNR (Hang et al. 2023, who tried it on ImageNet at 64 px),

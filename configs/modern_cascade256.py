@@ -3,7 +3,7 @@
     python -m cascaded_diffusion.sample --config=configs/modern_cascade256.py --workdir=RUN
 
 RUN holds the runs of the stages, RUN/modern_base64 and RUN/modern_sr256.
-Hardware and hours: not measured; 2.9e13 FLOP per sample.
+Hardware and hours: not measured; 3.0e13 FLOP per sample.
 Expected FID: not measured. `evaluate --samples` scores by fd_classifier, not by FID.
 Guidance, steps and level are to be chosen when trained: `evaluate --sweep`.
 """

@@ -2,7 +2,7 @@
 
     python -m cascaded_diffusion.main --config=configs/modern_sr256.py --workdir=RUN/modern_sr256
 
-Hardware and hours: not measured; 0.47 billion parameters, 8.5e20 FLOP to train.
+Hardware and hours: not measured; 0.47 billion parameters, 8.9e20 FLOP to train.
 Expected FID: not measured. It is scored by fd_classifier, not by FID.
 Not the paper's model, but its idea with what was found since: the Efficient U-Net and
 Gaussian augmentation of Imagen (the paper found blur to be better with its own network),

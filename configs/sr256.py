@@ -2,7 +2,7 @@
 
     python -m cascaded_diffusion.main --config=configs/sr256.py --workdir=RUN/sr256
 
-Hardware and hours: not measured; 0.63 billion parameters, 2.7e21 FLOP to train.
+Hardware and hours: not measured; 0.62 billion parameters, 2.7e21 FLOP to train.
 Expected FID of enlarged samples of sr64: 4.88 to the training images, 4.63 to the
 validation images (paper, 50,000 samples); here not measured. It is scored by
 fd_classifier, not by FID.

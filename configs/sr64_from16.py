@@ -2,7 +2,7 @@
 
     python -m cascaded_diffusion.main --config=configs/sr64_from16.py --workdir=RUN/sr64_from16
 
-Hardware and hours: not measured; 0.27 billion parameters, 4.2e20 FLOP to train.
+Hardware and hours: not measured; 0.27 billion parameters, 4.4e20 FLOP to train.
 Expected FID of enlarged samples of base16: 2.13 to the training images (paper, 50,000
 samples, not truncated, noise of step 1001 of 4000); here not measured. It is scored by
 fd_classifier, not by FID.

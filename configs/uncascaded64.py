@@ -3,7 +3,7 @@
     python -m cascaded_diffusion.sample --config=configs/uncascaded64.py --workdir=RUN
 
 RUN holds the runs of the stages, here of one, RUN/base64.
-Hardware and hours: not measured; 3.4e14 FLOP per sample.
+Hardware and hours: not measured; 3.6e14 FLOP per sample.
 Expected FID: 2.35 to the training images (paper); here not measured. `evaluate --samples`
 scores by fd_classifier, not by FID.
 """

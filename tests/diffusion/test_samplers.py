@@ -53,7 +53,7 @@ def compiled(name, grid, num_steps):
     )
 
 
-def run(name, grid, num_steps, stop_t=0.0, batch=4096):
+def run(name, grid, num_steps, stop_t=0.0, *, batch):
     """Noise at t = 1, and where it leads."""
     noise_keys, keys = (jax.random.split(jax.random.key(seed), batch) for seed in (2, 3))
     xt = samplers.normal_per_image(noise_keys, DATA.shape)
@@ -75,14 +75,14 @@ def assert_has_moments(samples, mean, covariance):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_fine_grid_reaches_the_true_mean_and_covariance(name):
-    _, samples = run(name, "uniform", 1024, batch=2048)
+    _, samples = run(name, "uniform", 512, batch=2048)
     assert_has_moments(samples, DATA.mean, DATA.covariance)
 
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("stop_t", [0.25, 0.31])  # on the grid, and off it
 def test_truncated_chain_has_the_marginal_of_the_forward_process(name, stop_t):
-    _, samples = run(name, "uniform", 256, stop_t)
+    _, samples = run(name, "uniform", 256, stop_t, batch=2048)
     assert_has_moments(samples, *DATA.marginal(SCHEDULE(stop_t)))
 
 
