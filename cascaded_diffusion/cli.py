@@ -97,10 +97,11 @@ def config_values(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[st
 
 
 def with_overrides(values: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
-    """`values`, nested, with the overrides of the command line applied in place.
+    """A copy of `values`, nested, with the overrides of the command line applied.
 
     A number in a path counts in a tuple: `--config.cascade.samplers.0.num_steps=50`.
     """
+    values = _unshared(values)
     for arg in argv[1:]:
         if not _is_override(arg):
             continue
@@ -115,6 +116,15 @@ def with_overrides(values: dict[str, Any], argv: Sequence[str]) -> dict[str, Any
             raise UserError(f"{arg}: {sections[-1]!r} has no keys by name; give it as a whole")
         node[name] = _parse_value(text)
     return values
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which no section is in two places, as it may be in a config file."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(_unshared(value) for value in node)
+    return node
 
 
 def _entered(node: Any, section: str, arg: str) -> Any:
@@ -141,6 +151,11 @@ def _parse_value(text: str) -> Any:
         except (ValueError, SyntaxError, TypeError):
             continue
     return text
+
+
+def overrides_in(argv: Sequence[str]) -> list[str]:
+    """The arguments that override config keys."""
+    return [arg for arg in argv[1:] if _is_override(arg)]
 
 
 def _is_override(arg: str) -> bool:
@@ -230,7 +245,12 @@ def cascade_config(
       UserError: neither is there, or it is not a cascade's.
     """
     if flag_values["config"].value is not None:
-        return cascade_config_from(config_values(flag_values, argv))
+        values = config_values(flag_values, argv)
+        if "stage" in values:
+            raise UserError(
+                f"--config={_config_argument(argv)}: the config of a stage, expected a cascade's"
+            )
+        return cascade_config_from(values)
     if not runs.cascade_path.exists():
         raise UserError(
             f"--config is missing: {flag_values['config'].help}; there is no {runs.cascade_path},"

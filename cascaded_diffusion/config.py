@@ -93,7 +93,7 @@ class DiffusionConfig:
     loss: str = _one_of("simple", "vlb", "hybrid")
     vlb_weight: float | None = _above(0.0)  # of "hybrid"
     weighting: str = _one_of("none", "snr", "truncated_snr", "min_snr", "sigmoid")
-    label_dropout_prob: float = _between(0.0, 1.0)  # > 0 allows guidance
+    label_dropout_prob: float = _between(0.0, 0.99)  # > 0 allows guidance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

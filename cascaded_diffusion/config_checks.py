@@ -172,6 +172,14 @@ def _check_schedule(key: str, schedule: ScheduleConfig) -> None:
     }
     _check_used(key, schedule, uses, "name")
     _check_pair(f"{key}.linear_betas", schedule.linear_betas)
+    steps, betas = schedule.num_timesteps, schedule.linear_betas
+    if steps is not None and betas is not None and betas[1] * 1000 / steps >= 1:
+        fail(
+            f"{key}.num_timesteps",
+            steps,
+            f"more than {1000 * betas[1]:g}: with fewer steps a beta of config.{key}.linear_betas ="
+            f" {betas} would not be below 1",
+        )
     if schedule.num_timesteps is None and schedule.noise_levels == "discrete":
         fail(
             f"{key}.noise_levels",
@@ -216,6 +224,26 @@ def _check_diffusion(stage: StageConfig) -> None:
             diffusion.loss,
             "'simple', since the bound is over the steps of a process whose"
             " config.stage.schedule.noise_levels are 'discrete'",
+        )
+    if diffusion.variance == "fixed" and diffusion.loss == "hybrid":
+        fail(
+            "stage.diffusion.variance",
+            diffusion.variance,
+            "'learned', since config.stage.diffusion.loss is 'hybrid', whose bound trains the"
+            " variance alone",
+        )
+    if diffusion.label_dropout_prob and not stage.num_classes:
+        fail(
+            "stage.diffusion.label_dropout_prob",
+            diffusion.label_dropout_prob,
+            "0.0, since config.stage.num_classes is 0",
+        )
+    if diffusion.weighting == "truncated_snr" and diffusion.parameterization == "eps":
+        fail(
+            "stage.diffusion.weighting",
+            diffusion.weighting,
+            "another weighting, or config.stage.diffusion.parameterization = 'v' or 'x0': of an"
+            " error of eps it would be 1 / SNR, without bound",
         )
     if diffusion.variance == "learned" and diffusion.loss == "simple":
         fail(
@@ -268,6 +296,12 @@ def _check_sampler(key: str, sampler: SamplerConfig, stage: StageConfig) -> None
         )
 
 
+def _rounded(level: float, stage: StageConfig) -> float:
+    """The level that a stage with discrete steps makes of it."""
+    steps = stage.low_res_schedule.discrete_timesteps
+    return level if steps is None else round(level * steps) / steps
+
+
 def _check_level(key: str, level: float, stage: StageConfig) -> None:
     if not stage.has_level:
         if level != 0.0:
@@ -277,7 +311,7 @@ def _check_level(key: str, level: float, stage: StageConfig) -> None:
                 f"0.0: stage {stage.name!r} was configured with config.stage.augment.name ="
                 f" {stage.augment.name!r} and has no level to choose",
             )
-    elif level > stage.augment.max_level:
+    elif _rounded(level, stage) > stage.augment.max_level + 1e-6:
         fail(
             key,
             level,
@@ -368,7 +402,7 @@ def check_chain(cascade: CascadeSection, stages: typing.Sequence[StageConfig]) -
                     f"False: the config.stage.schedule of {below.name!r} and the"
                     f" config.stage.low_res_schedule of {stage.name!r} differ",
                 )
-            if level >= 1.0:
+            if _rounded(level, stage) >= 1.0:
                 fail(f"cascade.aug_levels[{i}]", level, "a level below 1 to truncate at")
     if cascade.truncated and not any(stage.has_level for stage in stages):
         fail(

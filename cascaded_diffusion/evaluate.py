@@ -28,7 +28,14 @@ from typing import Any
 from absl import flags
 
 from cascaded_diffusion import cli
-from cascaded_diffusion.config import CascadeConfig, CascadeSection, RunConfig, to_dict
+from cascaded_diffusion.config import (
+    CascadeConfig,
+    CascadeSection,
+    RunConfig,
+    SamplerConfig,
+    StageConfig,
+    to_dict,
+)
 from cascaded_diffusion.config_checks import check_chain, check_devices
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import settings as settings_lib
@@ -59,7 +66,7 @@ def _define_flags(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "bits_per_dim",
         None,
-        "a split: the chosen checkpoint's variational bound over its images",
+        "a split: the chosen checkpoint's variational bound over its images, in --num_steps",
         flag_values=fv,
     )
     flags.DEFINE_integer(
@@ -87,8 +94,14 @@ def main(argv: Sequence[str]) -> int:
             if fv[name].value:
                 raise UserError(f"--sweep does not go with --{name}: leave one of them out")
         return _sweep(fv, argv)
+    overrides = cli.overrides_in(argv)
+    if overrides:
+        raise UserError(
+            f"{overrides[0]}: only for --sweep; a run is scored by its own config, which a call of"
+            " `main` with this override changes where that is allowed"
+        )
     for name in (*_SWEEP_FLAGS, "write_best", "config"):
-        if fv[name].value:
+        if fv[name].value and not (name == "num_steps" and fv.bits_per_dim is not None):
             raise UserError(f"--{name} is only for --sweep: add it, or leave --{name} out")
     return _score_run(fv)
 
@@ -111,8 +124,10 @@ def _score_run(fv: flags.FlagValues) -> int:
         _check_previous(previous_folder, config)
     if fv.samples is not None:
         stored = load_samples(fv.samples, config.stage)
+    chain = None
     if fv.bits_per_dim is not None:
         folder.chosen()
+        chain = _bound_chain(fv, config.stage)
 
     jax = cli.set_up_jax()
     from cascaded_diffusion.evaluation import score
@@ -120,7 +135,7 @@ def _score_run(fv: flags.FlagValues) -> int:
     from cascaded_diffusion.runtime.mesh import build_mesh
 
     if fv.bits_per_dim is not None:
-        return _bits_per_dim(fv, folder, config)
+        return _bits_per_dim(fv, folder, config, chain)
     train, held_out = _real_images(config)
     check_devices(config, jax.device_count())
     mesh = build_mesh(config.mesh)
@@ -207,7 +222,40 @@ def _check_previous(folder: RunFolder, config: RunConfig) -> None:
     folder.chosen()
 
 
-def _bits_per_dim(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> int:
+def _bound_chain(fv: flags.FlagValues, stage: StageConfig) -> SamplerConfig:
+    """The chain whose bound is computed: all steps of the process unless told otherwise.
+
+    The bound is one of ancestral steps, however the stage is sampled otherwise.
+    """
+    steps = stage.schedule.num_timesteps or 1000
+    if fv.num_steps:
+        given = _numbers(fv, "num_steps", int)
+        if len(given) != 1 or given[0] < 1:
+            raise UserError(f"--num_steps={','.join(fv.num_steps)}: expected one number of steps")
+        (steps,) = given
+    chain = dataclasses.replace(
+        stage.sampler,
+        name="ancestral",
+        num_steps=steps,
+        grid="uniform",
+        variance="learned" if stage.diffusion.variance == "learned" else "large",
+        variance_interpolation=None,
+        eta=None,
+        guidance_scale=1.0,
+        threshold="static",
+        threshold_percentile=None,
+    )
+    if (stage.schedule.discrete_timesteps or steps) < steps:
+        raise UserError(
+            f"--num_steps={steps}: expected at most {stage.schedule.discrete_timesteps}, the"
+            f" config.stage.schedule.num_timesteps of {stage.name!r}"
+        )
+    return chain
+
+
+def _bits_per_dim(
+    fv: flags.FlagValues, folder: RunFolder, config: RunConfig, chain: SamplerConfig
+) -> int:
     import jax
 
     from cascaded_diffusion.data.sources import examples, load_source
@@ -217,19 +265,24 @@ def _bits_per_dim(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) ->
     from cascaded_diffusion.runtime.mesh import build_mesh
     from cascaded_diffusion.runtime.run_folder import append_line
 
-    source = load_source(config.data, fv.bits_per_dim, config.stage)
+    try:
+        source = load_source(config.data, fv.bits_per_dim, config.stage)
+    except UserError as e:
+        raise UserError(f"--bits_per_dim={fv.bits_per_dim}: {e}") from e
     count = min(len(source), fv.num_images or len(source))
     # Spread over the split, which may be sorted by class.
     images = labelled(examples(source, [i * len(source) // count for i in range(count)]))
     check_devices(config, jax.device_count())
     mesh = build_mesh(config.mesh)
     trained = load_trained(folder, mesh)
+    print(f"{trained.name}: the bound of {chain.num_steps} steps, variance {chain.variance}")
     values = bits_per_dim(
         trained,
         images,
         batch_size=config.eval.batch_size,
         seed=config.eval.seed,
         aug_level=config.eval.aug_level,
+        sampler=chain,
         mesh=mesh,
     )
     stage = config.stage
@@ -242,7 +295,7 @@ def _bits_per_dim(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) ->
         "num_images": count,
         "reference": f"{config.data.name}:{fv.bits_per_dim}:{stage.resolution}px",
         "aug_level": config.eval.aug_level if stage.has_level else None,
-        "sampler": to_dict(stage.sampler),
+        "chain": to_dict(chain),
         "seed": config.eval.seed,
     }
     with folder.writer_lock("eval"):
@@ -287,6 +340,11 @@ def _sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         raise UserError(
             f"--aug_levels, --truncated: {name!r} is a base model, without a low-res input"
         )
+    if fv.truncated and not stages[-1].has_level:
+        raise UserError(
+            f"--truncated: {name!r} was trained with config.stage.augment.name ="
+            f" {stages[-1].augment.name!r} and has no level to truncate at"
+        )
     settings = settings_lib.make_settings(
         section,
         index,
@@ -297,9 +355,15 @@ def _sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         num_steps=_numbers(fv, "num_steps", int),
         guidance_scales=_numbers(fv, "guidance_scales", float),
     )
+    if fv.write_best:  # what is written must be good as a whole
+        stages = [folder.read_config().stage for folder in runs.stage_folders(section)]
     for setting in settings:
         candidate = settings_lib.with_setting(section, index, setting)
-        cli.check_cascade(dataclasses.replace(config, cascade=candidate), index + 1, stages)
+        try:
+            cli.check_cascade(dataclasses.replace(config, cascade=candidate), len(stages), stages)
+        except UserError as e:
+            given = [f"--{name}" for name in _SWEEP_FLAGS if fv[name].value]
+            raise UserError(f"{', '.join(given) or '--sweep'}: {e}") from e
     for folder in folders:
         folder.chosen()
     runs.check_writable()

@@ -5,7 +5,8 @@
 
 Prints, for a stage or for every stage of a cascade: parameters, FLOPs of one network
 evaluation for one image (a multiply-add is two), network evaluations and FLOPs of one
-sample, and FLOPs of the whole training. --json prints the same as one JSON object.
+sample, and FLOPs of the whole training. A cascade's are the sums of its stages'.
+--json prints the same as one JSON object.
 
 FLOPs are those of convolutions and matrix products. Training is counted as three
 forward passes, without rematerialization.
@@ -44,22 +45,31 @@ def main(argv: Sequence[str]) -> int:
     configs = [run_config_from(cli.load_config_file(folder, name)) for name in section.configs]
     check_chain(section, [c.stage for c in configs])
     cli.set_up_jax()
-    stages = [stage_plan(c, s) for c, s in zip(configs, section.samplers, strict=True)]
+    stages = []
+    for i, (config, sampler) in enumerate(zip(configs, section.samplers, strict=True)):
+        is_cut = section.truncated and i + 1 < len(configs) and configs[i + 1].stage.has_level
+        stop_t = section.aug_levels[i] if is_cut else 0.0
+        stages.append(stage_plan(config, sampler, stop_t=stop_t))
     plan = {
         key: sum(stage[key] for stage in stages)
-        for key in ("parameters", "calls_per_sample", "flops_per_sample", "training_flops")
+        for key in (
+            "parameters",
+            "flops_per_image",
+            "calls_per_sample",
+            "flops_per_sample",
+            "training_flops",
+        )
     }
     plan = {"name": pathlib.Path(cli.config_path(argv)).stem, **plan, "stages": stages}
     print(json.dumps(plan) if fv.json else _table([*stages, plan]))
     return 0
 
 
-def stage_plan(config: RunConfig, sampler: SamplerConfig) -> dict[str, Any]:
-    """The costs of one stage, sampled by `sampler`."""
+def stage_plan(config: RunConfig, sampler: SamplerConfig, *, stop_t: float = 0.0) -> dict[str, Any]:
+    """The costs of one stage, sampled by `sampler` from t = 1 to `stop_t`."""
     import jax
 
     from cascaded_diffusion.cascade.build import build_stage
-    from cascaded_diffusion.diffusion.samplers import calls_per_image
     from cascaded_diffusion.networks.flops import count_flops
 
     stage, train = build_stage(config.stage), config.train
@@ -67,14 +77,7 @@ def stage_plan(config: RunConfig, sampler: SamplerConfig) -> dict[str, Any]:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=1))
     flops = count_flops(stage.network.apply, params, *inputs)
-    calls = calls_per_image(sampler.name, sampler.num_steps)
-    # Inside of its interval guidance evaluates the network twice.
-    evaluations = calls
-    if sampler.guidance_scale != 1.0:
-        low, high = sampler.guidance_interval
-        times = stage.time_grid(sampler)[:-1]
-        guided = ((low <= times) & (times <= high)).mean()
-        evaluations += round(calls * float(guided))
+    evaluations = stage.evaluations(sampler, stop_t=stop_t)
     images = train.batch_size * train.train_steps
     # Parameters, their EMAs and Adam's two moments, float32.
     copies = 1 + len(train.ema_decays) + 2

@@ -22,6 +22,7 @@ from absl import flags
 
 from cascaded_diffusion import cli
 from cascaded_diffusion.config_checks import check_chain, check_devices
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 
@@ -62,19 +63,24 @@ def main(argv: Sequence[str]) -> int:
     mesh = build_mesh(config.mesh)
     trained = [load_trained(folder, mesh) for folder in folders]
     for t in trained:
-        print(f"{t.identity}", flush=True)
+        print(t.name, flush=True)
     stages, params = [t.stage for t in trained], [t.params for t in trained]
     cascade = Cascade(stages=stages, samplers=section.samplers, truncated=section.truncated)
     sampler = generate.make_cascade_sampler(
         cascade, section.aug_levels, seed=section.seed, mesh=mesh
     )
-    images = generate.generate(
-        sampler,
-        params,
-        num_samples=section.num_samples,
-        batch_size=section.batch_size,
-        label="cascade",
-    )
+    try:
+        images = generate.generate(
+            sampler,
+            params,
+            num_samples=section.num_samples,
+            batch_size=section.batch_size,
+            label="cascade",
+        )
+    except ValueError as e:
+        raise UserError(
+            f"{e}: lower config.cascade.samplers.N.guidance_scale, or set its threshold"
+        ) from e
     labels = generate.class_balanced_labels(section.num_samples, stages[0].config.num_classes)
     for name, stage_images in zip(section.stages[:-1], images[:-1], strict=True):
         save_samples(output.path / f"{name}.npz", stage_images, labels)

@@ -39,7 +39,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
             patch_size=1,
             resample="biggan",  # SR3
             scale_shift=False,  # SR3: DDPM's bias; the paper's way is not published
-            scale_skips=True,  # SR3
+            scale_skips=True,  # SR3, as we read it
             noise_input="noise_level",  # paper
             upsample="bicubic",  # SR3; paper: bilinear or bicubic
             dtype="bfloat16",  # ours
@@ -108,7 +108,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.checkpoint = dict(save_every_steps=10_000, max_to_keep=3)
     if variant == "smoke":  # less of everything, and drawn pictures at a quarter of the size
         config.stage.update(resolution=32, num_classes=10, low_res_resolution=16)
-        config.stage.network.update(channels=16, channel_mults=(1, 2, 2), num_res_blocks=(1, 1, 1))
+        config.stage.network.update(channels=16, channel_mults=(1, 2), num_res_blocks=(1, 1))
         config.stage.network.dtype = "float32"
         config.stage.update(schedule=dict(num_timesteps=40), sampler=dict(num_steps=8))
         config.data.update(name="shapes", eval_split="test", resolution=64)

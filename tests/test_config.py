@@ -253,6 +253,30 @@ BAD_RUNS = [
         "config.stage.diffusion.vlb_weight = None: expected a value, since",
     ),
     (
+        {**_DISCRETE, "stage.diffusion.loss": "hybrid", "stage.diffusion.vlb_weight": 0.001},
+        "config.stage.diffusion.variance = 'fixed': expected 'learned', since",
+    ),
+    (
+        {"stage.num_classes": 0, "stage.sampler.guidance_scale": 1.0},
+        "config.stage.diffusion.label_dropout_prob = 0.15: expected 0.0, since",
+    ),
+    (
+        {
+            "stage.diffusion.parameterization": "eps",
+            "stage.diffusion.weighting": "truncated_snr",
+        },
+        "config.stage.diffusion.weighting = 'truncated_snr': expected another weighting, or",
+    ),
+    (
+        {
+            "stage.schedule.name": "linear",
+            "stage.schedule.cosine_offset": None,
+            "stage.schedule.linear_betas": (1e-4, 0.02),
+            "stage.schedule.num_timesteps": 20,
+        },
+        "config.stage.schedule.num_timesteps = 20: expected more than 20: with fewer steps",
+    ),
+    (
         {
             **_DISCRETE,
             "stage.diffusion.loss": "vlb",
@@ -371,6 +395,15 @@ BAD_SR_RUNS = [
             "stage.augment.max_level": 0.05,
         },
         "config.stage.augment.max_level = 0.05: expected at least one of the 10 steps",
+    ),
+    (
+        {
+            "stage.low_res_schedule.num_timesteps": 30,
+            "stage.low_res_schedule.noise_levels": "discrete",
+            "stage.augment.max_level": 0.25,
+            "eval.aug_level": 0.25,
+        },
+        "config.eval.aug_level = 0.25: expected at most 0.25, the",  # step 8 of 30 is 0.267
     ),
 ]
 
@@ -650,6 +683,16 @@ BAD_COMMANDS = [
     (evaluate, ["--workdir=RUN", "--sweep"], "--config is missing: "),
     (
         evaluate,
+        ["--workdir=RUN", "--sweep", BASE],
+        f"{BASE}: the config of a stage, expected a cascade's",
+    ),
+    (
+        evaluate,
+        ["--workdir=RUN", "--config.stage.sampler.num_steps=3"],
+        "--config.stage.sampler.num_steps=3: only for --sweep; a run is scored by its own config",
+    ),
+    (
+        evaluate,
         ["--workdir=RUN", "--sweep", "--stage=sr99", CASCADE],
         "--stage=sr99: expected one of config.cascade.stages, base16, sr32",
     ),
@@ -682,7 +725,7 @@ BAD_COMMANDS = [
         [CASCADE, "--workdir=RUN", "--config.cascade.aug_levels=(2.0,)"],
         "config.cascade.aug_levels[0] = 2.0: ",
     ),
-    (sample, [BASE, "--workdir=RUN"], "config.checkpoint is not a config key"),
+    (sample, [BASE, "--workdir=RUN"], f"{BASE}: the config of a stage, expected a cascade's"),
 ]
 
 
@@ -755,6 +798,19 @@ def test_overrides_reach_keys_of_every_type():
     assert config.data.eval_split == "train"
 
 
+def test_an_override_changes_one_section_alone():
+    # The file may give two sections the same dict.
+    for name in STAGES:
+        values = config_values(name)
+        if values["stage"].get("low_res_schedule") is None:
+            continue
+        path = "--config.stage.low_res_schedule.num_timesteps=77"
+        changed = cli.with_overrides(values, ["prog", path])["stage"]
+        assert changed["low_res_schedule"]["num_timesteps"] == 77
+        assert changed["schedule"] == values["stage"]["schedule"]
+        assert values["stage"]["low_res_schedule"].get("num_timesteps") != 77
+
+
 def test_overrides_count_in_tuples():
     fv = flags.FlagValues()
     argv = ["prog", CASCADE, "--config.cascade.samplers.1.num_steps=5"]
@@ -769,13 +825,22 @@ BAD_SWEEPS = [
     (["--aug_levels=0,x"], "--aug_levels=0,x: expected numbers between commas"),
     (["--num_steps=1.5"], "--num_steps=1.5: expected integers between commas"),
     (["--truncated=maybe"], "--truncated=maybe: expected true, false, or both"),
-    (["--aug_levels=0,1.5"], "config.cascade.aug_levels[0] = 1.5: expected a value from 0.0"),
-    (["--samplers=euler"], "config.cascade.samplers[1].name = 'euler': expected one of"),
-    (["--num_steps=0"], "config.cascade.samplers[1].num_steps = 0: expected a value of at least"),
+    (
+        ["--aug_levels=0,1.5"],
+        "--aug_levels: config.cascade.aug_levels[0] = 1.5: expected a value from 0.0",
+    ),
+    (
+        ["--samplers=euler"],
+        "--samplers: config.cascade.samplers[1].name = 'euler': expected one of",
+    ),
+    (
+        ["--num_steps=0"],
+        "--num_steps: config.cascade.samplers[1].num_steps = 0: expected a value of at least",
+    ),
     (["--stage=base16", "--aug_levels=0"], "--aug_levels, --truncated: 'base16' is a base model"),
     (
         ["--aug_levels=1", "--truncated=true"],
-        "config.cascade.aug_levels[0] = 1.0: expected a level",
+        "--aug_levels, --truncated: config.cascade.aug_levels[0] = 1.0: expected a level below 1",
     ),
     ([], "{}/base16: no checkpoint was chosen yet"),
 ]

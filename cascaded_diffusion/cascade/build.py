@@ -9,21 +9,29 @@ from cascaded_diffusion.cascade.augment import Augment, BlurAugment, GaussianAug
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config import ScheduleConfig, StageConfig
 from cascaded_diffusion.diffusion.schedules import make_schedule
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.networks.unet import NETWORKS, Network
 from cascaded_diffusion.types import Schedule
 
 
 def build_schedule(config: ScheduleConfig, resolution: int) -> Schedule:
-    """The schedule that a config section describes, for images of `resolution`."""
-    return make_schedule(
-        config.name,
-        resolution=resolution,
-        num_timesteps=config.num_timesteps,
-        between_steps=config.noise_levels == "continuous",
-        cosine_offset=config.cosine_offset,
-        linear_beta_range=config.linear_betas,
-        reference_resolution=config.reference_resolution,
-    )
+    """The schedule that a config section describes, for images of `resolution`.
+
+    Raises:
+      UserError: it has steps of the same noise level.
+    """
+    try:
+        return make_schedule(
+            config.name,
+            resolution=resolution,
+            num_timesteps=config.num_timesteps,
+            between_steps=config.noise_levels == "continuous",
+            cosine_offset=config.cosine_offset,
+            linear_beta_range=config.linear_betas,
+            reference_resolution=config.reference_resolution,
+        )
+    except ValueError as e:
+        raise UserError(f"config.stage.schedule.num_timesteps = {config.num_timesteps}: {e}") from e
 
 
 def build_augment(config: StageConfig) -> Augment | None:

@@ -185,6 +185,13 @@ class Stage:
             discrete_timesteps=self.config.schedule.discrete_timesteps,
         )
 
+    def evaluations(self, sampler: SamplerConfig, *, stop_t: float = 0.0) -> int:
+        """How often one sample evaluates the network; guidance counts twice."""
+        at = samplers.evaluation_times(sampler.name, self.time_grid(sampler), stop_t)
+        low, high = sampler.guidance_interval
+        guided = (low <= at) & (at <= high) if sampler.guidance_scale != 1.0 else at < 0
+        return len(at) + int(guided.sum())
+
     def conditioning(
         self,
         keys: jax.Array,
@@ -261,27 +268,23 @@ class Stage:
         keys: jax.Array,
         image: jax.Array,
         *,
+        sampler: SamplerConfig,
         label: jax.Array | None = None,
         aug_level: jax.Array | float | None = None,
-        sampler: SamplerConfig | None = None,
     ) -> jax.Array:
         """The variational bound of real images under this stage, [B] bits per dimension.
 
         Of a super-resolution stage it is that of the image given its damaged low-res
-        version. The chain is the sampler's: its number of steps, grid and variance; a
-        sampler without a variance counts as ancestral, with the stage's learned one or
-        the large one. There is no guidance, and x0 is kept in [-1, 1].
+        version. There is no guidance, and x0 is kept in [-1, 1].
 
         Args:
           params: the network's parameters.
           keys: [B] typed PRNG keys.
           image: [B, H', W', C] data, at any resolution from this stage's upwards.
+          sampler: the chain: ancestral; its number of steps, grid and variance.
           label: [B] class labels.
           aug_level: strength of the conditioning augmentation, scalar.
-          sampler: overrides the stage's own sampler settings.
         """
-        sampler = self.config.sampler if sampler is None else sampler
-        kind = sampler.variance or self.config.diffusion.variance.replace("fixed", "large")
         cond = self.conditioning(
             jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys),
             label=label,
@@ -295,5 +298,7 @@ class Stage:
             jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             schedule=self.schedule,
             times=self.time_grid(sampler),
-            log_variance=samplers.make_log_variance(kind, sampler.variance_interpolation),
+            log_variance=samplers.make_log_variance(
+                sampler.variance, sampler.variance_interpolation
+            ),
         )

@@ -15,8 +15,9 @@ so a weighting is a function w(logsnr) of the x0 error, whatever is predicted:
     (3)  snr            w = snr                  (the eps loss; Ho et al. 2020)
     (4)  truncated_snr  w = max(snr, 1)          (Salimans & Ho 2022)
     (5)  min_snr        w = min(snr, 5)          (Hang et al. 2023, gamma = 5)
-    (6)  sigmoid        w = snr sigmoid(-logsnr + 2)
-                        (Kingma & Gao 2023; Hoogeboom et al. 2024; in eps: sigmoid(2 - logsnr))
+    (6)  sigmoid        w = snr sigmoid(2 - logsnr)
+                        (the shape of Kingma & Gao 2023 and Hoogeboom et al. 2024; theirs has
+                        the factor -dlogsnr/dt besides, against the schedule's own emphasis)
 """
 
 from __future__ import annotations

@@ -221,9 +221,13 @@ def make_step(
     return {"heun": heun_step, "dpmpp_2m": dpmpp_2m_step}[name]
 
 
-def calls_per_image(name: str, num_steps: int) -> int:
-    """Network evaluations of a whole chain, without guidance."""
-    return 2 * num_steps - 1 if name == "heun" else num_steps
+def evaluation_times(name: str, times: np.ndarray, stop_t: float) -> np.ndarray:
+    """The times at which a chain along `times`, stopped at `stop_t`, evaluates the network."""
+    visited = times[:-1][times[:-1] > stop_t + 1e-6]
+    if name != "heun":
+        return visited
+    ends = np.append(visited[1:], stop_t)
+    return np.concatenate([visited, ends[ends > 0]])
 
 
 def normal_per_image(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:

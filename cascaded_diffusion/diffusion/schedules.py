@@ -132,13 +132,23 @@ def make_table_schedule(betas: np.ndarray, *, between_steps: bool) -> Schedule:
       betas: float64, from the first step to the last.
       between_steps: whether a time between two steps has the level between theirs
         (alpha^2 is interpolated); if not, it has the level of the nearest step.
+
+    Raises:
+      ValueError: neighbouring steps of the same level.
     """
     num_timesteps = len(betas)
     abar = np.concatenate([[1.0], np.cumprod(1.0 - betas)])
     # 1 - abar in float32 would lose its digits at small t: both ends have a table.
     alpha2, sigma2 = jnp.float32(abar), jnp.float32(1.0 - abar)
     with np.errstate(divide="ignore"):
-        logsnr = jnp.float32(np.minimum(np.log(abar) - np.log(1.0 - abar), LOGSNR_MAX))
+        levels = np.float32(np.minimum(np.log(abar) - np.log(1.0 - abar), LOGSNR_MAX))
+    if not (np.diff(levels) < 0).all():
+        same = int(np.argmax(np.diff(levels) >= 0))
+        raise ValueError(
+            f"steps {same} and {same + 1} of {num_timesteps} have the same noise level; take fewer"
+            " steps or a noisier schedule"
+        )
+    logsnr = jnp.asarray(levels)
 
     def logsnr_from_t(t: jax.Array) -> jax.Array:
         position = jnp.asarray(t, jnp.float32) * num_timesteps

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.cascade import keys_for
 from cascaded_diffusion.cascade.pixels import float_from_uint8
+from cascaded_diffusion.config import SamplerConfig
 from cascaded_diffusion.evaluation.classifier import LabelledImages
 from cascaded_diffusion.evaluation.generate import make_placer
 from cascaded_diffusion.evaluation.trained import TrainedStage
@@ -25,6 +26,7 @@ def bits_per_dim(
     batch_size: int,
     seed: int,
     aug_level: float,
+    sampler: SamplerConfig,
     mesh: Mesh,
 ) -> Mapping[str, float]:
     """The variational bound of every image, with one draw of noise per step and image.
@@ -35,6 +37,7 @@ def bits_per_dim(
       batch_size: the last batch is filled up with images that are not counted.
       seed: of the noise.
       aug_level: of the low-res input, where the stage has one.
+      sampler: the chain whose bound is computed: ancestral, with a variance.
       mesh: the device mesh.
 
     Returns:
@@ -46,11 +49,16 @@ def bits_per_dim(
     @jax.jit
     def of_batch(params: Params, keys: jax.Array, image: jax.Array, label: Any) -> jax.Array:
         return stage.bits_per_dim(
-            params, keys, float_from_uint8(image), label=label, aug_level=aug_level
+            params,
+            keys,
+            float_from_uint8(image),
+            label=label,
+            aug_level=aug_level,
+            sampler=sampler,
         )
 
     total = len(data.labels)
-    progress = Progress(total, unit="images", label=f"bits/dim of {trained.identity}")
+    progress = Progress(total, unit="images", label=f"bits/dim of {trained.name}")
     values = []
     for start in range(0, total, batch_size):
         rows = np.arange(start, start + batch_size)

@@ -74,7 +74,9 @@ def make_settings(
     levels: Sequence[float | None] = [None]
     if index > 0:
         levels = aug_levels or [section.aug_levels[index - 1]]
-    modes = list(truncated or [section.truncated]) if index > 0 and stage.has_level else [False]
+    # A base model has nothing to truncate; a stage without a level leaves the cascade's
+    # mode, which is then about the stages below it.
+    modes = list(truncated or [section.truncated]) if index > 0 else [False]
     return [
         Setting(
             sampler=dataclasses.replace(

@@ -10,6 +10,7 @@ stored samples of the stages below: those are made once.
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.config import CascadeSection, to_dict
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import generate
 from cascaded_diffusion.evaluation.judge import ACCURACY, METRIC, Judge, judged_labels
 from cascaded_diffusion.evaluation.settings import Setting, with_setting
@@ -70,7 +72,7 @@ class Sweep:
                 append_line(self._records_path, record)
             rows.append(record)
             said = ", ".join(f"{k} {v}" for k, v in setting.describe().items() if v is not None)
-            print(f"{self._name}, {said}: {METRIC} {record[METRIC]:.3f}", flush=True)
+            print(f"{self._name}, {said}: {METRIC} {_shown(record)}", flush=True)
         self._write_table(settings, rows)
         self._write_plot(settings, rows)
         return rows
@@ -116,15 +118,23 @@ class Sweep:
     def _score(self, setting: Setting, label: str) -> dict[str, Any]:
         cascade, sample = self._cascade(setting)
         seed, mesh, levels = self._section.seed, self._mesh, self._levels(setting)
-        if self._index == 0 or setting.truncated:
+        if self._index == 0 or self._stops_the_chain_below(setting):
             sampler = generate.make_cascade_sampler(
                 cascade, levels, seed=seed, mesh=mesh, sample=sample
             )
         else:
             sampler = generate.make_last_stage_sampler(
-                cascade, levels, self._samples_below(), seed=seed, mesh=mesh, sample=sample
+                cascade,
+                levels,
+                self._samples_below(setting.truncated),
+                seed=seed,
+                mesh=mesh,
+                sample=sample,
             )
-        images = self._generate(sampler, self._params, label)[-1]
+        try:
+            images = self._generate(sampler, self._params, label)[-1]
+        except ValueError as e:  # samples that are not finite: of this setting alone
+            return {**self._identity(setting), METRIC: None, "failed": str(e)}
         num_classes = cascade.stages[0].config.num_classes
         labels = generate.class_balanced_labels(self._num_samples, num_classes)
         scores = self._judge.scores(images, judged_labels(labels, num_classes))
@@ -141,15 +151,21 @@ class Sweep:
             label=label,
         )
 
-    def _samples_below(self) -> np.ndarray:
-        """The samples to enlarge: read if they are stored, else made and stored."""
+    def _stops_the_chain_below(self, setting: Setting) -> bool:
+        return setting.truncated and self._trained[-1].stage.config.has_level
+
+    def _samples_below(self, truncated: bool) -> np.ndarray:
+        """The samples to enlarge: read if they are stored, else made and stored.
+
+        `truncated` is about the enlargements below them.
+        """
         below = self._trained[:-1]
         name = below[-1].stage.config.name
         provenance = {
             "stages": [t.identity for t in below],
             "samplers": [to_dict(s) for s in self._section.samplers[: len(below)]],
             "aug_levels": list(self._section.aug_levels[: len(below) - 1]),
-            "truncated": False,
+            "truncated": truncated,
             "seed": self._section.seed,
         }
         path = self._folder / f"{name}.npz"
@@ -160,7 +176,7 @@ class Sweep:
         cascade = Cascade(
             stages=[t.stage for t in below],
             samplers=self._section.samplers[: len(below)],
-            truncated=False,
+            truncated=truncated,
         )
         sampler = generate.make_cascade_sampler(
             cascade,
@@ -176,18 +192,24 @@ class Sweep:
 
     def _write_table(self, settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> None:
         columns = list(settings[0].describe())
-        metrics = [METRIC, *([ACCURACY] if ACCURACY in rows[0] else [])]
+        metrics = [METRIC, *([ACCURACY] if any(ACCURACY in row for row in rows) else [])]
         lines = [
             f"# {self._name}: {self._num_samples} samples per setting, best first",
             "",
-            f"| {' | '.join([*columns, *metrics])} |",
-            f"|{'---|' * (len(columns) + len(metrics))}",
+            f"| {' | '.join([*columns, 'evaluations', *metrics])} |",
+            f"|{'---|' * (len(columns) + 1 + len(metrics))}",
         ]
-        for setting, row in sorted(zip(settings, rows, strict=True), key=lambda x: x[1][METRIC]):
+        stage = self._trained[-1].stage
+        for setting, row in sorted(zip(settings, rows, strict=True), key=lambda x: _rank(x[1])):
             cells = [str(v) for v in setting.describe().values()]
-            cells += [f"{row[m]:.3f}" for m in metrics]
+            cells.append(str(stage.evaluations(setting.sampler)))
+            cells += [_shown(row, m) for m in metrics]
             lines.append(f"| {' | '.join(cells)} |")
-        about = [f"Stages: {'; '.join(rows[0]['stages'])}. Reference: {rows[0]['reference']}."]
+        about = [
+            "Evaluations: of the stage's network for one sample, with guidance and Heun's second.",
+            "",
+        ]
+        about += [f"Stages: {'; '.join(rows[0]['stages'])}. Reference: {rows[0]['reference']}."]
         text = "\n".join([*lines, "", *about, ""])
         write_whole(self._folder / f"{self._name}.md", text.encode())
         print(f"\n{text}", flush=True)
@@ -203,7 +225,8 @@ class Sweep:
         series: dict[str, list[tuple[float, float]]] = {}
         for d, row in zip(described, rows, strict=True):
             name = ", ".join(f"{key} {d[key]}" for key in varies if key != x) or self._name
-            series.setdefault(name, []).append((d[x], row[METRIC]))
+            if row[METRIC] is not None:
+                series.setdefault(name, []).append((d[x], row[METRIC]))
         path = self._folder / f"{self._name}.png"
         pictures.line_plot(
             path,
@@ -215,6 +238,22 @@ class Sweep:
         print(f"{path}, {path.with_suffix('.md')}", flush=True)
 
 
+def _rank(row: Mapping[str, Any]) -> float:
+    return math.inf if row[METRIC] is None else row[METRIC]
+
+
+def _shown(row: Mapping[str, Any], metric: str = METRIC) -> str:
+    value = row.get(metric)
+    return f"{value:.3f}" if value is not None else f"failed ({row['failed']})"
+
+
 def best_setting(settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> Setting:
-    """The setting with the lowest metric; the first of equals."""
-    return min(zip(settings, rows, strict=True), key=lambda x: x[1][METRIC])[0]
+    """The setting with the lowest metric; the first of equals.
+
+    Raises:
+      UserError: every one of them failed.
+    """
+    setting, row = min(zip(settings, rows, strict=True), key=lambda x: _rank(x[1]))
+    if row[METRIC] is None:
+        raise UserError(f"--sweep: no setting could be scored ({row['failed']})")
+    return setting

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.cascade.stage import Stage
+from cascaded_diffusion.config import to_dict
 from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_folder import Chosen, RunFolder
@@ -18,15 +21,21 @@ from cascaded_diffusion.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class TrainedStage:
-    """A stage at the checkpoint that evaluation chose in its run."""
+    """A stage at the checkpoint that evaluation chose in its run, and a digest of both."""
 
     stage: Stage
     params: Params
     chosen: Chosen
+    digest: str
 
     @property
     def identity(self) -> str:
-        """Name, step and EMA in a few characters, for records."""
+        """Name, step, EMA and a digest of config and weights, for records."""
+        return f"{self.name}, {self.digest}"
+
+    @property
+    def name(self) -> str:
+        """Name, step and EMA, for people."""
         name = self.stage.config.name
         return f"{name}@{self.chosen.step}, EMA {self.chosen.ema_decay:g}"
 
@@ -37,7 +46,11 @@ def load_trained(folder: RunFolder, mesh: Mesh) -> TrainedStage:
     params = checkpoint.load_ema_params(
         folder, chosen.step, chosen.ema_decay, abstract_params(stage, mesh)
     )
-    return TrainedStage(stage=stage, params=params, chosen=chosen)
+    # All that the samples depend on but for the way of sampling, which records hold.
+    config = to_dict(dataclasses.replace(stage.config, sampler=None))
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest.update(checkpoint.manifest_of(folder, chosen.step))
+    return TrainedStage(stage=stage, params=params, chosen=chosen, digest=digest.hexdigest()[:12])
 
 
 def abstract_params(stage: Stage, mesh: Mesh) -> Any:

@@ -251,6 +251,11 @@ def _restore_args(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRes
     )
 
 
+def manifest_of(folder: RunFolder, step: int) -> bytes:
+    """The manifest of a checkpoint: the checksums of all that it holds."""
+    return (folder.checkpoints / str(step) / MANIFEST).read_bytes()
+
+
 def finished_steps(folder: RunFolder) -> list[int]:
     """Steps with a complete checkpoint, ascending. For readers beside a live trainer."""
     return [

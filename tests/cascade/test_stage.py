@@ -216,7 +216,11 @@ def test_the_real_network_learns_a_variance_and_samples_with_it():
     images = jax.jit(lambda p: stage.sample(p, keys, label=labels))(params)
     assert images.shape == (4, 16, 16, 1)
     assert np.isfinite(images).all()
-    bits = jax.jit(lambda p: stage.bits_per_dim(p, keys, _batch().image[:4], label=labels))(params)
+    bits = jax.jit(
+        lambda p: stage.bits_per_dim(
+            p, keys, _batch().image[:4], label=labels, sampler=config.stage.sampler
+        )
+    )(params)
     assert bits.shape == (4,)
     assert np.isfinite(bits).all()
 

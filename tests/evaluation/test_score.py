@@ -106,17 +106,18 @@ def test_super_resolution_is_scored_on_real_and_on_generated_input(clean):
     _scorer(base, Judge([3.0, 2.0, 1.0])).score_new_checkpoints()
     mesh = build_mesh(sr.read_config().mesh)
     previous = load_trained(base, mesh)
-    assert previous.identity == "base16@6, EMA 0.995"
+    assert previous.name == "base16@6, EMA 0.995"
+    source = f"samples:{previous.identity}"
     judge = Judge([1.0, 9.0, 2.0, 8.0, 3.0, 7.0])
     _scorer(sr, judge, previous=previous).score_new_checkpoints()
     records = [r for r in read_lines(sr.results_path) if r["metric"] == score.METRIC]
     assert [(r["step"], r["low_res"], r["value"]) for r in records] == [
         (2, "real", 1.0),
-        (2, "samples:base16@6, EMA 0.995", 9.0),
+        (2, source, 9.0),
         (4, "real", 2.0),
-        (4, "samples:base16@6, EMA 0.995", 8.0),
+        (4, source, 8.0),
         (6, "real", 3.0),
-        (6, "samples:base16@6, EMA 0.995", 7.0),
+        (6, source, 7.0),
     ]
     assert sr.chosen().step == 2  # by real input: stages are trained independently
     real_images, real_labels = judge.seen[0]
@@ -175,8 +176,32 @@ def test_every_ema_is_scored_and_the_best_is_chosen(tmp_path):
     assert (chosen.step, chosen.ema_decay) == (4, 0.99)
     assert not np.array_equal(judge.seen[2][0], judge.seen[3][0])  # of two EMAs of one step
     assert len(list(folder.eval.glob("step_4_ema_*_none.png"))) == 2
-    assert load_trained(folder, build_mesh(config.mesh)).identity == "base16@4, EMA 0.99"
+    assert load_trained(folder, build_mesh(config.mesh)).name == "base16@4, EMA 0.99"
     assert _scorer(folder, Judge([])).score_new_checkpoints() == 0
+
+
+def test_the_identity_of_a_stage_changes_with_its_config_and_its_weights(clean, tmp_path):
+    import shutil
+
+    folder = RunFolder(tmp_path / "copy")
+    shutil.copytree(clean["base16"].path, folder.path)
+    folder.eval.mkdir(exist_ok=True)
+    folder.best_path.write_text(json.dumps({"step": 6, "ema_decay": 0.995}))
+    config = folder.read_config()
+    mesh = build_mesh(config.mesh)
+    first = load_trained(folder, mesh).identity
+    assert load_trained(folder, mesh).identity == first
+    # How it is sampled is in the records besides.
+    folder.write_config(round_trip(config, stage__sampler__num_steps=3))
+    assert load_trained(folder, mesh).identity == first
+    folder.write_config(round_trip(config, stage__diffusion__parameterization="eps"))
+    assert load_trained(folder, mesh).identity != first
+    folder.write_config(config)
+    folder.best_path.write_text(json.dumps({"step": 4, "ema_decay": 0.995}))
+    (folder.checkpoints / "6").rename(folder.checkpoints / "60")
+    (folder.checkpoints / "4").rename(folder.checkpoints / "6")
+    folder.best_path.write_text(json.dumps({"step": 6, "ema_decay": 0.995}))
+    assert load_trained(folder, mesh).identity != first
 
 
 def test_labels_are_balanced():

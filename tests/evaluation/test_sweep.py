@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from cascaded_diffusion.cascade.cascade import Cascade
-from cascaded_diffusion.config_checks import cascade_config_from
+from cascaded_diffusion.config_checks import cascade_config_from, run_config_from
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import generate
 from cascaded_diffusion.evaluation.judge import METRIC
 from cascaded_diffusion.evaluation.settings import (
@@ -89,7 +90,7 @@ def test_every_setting_gives_what_sampling_the_cascade_with_it_gives(trained, tm
             np.testing.assert_array_equal(stored_samples(tmp_path / "base16.npz"), alone[0])
 
     table = (tmp_path / "sr32.md").read_text()
-    assert "| 0.6 | False | ddim | 2 | 1.0 | 2.000 | 0.500 |" in table
+    assert "| 0.6 | False | ddim | 2 | 1.0 | 2 | 2.000 | 0.500 |" in table
     assert table.index("2.000") < table.index("3.000") < table.index("5.000")
     assert Image.open(tmp_path / "sr32.png").size[0] > 500
 
@@ -133,6 +134,35 @@ def test_a_base_model_is_swept_over_steps_and_samplers(trained, tmp_path, mesh):
     assert (chosen.samplers[0].name, chosen.samplers[0].num_steps) == ("heun", 3)
     assert chosen.samplers[1] == section.samplers[1]
     assert chosen.aug_levels == section.aug_levels
+
+
+def test_a_setting_that_fails_is_recorded_and_passed_over(trained, tmp_path, mesh, monkeypatch):
+    section = _section()
+    settings = _settings(section, trained, aug_levels=[0.1, 0.2])
+    whole = generate.generate
+
+    def failing(sampler, params, *, label, **kwargs):
+        if "1/2" in label:
+            raise ValueError("a sample is not finite")
+        return whole(sampler, params, label=label, **kwargs)
+
+    monkeypatch.setattr(generate, "generate", failing)
+    rows = _sweep(section, trained, Judge([3.0]), tmp_path, mesh).run(settings)
+    assert [row[METRIC] for row in rows] == [None, 3.0]
+    assert best_setting(settings, rows).aug_level == 0.2
+    assert "failed (a sample is not finite)" in (tmp_path / "sr32.md").read_text()
+    with pytest.raises(UserError, match="no setting could be scored"):
+        best_setting(settings[:1], rows[:1])
+
+
+def test_a_stage_without_a_level_keeps_the_cascades_truncation():
+    section = dataclasses.replace(
+        cascade_config_from(config_values("cascade256")).cascade, truncated=True
+    )
+    stage = run_config_from(config_values("sr256")).stage
+    settings = make_settings(section, 2, stage, num_steps=[10, 50])
+    assert [s.truncated for s in settings] == [True, True]
+    assert with_setting(section, 2, settings[0]).truncated
 
 
 def test_another_sampler_has_settings_that_it_can_use():
