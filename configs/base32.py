@@ -6,7 +6,7 @@ Hardware and hours: not measured; 0.79 billion parameters, 6.1e20 FLOP to train.
 Expected FID: 1.11 to the training images, 1.99 to the validation images (paper, 50,000
 samples); here not measured. It is scored by fd_classifier, not by FID. A score of the
 paper's 4000 sampling steps is expensive; --config.stage.sampler.num_steps=250 makes it
-cheap, and is free to change after training.
+cheap; `main` takes it for a finished run too.
 Lines end with where their value is from; "not published" is what we did not find.
 Ours besides: computation in bfloat16, the state spread over 8 devices, when to save and stop.
 """

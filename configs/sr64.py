@@ -6,8 +6,8 @@ Hardware and hours: not measured; 0.72 billion parameters, 1.1e21 FLOP to train.
 Expected FID of enlarged samples of base32: 1.48 to the training images, 2.48 to the
 validation images (paper, 50,000 samples, truncated at step 501 of 4000); here not
 measured. It is scored by fd_classifier, not by FID. A score of the paper's 4000 sampling
-steps is expensive; --config.stage.sampler.num_steps=250 makes it cheap, and is free to
-change after training.
+steps is expensive; --config.stage.sampler.num_steps=250 makes it cheap; `main` takes it
+for a finished run too.
 Lines end with where their value is from; "not published" is what we did not find.
 Ours besides: computation in bfloat16, the state spread over 8 devices, when to save and stop.
 """

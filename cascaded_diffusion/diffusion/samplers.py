@@ -223,7 +223,7 @@ def make_step(
 
 def evaluation_times(name: str, times: np.ndarray, stop_t: float) -> np.ndarray:
     """The times at which a chain along `times`, stopped at `stop_t`, evaluates the network."""
-    visited = times[:-1][times[:-1] > stop_t + 1e-6]
+    visited = times[:-1][times[:-1] > stop_t * (1 + 1e-6)]  # as `sample` has it
     if name != "heun":
         return visited
     ends = np.append(visited[1:], stop_t)
