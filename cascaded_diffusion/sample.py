@@ -11,7 +11,7 @@ reads the runs RUN/<stage> that the config names (without --config: the cascade 
     samples.png   per class: real, low-res, enlarged real, base and cascade images
 
 Sample i depends on (seed, i) alone: for another batch size or number of devices it
-is the same but for float rounding, at most one grey level in a few pixels.
+is the same but for float rounding, a grey level or two in a few pixels.
 """
 
 from __future__ import annotations
