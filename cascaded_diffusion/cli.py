@@ -263,16 +263,16 @@ def cascade_config(
         raise UserError(f"{runs.cascade_path}: {e}") from e
 
 
-def check_cascade(config: CascadeConfig, num_stages: int, stages: Sequence[StageConfig]) -> None:
-    """Checks the first stages of a cascade as a cascade of their own."""
-    section = config.cascade
+def check_cascade(config: CascadeConfig, stages: Sequence[StageConfig]) -> None:
+    """Checks the first stages of a cascade, those given, as a cascade of their own."""
+    section, num_stages = config.cascade, len(stages)
     first = dataclasses.replace(
         section,
         stages=section.stages[:num_stages],
         configs=section.configs[:num_stages],
         samplers=section.samplers[:num_stages],
         aug_levels=section.aug_levels[: num_stages - 1],
-        truncated=section.truncated and any(s.has_level for s in stages[:num_stages]),
+        truncated=section.truncated and any(s.has_level for s in stages),
     )
     values = to_dict(dataclasses.replace(config, cascade=first))
     check_chain(cascade_config_from(values).cascade, stages)

@@ -360,7 +360,7 @@ def _sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     for setting in settings:
         candidate = settings_lib.with_setting(section, index, setting)
         try:
-            cli.check_cascade(dataclasses.replace(config, cascade=candidate), len(stages), stages)
+            cli.check_cascade(dataclasses.replace(config, cascade=candidate), stages)
         except UserError as e:
             given = [f"--{name}" for name in _SWEEP_FLAGS if fv[name].value]
             raise UserError(f"{', '.join(given) or '--sweep'}: {e}") from e
@@ -389,8 +389,7 @@ def _sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         )
         rows = search.run(settings)
         best = sweep_lib.best_setting(settings, rows)
-        said = ", ".join(f"{k} {v}" for k, v in best.describe().items() if v is not None)
-        print(f"{name}: best is {said}", flush=True)
+        print(f"{name}: best is {best}", flush=True)
         if fv.write_best:
             chosen = settings_lib.with_setting(section, index, best)
             runs.write_cascade(CascadeConfig(cascade=chosen, mesh=config.mesh))

@@ -39,6 +39,9 @@ class Setting:
             "guidance": self.sampler.guidance_scale,
         }
 
+    def __str__(self) -> str:
+        return ", ".join(f"{k} {v}" for k, v in self.describe().items() if v is not None)
+
 
 def sampler_named(name: str, like: SamplerConfig, stage: StageConfig) -> SamplerConfig:
     """`like` with another sampler, whose own settings are then the usual ones.

@@ -59,6 +59,8 @@ class Sweep:
         self._index = len(trained) - 1
         self._name = trained[-1].stage.config.name
         self._params = [t.params for t in trained]
+        self._num_classes = trained[0].stage.config.num_classes
+        self._labels = generate.class_balanced_labels(num_samples, self._num_classes)
         self._programs: dict[Any, tuple[Cascade, Callable[..., Any]]] = {}
         self._records_path = folder / f"{self._name}.jsonl"
 
@@ -71,8 +73,7 @@ class Sweep:
                 record = self._score(setting, f"{self._name}, setting {i}/{len(settings)}")
                 append_line(self._records_path, record)
             rows.append(record)
-            said = ", ".join(f"{k} {v}" for k, v in setting.describe().items() if v is not None)
-            print(f"{self._name}, {said}: {METRIC} {_shown(record)}", flush=True)
+            print(f"{self._name}, {setting}: {METRIC} {_shown(record)}", flush=True)
         self._write_table(settings, rows)
         self._write_plot(settings, rows)
         return rows
@@ -135,9 +136,7 @@ class Sweep:
             images = self._generate(sampler, self._params, label)[-1]
         except ValueError as e:  # samples that are not finite: of this setting alone
             return {**self._identity(setting), METRIC: None, "failed": str(e)}
-        num_classes = cascade.stages[0].config.num_classes
-        labels = generate.class_balanced_labels(self._num_samples, num_classes)
-        scores = self._judge.scores(images, judged_labels(labels, num_classes))
+        scores = self._judge.scores(images, judged_labels(self._labels, self._num_classes))
         return {**self._identity(setting), **scores}
 
     def _generate(
@@ -185,9 +184,7 @@ class Sweep:
             mesh=self._mesh,
         )
         images = self._generate(sampler, self._params[:-1], f"{name}, to be enlarged")[-1]
-        num_classes = cascade.stages[0].config.num_classes
-        labels = generate.class_balanced_labels(self._num_samples, num_classes)
-        save_samples(path, images, labels, provenance=provenance)
+        save_samples(path, images, self._labels, provenance=provenance)
         return images
 
     def _write_table(self, settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> None:
