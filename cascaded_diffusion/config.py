@@ -1,30 +1,18 @@
-"""What a run is made of: frozen dataclasses, and the one strict way into them.
+"""What a run is made of: frozen dataclasses, whose fields say what values they take.
 
 A config file returns an `ml_collections.ConfigDict` with the sections `stage`,
 `data`, `train`, `eval`, `mesh` and `checkpoint` (one stage), or `cascade` (a
 chain of trained stages). `config_checks.run_config_from` and `cascade_config_from`
 turn it, or the JSON of an earlier run, into the dataclasses below and check every
-value. Nothing has a default, but that a key which may be None may be left out: a config
-file says all there is to say about a run.
-
-Every problem is a `UserError` of one line that names the key, its value and what
-is allowed. No device is touched here, and nothing is imported from JAX.
+value (`config_convert`: types and bounds). Nothing has a default, but that a key which
+may be None may be left out: a config file says all there is to say about a run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
-import types
-import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar
-
-from cascaded_diffusion.errors import UserError
-
-T = TypeVar("T")
+from typing import Any
 
 
 def _at_least(minimum: float) -> Any:
@@ -186,8 +174,12 @@ class TrainConfig:
 class EvalConfig:
     """`eval`: how checkpoints are scored, and when training may stop."""
 
-    features: str = _one_of("classifier")
-    num_samples: int = _at_least(2)
+    features: str = _one_of("classifier", "resnet", "resnet50", "inception")
+    resize: str | None = _one_of("legacy", "clean")  # to the 299 px of inception alone
+    num_samples: int = _at_least(2)  # by which checkpoints are compared
+    final_num_samples: int = _at_least(2)  # of `evaluate --final`
+    sampler: str | None = _one_of("ancestral", "ddim", "dpmpp_2m", "heun")  # None: the stage's
+    num_steps: int | None = _at_least(1)  # to score a checkpoint; None: the stage's sampler's
     batch_size: int = _at_least(1)
     seed: int = _at_least(0)
     aug_level: float = _between(0.0, 1.0)
@@ -248,99 +240,6 @@ class CascadeConfig:
     mesh: MeshConfig
 
 
-def fail(key: str, value: Any, expected: str) -> typing.NoReturn:
-    """Raises the UserError of a config key with a value that cannot be."""
-    raise UserError(f"config.{key} = {value!r}: expected {expected}")
-
-
-def _describe(hint: Any) -> str:
-    if hint is type(None):
-        return "None"
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_describe(h) for h in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return f"a tuple of {_describe(typing.get_args(hint)[0])}"
-    if dataclasses.is_dataclass(hint):
-        return f"a section with the keys of {hint.__name__}"
-    return {int: "an integer", float: "a number", bool: "True or False", str: "a string"}[hint]
-
-
-def _may_be_none(hint: Any) -> bool:
-    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
-
-
-def _convert_value(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the type `hint`, or UserError. Nothing is silently rounded or cast."""
-    if dataclasses.is_dataclass(hint):
-        return convert(hint, value, f"{key}.")
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        (inner,) = (h for h in typing.get_args(hint) if h is not type(None))
-        try:
-            return _convert_value(inner, value, key)
-        except UserError:
-            if dataclasses.is_dataclass(inner):
-                raise
-    elif typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)[0]
-        if isinstance(value, (tuple, list)):
-            return tuple(_convert_value(inner, v, f"{key}[{i}]") for i, v in enumerate(value))
-    elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    fail(key, value, _describe(hint))
-
-
-def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
-    if isinstance(value, tuple):
-        for i, item in enumerate(value):
-            _check_bounds(item, metadata, f"{key}[{i}]")
-        return
-    if value is None:
-        return
-    if isinstance(value, float) and not math.isfinite(value):
-        fail(key, value, "a finite number")
-    if "choices" in metadata and value not in metadata["choices"]:
-        close = difflib.get_close_matches(str(value), metadata["choices"], n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        fail(key, value, f"one of {', '.join(map(repr, metadata['choices']))}{hint}")
-    if "maximum" in metadata and not metadata["minimum"] <= value <= metadata["maximum"]:
-        fail(key, value, f"a value from {metadata['minimum']} to {metadata['maximum']}")
-    if "minimum" in metadata and not value >= metadata["minimum"]:
-        fail(key, value, f"a value of at least {metadata['minimum']}")
-    if "above" in metadata and not value > metadata["above"]:
-        fail(key, value, f"a value above {metadata['above']}")
-
-
-def convert(cls: type[T], values: Any, prefix: str = "") -> T:
-    """`values` (nested mappings) as the config dataclass `cls`; UserError for what is wrong."""
-    if not isinstance(values, Mapping):
-        fail(prefix.rstrip("."), values, f"a section with the keys of {cls.__name__}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise UserError(f"config.{prefix}{key} is not a config key{nearest_key(key, fields)}")
-    converted = {}
-    for name, field in fields.items():
-        key = prefix + name
-        if name not in values and not _may_be_none(hints[name]):
-            raise UserError(f"config.{key} is missing")
-        converted[name] = _convert_value(hints[name], values.get(name), key)
-        _check_bounds(converted[name], field.metadata, key)
-    return cls(**converted)
-
-
-def nearest_key(key: str, known: typing.Iterable[str]) -> str:
-    """`"; did you mean 'x'?"`, or the list of known keys where nothing is near."""
-    known = list(known)
-    close = difflib.get_close_matches(str(key), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
-
-
 def ema_name(decay: float) -> str:
     """The name of an EMA in a checkpoint: 0.9999 -> "decay_0_9999"."""
     return f"decay_{decay}".replace(".", "_")
@@ -349,3 +248,31 @@ def ema_name(decay: float) -> str:
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as plain nested dicts and lists: what JSON gives back of it."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def sampler_named(name: str, like: SamplerConfig, stage: StageConfig) -> SamplerConfig:
+    """`like` with another sampler, whose own settings are then the usual ones.
+
+    Ancestral sampling has the learned variance where there is one, else the small
+    one; DDIM draws no noise.
+    """
+    if name == like.name:
+        return like
+    learned = "learned" if stage.diffusion.variance == "learned" else "small"
+    return dataclasses.replace(
+        like,
+        name=name,
+        variance=learned if name == "ancestral" else None,
+        variance_interpolation=None,
+        eta=0.0 if name == "ddim" else None,
+    )
+
+
+def eval_sampler(config: RunConfig) -> SamplerConfig:
+    """The sampler by which checkpoints are scored: the stage's, but for what `eval` says."""
+    sampler, eval_config = config.stage.sampler, config.eval
+    if eval_config.sampler is not None:
+        sampler = sampler_named(eval_config.sampler, sampler, config.stage)
+    if eval_config.num_steps is not None:
+        sampler = dataclasses.replace(sampler, num_steps=eval_config.num_steps)
+    return sampler

@@ -4,9 +4,10 @@
 
 Hardware and hours: not measured; 0.79 billion parameters, 6.1e20 FLOP to train.
 Expected FID: 1.11 to the training images, 1.99 to the validation images (paper, 50,000
-samples); here not measured. It is scored by fd_classifier, not by FID. A score of the
-paper's 4000 sampling steps is expensive; --config.stage.sampler.num_steps=250 makes it
-cheap; `main` takes it for a finished run too.
+samples); here not measured.
+Checkpoints are compared by FID-10k in 50 steps of DDIM; `evaluate --final` takes the
+paper's 4000 steps, or those of --config.stage.sampler.num_steps, which `main` takes for a
+finished run too.
 Lines end with where their value is from; "not published" is what we did not find.
 Ours besides: computation in bfloat16, the state spread over 8 devices, when to save and stop.
 """
@@ -90,8 +91,12 @@ def get_config(variant: str | None = None) -> ConfigDict:
         sample_every_steps=10_000,
     )
     config.eval = dict(
-        features="classifier",  # fd_classifier; not FID
+        features="inception",
+        resize="legacy",  # as the original FID, and ADM's evaluator
         num_samples=10_000,  # paper
+        final_num_samples=50_000,  # paper
+        sampler="ddim",  # to compare checkpoints: not published; ours
+        num_steps=50,
         batch_size=1024,
         seed=0,
         aug_level=0.0,
@@ -107,6 +112,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.stage.update(schedule=dict(num_timesteps=40), sampler=dict(num_steps=8))
         config.data.update(name="shapes", eval_split="test", resolution=64)
         config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
-        config.eval.update(num_samples=20, batch_size=16)
+        config.eval.update(features="classifier", resize=None, num_samples=20, batch_size=16)
+        config.eval.update(final_num_samples=20, num_steps=8)
         config.update(mesh=dict(fsdp=1), checkpoint=dict(save_every_steps=10))
     return config

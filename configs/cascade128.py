@@ -5,7 +5,7 @@
 RUN holds the runs of the stages, RUN/base32, RUN/sr64 and RUN/sr128.
 Hardware and hours: not measured; 2.4e15 FLOP per sample.
 Expected FID: 3.52 to the training images, 3.76 to the validation images, Inception Score
-128.80 (paper); here not measured. `evaluate --samples` scores by fd_classifier, not by FID.
+128.80 (paper); here not measured.
 The level between 32 and 64 px is that of cascade64; the paper does not say for this one.
 sr128 was trained with blur, and sees clean images when sampling.
 """

@@ -5,7 +5,7 @@
 RUN holds the runs of the stages, RUN/base32, RUN/sr64 and RUN/sr256.
 Hardware and hours: not measured; 2.5e15 FLOP per sample.
 Expected FID: 4.88 to the training images, 4.63 to the validation images, Inception Score
-158.71 (paper); here not measured. `evaluate --samples` scores by fd_classifier, not by FID.
+158.71 (paper); here not measured.
 The level between 32 and 64 px is that of cascade64; the paper does not say for this one.
 sr256 was trained with blur, and sees clean images when sampling.
 """

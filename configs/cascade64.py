@@ -5,7 +5,7 @@
 RUN holds the runs of the stages, RUN/base32 and RUN/sr64.
 Hardware and hours: not measured; 2.4e15 FLOP per sample.
 Expected FID: 1.48 to the training images, 2.48 to the validation images, Inception Score
-67.95 (paper); here not measured. `evaluate --samples` scores by fd_classifier, not by FID.
+67.95 (paper); here not measured.
 Truncated at step 501 of 4000, one of the paper's two best levels; without truncation the
 paper's best are 751 and 1251.
 """

@@ -6,7 +6,6 @@ RUN holds the runs of the stages, RUN/base16 and RUN/sr64_from16.
 Hardware and hours: not measured; 7.6e14 FLOP per sample.
 Expected FID to the training images, by level (paper, not truncated; here not measured): 6.02 at
 0, 3.41 at 101 / 4000, 2.13 at 1001 / 4000; without a cascade 2.35 (uncascaded64).
-`evaluate --samples` scores by fd_classifier, not by FID.
 """
 
 from ml_collections import ConfigDict

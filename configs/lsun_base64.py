@@ -3,8 +3,7 @@
     python -m cascaded_diffusion.main --config=configs/lsun_base64.py --workdir=RUN/lsun_base64
 
 Hardware and hours: not measured; 0.27 billion parameters, 1.4e20 FLOP to train.
-Expected FID: not published for this stage, not measured. It is scored by fd_classifier,
-which is not FID, and which says little of a data set of a single class.
+Expected FID: not published for this stage, not measured.
 Bedrooms, since they are LSUN's largest set of the usual ones (3 million images) and the one
 most models are scored on. The paper publishes no settings of its LSUN models: they are
 ours, after the 64 px model of Improved DDPM (iDDPM).
@@ -90,8 +89,12 @@ def get_config(variant: str | None = None) -> ConfigDict:
         sample_every_steps=10_000,
     )
     config.eval = dict(
-        features="classifier",  # fd_classifier; not FID
+        features="inception",
+        resize="legacy",  # as the original FID, and ADM's evaluator
         num_samples=10_000,  # as base32
+        final_num_samples=50_000,
+        sampler="ddim",  # to compare checkpoints: not published; ours
+        num_steps=50,
         batch_size=512,
         seed=0,
         aug_level=0.0,
@@ -107,6 +110,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.stage.update(schedule=dict(num_timesteps=40), sampler=dict(num_steps=8))
         config.data.update(name="shapes", eval_split="test", resolution=64)
         config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
-        config.eval.update(num_samples=20, batch_size=16)
+        config.eval.update(features="classifier", resize=None, num_samples=20, batch_size=16)
+        config.eval.update(final_num_samples=20, num_steps=8)
         config.update(mesh=dict(fsdp=1), checkpoint=dict(save_every_steps=10))
     return config

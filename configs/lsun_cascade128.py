@@ -5,7 +5,6 @@
 RUN holds the runs of the stages, RUN/lsun_base64 and RUN/lsun_sr128.
 Hardware and hours: not measured; 7.7e14 FLOP per sample.
 Expected FID: the paper has a number, which we did not recover; not measured.
-`evaluate --samples` scores by fd_classifier, not by FID.
 Gaussian augmentation, not truncated, is the paper's; its level is not published.
 """
 

@@ -3,8 +3,7 @@
     python -m cascaded_diffusion.main --config=configs/lsun_sr128.py --workdir=RUN/lsun_sr128
 
 Hardware and hours: not measured; 0.56 billion parameters, 4.2e20 FLOP to train.
-Expected FID: the paper has a number, which we did not recover; not measured. It is scored by
-fd_classifier, which is not FID, and which says little of a data set of a single class.
+Expected FID: the paper has a number, which we did not recover; not measured.
 As in the paper: Gaussian augmentation, not truncated. It publishes no settings of its LSUN
 models: they are ours, after sr128.
 Lines end with where their value is from.
@@ -93,8 +92,12 @@ def get_config(variant: str | None = None) -> ConfigDict:
         sample_every_steps=10_000,
     )
     config.eval = dict(
-        features="classifier",  # fd_classifier; not FID
+        features="inception",
+        resize="legacy",  # as the original FID, and ADM's evaluator
         num_samples=10_000,  # as sr128
+        final_num_samples=50_000,
+        sampler="ddim",  # to compare checkpoints: not published; ours
+        num_steps=25,
         batch_size=512,
         seed=0,
         aug_level=500 / 4000,  # not published; ours
@@ -112,6 +115,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.stage.sampler.num_steps = 8
         config.data.update(name="shapes", eval_split="test", resolution=64)
         config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
-        config.eval.update(num_samples=20, batch_size=16)
+        config.eval.update(features="classifier", resize=None, num_samples=20, batch_size=16)
+        config.eval.update(final_num_samples=20, num_steps=8)
         config.update(mesh=dict(fsdp=1), checkpoint=dict(save_every_steps=10))
     return config

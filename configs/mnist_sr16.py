@@ -98,6 +98,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.eval = dict(
         features="classifier",
         num_samples=num_samples,
+        final_num_samples=num_samples,
         batch_size=min(200, num_samples),
         seed=0,
         aug_level=0.2,

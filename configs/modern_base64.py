@@ -3,7 +3,7 @@
     python -m cascaded_diffusion.main --config=configs/modern_base64.py --workdir=RUN/modern_base64
 
 Hardware and hours: not measured; 0.30 billion parameters, 3.4e20 FLOP to train.
-Expected FID: not measured. It is scored by fd_classifier, not by FID.
+Expected FID: not measured.
 Not the paper's model, but its idea with what was found since: v-prediction in continuous
 time, a loss weighted by min-SNR (Hang et al. 2023, who tried it on ImageNet at 64 px),
 guidance where it helps (Kynkäänniemi et al. 2024), 32 steps of DPM-Solver++ in place of
@@ -87,8 +87,10 @@ def get_config(variant: str | None = None) -> ConfigDict:
         sample_every_steps=10_000,
     )
     config.eval = dict(
-        features="classifier",  # fd_classifier; not FID
+        features="inception",
+        resize="legacy",  # as the original FID, and ADM's evaluator
         num_samples=10_000,
+        final_num_samples=50_000,
         batch_size=1024,
         seed=0,
         aug_level=0.0,
@@ -104,6 +106,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.stage.update(schedule=dict(reference_resolution=16), sampler=dict(num_steps=8))
         config.data.update(name="shapes", eval_split="test", resolution=64)
         config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
-        config.eval.update(num_samples=20, batch_size=16)
+        config.eval.update(features="classifier", resize=None, num_samples=20, batch_size=16)
+        config.eval.update(final_num_samples=20)
         config.update(mesh=dict(fsdp=1), checkpoint=dict(save_every_steps=10))
     return config

@@ -4,7 +4,7 @@
 
 RUN holds the runs of the stages, RUN/modern_base64 and RUN/modern_sr256.
 Hardware and hours: not measured; 3.0e13 FLOP per sample.
-Expected FID: not measured. `evaluate --samples` scores by fd_classifier, not by FID.
+Expected FID: not measured.
 Guidance, steps and level are to be chosen when trained: `evaluate --sweep`.
 """
 

@@ -3,7 +3,7 @@
     python -m cascaded_diffusion.main --config=configs/modern_sr256.py --workdir=RUN/modern_sr256
 
 Hardware and hours: not measured; 0.47 billion parameters, 8.9e20 FLOP to train.
-Expected FID: not measured. It is scored by fd_classifier, not by FID.
+Expected FID: not measured.
 Not the paper's model, but its idea with what was found since: the Efficient U-Net and
 Gaussian augmentation of Imagen (the paper found blur to be better with its own network),
 v-prediction as in Imagen Video, the shifted schedule of simple diffusion in continuous
@@ -88,8 +88,10 @@ def get_config(variant: str | None = None) -> ConfigDict:
         sample_every_steps=10_000,
     )
     config.eval = dict(
-        features="classifier",  # fd_classifier; not FID
+        features="inception",
+        resize="legacy",  # as the original FID, and ADM's evaluator
         num_samples=10_000,
+        final_num_samples=50_000,
         batch_size=512,
         seed=0,
         aug_level=0.1,  # Imagen's range: 0.1 to 0.3
@@ -107,6 +109,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.stage.sampler.num_steps = 8
         config.data.update(name="shapes", eval_split="test", resolution=64)
         config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
-        config.eval.update(num_samples=20, batch_size=16)
+        config.eval.update(features="classifier", resize=None, num_samples=20, batch_size=16)
+        config.eval.update(final_num_samples=20)
         config.update(mesh=dict(fsdp=1), checkpoint=dict(save_every_steps=10))
     return config

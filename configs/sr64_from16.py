@@ -4,8 +4,7 @@
 
 Hardware and hours: not measured; 0.27 billion parameters, 4.4e20 FLOP to train.
 Expected FID of enlarged samples of base16: 2.13 to the training images (paper, 50,000
-samples, not truncated, noise of step 1001 of 4000); here not measured. It is scored by
-fd_classifier, not by FID.
+samples, not truncated, noise of step 1001 of 4000); here not measured.
 The paper publishes none of this model's settings but the augmentation. Ours are those of
 base64, so that only the cascade differs.
 Lines end with where their value is from.
@@ -90,8 +89,12 @@ def get_config(variant: str | None = None) -> ConfigDict:
         sample_every_steps=10_000,
     )
     config.eval = dict(
-        features="classifier",  # fd_classifier; not FID
+        features="inception",
+        resize="legacy",  # as the original FID, and ADM's evaluator
         num_samples=10_000,  # paper
+        final_num_samples=50_000,  # paper
+        sampler="ddim",  # to compare checkpoints: not published; ours
+        num_steps=50,
         batch_size=1024,
         seed=0,
         aug_level=1001 / 4000,  # paper, Table 4
@@ -109,6 +112,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.stage.sampler.num_steps = 8
         config.data.update(name="shapes", eval_split="test", resolution=64)
         config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
-        config.eval.update(num_samples=20, batch_size=16)
+        config.eval.update(features="classifier", resize=None, num_samples=20, batch_size=16)
+        config.eval.update(final_num_samples=20, num_steps=8)
         config.update(mesh=dict(fsdp=1), checkpoint=dict(save_every_steps=10))
     return config

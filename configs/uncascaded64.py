@@ -4,8 +4,7 @@
 
 RUN holds the runs of the stages, here of one, RUN/base64.
 Hardware and hours: not measured; 3.6e14 FLOP per sample.
-Expected FID: 2.35 to the training images (paper); here not measured. `evaluate --samples`
-scores by fd_classifier, not by FID.
+Expected FID: 2.35 to the training images (paper); here not measured.
 """
 
 from ml_collections import ConfigDict

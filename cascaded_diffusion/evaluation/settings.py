@@ -12,7 +12,12 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from cascaded_diffusion.config import CascadeSection, SamplerConfig, StageConfig
+from cascaded_diffusion.config import (
+    CascadeSection,
+    SamplerConfig,
+    StageConfig,
+    sampler_named,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,24 +46,6 @@ class Setting:
 
     def __str__(self) -> str:
         return ", ".join(f"{k} {v}" for k, v in self.describe().items() if v is not None)
-
-
-def sampler_named(name: str, like: SamplerConfig, stage: StageConfig) -> SamplerConfig:
-    """`like` with another sampler, whose own settings are then the usual ones.
-
-    Ancestral sampling has the learned variance where there is one, else the small
-    one; DDIM draws no noise.
-    """
-    if name == like.name:
-        return like
-    learned = "learned" if stage.diffusion.variance == "learned" else "small"
-    return dataclasses.replace(
-        like,
-        name=name,
-        variance=learned if name == "ancestral" else None,
-        variance_interpolation=None,
-        eta=0.0 if name == "ddim" else None,
-    )
 
 
 def make_settings(
