@@ -13,6 +13,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from absl import flags
@@ -205,6 +206,61 @@ def require(flag_values: flags.FlagValues, *names: str) -> None:
     for name in names:
         if flag_values[name].value in (None, ""):
             raise UserError(f"--{name} is missing: {flag_values[name].help}")
+
+
+def define_inception(flag_values: flags.FlagValues) -> None:
+    """Adds the flags that say where Inception's weights are."""
+    flags.DEFINE_string(
+        "inception_weights",
+        None,
+        "file of the FID Inception weights; default: the cached ones, else a download",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_bool(
+        "allow_other_inception_weights",
+        False,
+        "take weights that are not the public ones: the result is then no FID that others know",
+        flag_values=flag_values,
+    )
+
+
+def inception_loader(
+    flag_values: flags.FlagValues, mesh: Any, *, batch_size: int = 64
+) -> Callable[[str], Any]:
+    """Returns a function: how to resize -> the Inception extractor of the flags' weights."""
+
+    def load(resize: str) -> Any:
+        from cascaded_diffusion.evaluation.inception import load_inception
+
+        return load_inception(
+            flag_values.inception_weights,
+            resize=resize,
+            allow_other_weights=flag_values.allow_other_inception_weights,
+            mesh=mesh,
+            batch_size=batch_size,
+        )
+
+    return load
+
+
+def real_split(config: Any, split: str) -> Any:
+    """A split of a run's data set, for `evaluation`: a `RealSplit`."""
+    from cascaded_diffusion.data.sources import examples, load_source
+    from cascaded_diffusion.evaluation.real_images import RealSplit
+
+    source = load_source(config.data, split, config.stage)
+    return RealSplit(config.data.name, split, len(source), partial(examples, source))
+
+
+def numbers_in(flag_values: flags.FlagValues, name: str, kind: type) -> list[Any]:
+    """The numbers of a list flag. Raises UserError for what is none."""
+    try:
+        return [kind(x) for x in flag_values[name].value]
+    except ValueError as e:
+        wanted = "integers" if kind is int else "numbers"
+        raise UserError(
+            f"--{name}={','.join(flag_values[name].value)}: expected {wanted} between commas"
+        ) from e
 
 
 def set_up_jax() -> Any:

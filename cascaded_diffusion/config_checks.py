@@ -226,3 +226,17 @@ def check_resume(old: RunConfig, new: RunConfig, workdir: str) -> list[str]:
                 f" {old_flat[key]!r}; set it back, or choose another --workdir"
             )
     return [f"config.{key}: {old_flat[key]!r} -> {new_flat[key]!r}" for key in changed]
+
+
+# Below its 2,048 features, Inception's covariance is singular and an FID mostly bias.
+_LEAST_SAMPLES = 2048
+
+
+def check_sample_count(num_samples: int, features: str, *, allow_few: bool) -> None:
+    """Raises UserError for an FID of fewer samples than Inception has features."""
+    if features == "inception" and num_samples < _LEAST_SAMPLES and not allow_few:
+        raise UserError(
+            f"an FID of {num_samples} samples: expected at least {_LEAST_SAMPLES}, the number of"
+            " Inception's features, below which it is mostly bias; to have it all the same, add"
+            " --allow_few_samples"
+        )

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     from cascaded_diffusion.data.sources import load_source, spread_examples
     from cascaded_diffusion.evaluation import generate
     from cascaded_diffusion.evaluation.cascade_picture import cascade_picture
-    from cascaded_diffusion.evaluation.judge import labelled
+    from cascaded_diffusion.evaluation.classifier import LabelledImages
     from cascaded_diffusion.evaluation.trained import load_trained
     from cascaded_diffusion.runtime.mesh import build_mesh
     from cascaded_diffusion.runtime.pictures import save_png
@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
 
     last = run_configs[-1]
     held_out = load_source(last.data, last.data.eval_split, last.stage)
-    real = labelled(spread_examples(held_out, rows=2, columns=10))
+    spread = spread_examples(held_out, rows=2, columns=10)
+    real = LabelledImages(spread["image"], spread["label"])
     check_devices(config, jax.device_count())
     mesh = build_mesh(config.mesh)
     trained = [load_trained(folder, mesh) for folder in folders]

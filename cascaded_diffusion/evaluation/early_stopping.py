@@ -22,6 +22,7 @@ COMPARABLE = (
     "low_res",
     "low_res_sampler",
     "aug_level",
+    "truncated",
     "sampler",
     "seed",
 )

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from cascaded_diffusion.cascade.cascade import Cascade, keys_for
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
 from cascaded_diffusion.cascade.stage import Stage
+from cascaded_diffusion.config import SamplerConfig
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.logging import Progress
 from cascaded_diffusion.types import Params
@@ -28,10 +29,11 @@ BatchSampler = Callable[[Sequence[Params], np.ndarray], Sequence[jax.Array]]
 
 def class_balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
     """int32 [num_samples]: 0, 1, ..., K-1, 0, 1, ... All 0 where there are no classes."""
-    return _labels_of(np.arange(num_samples), num_classes)
+    return labels_of(np.arange(num_samples), num_classes)
 
 
-def _labels_of(indices: np.ndarray, num_classes: int) -> np.ndarray:
+def labels_of(indices: np.ndarray, num_classes: int) -> np.ndarray:
+    """The labels of the samples of given indices: i mod K, all 0 where there are no classes."""
     return (indices % max(1, num_classes)).astype(np.int32)
 
 
@@ -57,7 +59,7 @@ def generate(
         indices = np.arange(start, start + batch_size)
         count = min(batch_size, num_samples - start)
         images = sample_batch(params, indices % num_samples)
-        parts.append([np.asarray(x)[:count] for x in images])
+        parts.append([mesh_lib.host_array(x)[:count] for x in images])
         progress.update(start + count)
     progress.close()
     return [np.concatenate(images) for images in zip(*parts, strict=True)]
@@ -92,7 +94,7 @@ def make_cascade_sampler(
     place = make_placer(mesh)
 
     def sample_batch(params: Sequence[Params], indices: np.ndarray) -> list[jax.Array]:
-        labels = _labels_of(indices, num_classes) if num_classes else None
+        labels = labels_of(indices, num_classes) if num_classes else None
         keys = keys_for(key, place(indices))
         batch = tuple(indices.tolist())
         images = sample(params, keys, place(labels), aug_levels, kept.get(batch, ()))
@@ -130,7 +132,7 @@ def make_last_stage_sampler(
     place = make_placer(mesh)
 
     def sample_batch(params: Sequence[Params], indices: np.ndarray) -> list[jax.Array]:
-        labels = _labels_of(indices, num_classes) if num_classes else None
+        labels = labels_of(indices, num_classes) if num_classes else None
         low_res = float_from_uint8(place(below[indices]))
         given = [None] * (len(cascade.stages) - 2) + [low_res]
         keys = keys_for(key, place(indices))
@@ -145,25 +147,36 @@ def make_enlarging_sampler(
     low_res: np.ndarray,
     labels: np.ndarray,
     *,
-    aug_level: float,
+    sampler: SamplerConfig,
     seed: int,
     mesh: Mesh,
-) -> BatchSampler:
-    """Enlargements of given images, float32 [n, h, w, C]; sample `i` is of image i mod n."""
+) -> Callable[..., list[jax.Array]]:
+    """Enlargements of given images, float32 [n, h, w, C]; sample `i` is of image i mod n.
+
+    Returns:
+      A `BatchSampler` of the stage alone that takes besides `aug_level`, None for a stage
+      that has none; compiled once for all levels.
+    """
     key = jax.random.key(seed)
     num_classes = stage.config.num_classes
     place = make_placer(mesh)
-    level = aug_level if stage.augment is not None and stage.augment.has_level else None
 
     @jax.jit
-    def sample(params: Params, keys: jax.Array, labels: Any, low_res: jax.Array) -> jax.Array:
-        return stage.sample(params, keys, label=labels, low_res=low_res, aug_level=level)
+    def sample(
+        params: Params, keys: jax.Array, labels: Any, low_res: jax.Array, level: Any
+    ) -> jax.Array:
+        return stage.sample(
+            params, keys, label=labels, low_res=low_res, aug_level=level, sampler=sampler
+        )
 
-    def sample_batch(params: Sequence[Params], indices: np.ndarray) -> list[jax.Array]:
+    def sample_batch(
+        params: Sequence[Params], indices: np.ndarray, *, aug_level: float | None
+    ) -> list[jax.Array]:
         rows = indices % len(low_res)
         label = labels[rows] if num_classes else None
         keys = keys_for(key, place(indices))
-        return [_checked_uint8(sample(params[-1], keys, place(label), place(low_res[rows])))]
+        images = sample(params[-1], keys, place(label), place(low_res[rows]), aug_level)
+        return [_checked_uint8(images)]
 
     return sample_batch
 

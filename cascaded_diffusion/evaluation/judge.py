@@ -3,24 +3,76 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
-from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
-from cascaded_diffusion.cascade.resize import area_resize
 from cascaded_diffusion.config import RunConfig
-from cascaded_diffusion.evaluation.classifier import Classifier, LabelledImages, load_or_train
-from cascaded_diffusion.evaluation.frechet import FeatureStatistics, frechet_distance
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.classifier import load_or_train
+from cascaded_diffusion.evaluation.features import FeatureExtractor
+from cascaded_diffusion.evaluation.measure import Measurement
+from cascaded_diffusion.evaluation.real_images import CROP, RESIZE, RealSplit
+from cascaded_diffusion.evaluation.reference import (
+    Reference,
+    check_reference,
+    measure_reference,
+    read_reference,
+    save_reference,
+)
 from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.runtime.samples import Images, batches
 
-METRIC = "fd_classifier"
-ACCURACY = "classifier_accuracy"
+_BATCH = 500
 
 
-def labelled(examples: Mapping[str, np.ndarray]) -> LabelledImages:
-    """Examples as a data source gives them: `image` and `label`."""
-    return LabelledImages(examples["image"], examples["label"])
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Feature extractor and references.
+
+    Attributes:
+      extractor: of the features.
+      references: by role: "train", and "val" where it was asked for.
+      classes: whether the extractor's logits are of the samples' own labels.
+    """
+
+    extractor: FeatureExtractor
+    references: Mapping[str, Reference]
+    classes: bool
+
+    @property
+    def features(self) -> str:
+        """The extractor's identity; part of every record."""
+        return self.extractor.identity
+
+    @property
+    def reference(self) -> str:
+        """The training images' fingerprint; part of every record."""
+        return self.references["train"].name
+
+    def measurement(self, num_samples: int) -> Measurement:
+        """Sums to which batches of samples are added."""
+        return Measurement(self.extractor, num_samples, classes=self.classes)
+
+    def measured(self, images: Images, labels: np.ndarray | None) -> Measurement:
+        """The sums of a whole set of samples.
+
+        Args:
+          images: uint8 [n, H, W, C] at the references' resolution.
+          labels: int [n], or None for samples without classes.
+        """
+        measurement = self.measurement(len(images))
+        for i, batch in enumerate(batches(images, _BATCH)):
+            rows = slice(i * _BATCH, i * _BATCH + len(batch))
+            measurement.add(batch, None if labels is None else labels[rows])
+        return measurement
+
+    def scores(self, images: Images, labels: np.ndarray | None) -> dict[str, float]:
+        """Every metric of a set of samples against the training images, the primary one first."""
+        measurement = self.measured(images, labels)
+        return {**measurement.distances(self.references["train"]), **measurement.own()}
 
 
 def judged_labels(labels: np.ndarray, num_classes: int) -> np.ndarray | None:
@@ -28,62 +80,118 @@ def judged_labels(labels: np.ndarray, num_classes: int) -> np.ndarray | None:
     return labels if num_classes else None
 
 
-def resized(data: LabelledImages, resolution: int) -> LabelledImages:
-    """Data shrunk by the cascade's own area operator and rounded by its own rule."""
-    images = uint8_from_float(area_resize(float_from_uint8(data.images), resolution))
-    return LabelledImages(np.asarray(images), data.labels)
+def build_extractor(
+    config: RunConfig,
+    folder: RunFolder,
+    train: RealSplit,
+    held_out: RealSplit,
+    mesh: Mesh,
+    *,
+    load_inception: Callable[[str], FeatureExtractor],
+    say: Callable[[str], None] = print,
+) -> FeatureExtractor:
+    """The extractor that a run is scored by, `config.eval.features`.
 
+    A classifier is trained on the real images if the run folder does not hold it yet.
 
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """Feature extractor and reference statistics of one run.
-
-    Attributes:
-      classifier: the extractor.
-      reference: what the statistics are of, in words; part of every record.
-      statistics: of the real training images at the stage's resolution.
+    Args:
+      config: the run's.
+      folder: the run's.
+      train: real images.
+      held_out: others, on which a classifier's accuracy is measured.
+      mesh: the device mesh.
+      load_inception: how to resize -> the extractor; knows where the weights are.
+      say: told the classifier's accuracy.
     """
-
-    classifier: Classifier
-    reference: str
-    statistics: FeatureStatistics
-
-    @property
-    def features(self) -> str:
-        """The extractor's identity; part of every record."""
-        return f"classifier:{self.classifier.digest}"
-
-    def scores(self, images: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
-        """Fréchet distance to the reference, and how many are recognised as their label.
-
-        Args:
-          images: uint8 [n, H, W, C] at the stage's resolution.
-          labels: int [n], or None for samples without classes.
-        """
-        features, predictions = self.classifier(images)
-        values = {METRIC: frechet_distance(FeatureStatistics.of(features), self.statistics)}
-        if labels is not None:
-            values[ACCURACY] = float((predictions == labels).mean())
-        return values
+    stage, features = config.stage, config.eval.features
+    if features == "inception":
+        return load_inception(config.eval.resize)
+    real, others = train.whole(stage.resolution), held_out.whole(stage.resolution)
+    classifier = load_or_train(
+        folder.eval / f"{features}.npz",
+        real,
+        others,
+        num_classes=int(real.labels.max()) + 1,
+        seed=config.eval.seed,
+        network="small" if features == "classifier" else features,
+        mesh=mesh,
+    )
+    say(
+        f"{stage.name}: {features} at {stage.resolution} px recognises"
+        f" {100 * classifier.accuracy:.1f} % of the {len(others.labels)} held-out real images"
+    )
+    return classifier
 
 
 def build_judge(
-    config: RunConfig, folder: RunFolder, train: LabelledImages, held_out: LabelledImages
+    config: RunConfig,
+    folder: RunFolder,
+    extractor: FeatureExtractor,
+    splits: Mapping[str, RealSplit],
 ) -> Judge:
-    """The run's judge; its classifier is trained if the folder does not hold it yet."""
-    resolution = config.stage.resolution
-    train, held_out = resized(train, resolution), resized(held_out, resolution)
-    classifier = load_or_train(
-        folder.eval / "classifier.npz",
-        train,
-        held_out,
-        num_classes=int(train.labels.max()) + 1,
-        seed=config.eval.seed,
-    )
-    features, _ = classifier(train.images)
-    data = config.data
+    """A run's judge. References that the folder does not hold yet are made and kept.
+
+    Args:
+      config: the run's.
+      folder: the run's.
+      extractor: from `build_extractor`.
+      splits: by role: "train", and "val" where it is wanted.
+
+    Raises:
+      UserError: a stored reference is of other images or of another extractor.
+    """
+    references = {
+        role: run_reference(config, folder, extractor, role, split)
+        for role, split in splits.items()
+    }
     return Judge(
-        classifier=classifier,
-        reference=f"{data.name}:{data.train_split}:{len(train.images)}:{resolution}px",
-        statistics=FeatureStatistics.of(features),
+        extractor=extractor,
+        references=references,
+        classes=config.eval.features != "inception" and config.stage.num_classes > 0,
     )
+
+
+def run_reference(
+    config: RunConfig, folder: RunFolder, extractor: FeatureExtractor, role: str, split: RealSplit
+) -> Reference:
+    """The reference of a split at the run's resolution, read or made: RUN/eval/reference_ROLE.npz.
+
+    Raises:
+      UserError: the one there is of other images or of another extractor.
+    """
+    path, resolution = folder.eval / f"reference_{role}.npz", config.stage.resolution
+    wanted: dict[str, Any] = {
+        "data": split.data,
+        "split": split.split,
+        "crop": CROP,
+        "resize": RESIZE,
+    }
+    if path.exists():
+        reference = read_reference(str(path), flag="workdir")
+        if reference.fingerprint is None:
+            raise UserError(f"{path}: has no fingerprint; remove it, it will be made anew")
+        check_reference(
+            reference,
+            str(path),
+            "workdir",
+            **wanted,
+            num_images=len(split),
+            resolution=resolution,
+            channels=config.stage.channels,
+            features=extractor.identity,
+        )
+        return reference
+    reference = measure_reference(
+        (chunk.images for chunk in split.chunks(resolution)),
+        extractor,
+        num_images=len(split),
+        label=f"reference, {split.data}:{split.split}",
+        **wanted,
+    )
+    save_reference(path, reference)
+    return reference
+
+
+def shown(values: Mapping[str, float]) -> str:
+    """Metrics in one line for people, without their standard deviations."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "_std_" not in name)

@@ -22,7 +22,8 @@ from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.config import CascadeSection, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import generate
-from cascaded_diffusion.evaluation.judge import ACCURACY, METRIC, Judge, judged_labels
+from cascaded_diffusion.evaluation.judge import Judge, judged_labels
+from cascaded_diffusion.evaluation.measure import metric_name
 from cascaded_diffusion.evaluation.settings import Setting, with_setting
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.runtime import pictures
@@ -41,6 +42,9 @@ class Sweep:
       mesh: the device mesh.
       num_samples: per setting.
       batch_size: of sampling.
+
+    Attributes:
+      metric: the name of the metric by which settings are compared.
     """
 
     def __init__(
@@ -61,7 +65,9 @@ class Sweep:
         self._params = [t.params for t in trained]
         self._num_classes = trained[0].stage.config.num_classes
         self._labels = generate.class_balanced_labels(num_samples, self._num_classes)
+        self.metric = metric_name("fid", judge.extractor.name, num_samples)
         self._programs: dict[Any, tuple[Cascade, Callable[..., Any]]] = {}
+        self._below: dict[bool, np.ndarray] = {}
         self._records_path = folder / f"{self._name}.jsonl"
 
     def run(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
@@ -73,7 +79,9 @@ class Sweep:
                 record = self._score(setting, f"{self._name}, setting {i}/{len(settings)}")
                 append_line(self._records_path, record)
             rows.append(record)
-            print(f"{self._name}, {setting}: {METRIC} {_shown(record)}", flush=True)
+            print(
+                f"{self._name}, {setting}: {self.metric} {_shown(record, self.metric)}", flush=True
+            )
         self._write_table(settings, rows)
         self._write_plot(settings, rows)
         return rows
@@ -135,7 +143,7 @@ class Sweep:
         try:
             images = self._generate(sampler, self._params, label)[-1]
         except ValueError as e:  # samples that are not finite: of this setting alone
-            return {**self._identity(setting), METRIC: None, "failed": str(e)}
+            return {**self._identity(setting), self.metric: None, "failed": str(e)}
         scores = self._judge.scores(images, judged_labels(self._labels, self._num_classes))
         return {**self._identity(setting), **scores}
 
@@ -154,10 +162,12 @@ class Sweep:
         return setting.truncated and self._trained[-1].stage.config.has_level
 
     def _samples_below(self, truncated: bool) -> np.ndarray:
-        """The samples to enlarge: read if they are stored, else made and stored.
+        """The samples to enlarge; `truncated` is about the enlargements below them."""
+        if truncated not in self._below:
+            self._below[truncated] = self._read_or_make_below(truncated)
+        return self._below[truncated]
 
-        `truncated` is about the enlargements below them.
-        """
+    def _read_or_make_below(self, truncated: bool) -> np.ndarray:
         below = self._trained[:-1]
         name = below[-1].stage.config.name
         provenance = {
@@ -189,7 +199,7 @@ class Sweep:
 
     def _write_table(self, settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> None:
         columns = list(settings[0].describe())
-        metrics = [METRIC, *([ACCURACY] if any(ACCURACY in row for row in rows) else [])]
+        metrics = _metrics_of(rows, self.metric)
         lines = [
             f"# {self._name}: {self._num_samples} samples per setting, best first",
             "",
@@ -197,7 +207,9 @@ class Sweep:
             f"|{'---|' * (len(columns) + 1 + len(metrics))}",
         ]
         stage = self._trained[-1].stage
-        for setting, row in sorted(zip(settings, rows, strict=True), key=lambda x: _rank(x[1])):
+        for setting, row in sorted(
+            zip(settings, rows, strict=True), key=lambda x: _rank(x[1], self.metric)
+        ):
             cells = [str(v) for v in setting.describe().values()]
             cells.append(str(stage.evaluations(setting.sampler)))
             cells += [_shown(row, m) for m in metrics]
@@ -222,35 +234,44 @@ class Sweep:
         series: dict[str, list[tuple[float, float]]] = {}
         for d, row in zip(described, rows, strict=True):
             name = ", ".join(f"{key} {d[key]}" for key in varies if key != x) or self._name
-            if row[METRIC] is not None:
-                series.setdefault(name, []).append((d[x], row[METRIC]))
+            if row[self.metric] is not None:
+                series.setdefault(name, []).append((d[x], row[self.metric]))
         path = self._folder / f"{self._name}.png"
         pictures.line_plot(
             path,
             {name: sorted(points) for name, points in series.items()},
             x_label=x,
-            y_label=f"{METRIC} of {self._num_samples} samples",
+            y_label=self.metric,
             title=self._name,
         )
         print(f"{path}, {path.with_suffix('.md')}", flush=True)
 
 
-def _rank(row: Mapping[str, Any]) -> float:
-    return math.inf if row[METRIC] is None else row[METRIC]
+def _metrics_of(rows: Sequence[Mapping[str, Any]], primary: str) -> list[str]:
+    """What a table shows: the metric that decides, then the others of the first good row."""
+    good = next((row for row in rows if row[primary] is not None), {primary: None})
+    names = list(good)[list(good).index(primary) :]
+    return [name for name in names if "_std_" not in name]
 
 
-def _shown(row: Mapping[str, Any], metric: str = METRIC) -> str:
+def _rank(row: Mapping[str, Any], metric: str) -> float:
+    return math.inf if row[metric] is None else row[metric]
+
+
+def _shown(row: Mapping[str, Any], metric: str) -> str:
     value = row.get(metric)
     return f"{value:.3f}" if value is not None else f"failed ({row['failed']})"
 
 
-def best_setting(settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> Setting:
+def best_setting(
+    settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]], metric: str
+) -> Setting:
     """The setting with the lowest metric; the first of equals.
 
     Raises:
       UserError: every one of them failed.
     """
-    setting, row = min(zip(settings, rows, strict=True), key=lambda x: _rank(x[1]))
-    if row[METRIC] is None:
+    setting, row = min(zip(settings, rows, strict=True), key=lambda x: _rank(x[1], metric))
+    if row[metric] is None:
         raise UserError(f"--sweep: no setting could be scored ({row['failed']})")
     return setting

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.cascade.stage import Stage
-from cascaded_diffusion.config import to_dict
+from cascaded_diffusion.config import StageConfig, to_dict
 from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_folder import Chosen, RunFolder
@@ -46,11 +46,19 @@ def load_trained(folder: RunFolder, mesh: Mesh) -> TrainedStage:
     params = checkpoint.load_ema_params(
         folder, chosen.step, chosen.ema_decay, abstract_params(stage, mesh)
     )
-    # All that the samples depend on but for the way of sampling, which records hold.
-    config = to_dict(dataclasses.replace(stage.config, sampler=None))
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    digest.update(checkpoint.manifest_of(folder, chosen.step))
-    return TrainedStage(stage=stage, params=params, chosen=chosen, digest=digest.hexdigest()[:12])
+    digest = checkpoint_digest(folder, stage.config, chosen.step)
+    return TrainedStage(stage=stage, params=params, chosen=chosen, digest=digest)
+
+
+def checkpoint_digest(folder: RunFolder, config: StageConfig, step: int) -> str:
+    """A digest of a stage and a checkpoint's weights: 12 digits.
+
+    Of all that samples depend on but for the way of sampling, which records hold.
+    """
+    values = to_dict(dataclasses.replace(config, sampler=None))
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    digest.update(checkpoint.manifest_of(folder, step))
+    return digest.hexdigest()[:12]
 
 
 def abstract_params(stage: Stage, mesh: Mesh) -> Any:

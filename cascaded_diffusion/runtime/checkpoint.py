@@ -91,7 +91,7 @@ def damage(folder: pathlib.Path) -> str | None:
 
 
 class _KeepLatestAndBest:
-    """Orbax preservation policy: the last n, and the one that evaluation chose."""
+    """Orbax preservation policy: the last n, and those that evaluation chose or is reading."""
 
     def __init__(self, folder: RunFolder, max_to_keep: int):
         self._folder = folder
@@ -100,9 +100,9 @@ class _KeepLatestAndBest:
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         del context
         best = self._folder.best()
-        best_step = None if best is None else best["step"]
+        kept = {None if best is None else best["step"], self._folder.read_step()}
         newest = len(checkpoints) - self._max_to_keep
-        return [i >= newest or c.step == best_step for i, c in enumerate(checkpoints)]
+        return [i >= newest or c.step in kept for i, c in enumerate(checkpoints)]
 
 
 def _steps_on_disk(checkpoints: pathlib.Path) -> list[int]:

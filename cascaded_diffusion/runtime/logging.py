@@ -55,6 +55,38 @@ class MetricWriter:
         self._tensorboard.close()
 
 
+class ScoreCurves:
+    """Scores over checkpoints for TensorBoard, in RUN/eval.
+
+    Made anew from the committed records by each process that adds to them, so that what
+    is shown is those records, each once.
+
+    Args:
+      folder: the run folder.
+    """
+
+    def __init__(self, folder: RunFolder):
+        from tensorboardX import SummaryWriter
+
+        for path in folder.eval.glob("events.out.tfevents.*"):
+            path.unlink()
+        self._tensorboard = SummaryWriter(str(folder.eval))
+        for record in read_lines(folder.results_path):
+            self.add(record)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Adds a score: one curve per metric, low-res input and EMA."""
+        if record.get("value") is None or "low_res" not in record:
+            return
+        source = str(record["low_res"]).partition(":")[0]
+        name = f"{record['metric']}/low_res_{source}_ema_{record['ema_decay']:g}"
+        self._tensorboard.add_scalar(name, record["value"], record["step"])
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._tensorboard.close()
+
+
 def _duration(seconds: float) -> str:
     minutes, secs = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)

@@ -79,3 +79,12 @@ def global_batch(local: Any, mesh: Mesh) -> Any:
     """Joins every process's rows (in order of process) to one sharded array."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
+
+
+def host_array(x: jax.Array) -> np.ndarray:
+    """The whole of an array, on every process."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -6,7 +6,13 @@
     RUN/events.out.tfevents.*     the same for TensorBoard
     RUN/eval/results.jsonl        one line per score
     RUN/eval/best.json            the step chosen
+    RUN/eval/reading.json         the step that evaluation is reading: not to be deleted
+    RUN/eval/reference_*.npz      statistics of the real images
+    RUN/eval/final_*.json, .md    the final numbers of the chosen checkpoint
+    RUN/eval/cas.jsonl            classification accuracy scores
+    RUN/eval/samples/             samples while they are made
     RUN/eval/*.png, *.npz         sample grids and samples
+    RUN/eval/events.out.tfevents.*  scores for TensorBoard
     RUN/EARLY_STOP, RUN/TRAIN_COMPLETE
 
 A folder of such runs is a cascade's:
@@ -147,6 +153,9 @@ class RunFolder:
         self.eval = self.path / "eval"
         self.results_path = self.eval / "results.jsonl"
         self.best_path = self.eval / "best.json"
+        self.reading_path = self.eval / "reading.json"
+        self.cas_path = self.eval / "cas.jsonl"
+        self.samples = self.eval / "samples"
         self.early_stop_path = self.path / "EARLY_STOP"
         self.complete_path = self.path / "TRAIN_COMPLETE"
 
@@ -194,6 +203,25 @@ class RunFolder:
                 f"{self.best_path}: not a record of evaluation; remove it and run"
                 f" `python -m cascaded_diffusion.evaluate --workdir={self.path}`"
             ) from e
+
+    @contextlib.contextmanager
+    def reading(self, step: int) -> Iterator[None]:
+        """Keeps the trainer from deleting a checkpoint while it is read.
+
+        What a killed reader leaves behind keeps that one checkpoint until the next.
+        """
+        write_whole(self.reading_path, json.dumps({"step": step}).encode() + b"\n")
+        try:
+            yield
+        finally:
+            self.reading_path.unlink(missing_ok=True)
+
+    def read_step(self) -> int | None:
+        """The step that is being read, if any."""
+        try:
+            return int(json.loads(self.reading_path.read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def ask_to_stop(self, patience_evals: int) -> None:
         """Writes EARLY_STOP, saying which patience ran out."""

@@ -1,19 +1,69 @@
-"""Stored samples: ADM-style `.npz` files, which other frameworks read and write too."""
+"""Stored images: ADM-style `.npz` files and folders of PNGs, ours and other frameworks'."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
 import json
+import os
 import pathlib
 import zipfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
 from cascaded_diffusion.config import StageConfig
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.image_files import PngFolder
 from cascaded_diffusion.runtime.run_folder import write_whole
+
+# What numpy and zipfile raise on a file that is damaged or something else; a TypeError is
+# that of a bare array, as in a .npy file, used as an archive.
+DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile)
+_DIGEST_BATCH = 1000
+
+
+class Images(Protocol):
+    """uint8 images [n, H, W, C], whether in memory or read when asked for."""
+
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredImages:
+    """Images of a file or folder.
+
+    Attributes:
+      path: where they are from.
+      images: uint8 [n, H, W, C].
+      labels: int [n], or None where the file says nothing of them.
+    """
+
+    path: str
+    images: Images
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def digest(self) -> str:
+        """SHA-256 of the pixels in order, first 12 digits."""
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for batch in batches(self.images, _DIGEST_BATCH):
+            digest.update(np.ascontiguousarray(batch).tobytes())
+        return digest.hexdigest()[:12]
+
+
+def batches(images: Images, batch_size: int) -> Iterator[np.ndarray]:
+    """The images in order, `batch_size` at a time; the last batch may be smaller."""
+    for start in range(0, len(images), batch_size):
+        yield images[start : start + batch_size]
 
 
 def save_samples(
@@ -35,12 +85,53 @@ def save_samples(
     write_whole(path, data.getvalue())
 
 
+def save_sample_batches(
+    path: pathlib.Path,
+    shape: tuple[int, ...],
+    batches_of: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]],
+) -> None:
+    """Writes an ADM-style file from batches, never holding more than one of them.
+
+    Args:
+      path: file to write.
+      shape: (n, H, W, C) of all images.
+      batches_of: gives the (images, labels) in order, each time it is called.
+
+    Raises:
+      ValueError: there are more or fewer images than `shape` says.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    arrays = (("arr_0", shape, np.uint8), ("arr_1", shape[:1], np.int64))
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for which, (name, array_shape, dtype) in enumerate(arrays):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as f:
+                    header = {
+                        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                        "fortran_order": False,
+                        "shape": array_shape,
+                    }
+                    np.lib.format.write_array_header_1_0(f, header)
+                    count = 0
+                    for batch in batches_of():
+                        rows = np.ascontiguousarray(batch[which], dtype)
+                        f.write(rows.tobytes())
+                        count += len(rows)
+                if count != shape[0]:
+                    raise ValueError(f"{count} samples, expected {shape[0]}")
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def read_provenance(path: pathlib.Path) -> Mapping[str, Any] | None:
     """What `save_samples` was told of the samples' origin; None without file or origin."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             return json.loads(str(stored["provenance"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except DAMAGED:
         return None
 
 
@@ -50,28 +141,70 @@ def stored_samples(path: pathlib.Path) -> np.ndarray:
         return stored["arr_0"]
 
 
-def load_samples(path: str, stage: StageConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Reads an ADM-style file.
+def open_images(path: str, *, flag: str) -> StoredImages:
+    """Opens an ADM-style `.npz` (`arr_0` uint8 NHWC, `arr_1` labels if any) or a folder of PNGs.
 
     Raises:
-      UserError: it cannot be read, or does not hold images as the stage makes them.
+      UserError: it is neither, or does not hold at least two uint8 images of one size.
     """
+    if pathlib.Path(path).is_dir():
+        return StoredImages(path, PngFolder(pathlib.Path(path), flag=flag), None)
     try:
         with np.load(path, allow_pickle=False) as stored:
-            images, labels = stored["arr_0"], stored["arr_1"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+            images = stored["arr_0"]
+            labels = stored["arr_1"] if "arr_1" in stored.files else None
+    except DAMAGED as e:
         raise UserError(
-            f"--samples={path}: expected an .npz with arr_0 (images) and arr_1 (labels) ({e})"
+            f"--{flag}={path}: expected a folder of PNGs, or an .npz with arr_0 (images) that is"
+            f" whole ({e})"
         ) from e
-    expected = (stage.resolution, stage.resolution, stage.channels)
-    if images.dtype != np.uint8 or images.shape[1:] != expected or len(images) < 2:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise UserError(
-            f"--samples={path}: arr_0 is {images.dtype} {images.shape}, expected uint8"
-            f" (n, {', '.join(map(str, expected))}) with n of at least 2, as {stage.name!r} makes"
+            f"--{flag}={path}: arr_0 is {images.dtype} {images.shape}{_range_of(images)}, expected"
+            " uint8 (n, height, width, 1 or 3), values 0 to 255"
         )
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+    if len(images) < 2:
+        raise UserError(f"--{flag}={path}: {len(images)} images, expected at least 2")
+    if labels is not None and (
+        labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer)
+    ):
         raise UserError(
-            f"--samples={path}: arr_1 is {labels.dtype} {labels.shape}, expected {len(images)}"
+            f"--{flag}={path}: arr_1 is {labels.dtype} {labels.shape}, expected {len(images)}"
             " integer labels"
         )
-    return images, labels
+    return StoredImages(path, images, labels)
+
+
+def _range_of(images: np.ndarray) -> str:
+    if not np.issubdtype(images.dtype, np.floating) or not images.size:
+        return ""
+    bad = int((~np.isfinite(images)).sum())
+    if bad:
+        return f" with {bad} values that are NaN or infinite"
+    return f" with values from {images.min():g} to {images.max():g}"
+
+
+def check_made_by(stored: StoredImages, stage: StageConfig, *, flag: str) -> None:
+    """Raises UserError unless the images are of a size and kind as a stage makes them."""
+    expected = (stage.resolution, stage.resolution, stage.channels)
+    if tuple(stored.images.shape[1:]) != expected:
+        raise UserError(
+            f"--{flag}={stored.path}: images of {tuple(stored.images.shape[1:])}, expected"
+            f" {expected}, as {stage.name!r} makes"
+        )
+    if stage.num_classes and stored.labels is None:
+        raise UserError(
+            f"--{flag}={stored.path}: no labels; {stage.name!r} has {stage.num_classes} classes,"
+            " so that an .npz with arr_1 is needed"
+        )
+
+
+def load_samples(path: str, stage: StageConfig) -> StoredImages:
+    """Opens stored samples, checked to be what a stage makes: `--samples`.
+
+    Raises:
+      UserError: they cannot be read, or are of another size or kind.
+    """
+    stored = open_images(path, flag="samples")
+    check_made_by(stored, stage, flag="samples")
+    return stored

@@ -1,33 +1,26 @@
 """Scoring a real (tiny) run with a judge whose verdicts are known."""
 
 import json
+import subprocess
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
 
-from cascaded_diffusion.evaluation import generate, score
-from cascaded_diffusion.evaluation.classifier import LabelledImages
+from cascaded_diffusion.cascade.build import build_stage
+from cascaded_diffusion.data.sources import examples
+from cascaded_diffusion.evaluation import generate, score, sources
+from cascaded_diffusion.evaluation.real_images import RealSplit
 from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
-from tests.tiny import random_source, round_trip, tiny_base, tiny_sr
+from tests.evaluation.stubs import Judge
+from tests.tiny import ROOT, random_source, round_trip, tiny_base, tiny_sr
 from tests.training.test_training import SOURCE, _train
 
-HELD_OUT = LabelledImages(SOURCE.images, SOURCE.labels)
-
-
-class Judge:
-    """Gives each set of samples the next of a list of distances."""
-
-    features, reference = "stub", "stub"
-
-    def __init__(self, distances):
-        self.distances = iter(distances)
-        self.seen = []
-
-    def scores(self, images, labels):
-        self.seen.append((images, labels))
-        return {score.METRIC: next(self.distances), score.ACCURACY: 0.5}
+HELD_OUT = RealSplit("noise", "test", len(SOURCE), partial(examples, SOURCE))
+FD, ACCURACY, PSNR = "fd_stub_40", "accuracy_stub_40", "psnr_low_res_40"
 
 
 def _config(make, **overrides):
@@ -52,9 +45,37 @@ def runs(tmp_path_factory):
     return folders
 
 
-def _scorer(folder, judge, **kwargs):
-    config = folder.read_config()
-    return score.RunScorer(config, folder, judge, HELD_OUT, build_mesh(config.mesh), **kwargs)
+def _scorer(folder, judge, *, below=None, config=None):
+    config = config or folder.read_config()
+    mesh, stage = build_mesh(config.mesh), build_stage(config.stage)
+    how = dict(seed=config.eval.seed, mesh=mesh)
+    if config.stage.kind == "base":
+        made = [sources.of_base(stage, config.stage.sampler, **how)]
+    else:
+        made = [
+            sources.of_real_images(
+                stage,
+                config.stage.sampler,
+                HELD_OUT,
+                num_samples=config.eval.num_samples,
+                aug_level=config.eval.aug_level,
+                **how,
+            )
+        ]
+    if below is not None:
+        samplers = [below.stage.config.sampler, config.stage.sampler]
+        made.append(
+            sources.of_stages(
+                [below],
+                stage,
+                samplers,
+                [config.eval.aug_level],
+                truncated=False,
+                kind="samples",
+                **how,
+            )
+        )
+    return score.RunScorer(config, folder, judge, made, mesh)
 
 
 @pytest.fixture
@@ -75,7 +96,7 @@ def test_every_checkpoint_once_the_best_chosen_and_training_stopped(clean):
     assert [(r["step"], r["metric"], r["value"]) for r in records] == [
         (step, metric, value)
         for step, distance in ((2, 3.0), (4, 5.0), (6, 4.0))
-        for metric, value in ((score.METRIC, distance), (score.ACCURACY, 0.5))
+        for metric, value in ((ACCURACY, 0.5), (FD, distance))
     ]
     assert all(r["num_samples"] == 40 and r["low_res"] == "none" for r in records)
     assert folder.chosen().step == 2
@@ -109,8 +130,10 @@ def test_super_resolution_is_scored_on_real_and_on_generated_input(clean):
     assert previous.name == "base16@6, EMA 0.995"
     source = f"samples:{previous.identity}"
     judge = Judge([1.0, 9.0, 2.0, 8.0, 3.0, 7.0])
-    _scorer(sr, judge, previous=previous).score_new_checkpoints()
-    records = [r for r in read_lines(sr.results_path) if r["metric"] == score.METRIC]
+    _scorer(sr, judge, below=previous).score_new_checkpoints()
+    everything = read_lines(sr.results_path)
+    assert {r["metric"] for r in everything} == {FD, ACCURACY, PSNR}
+    records = [r for r in everything if r["metric"] == FD]
     assert [(r["step"], r["low_res"], r["value"]) for r in records] == [
         (2, "real", 1.0),
         (2, source, 9.0),
@@ -148,9 +171,7 @@ def test_samples_do_not_depend_on_the_batch_size(clean):
     for batch_size in (40, 16):
         config = round_trip(folder.read_config(), eval__batch_size=batch_size)
         judge = Judge([1.0] * 3)
-        score.RunScorer(
-            config, folder, judge, HELD_OUT, build_mesh(config.mesh)
-        ).score_new_checkpoints()
+        _scorer(folder, judge, config=config).score_new_checkpoints()
         images.append(judge.seen[0][0].astype(int))
         folder.results_path.unlink()
     # Another batch size may round a last bit, never draw other noise.
@@ -217,3 +238,49 @@ def test_samples_that_are_not_finite_are_an_error():
 
 def test_real_rows_are_spread_over_a_sorted_set():
     assert random_source(64).labels[np.arange(40) * 64 // 40].tolist()[:3] == [0, 1, 3]
+
+
+def test_killed_at_random_an_evaluation_records_what_an_unbroken_one_does(clean, tmp_path):
+    import shutil
+
+    results = {}
+    for name, kills in (("unbroken", 0), ("killed", 20)):
+        folder = RunFolder(tmp_path / name)
+        shutil.copytree(clean["base16"].path, folder.path)
+        folder.write_config(
+            round_trip(folder.read_config(), eval__num_samples=1000, eval__batch_size=8)
+        )
+        out = subprocess.run(
+            [sys.executable, "-m", "tests.evaluation.killed_job", str(folder.path), str(kills)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        ).stdout
+        survived = int(out.rsplit("kills ", 1)[1])
+        assert survived == kills or survived >= 10
+        results[name] = folder.results_path.read_text().splitlines()
+        assert not list(folder.samples.iterdir())
+    assert len(results["unbroken"]) == len(set(results["unbroken"]))
+    # No partial and no double record, and every value the same to the bit.
+    assert sorted(results["killed"]) == sorted(results["unbroken"])
+    values = [json.loads(line) for line in results["killed"]]
+    keys = [(r["step"], r["metric"]) for r in values]
+    assert len(keys) == len(set(keys))
+    assert {r["step"] for r in values} == {2, 4, 6}
+
+
+def test_a_second_evaluation_of_a_run_is_refused(clean):
+    folder = clean["base16"]
+    with folder.writer_lock("eval"):
+        second = subprocess.run(
+            [sys.executable, "-m", "cascaded_diffusion.evaluate", f"--workdir={folder.path}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert second.returncode == 2
+    assert "another eval process" in second.stderr
+    assert read_lines(folder.results_path) == []

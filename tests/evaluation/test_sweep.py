@@ -8,13 +8,12 @@ import pytest
 from PIL import Image
 
 from cascaded_diffusion.cascade.cascade import Cascade
+from cascaded_diffusion.config import sampler_named
 from cascaded_diffusion.config_checks import cascade_config_from, run_config_from
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import generate
-from cascaded_diffusion.evaluation.judge import METRIC
 from cascaded_diffusion.evaluation.settings import (
     make_settings,
-    sampler_named,
     with_setting,
 )
 from cascaded_diffusion.evaluation.sweep import Sweep, best_setting
@@ -22,11 +21,12 @@ from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.runtime.samples import read_provenance, stored_samples
-from tests.evaluation.test_score import Judge
+from tests.evaluation.stubs import Judge
 from tests.tiny import config_values, tiny_base, tiny_sr
 from tests.training.test_training import _train
 
 NUM_SAMPLES, BATCH_SIZE = 20, 8
+METRIC = "fd_stub_20"
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_every_setting_gives_what_sampling_the_cascade_with_it_gives(trained, tm
     assert table.index("2.000") < table.index("3.000") < table.index("5.000")
     assert Image.open(tmp_path / "sr32.png").size[0] > 500
 
-    best = best_setting(settings, rows)
+    best = best_setting(settings, rows, METRIC)
     assert (best.aug_level, best.truncated) == (0.6, False)
     assert with_setting(section, 1, best).aug_levels == (0.6,)
 
@@ -129,7 +129,7 @@ def test_a_base_model_is_swept_over_steps_and_samplers(trained, tmp_path, mesh):
         ("heun", 3),
     ]
     rows = _sweep(section, base, Judge([4.0, 3.0, 2.0, 1.0]), tmp_path, mesh).run(settings)
-    best = best_setting(settings, rows)
+    best = best_setting(settings, rows, METRIC)
     chosen = with_setting(section, 0, best)
     assert (chosen.samplers[0].name, chosen.samplers[0].num_steps) == ("heun", 3)
     assert chosen.samplers[1] == section.samplers[1]
@@ -149,10 +149,10 @@ def test_a_setting_that_fails_is_recorded_and_passed_over(trained, tmp_path, mes
     monkeypatch.setattr(generate, "generate", failing)
     rows = _sweep(section, trained, Judge([3.0]), tmp_path, mesh).run(settings)
     assert [row[METRIC] for row in rows] == [None, 3.0]
-    assert best_setting(settings, rows).aug_level == 0.2
+    assert best_setting(settings, rows, METRIC).aug_level == 0.2
     assert "failed (a sample is not finite)" in (tmp_path / "sr32.md").read_text()
     with pytest.raises(UserError, match="no setting could be scored"):
-        best_setting(settings[:1], rows[:1])
+        best_setting(settings[:1], rows[:1], METRIC)
 
 
 def test_a_stage_without_a_level_keeps_the_cascades_truncation():

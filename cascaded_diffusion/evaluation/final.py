@@ -1,0 +1,137 @@
+"""The final numbers of a chosen checkpoint: one table, one JSON, and the samples themselves.
+
+    RUN/eval/final_<source>.json, .md    FID to the training and to the validation images,
+                                         IS and the rest; the health of an enlargement
+    RUN/eval/final_<source>.npz          the samples, ADM style
+    RUN/eval/final_<source>.png          the first of them
+
+The paper reports both distances: one that falls to the training images alone is
+over-fitting.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from cascaded_diffusion.config import RunConfig
+from cascaded_diffusion.evaluation import health
+from cascaded_diffusion.evaluation.judge import Judge
+from cascaded_diffusion.evaluation.sample_store import SampleStore
+from cascaded_diffusion.evaluation.score import measured, save_grid
+from cascaded_diffusion.evaluation.sources import LevelSource, SampleSource, fill
+from cascaded_diffusion.evaluation.trained import TrainedStage
+from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
+from cascaded_diffusion.runtime.samples import save_sample_batches
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+# How many levels, up to the highest one that the stage was trained for.
+_NUM_LEVELS = 6
+
+
+def final_numbers(
+    config: RunConfig,
+    folder: RunFolder,
+    trained: TrainedStage,
+    judge: Judge,
+    source: SampleSource,
+    *,
+    num_samples: int,
+    seed: int,
+    batch_size: int,
+    levels: LevelSource | None,
+) -> dict[str, Any]:
+    """Makes the samples, goes on where an earlier call was stopped, and measures them.
+
+    Args:
+      config: the run's.
+      folder: the run's.
+      trained: its chosen checkpoint.
+      judge: with the references "train" and "val".
+      source: of the samples.
+      num_samples: how many.
+      seed: of the samples' noise.
+      batch_size: of sampling.
+      levels: samples at any level of conditioning augmentation, to tell the response to
+        it; None for a stage without a level.
+
+    Returns:
+      What final_<source>.json holds.
+    """
+    stage = config.stage
+    identity = {**source.record, "seed": seed, "weights": trained.identity}
+    store = SampleStore(folder.samples, identity, num_samples=num_samples, batch_size=batch_size)
+    fill(store, source, trained.params, label=f"{trained.name}, low-res {source.kind}")
+    measurement, agreement, first = measured(judge, store, stage.num_classes)
+    metrics: dict[str, float] = {}
+    for role, reference in judge.references.items():
+        for name, value in measurement.distances(reference).items():
+            metrics[f"{name}_{role}"] = value
+    metrics |= measurement.own()
+    condition: dict[str, Any] = {}
+    real = judge.references["train"].pixels
+    if real is not None:
+        condition |= health.drift(measurement.pixels, real)
+    if agreement is not None:
+        condition["psnr_low_res"] = {"mean": agreement.psnr, "min": agreement.worst_psnr}
+    if levels is not None:
+        highest = stage.augment.max_level
+        condition["aug_response"] = health.response(
+            levels, trained.params, np.linspace(0.0, highest, _NUM_LEVELS).tolist()
+        )
+    record = {
+        "stage": stage.name,
+        "step": trained.chosen.step,
+        "ema_decay": trained.chosen.ema_decay,
+        "weights": trained.identity,
+        "num_samples": num_samples,
+        **source.record,
+        "seed": seed,
+        "features": judge.features,
+        "references": {
+            role: {"name": r.name, **vars(r.fingerprint)} for role, r in judge.references.items()
+        },
+        "metrics": metrics,
+        "health": condition,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+    }
+    name = f"final_{source.kind}"
+    save_grid(folder, f"{name}.png", first)
+    save_sample_batches(
+        folder.eval / f"{name}.npz",
+        (num_samples, *first.shape[1:]),
+        lambda: ((a["images"], a["labels"]) for a in store.batches()),
+    )
+    # The table before the JSON, which says that all is there; the store after both.
+    write_whole(folder.eval / f"{name}.md", _table(record).encode())
+    write_whole(folder.eval / f"{name}.json", json.dumps(record, indent=2).encode() + b"\n")
+    store.remove()
+    return record
+
+
+def _table(record: Mapping[str, Any]) -> str:
+    lines = [
+        f"# {record['stage']}, step {record['step']}, EMA {record['ema_decay']:g}:"
+        f" {record['num_samples']} samples",
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *(f"| {name} | {value:.6g} |" for name, value in record["metrics"].items()),
+        "",
+        f"Low-res input: {record['low_res']}; aug_level {record['aug_level']}, truncated"
+        f" {record['truncated']}; {record['sampler']['name']}, {record['sampler']['num_steps']}"
+        f" steps; seed {record['seed']}.",
+        "",
+        f"Features: {record['features']}.",
+        "",
+        *(f"Reference {role}: {r['name']}." for role, r in record["references"].items()),
+        "",
+    ]
+    for name, value in record["health"].items():
+        lines.append(f"{name}: {json.dumps(value)}")
+    return "\n".join([*lines, ""])

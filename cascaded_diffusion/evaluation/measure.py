@@ -1,0 +1,128 @@
+"""From images to metrics: sums that are streamed batch by batch, and what follows from them.
+
+The number of samples is part of every metric's name, and so is the extractor unless it
+is Inception: `fid_50k`, `is_50k`, `fd_classifier_1k`, `precision_classifier_1k`. A
+distance between features of another network is never called FID.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cascaded_diffusion.evaluation.features import FeatureExtractor, Features
+from cascaded_diffusion.evaluation.frechet import FeatureStatistics, frechet_distance
+from cascaded_diffusion.evaluation.inception_score import ScoreStatistics
+from cascaded_diffusion.evaluation.kernel_distance import kernel_distance
+from cascaded_diffusion.evaluation.precision_recall import precision_recall
+from cascaded_diffusion.evaluation.reference import PixelStatistics, Reference
+
+# Of KID's random subsets.
+_KID_SEED = 0
+_NUM_SPLITS = 10
+_NUM_NEIGHBOURS = 3
+
+
+def metric_name(metric: str, extractor: str, num_samples: int) -> str:
+    """`fid`, "inception", 50000 -> "fid_50k"; with "classifier" it is "fd_classifier_50k"."""
+    if extractor != "inception":
+        metric = f"{'fd' if metric == 'fid' else metric}_{extractor}"
+    return counted(metric, num_samples)
+
+
+def counted(metric: str, num_samples: int) -> str:
+    """A metric's name with the number of samples: `fid`, 10000 -> "fid_10k"."""
+    thousands, rest = divmod(num_samples, 1000)
+    return f"{metric}_{num_samples if rest or not thousands else f'{thousands}k'}"
+
+
+class Measurement:
+    """The sums over a set of samples from which its metrics are computed.
+
+    Args:
+      extractor: of the features.
+      num_samples: how many samples there will be.
+      classes: whether the extractor's logits are of the samples' own labels.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, num_samples: int, *, classes: bool):
+        self._extractor, self._num_samples, self._classes = extractor, num_samples, classes
+        self._pooled: FeatureStatistics | None = None
+        self._spatial: FeatureStatistics | None = None
+        self._score: ScoreStatistics | None = None
+        self._pixels: PixelStatistics | None = None
+        self._features: list[np.ndarray] = []
+        self._count = self._correct = self._judged = 0
+
+    @property
+    def pixels(self) -> PixelStatistics:
+        """Sums over the pixels of all samples so far."""
+        return self._pixels
+
+    def add(self, images: np.ndarray, labels: np.ndarray | None) -> None:
+        """Adds the next samples, uint8 [b, H, W, C], labels int [b] where there are any.
+
+        Raises:
+          ValueError: a feature is not finite.
+        """
+        features: Features = self._extractor(images)
+        rows = np.arange(self._count, self._count + len(images))
+        self._count += len(images)
+        self._pooled = _plus(self._pooled, FeatureStatistics.of(features.pooled))
+        if features.spatial is not None:
+            self._spatial = _plus(self._spatial, FeatureStatistics.of(features.spatial))
+        self._pixels = _plus(self._pixels, PixelStatistics.of(images))
+        if self._num_samples >= _NUM_SPLITS:
+            score = ScoreStatistics.of(
+                features.logits, rows, num_samples=self._num_samples, num_splits=_NUM_SPLITS
+            )
+            self._score = _plus(self._score, score)
+        self._features.append(features.pooled.astype(np.float32))
+        if self._classes and labels is not None:
+            self._correct += int((features.logits.argmax(-1) == labels).sum())
+            self._judged += len(labels)
+
+    def primary(self) -> str:
+        """The name of the metric by which checkpoints are compared."""
+        return self._name("fid")
+
+    def distances(self, reference: Reference) -> dict[str, float]:
+        """What the samples are compared with a reference by: FID, sFID, KID, precision, recall.
+
+        Those are left out for which the reference has no features.
+        """
+        self._check_complete()
+        values = {self._name("fid"): frechet_distance(self._pooled, reference.pooled)}
+        if self._spatial is not None and reference.spatial is not None:
+            values[self._name("sfid")] = frechet_distance(self._spatial, reference.spatial)
+        real, own = reference.features, np.concatenate(self._features)
+        if real is not None and min(len(real), len(own)) > _NUM_NEIGHBOURS:
+            values[self._name("kid")], values[self._name("kid_std")] = kernel_distance(
+                own, real, seed=_KID_SEED
+            )
+            values[self._name("precision")], values[self._name("recall")] = precision_recall(
+                real, own, num_neighbours=_NUM_NEIGHBOURS
+            )
+        return values
+
+    def own(self) -> dict[str, float]:
+        """What the samples say without a reference: inception score, accuracy."""
+        self._check_complete()
+        values = {}
+        if self._score is not None:
+            values[self._name("is")], values[self._name("is_std")] = self._score.score()
+        if self._judged:
+            values[self._name("accuracy")] = self._correct / self._judged
+        return values
+
+    def _name(self, metric: str) -> str:
+        return metric_name(metric, self._extractor.name, self._num_samples)
+
+    def _check_complete(self) -> None:
+        if self._count != self._num_samples:
+            raise ValueError(f"{self._count} samples were measured, expected {self._num_samples}")
+
+
+def _plus(sums: Any, more: Any) -> Any:
+    return more if sums is None else sums + more

@@ -1,0 +1,288 @@
+"""Reference statistics: what samples are compared with, and exactly of which images they are.
+
+An FID is a number between two sets of images. Which images the reference is of, how
+they were cropped and shrunk and what read them is its fingerprint; a reference is used
+only where each field of it is what the comparison needs.
+
+The file is an `.npz` with the keys that other tools use too: `mu`, `sigma` (of pooled
+features), `mu_s`, `sigma_s` (spatial); and ours: `features`, `pixels`, `fingerprint`,
+`digest`. A file of another tool has no fingerprint; ADM's reference batches were made
+with Inception at its original, "legacy" resizing, and are taken as such.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.features import FeatureExtractor
+from cascaded_diffusion.evaluation.frechet import FeatureStatistics, Moments
+from cascaded_diffusion.runtime.logging import Progress
+from cascaded_diffusion.runtime.run_folder import write_whole
+from cascaded_diffusion.runtime.samples import DAMAGED
+
+# Features that are kept for KID, precision and recall: of images spread over the set.
+_KEPT_FEATURES = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """What reference statistics are of.
+
+    Attributes:
+      data: name of the data set, or of the file or folder.
+      split: of the data set; "" for files.
+      num_images: how many.
+      crop: how images were made square.
+      resolution: height in pixels at which they are compared.
+      channels: 1 or 3.
+      resize: how they got to that resolution; "none" if they were of it.
+      features: identity of the extractor, with its own way of resizing.
+      pixels: SHA-256 of all pixels in order, first 12 digits.
+    """
+
+    data: str
+    split: str
+    num_images: int
+    crop: str
+    resolution: int
+    channels: int
+    resize: str
+    features: str
+    pixels: str
+
+    def __str__(self) -> str:
+        where = f"{self.data}:{self.split}" if self.split else self.data
+        return (
+            f"{where}:{self.num_images}:{self.resolution}px:crop {self.crop}:resize {self.resize}"
+            f":{self.pixels}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelStatistics:
+    """Count, sum and sum of squares of each channel, in grey levels 0 to 255.
+
+    Attributes:
+      count: pixels per channel.
+      total: [C] float64.
+      squares: [C] float64.
+    """
+
+    count: int
+    total: np.ndarray
+    squares: np.ndarray
+
+    @classmethod
+    def of(cls, images: np.ndarray) -> PixelStatistics:
+        """Of uint8 images [n, H, W, C]."""
+        pixels = images.reshape(-1, images.shape[-1]).astype(np.float64)
+        return cls(len(pixels), pixels.sum(0), np.square(pixels).sum(0))
+
+    def __add__(self, other: PixelStatistics) -> PixelStatistics:
+        return PixelStatistics(
+            self.count + other.count, self.total + other.total, self.squares + other.squares
+        )
+
+    @property
+    def mean(self) -> np.ndarray:
+        """[C], grey levels."""
+        return self.total / self.count
+
+    @property
+    def std(self) -> np.ndarray:
+        """[C], grey levels."""
+        return np.sqrt(np.maximum(self.squares / self.count - np.square(self.mean), 0.0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Statistics of real images.
+
+    Attributes:
+      name: what records say of it.
+      fingerprint: None where a file of another tool does not tell.
+      pooled: moments of the pooled features.
+      spatial: of the spatial ones, if there are.
+      features: pooled features of up to 10,000 images [m, F] float32, if there are.
+      pixels: sums over the pixels, if known.
+    """
+
+    name: str
+    fingerprint: Fingerprint | None
+    pooled: FeatureStatistics | Moments
+    spatial: FeatureStatistics | Moments | None
+    features: np.ndarray | None
+    pixels: PixelStatistics | None
+
+
+def measure_reference(
+    batches: Iterable[np.ndarray],
+    extractor: FeatureExtractor,
+    *,
+    num_images: int,
+    label: str,
+    **fingerprint: Any,
+) -> Reference:
+    """Statistics of images uint8 [b, H, W, C] that come batch by batch.
+
+    Args:
+      batches: the images, in order, `num_images` in all.
+      extractor: of the features.
+      num_images: how many there are.
+      label: for the progress line.
+      **fingerprint: `data`, `split`, `crop` and `resize` of `Fingerprint`.
+
+    Raises:
+      ValueError: a feature is not finite, or there are more or fewer images.
+    """
+    progress = Progress(num_images, unit="images", label=label)
+    num_kept = min(num_images, _KEPT_FEATURES)
+    kept_rows = np.arange(num_kept) * num_images // num_kept
+    pooled = spatial = pixels = None
+    kept, digest, count, shape = [], hashlib.sha256(), 0, ()
+    for images in batches:
+        features, shape = extractor(images), images.shape[1:]
+        statistics = FeatureStatistics.of(features.pooled)
+        pooled = statistics if pooled is None else pooled + statistics
+        if features.spatial is not None:
+            statistics = FeatureStatistics.of(features.spatial)
+            spatial = statistics if spatial is None else spatial + statistics
+        sums = PixelStatistics.of(images)
+        pixels = sums if pixels is None else pixels + sums
+        wanted = (kept_rows >= count) & (kept_rows < count + len(images))
+        kept.append(features.pooled[kept_rows[wanted] - count].astype(np.float32))
+        digest.update(np.ascontiguousarray(images).tobytes())
+        count += len(images)
+        progress.update(count)
+    progress.close()
+    if count != num_images:
+        raise ValueError(f"{count} images, expected {num_images}")
+    made = Fingerprint(
+        num_images=count,
+        resolution=shape[0],
+        channels=shape[2],
+        features=extractor.identity,
+        pixels=digest.hexdigest()[:12],
+        **fingerprint,
+    )
+    return Reference(
+        name=str(made),
+        fingerprint=made,
+        pooled=pooled,
+        spatial=spatial,
+        features=np.concatenate(kept),
+        pixels=pixels,
+    )
+
+
+def save_reference(path: pathlib.Path, reference: Reference) -> None:
+    """Writes a reference with its fingerprint and the digest of its arrays."""
+    arrays = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
+    if reference.spatial is not None:
+        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+    if reference.features is not None:
+        arrays["features"] = reference.features
+    if reference.pixels is not None:
+        sums = reference.pixels
+        arrays["pixels"] = np.stack(
+            [np.full_like(sums.total, sums.count), sums.total, sums.squares]
+        )
+    fingerprint = dataclasses.asdict(reference.fingerprint)
+    arrays["fingerprint"] = np.asarray(json.dumps(fingerprint, sort_keys=True))
+    data = io.BytesIO()
+    np.savez(data, **arrays, digest=np.asarray(_digest(arrays)))
+    write_whole(path, data.getvalue())
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+def holds_statistics(path: str) -> bool:
+    """Whether a file has statistics in it, besides or instead of images."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return "mu" in stored.files
+    except DAMAGED:
+        return False
+
+
+def read_reference(path: str, *, flag: str) -> Reference:
+    """Reads statistics, ours or another tool's (`mu`, `sigma`).
+
+    Raises:
+      UserError: the file cannot be read, is damaged, or has no statistics.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files if not name.startswith("arr_")}
+    except DAMAGED as e:
+        raise UserError(f"--{flag}={path}: cannot be read as .npz ({e})") from e
+    if not {"mu", "sigma"} <= set(arrays):
+        raise UserError(f"--{flag}={path}: expected statistics, mu and sigma, in it")
+    recorded = arrays.pop("digest", None)
+    if recorded is not None and str(recorded) != _digest(arrays):
+        raise UserError(
+            f"--{flag}={path}: its arrays have changed since it was written; make it anew"
+        )
+    fingerprint = None
+    if "fingerprint" in arrays:
+        try:
+            fingerprint = Fingerprint(**json.loads(str(arrays["fingerprint"])))
+        except (ValueError, TypeError) as e:
+            raise UserError(f"--{flag}={path}: its fingerprint is of another version ({e})") from e
+    pixels = None
+    if "pixels" in arrays:
+        count, total, squares = arrays["pixels"]
+        pixels = PixelStatistics(int(count[0]), total, squares)
+    name = str(fingerprint) if fingerprint else f"{pathlib.Path(path).name}:{_digest(arrays)[:12]}"
+    return Reference(
+        name=name,
+        fingerprint=fingerprint,
+        pooled=_moments(arrays["mu"], arrays["sigma"], path, flag),
+        spatial=_moments(arrays["mu_s"], arrays["sigma_s"], path, flag)
+        if "mu_s" in arrays
+        else None,
+        features=arrays.get("features"),
+        pixels=pixels,
+    )
+
+
+def _moments(mean: np.ndarray, covariance: np.ndarray, path: str, flag: str) -> Moments:
+    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+    good = mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
+    if not good or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(
+            f"--{flag}={path}: a mean of {mean.shape} and a covariance of {covariance.shape},"
+            " expected [F] and [F, F], finite"
+        )
+    return Moments(mean, covariance)
+
+
+def check_reference(reference: Reference, path: str, flag: str, **wanted: Any) -> None:
+    """Checks fields of a reference's fingerprint.
+
+    Raises:
+      UserError: a field has another value than wanted; names it and both values.
+    """
+    if reference.fingerprint is None:
+        return
+    for field, value in wanted.items():
+        found = getattr(reference.fingerprint, field)
+        if found != value:
+            raise UserError(
+                f"--{flag}={path}: its field {field!r} is {found!r}, expected {value!r}; make the"
+                " reference anew, with `python -m cascaded_diffusion.reference`"
+            )

@@ -1,0 +1,115 @@
+"""Samples on disk while they are made, so that a job that is killed goes on where it was.
+
+    FOLDER/identity.json      all that the samples are a function of
+    FOLDER/000000.npz, ...    one file per batch, whole or not there
+
+A batch is made in one piece and appears under its name by a rename. A job that comes
+back makes the batches that are missing: each sample exists exactly once, and has the
+value that an unbroken job gives it, since batches begin where they always begin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from cascaded_diffusion.runtime.run_folder import write_whole
+from cascaded_diffusion.runtime.samples import DAMAGED
+
+# The arrays of a batch: "images" uint8 [b, H, W, C], "labels" int64 [b] and, of an
+# enlargement, "low_res" uint8 [b, h, w, C].
+Arrays = dict[str, np.ndarray]
+
+
+class SampleStore:
+    """The batches of one set of samples.
+
+    Args:
+      parent: folder of stores; this one's is named by the identity's digest.
+      identity: all that the samples are a function of, for JSON.
+      num_samples: how many there are in all.
+      batch_size: how many to a batch.
+    """
+
+    def __init__(
+        self,
+        parent: pathlib.Path,
+        identity: Mapping[str, Any],
+        *,
+        num_samples: int,
+        batch_size: int,
+    ):
+        whole = {**identity, "num_samples": num_samples, "batch_size": batch_size}
+        text = json.dumps(whole, sort_keys=True)
+        self._folder = parent / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.num_samples, self.batch_size = num_samples, batch_size
+        if not (self._folder / "identity.json").exists():
+            write_whole(self._folder / "identity.json", text.encode() + b"\n")
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches make the whole."""
+        return -(-self.num_samples // self.batch_size)
+
+    def rows(self, batch: int) -> np.ndarray:
+        """The indices of the samples of a batch: [b]."""
+        start = batch * self.batch_size
+        return np.arange(start, min(start + self.batch_size, self.num_samples))
+
+    def missing(self) -> list[int]:
+        """The batches that are still to be made."""
+        return [i for i in range(self.num_batches) if not self._path(i).exists()]
+
+    def write(self, batch: int, arrays: Arrays) -> None:
+        """Keeps a batch; of several processes, which all make it together, the first does.
+
+        Raises:
+          ValueError: it has another number of samples than it should.
+        """
+        for name, array in arrays.items():
+            if len(array) != len(self.rows(batch)):
+                raise ValueError(
+                    f"batch {batch}: {len(array)} {name}, expected {len(self.rows(batch))}"
+                )
+        if jax.process_index() > 0:
+            return
+        data = io.BytesIO()
+        np.savez(data, **arrays)
+        write_whole(self._path(batch), data.getvalue())
+
+    def read(self, batch: int) -> Arrays | None:
+        """A batch; None where its file has been damaged, which then is removed."""
+        try:
+            # zipfile compares checksums: a bit that has flipped is noticed.
+            with np.load(self._path(batch), allow_pickle=False) as stored:
+                return {name: stored[name] for name in stored.files}
+        except DAMAGED:
+            self._path(batch).unlink(missing_ok=True)
+            return None
+
+    def batches(self) -> Iterator[Arrays]:
+        """All batches in order.
+
+        Raises:
+          ValueError: one is missing.
+        """
+        for i in range(self.num_batches):
+            arrays = self.read(i)
+            if arrays is None:
+                raise ValueError(f"{self._path(i)}: missing or damaged; run the same command again")
+            yield arrays
+
+    def remove(self) -> None:
+        """Deletes the store, when what was wanted of the samples is known."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, batch: int) -> pathlib.Path:
+        return self._folder / f"{batch:06d}.npz"

@@ -1,0 +1,113 @@
+"""Makes reference statistics: what an FID is measured against.
+
+    python -m cascaded_diffusion.reference --config=configs/sr64.py --workdir=RUN/sr64
+    python -m cascaded_diffusion.reference --workdir=RUN/base16
+    python -m cascaded_diffusion.reference --images=FOLDER_OR_NPZ --output=REF.npz --resize=clean
+
+For a run: the statistics of its training and of its validation images (--roles) at the
+run's resolution, by the extractor that its config names, as RUN/eval/reference_train.npz
+and reference_val.npz; `evaluate` makes those that it does not find, this command makes
+them before, on any machine that has the data. For images: by Inception.
+
+The file says exactly what it is of: data set, split, count, crop, resolution, resizing,
+extractor. `evaluate` refuses a reference of which one field is not what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from cascaded_diffusion import cli
+from cascaded_diffusion.config import MeshConfig
+from cascaded_diffusion.config_checks import check_devices, run_config_from
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluate_run import build_run_judge
+from cascaded_diffusion.runtime.run_folder import RunFolder, check_writable
+from cascaded_diffusion.runtime.samples import batches, open_images
+
+_BATCH = 500
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code; raises UserError for bad input."""
+    fv = flags.FlagValues()
+    cli.define_config(fv, argv, "the stage's config file, where there is no run yet")
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=fv)
+    flags.DEFINE_list("roles", ["train", "val"], "which splits of a run", flag_values=fv)
+    flags.DEFINE_string("images", None, "an .npz or a folder of PNGs", flag_values=fv)
+    flags.DEFINE_string("output", None, "with --images: the .npz to write", flag_values=fv)
+    flags.DEFINE_enum(
+        "resize", None, ["legacy", "clean"], "with --images: to 299 px; legacy", flag_values=fv
+    )
+    cli.define_inception(fv)
+    cli.parse(fv, argv, __doc__)
+    if fv.images is not None:
+        for name in ("workdir", "config"):
+            if fv[name].value is not None:
+                raise UserError(f"--images does not go with --{name}: leave one of them out")
+        return _of_images(fv)
+    for name in ("output", "resize"):
+        if fv[name].value is not None:
+            raise UserError(f"--{name} is only for --images: a run's config says it")
+    cli.require(fv, "workdir")
+    return _of_run(fv, argv)
+
+
+def _of_run(fv: flags.FlagValues, argv: Sequence[str]) -> int:
+    if not fv.roles or not set(fv.roles) <= {"train", "val"}:
+        raise UserError(f"--roles={','.join(fv.roles)}: expected train, val, or train,val")
+    folder = RunFolder(fv.workdir)
+    if folder.exists():
+        if fv.config is not None:
+            raise UserError(
+                f"--config: the run in {fv.workdir} has its own config.json; leave it out"
+            )
+        config = folder.read_config()
+    else:
+        if fv.config is None:
+            folder.read_config()  # says that there is none
+        config = run_config_from(cli.config_values(fv, argv))
+    folder.check_writable()
+    jax = cli.set_up_jax()
+    from cascaded_diffusion.runtime.mesh import build_mesh
+
+    check_devices(config, jax.device_count())
+    with folder.writer_lock("eval"):
+        judge = build_run_judge(fv, config, folder, build_mesh(config.mesh), fv.roles)
+    for role, reference in judge.references.items():
+        print(f"{folder.eval}/reference_{role}.npz: {reference.name}, {judge.features}", flush=True)
+    return 0
+
+
+def _of_images(fv: flags.FlagValues) -> int:
+    cli.require(fv, "output")
+    images = open_images(fv.images, flag="images")
+    output = RunFolder(fv.output, flag="output").path
+    if output.suffix != ".npz":
+        raise UserError(f"--output={fv.output}: expected a name that ends with .npz")
+    check_writable(output.parent, "output")
+    cli.set_up_jax()
+    from cascaded_diffusion.evaluation.reference import measure_reference, save_reference
+    from cascaded_diffusion.runtime.mesh import build_mesh
+
+    mesh = build_mesh(MeshConfig(data=-1, fsdp=1))
+    extractor = cli.inception_loader(fv, mesh)(fv.resize or "legacy")
+    reference = measure_reference(
+        batches(images.images, _BATCH),
+        extractor,
+        num_images=len(images),
+        label="reference",
+        data=f"file:{fv.images}",
+        split="",
+        crop="none",
+        resize="none",
+    )
+    save_reference(output, reference)
+    print(f"{output}: {reference.name}, {extractor.identity}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,49 @@
+"""A judge whose verdicts are known."""
+
+import types
+
+import numpy as np
+
+from cascaded_diffusion.evaluation.measure import metric_name
+
+
+class Judge:
+    """Gives each set of samples the next of a list of distances.
+
+    `seen` has the images and labels of every set.
+    """
+
+    features, reference = "stub", "stub"
+    extractor = types.SimpleNamespace(name="stub", identity="stub")
+    references = types.MappingProxyType({"train": None})
+
+    def __init__(self, distances):
+        self.distances = iter(distances)
+        self.seen = []
+
+    def measurement(self, num_samples):
+        return _Measurement(self, num_samples)
+
+    def scores(self, images, labels):
+        measurement = self.measurement(len(images))
+        measurement.add(images, labels)
+        return {**measurement.distances(None), **measurement.own()}
+
+
+class _Measurement:
+    def __init__(self, judge, num_samples):
+        self._judge, self._num_samples = judge, num_samples
+        self._images, self._labels = [], []
+
+    def add(self, images, labels):
+        self._images.append(images)
+        self._labels.append(labels)
+
+    def distances(self, reference):
+        del reference
+        labels = None if self._labels[0] is None else np.concatenate(self._labels)
+        self._judge.seen.append((np.concatenate(self._images), labels))
+        return {metric_name("fid", "stub", self._num_samples): next(self._judge.distances)}
+
+    def own(self):
+        return {metric_name("accuracy", "stub", self._num_samples): 0.5}

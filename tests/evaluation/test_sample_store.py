@@ -1,0 +1,70 @@
+"""Samples are made once each, however often the job is killed."""
+
+import numpy as np
+import pytest
+
+from cascaded_diffusion.evaluation.sample_store import SampleStore
+from cascaded_diffusion.evaluation.sources import SampleSource, fill
+
+NUM, BATCH = 23, 5
+
+
+def _source(made):
+    def make(params, indices):
+        made.append(indices)
+        images = np.broadcast_to(indices[:, None, None, None], (len(indices), 2, 2, 1))
+        return {"images": (images + params).astype(np.uint8), "labels": indices}
+
+    return SampleSource(kind="none", record={}, make=make)
+
+
+def _store(path, **identity):
+    return SampleStore(path, identity, num_samples=NUM, batch_size=BATCH)
+
+
+def test_every_sample_once_and_in_order(tmp_path):
+    made, store = [], _store(tmp_path)
+    fill(store, _source(made), 3, label="")
+    assert store.missing() == []
+    labels = np.concatenate([b["labels"] for b in store.batches()])
+    np.testing.assert_array_equal(labels, np.arange(NUM))
+    images = np.concatenate([b["images"] for b in store.batches()])
+    np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(NUM) + 3)
+    assert {len(indices) for indices in made} == {BATCH}  # one shape to compile
+
+    # Nothing is made twice, but for what went missing or was damaged.
+    fill(store, _source(made), 3, label="")
+    assert len(made) == 5
+    path = sorted(tmp_path.rglob("0*.npz"))[2]
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="missing or damaged; run the same command again"):
+        list(store.batches())
+    fill(store, _source(made), 3, label="")
+    np.testing.assert_array_equal(made[-1], np.arange(10, 15))
+    assert len(list(store.batches())) == 5
+    store.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    store = _store(tmp_path)
+    fill(store, _source([]), 0, label="")
+    path = sorted(tmp_path.rglob("0*.npz"))[1]
+    data = bytearray(path.read_bytes())
+    data[data.index(b"NUMPY") + 130] ^= 4
+    path.write_bytes(data)
+    assert store.read(1) is None
+    assert store.missing() == [1]
+
+
+def test_other_samples_have_another_store(tmp_path):
+    fill(_store(tmp_path, step=1), _source([]), 0, label="")
+    assert _store(tmp_path, step=1).missing() == []
+    assert len(_store(tmp_path, step=2).missing()) == 5
+    assert len(SampleStore(tmp_path, {"step": 1}, num_samples=NUM, batch_size=4).missing()) == 6
+
+
+def test_a_batch_of_the_wrong_size_is_refused(tmp_path):
+    store = _store(tmp_path)
+    with pytest.raises(ValueError, match="batch 4: 5 images, expected 3"):
+        store.write(4, {"images": np.zeros((5, 2, 2, 1), np.uint8)})
