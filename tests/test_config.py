@@ -678,12 +678,37 @@ BAD_COMMANDS = [
     (main, [CASCADE, "--workdir=RUN"], "config.cascade is not a config key"),
     (evaluate, [], "--workdir is missing: "),
     (evaluate, ["--workdir=RUN"], "--workdir=RUN: no run there"),
-    (evaluate, ["--workdir=RUN", "--num_images=3"], "--workdir=RUN: no run there"),
-    (evaluate, ["--workdir=RUN", "--stage=sr32"], "--stage is only for --sweep: add it"),
+    (
+        evaluate,
+        ["--workdir=RUN", "--num_images=3"],
+        "--num_images does not go with --workdir alone; it is for --bits_per_dim: leave one",
+    ),
+    (
+        evaluate,
+        ["--workdir=RUN", "--stage=sr32"],
+        "--stage does not go with --workdir alone; it is for --sweep: leave one of them out",
+    ),
+    (
+        evaluate,
+        ["--workdir=RUN", "--final", "--samples=a.npz"],
+        "--samples does not go with --final; it is for --cas: leave one of them out",
+    ),
+    (evaluate, ["--workdir=RUN", "--cas"], "--workdir=RUN: no run there"),
+    (evaluate, ["--workdir=RUN", "--final"], "--workdir=RUN: no run there"),
+    (
+        evaluate,
+        ["--workdir=RUN", "--samples=a.npz", "--reference=b.npz"],
+        "--reference, --resize: only without --workdir, which has its own; leave one out",
+    ),
+    (
+        evaluate,
+        ["--workdir=RUN", "--final", CASCADE],
+        "--workdir=RUN: no run 'base16' there; train it with",
+    ),
     (
         evaluate,
         ["--workdir=RUN", "--sweep", "--follow", CASCADE],
-        "--sweep does not go with --follow",
+        "--follow does not go with --sweep; it is for scoring checkpoints: leave one of them out",
     ),
     (evaluate, ["--workdir=RUN", "--sweep"], "--config is missing: "),
     (
@@ -694,7 +719,7 @@ BAD_COMMANDS = [
     (
         evaluate,
         ["--workdir=RUN", "--config.stage.sampler.num_steps=3"],
-        "--config.stage.sampler.num_steps=3: only for --sweep; a run is scored by its own config",
+        "--config.stage.sampler.num_steps=3: only for --sweep and --final of a cascade; a run is",
     ),
     (
         evaluate,

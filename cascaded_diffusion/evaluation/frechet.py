@@ -12,8 +12,8 @@ eigenvalues of (F_1^T F_2)(F_1^T F_2)^T, so that
     (2)  tr((C_1 C_2)^(1/2)) = sum_j s_j(F_1^T F_2),   s_j: singular values
 
 needs no general matrix square root, whose results can be complex or worse. Square
-roots of the eigenvalues of F_1^T C_2 F_1 would be the same sum; but what rounding, e,
-makes of its zeros counts sqrt(e) each, and with fewer examples than features there
+roots of the eigenvalues of F_1^T C_2 F_1 would be the same sum; but if rounding makes
+e of one of its zeros, that counts sqrt(e), and with fewer examples than features there
 are many. In (2) it counts e.
 
 Statistics are merged about the mean (Chan, Golub & LeVeque 1983). For parts a, b and
@@ -140,8 +140,8 @@ class FrechetTerms:
       mean_term: |mu_1 - mu_2|^2.
       covariance_term: tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^(1/2)).
       clipped: the most negative eigenvalue of either covariance over its largest,
-        0 where there is none. They are counted as zeros. About -1e-16 is rounding
-        of statistics in float64, -1e-7 of a reference that was stored in float32.
+        0 where there is none. It counts as zero, like all up to twice its size. About
+        -1e-16 is rounding of float64, -1e-7 of a reference that was stored in float32.
     """
 
     distance: float
@@ -193,8 +193,9 @@ def _factor(covariance: np.ndarray) -> tuple[np.ndarray, float]:
             f"covariance has eigenvalues from {lowest:.3g} to {largest:.3g}, expected none below 0:"
             " it is damaged, or something else"
         )
-    positive = values > 0
-    return vectors[:, positive] * np.sqrt(values[positive]), clipped
+    # Rounding scatters zeros to both sides; the wrong side tells how far.
+    kept = values > max(-2 * lowest, 0.0)
+    return vectors[:, kept] * np.sqrt(values[kept]), clipped
 
 
 def _checked(side: FeatureStatistics | Moments) -> Moments:

@@ -16,24 +16,13 @@ import time
 import numpy as np
 
 from cascaded_diffusion.config import MeshConfig
-from cascaded_diffusion.evaluation.features import Features
 from cascaded_diffusion.evaluation.judge import Judge
 from cascaded_diffusion.evaluation.reference import measure_reference
 from cascaded_diffusion.evaluation.score import RunScorer
 from cascaded_diffusion.evaluation.sources import SampleSource
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder
-
-
-class Extractor:
-    """Random projections."""
-
-    name = identity = "projection"
-    _matrix = np.random.default_rng(1).normal(size=(64, 12)).astype(np.float32)
-
-    def __call__(self, images):
-        features = np.tanh(images.reshape(len(images), -1)[:, :64] / 255 @ self._matrix)
-        return Features(features, features[:, :10])
+from tests.evaluation.stubs import Extractor
 
 
 def _images(seed, indices):
