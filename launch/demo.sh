@@ -35,13 +35,16 @@ timed "evaluate sr32" run python -m cascaded_diffusion.evaluate --workdir="$runs
   --low_res_run="$runs/base16"
 timed "sample the cascade" run python -m cascaded_diffusion.sample \
   --config="configs/mnist_cascade32.py$variant" --workdir="$runs"
-timed "score the samples" run python -m cascaded_diffusion.evaluate --workdir="$runs/sr32" \
+timed "final numbers" run python -m cascaded_diffusion.evaluate --final --workdir="$runs" \
+  --config="configs/mnist_cascade32.py$variant"
+timed "CAS" run python -m cascaded_diffusion.evaluate --cas --workdir="$runs/sr32" \
   --samples="$runs/samples/samples.npz"
+timed "report" run python -m cascaded_diffusion.report --workdir="$runs"
 
 printf '\n%-20s %8s\n' "part" "seconds"
 for i in "${!names[@]}"; do
   printf '%-20s %8d\n' "${names[i]}" "${seconds[i]}"
 done
 printf '%-20s %8d\n' "all" "$SECONDS"
-printf '\nLook at %s/samples/samples.png\n' "$runs"
+printf '\nLook at %s/report.html and %s/samples/samples.png\n' "$runs" "$runs"
 printf 'Curves: .venv/bin/pip install tensorboard && .venv/bin/tensorboard --logdir=%s\n' "$runs"

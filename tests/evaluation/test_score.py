@@ -1,21 +1,28 @@
 """Scoring a real (tiny) run with a judge whose verdicts are known."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.data.sources import examples
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import generate, score, sources
+from cascaded_diffusion.evaluation.final import final_numbers
+from cascaded_diffusion.evaluation.judge import build_judge
 from cascaded_diffusion.evaluation.real_images import RealSplit
 from cascaded_diffusion.evaluation.trained import load_trained
+from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
-from tests.evaluation.stubs import Judge
+from cascaded_diffusion.runtime.samples import open_images, save_samples
+from tests.evaluation.stubs import Extractor, Judge
 from tests.tiny import ROOT, random_source, round_trip, tiny_base, tiny_sr
 from tests.training.test_training import SOURCE, _train
 
@@ -284,3 +291,142 @@ def test_a_second_evaluation_of_a_run_is_refused(clean):
     assert second.returncode == 2
     assert "another eval process" in second.stderr
     assert read_lines(folder.results_path) == []
+
+
+def _final(folder, mesh, *, num_samples=30, below=()):
+    config = folder.read_config()
+    trained = load_trained(folder, mesh)
+    how = dict(seed=config.eval.seed, mesh=mesh)
+    how_many = dict(num_samples=num_samples, aug_level=config.eval.aug_level)
+    sampler = config.stage.sampler
+    source = sources.of_real_images(trained.stage, sampler, HELD_OUT, **how_many, **how)
+    if below:
+        source = sources.of_stages(
+            below,
+            trained.stage,
+            [*(t.stage.config.sampler for t in below), sampler],
+            [0.2],
+            truncated=True,
+            kind="cascade",
+            **how,
+        )
+    judge = build_judge(config, folder, Extractor(), {"train": HELD_OUT, "val": HELD_OUT})
+    return final_numbers(
+        config,
+        folder,
+        trained,
+        judge,
+        source,
+        num_samples=num_samples,
+        seed=config.eval.seed,
+        batch_size=16,
+        levels=sources.at_levels(trained.stage, sampler, HELD_OUT, num_images=8, **how),
+    )
+
+
+def test_final_numbers_are_one_table_one_json_and_the_samples(clean):
+    base, folder = clean["base16"], clean["sr32"]
+    for run in (base, folder):
+        run.eval.mkdir(exist_ok=True)
+        run.best_path.write_text(json.dumps({"step": 6, "ema_decay": 0.995}))
+    mesh = build_mesh(folder.read_config().mesh)
+    record = _final(folder, mesh)
+    assert record == json.loads((folder.eval / "final_real.json").read_text())
+    metrics = record["metrics"]
+    assert metrics["fd_projection_30_train"] == metrics["fd_projection_30_val"] > 0
+    assert {"kid_projection_30_val", "recall_projection_30_train", "is_projection_30"} <= set(
+        metrics
+    )
+    assert record["references"]["train"]["num_images"] == 64
+    assert record["references"]["val"]["features"] == "projection:1"
+    table = (folder.eval / "final_real.md").read_text()
+    assert all(f"| {name} | {value:.6g} |" in table for name, value in metrics.items())
+    with np.load(folder.eval / "final_real.npz", allow_pickle=False) as stored:
+        images, labels = stored["arr_0"], stored["arr_1"]
+    assert (images.shape, images.dtype) == ((30, 32, 32, 1), np.uint8)
+    np.testing.assert_array_equal(labels, HELD_OUT.spread(30, 16).labels)
+    assert not list(folder.samples.iterdir())
+
+    health = record["health"]
+    real = HELD_OUT.whole(32).images
+    np.testing.assert_allclose(
+        health["channel_mean_drift"], images.mean((0, 1, 2)) - real.mean((0, 1, 2))
+    )
+    response = health["aug_response"]
+    assert response["aug_levels"][0] == 0.0 == response["change"][0]
+    assert response["aug_levels"][-1] == 1.0
+    assert response["change"][-1] > 0
+    assert health["psnr_low_res"]["min"] <= health["psnr_low_res"]["mean"]
+
+    # Of a truncated cascade there is no clean low-res input to compare with.
+    cascade = _final(folder, mesh, below=[load_trained(base, mesh)])
+    assert cascade["low_res"].startswith("cascade:base16@6")
+    assert cascade["truncated"] is True
+    assert "psnr_low_res" not in cascade["health"]
+    assert (folder.eval / "final_cascade.npz").exists()
+
+
+def test_a_reference_of_other_images_or_another_extractor_is_refused(clean):
+    folder = clean["base16"]
+    config = folder.read_config()
+    judge = build_judge(config, folder, Extractor(), {"train": HELD_OUT})
+    assert judge.reference.startswith("noise:test:64:16px:crop none:resize area:")
+    path = folder.eval / "reference_train.npz"
+    before = path.stat().st_mtime_ns
+    build_judge(config, folder, Extractor(), {"train": HELD_OUT})
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="its field 'split' is 'test', expected 'train'"):
+        other = dataclasses.replace(HELD_OUT, split="train")
+        build_judge(config, folder, Extractor(), {"train": other})
+    with pytest.raises(UserError, match="its field 'num_images' is 64, expected 63"):
+        build_judge(config, folder, Extractor(), {"train": dataclasses.replace(HELD_OUT, size=63)})
+    with pytest.raises(UserError, match="its field 'features' is 'projection:1', expected 'o:1'"):
+        build_judge(config, folder, Extractor("o"), {"train": HELD_OUT})
+    with pytest.raises(UserError, match="its field 'resolution' is 16, expected 32"):
+        build_judge(clean["sr32"].read_config(), folder, Extractor(), {"train": HELD_OUT})
+
+
+def test_stored_samples_are_enlarged_and_named(clean, tmp_path):
+    folder = clean["sr32"]
+    config = folder.read_config()
+    stage, mesh = build_stage(config.stage), build_mesh(config.mesh)
+    low_res = HELD_OUT.spread(40, 16)
+    save_samples(tmp_path / "low.npz", low_res.images, low_res.labels)
+    stored = open_images(str(tmp_path / "low.npz"), flag="low_res_samples")
+    how = dict(num_samples=40, aug_level=config.eval.aug_level, seed=config.eval.seed, mesh=mesh)
+    of_file = sources.of_file(stage, config.stage.sampler, stored, **how)
+    of_real = sources.of_real_images(stage, config.stage.sampler, HELD_OUT, **how)
+    assert of_file.record["low_res"] == f"file:low.npz:{stored.digest()}"
+    params = stage.init(jax.random.key(0))
+    indices = np.arange(8)
+    # The same images, whether they come from the data or from a file.
+    for name, array in of_real.make(params, indices).items():
+        np.testing.assert_array_equal(of_file.make(params, indices)[name], array)
+
+
+def test_the_checkpoint_that_is_read_is_not_deleted(clean, tmp_path):
+    config = round_trip(
+        _config(tiny_base), checkpoint__save_every_steps=1, checkpoint__max_to_keep=1
+    )
+    folder = RunFolder(tmp_path)
+    first = round_trip(config, train__train_steps=2)
+    _train(first, folder.path)
+    (pinned,) = checkpoint.finished_steps(folder)
+    with folder.reading(pinned):
+        _train(config, folder.path)
+        assert checkpoint.finished_steps(folder) == [pinned, 6]
+    _train(round_trip(config, train__train_steps=7), folder.path)
+    assert checkpoint.finished_steps(folder) == [7]
+
+
+def test_curves_are_the_records(clean):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = clean["base16"]
+    for distances in ([3.0, 2.0, 1.0], []):  # a second process adds nothing, and loses nothing
+        scorer = _scorer(folder, Judge(distances))
+        scorer.score_new_checkpoints()
+        scorer.close()
+        events = EventAccumulator(str(folder.eval)).Reload()
+        points = events.Scalars(f"{FD}/low_res_none_ema_0.995")
+        assert [(p.step, p.value) for p in points] == [(2, 3.0), (4, 2.0), (6, 1.0)]

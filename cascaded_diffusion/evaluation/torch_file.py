@@ -1,0 +1,234 @@
+"""Reads the tensors of a PyTorch checkpoint and executes nothing of it.
+
+A `.pth` file is pickled, and unpickling runs whatever the file says. Here its opcodes are
+only looked at (`pickletools` is a disassembler), and those are carried out by hand that a
+state dict is written with: dicts, tuples, numbers, strings, and descriptions of tensors.
+Any other opcode, and any other name, is refused. Both layouts of `torch.save` are known:
+
+    before 1.6   four pickles (magic number, protocol, system, state dict), the pickled
+                 list of storage keys, then per storage its count (int64) and its numbers
+    since 1.6    a zip with data.pkl, and one file of numbers per storage
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pathlib
+import pickletools
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+_STORAGES = {"torch FloatStorage": np.dtype("<f4"), "torch LongStorage": np.dtype("<i8")}
+_DICT, _TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
+_NAMES = {*_STORAGES, _DICT, _TENSOR}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Name:
+    """A global that a state dict refers to. Never looked up."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    key: str
+    dtype: np.dtype
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+
+    def __post_init__(self):
+        count = int(np.prod(self.shape, dtype=np.int64))
+        if min(self.offset, *self.shape, 0) < 0 or self.offset + count > self.storage.count:
+            raise ValueError(f"a tensor of {self.shape} lies outside of its storage")
+
+
+class _Mark:
+    pass
+
+
+def _reduced(function: Any, arguments: Any) -> Any:
+    """What a call in the file stands for."""
+    if function == _Name(_DICT) and arguments == ():
+        return {}
+    if function == _Name(_TENSOR) and isinstance(arguments, tuple) and len(arguments) >= 4:
+        storage, offset, shape, strides = arguments[:4]
+        if not isinstance(storage, _Storage) or not isinstance(offset, int):
+            raise ValueError("a tensor without a storage")
+        for numbers in (shape, strides):
+            if not isinstance(numbers, tuple) or not all(isinstance(x, int) for x in numbers):
+                raise ValueError("a tensor whose shape is no tuple of integers")
+        steps = [1]
+        for size in reversed(shape):
+            steps.append(steps[-1] * size)
+        if any(
+            size > 1 and stride != step
+            for size, stride, step in zip(shape, strides, steps[-2::-1], strict=True)
+        ):
+            raise ValueError(f"a tensor of {shape} that is not contiguous")
+        return _Tensor(storage, offset, shape)
+    raise ValueError(f"a call of {function}, which no state dict makes")
+
+
+def _storage_of(reference: Any) -> _Storage:
+    if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
+        raise ValueError("a reference that is not to a storage")
+    _, kind, key, _, count = reference[:5]
+    if not isinstance(kind, _Name) or kind.name not in _STORAGES:
+        raise ValueError(f"a storage of {kind}")
+    if not isinstance(key, str) or not isinstance(count, int) or count < 0:
+        raise ValueError("a storage without a key or a count")
+    if len(reference) > 5 and reference[5] is not None:
+        raise ValueError("a view of a storage")
+    return _Storage(key, _STORAGES[kind.name], count)
+
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def _evaluated(stream: BinaryIO) -> Any:
+    """The value of one pickle, of those that a state dict is made of.
+
+    Raises:
+      ValueError: an opcode, a name or a structure that does not belong there.
+    """
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        items = []
+        while not isinstance(stack[-1], _Mark):
+            items.append(stack.pop())
+        stack.pop()
+        return items[::-1]
+
+    def fill(target: Any, items: list[Any]) -> None:
+        if not isinstance(target, dict) or not all(isinstance(k, str) for k in items[::2]):
+            raise ValueError("items of something that is no dict of names")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    for opcode, argument, _ in pickletools.genops(stream):
+        name = opcode.name
+        if name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _VALUES:
+            stack.append(argument)
+        elif name in ("PROTO", "FRAME"):
+            pass
+        elif name == "GLOBAL":
+            if argument not in _NAMES:
+                raise ValueError(f"the name {argument!r}, which no state dict of tensors needs")
+            stack.append(_Name(argument))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "MARK":
+            stack.append(_Mark())
+        elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
+            stack.append({"EMPTY_DICT": {}, "EMPTY_LIST": [], "EMPTY_TUPLE": ()}[name])
+        elif name == "TUPLE":
+            stack.append(tuple(since_mark()))
+        elif name in _TUPLES:
+            stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
+        elif name == "REDUCE":
+            arguments = stack.pop()
+            stack.append(_reduced(stack.pop(), arguments))
+        elif name == "BINPERSID":
+            stack.append(_storage_of(stack.pop()))
+        elif name == "SETITEM":
+            value, key = stack.pop(), stack.pop()
+            fill(stack[-1], [key, value])
+        elif name == "SETITEMS":
+            items = since_mark()
+            fill(stack[-1], items)
+        elif name in ("APPEND", "APPENDS"):
+            items = [stack.pop()] if name == "APPEND" else since_mark()
+            stack[-1].extend(items)
+        elif name == "BUILD":
+            stack.pop()  # attributes of the dict: versions of modules
+        elif name == "STOP":
+            return stack.pop()
+        else:
+            raise ValueError(f"the opcode {name}, which no state dict needs")
+    raise ValueError("it ends in the middle")
+
+
+def _tensors(state: Any, read: Callable[[_Storage], np.ndarray]) -> dict[str, np.ndarray]:
+    if not isinstance(state, Mapping) or not all(isinstance(x, _Tensor) for x in state.values()):
+        raise ValueError("it holds something else than a dict of tensors")
+    arrays = {}
+    for name, tensor in state.items():
+        numbers = read(tensor.storage)
+        count = int(np.prod(tensor.shape, dtype=np.int64))
+        arrays[name] = numbers[tensor.offset : tensor.offset + count].reshape(tensor.shape).copy()
+    return arrays
+
+
+def _read_zip(data: bytes) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        (pickled,) = [n for n in archive.namelist() if n.split("/")[1:] == ["data.pkl"]]
+        folder = pickled.split("/")[0]
+        state = _evaluated(io.BytesIO(archive.read(pickled)))
+
+        def read(storage: _Storage) -> np.ndarray:
+            numbers = np.frombuffer(archive.read(f"{folder}/data/{storage.key}"), storage.dtype)
+            if len(numbers) != storage.count:
+                raise ValueError(f"storage {storage.key} has {len(numbers)} numbers")
+            return numbers
+
+        return _tensors(state, read)
+
+
+def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
+    stream = io.BytesIO(data)
+    if _evaluated(stream) != _MAGIC or _evaluated(stream) != _PROTOCOL:
+        raise ValueError("it is not a file of torch.save")
+    if _evaluated(stream).get("little_endian") is not True:
+        raise ValueError("it was not written on a little-endian machine")
+    state, keys = _evaluated(stream), _evaluated(stream)
+    if not isinstance(state, Mapping) or not all(isinstance(x, _Tensor) for x in state.values()):
+        raise ValueError("it holds something else than a dict of tensors")
+    storages = {tensor.storage.key: tensor.storage for tensor in state.values()}
+    found = {}
+    for key in keys:
+        storage = storages[key]
+        count = int.from_bytes(stream.read(8), "little", signed=True)
+        numbers = stream.read(storage.count * storage.dtype.itemsize)
+        if count != storage.count or len(numbers) != storage.count * storage.dtype.itemsize:
+            raise ValueError(f"storage {key} is cut off")
+        found[key] = np.frombuffer(numbers, storage.dtype)
+    if stream.read(1):
+        raise ValueError("there is something after its end")
+    return _tensors(state, lambda storage: found[storage.key])
+
+
+def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of a state dict, float32 and int64, by name.
+
+    Raises:
+      ValueError: the file is no state dict of such tensors, or is damaged; in a few words.
+    """
+    data = path.read_bytes()
+    try:
+        return _read_zip(data) if data[:4] == b"PK\x03\x04" else _read_legacy(data)
+    except ValueError:
+        raise
+    except (LookupError, TypeError, AttributeError, OverflowError, EOFError, OSError) as e:
+        raise ValueError(f"not a whole state dict of tensors ({type(e).__name__}: {e})") from e
+    except zipfile.BadZipFile as e:
+        raise ValueError(f"a damaged zip ({e})") from e
