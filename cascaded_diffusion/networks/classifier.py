@@ -1,10 +1,18 @@
-"""A small convolutional classifier: the feature extractor where Inception is not apt."""
+"""Classifiers of real images: feature extractors where Inception is not apt, and CAS's networks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from cascaded_diffusion.networks.resnet import ResNet, ResNet50
+
+# {"params": ..., "batch_stats": ...}, the latter of networks with batch normalization.
+Variables = dict[str, Any]
 
 
 class SmallClassifier(nn.Module):
@@ -19,37 +27,49 @@ class SmallClassifier(nn.Module):
     widths: tuple[int, ...] = (32, 64, 64)
 
     @nn.compact
-    def __call__(
-        self, image: jax.Array, *, deterministic: bool = True
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, image: jax.Array, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
         h = image
         for i, width in enumerate(self.widths):
             h = nn.Conv(width, (3, 3), strides=1 if i == 0 and image.shape[1] <= 16 else 2)(h)
             h = nn.swish(nn.GroupNorm(num_groups=8)(h))
         h = h.reshape(h.shape[0], -1)
-        h = nn.Dropout(0.3)(h, deterministic=deterministic)
+        h = nn.Dropout(0.3)(h, deterministic=not train)
         features = nn.swish(nn.Dense(self.num_features)(h))
         logits = nn.Dense(self.num_classes)(features)
         return features, logits
 
 
-def init_classifier(
-    module: SmallClassifier, key: jax.Array, resolution: int, channels: int
-) -> dict:
-    """Fresh parameters."""
-    return module.init(key, jnp.zeros((1, resolution, resolution, channels)))["params"]
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
+    "small": SmallClassifier,
+    "resnet": ResNet,
+    "resnet50": ResNet50,
+}
+
+
+def init_classifier(module: nn.Module, key: jax.Array, resolution: int, channels: int) -> Variables:
+    """Fresh variables."""
+    return dict(module.init(key, jnp.zeros((1, resolution, resolution, channels))))
 
 
 def apply_classifier(
-    module: SmallClassifier, params: dict, image: jax.Array, *, dropout_key: jax.Array | None = None
+    module: nn.Module, variables: Variables, image: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Features [B, F] and logits [B, K]. No dropout without a `dropout_key`."""
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    return module.apply({"params": params}, image, deterministic=dropout_key is None, rngs=rngs)
+    """Features [B, F] and logits [B, K], as for a test."""
+    return module.apply(variables, image)
 
 
-def flatten_params(params: dict) -> dict[str, jax.Array]:
-    """Nested parameters as `{"layer/kernel": array}`, for files that hold tensors only."""
+def train_classifier_step(
+    module: nn.Module, variables: Variables, image: jax.Array, dropout_key: jax.Array
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Logits [B, K] as while training, and the variables that are not learned, updated."""
+    (_, logits), updated = module.apply(
+        variables, image, train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
+    )
+    return logits, dict(updated)
+
+
+def flatten_params(params: Any) -> dict[str, jax.Array]:
+    """Nested variables as `{"params/layer/kernel": array}`, for files that hold tensors only."""
     flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         flat["/".join(str(entry.key) for entry in path)] = leaf

@@ -1,0 +1,164 @@
+"""The classification accuracy score (Ravuri & Vinyals 2019), the paper's second metric.
+
+A classifier that is trained on generated samples alone is tested on real images. Samples
+that lack detail or variety teach it less than real images do; beside it stands the same
+network, trained for as many steps on real images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.classifier import Classifier, LabelledImages
+from cascaded_diffusion.evaluation.classifier_training import (
+    RECIPES,
+    batch_size_for,
+    train_classifier,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """How often a classifier is right on test images.
+
+    Attributes:
+      top1: how often the best class is the label.
+      top5: how often one of the best five is, or of all if there are fewer.
+      of_class: the first, per class [K]; NaN for a class without test images.
+      num_train: training images.
+    """
+
+    top1: float
+    top5: float
+    of_class: np.ndarray
+    num_train: int
+
+
+def accuracy_of(logits: np.ndarray, labels: np.ndarray, *, num_train: int) -> Accuracy:
+    """From logits [n, K] and labels [n]."""
+    ranked = np.argsort(-logits, axis=-1, kind="stable")
+    hits = ranked == labels[:, None]
+    right = hits[:, 0]
+    num_classes = logits.shape[1]
+    counts = np.bincount(labels, minlength=num_classes)
+    with np.errstate(invalid="ignore"):
+        of_class = np.bincount(labels, right, minlength=num_classes) / counts
+    return Accuracy(float(right.mean()), float(hits[:, :5].any(1).mean()), of_class, num_train)
+
+
+def classification_accuracy(
+    train: LabelledImages,
+    test: LabelledImages,
+    *,
+    num_classes: int,
+    network: str,
+    train_steps: int,
+    seed: int,
+    flip: bool,
+    mesh: Mesh,
+    label: str,
+) -> Accuracy:
+    """Trains a network on `train` for so many steps and tests it on `test`.
+
+    Raises:
+      UserError: images of different sizes, or a label that is no class.
+    """
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise UserError(
+            f"--samples: images of {train.images.shape[1:]}, expected {test.images.shape[1:]}, as"
+            " the real ones are"
+        )
+    for images in (train, test):
+        if images.labels.min() < 0 or images.labels.max() >= num_classes:
+            raise UserError(
+                f"labels from {images.labels.min()} to {images.labels.max()}, expected 0 to"
+                f" {num_classes - 1}"
+            )
+    missing = num_classes - len(np.unique(train.labels))
+    if missing:
+        print(f"{label}: no training image of {missing} of the {num_classes} classes", flush=True)
+    module, variables = train_classifier(
+        network,
+        train.images,
+        train.labels,
+        num_classes=num_classes,
+        seed=seed,
+        mesh=mesh,
+        flip=flip,
+        train_steps=train_steps,
+        label=label,
+    )
+    classifier = Classifier(network, module, variables, "", mesh)
+    logits = classifier(test.images).logits
+    return accuracy_of(logits, test.labels, num_train=len(train.labels))
+
+
+def cas_record(
+    generated: LabelledImages,
+    real: LabelledImages,
+    test: LabelledImages,
+    *,
+    num_classes: int,
+    network: str,
+    epochs: int | None,
+    seed: int,
+    flip: bool,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """CAS of generated samples beside the same network's accuracy from real images.
+
+    Args:
+      generated: labelled samples.
+      real: real training images.
+      test: real images of another split.
+      num_classes: how many classes.
+      network: "resnet" or "resnet50".
+      epochs: over the generated samples; None: as the network is usually trained.
+      seed: of weights, order and augmentation.
+      flip: whether a mirrored image is of the same class.
+      mesh: the devices.
+
+    Returns:
+      A record for JSON.
+
+    Raises:
+      UserError: images of different sizes, or labels that are no classes.
+    """
+    recipe = RECIPES[network]
+    epochs = recipe.epochs if epochs is None else epochs
+    batch_size = batch_size_for(recipe, len(generated.labels), mesh)
+    train_steps = epochs * (len(generated.labels) // batch_size)
+    found = {}
+    for name, train in (("generated", generated), ("real", real)):
+        found[name] = classification_accuracy(
+            train,
+            test,
+            num_classes=num_classes,
+            network=network,
+            train_steps=train_steps,
+            seed=seed,
+            flip=flip,
+            mesh=mesh,
+            label=f"CAS, {network} on {name} images",
+        )
+    better = found["generated"].of_class > found["real"].of_class
+    return {
+        "metric": "cas",
+        "network": network,
+        "epochs": epochs,
+        "train_steps": train_steps,
+        "num_classes": num_classes,
+        "resolution": int(test.images.shape[1]),
+        **{
+            name: {"top1": a.top1, "top5": a.top5, "num_images": a.num_train}
+            for name, a in found.items()
+        },
+        "per_class": {"generated_better": int(better.sum())},
+        "test_images": len(test.labels),
+        "seed": seed,
+    }

@@ -1,0 +1,237 @@
+"""Training a classifier: by its recipe, on labelled images, over the mesh.
+
+The batch is split over all devices. Which images are in it is a function of (seed,
+step), how they are shifted, cropped and flipped of (seed, step, row).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from cascaded_diffusion.cascade.pixels import float_from_uint8
+from cascaded_diffusion.networks import classifier as networks
+from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.runtime.logging import Progress
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+      epochs: over the training images.
+      batch_size: global; less if there are fewer images.
+      learning_rate: at its peak; falls to 0 along a cosine.
+      warmup_epochs: of linear rise before.
+      optimizer: "adamw", or "sgd" with Nesterov's momentum of 0.9.
+      weight_decay: of kernels alone for "sgd".
+      crop: "shift" moves images by up to a sixteenth; "resized" cuts out 8 to 100 % of the
+        area and enlarges it, as is usual for photos.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    warmup_epochs: float
+    optimizer: str
+    weight_decay: float
+    crop: str
+
+
+RECIPES: dict[str, Recipe] = {
+    "small": Recipe(
+        epochs=14,
+        batch_size=64,
+        learning_rate=2e-3,
+        warmup_epochs=0.0,
+        optimizer="adamw",
+        weight_decay=1e-3,
+        crop="shift",
+    ),
+    "resnet": Recipe(
+        epochs=15,
+        batch_size=64,
+        learning_rate=3e-3,
+        warmup_epochs=1.0,
+        optimizer="adamw",
+        weight_decay=1e-2,
+        crop="shift",
+    ),
+    # The usual ImageNet recipe: 90 epochs, 0.1 per 256 images of a batch.
+    "resnet50": Recipe(
+        epochs=90,
+        batch_size=1024,
+        learning_rate=0.4,
+        warmup_epochs=5.0,
+        optimizer="sgd",
+        weight_decay=1e-4,
+        crop="resized",
+    ),
+}
+# Of the image's size: 2 px of 32.
+_SHIFT_FRACTION = 1 / 16
+_SMALLEST_AREA, _ASPECTS = 0.08, (3 / 4, 4 / 3)
+
+
+def _shifted(image: jax.Array, key: jax.Array) -> jax.Array:
+    """Moves an image by up to a sixteenth; what enters is the border's value."""
+    height, width, channels = image.shape
+    shift = round(height * _SHIFT_FRACTION)
+    padded = jnp.pad(image, ((shift, shift), (shift, shift), (0, 0)), mode="edge")
+    offset = jax.random.randint(key, (2,), 0, 2 * shift + 1)
+    return jax.lax.dynamic_slice(padded, (offset[0], offset[1], 0), (height, width, channels))
+
+
+def _cropped(image: jax.Array, key: jax.Array) -> jax.Array:
+    """A random part of the image, enlarged to its size."""
+    area_key, aspect_key, place_key = jax.random.split(key, 3)
+    size = jnp.asarray(image.shape[:2], jnp.float32)
+    area = jax.random.uniform(area_key, minval=_SMALLEST_AREA, maxval=1.0)
+    low, high = jnp.log(jnp.asarray(_ASPECTS))
+    aspect = jnp.exp(jax.random.uniform(aspect_key, minval=low, maxval=high))
+    part = jnp.sqrt(area * jnp.stack([aspect, 1 / aspect]))
+    part = jnp.minimum(part, 1.0)
+    start = jax.random.uniform(place_key, (2,)) * (1 - part) * size
+    return jax.image.scale_and_translate(
+        image, image.shape, (0, 1), 1 / part, -start / part, "linear", antialias=False
+    )
+
+
+def _augmented(images: jax.Array, keys: jax.Array, *, crop: str, flip: bool) -> jax.Array:
+    def augment(image: jax.Array, key: jax.Array) -> jax.Array:
+        crop_key, flip_key = jax.random.split(key)
+        image = {"shift": _shifted, "resized": _cropped}[crop](image, crop_key)
+        if flip:
+            image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+        return image
+
+    return jax.vmap(augment)(images, keys)
+
+
+def _optimizer(recipe: Recipe, total: int, steps_per_epoch: float) -> optax.GradientTransformation:
+    warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total // 2)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else recipe.learning_rate, recipe.learning_rate, warmup, total
+    )
+    if recipe.optimizer == "adamw":
+        return optax.adamw(schedule, weight_decay=recipe.weight_decay)
+    decay = optax.add_decayed_weights(
+        recipe.weight_decay, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
+    )
+    return optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
+
+
+def _rows(num_images: int, batch_size: int, key: jax.Array) -> Callable[[int], np.ndarray]:
+    """Step -> which images: each once an epoch, but for what fills no whole batch."""
+    per_epoch, orders = num_images // batch_size, {}
+
+    def rows(step: int) -> np.ndarray:
+        epoch, i = divmod(step, per_epoch)
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = np.asarray(
+                jax.random.permutation(jax.random.fold_in(key, epoch), num_images)
+            )
+        return orders[epoch][i * batch_size : (i + 1) * batch_size]
+
+    return rows
+
+
+def batch_size_for(recipe: Recipe, num_images: int, mesh: Mesh) -> int:
+    """The recipe's, or less if there are fewer images; a multiple of the devices.
+
+    Raises:
+      ValueError: there are fewer images than devices.
+    """
+    size = min(recipe.batch_size, num_images) // mesh.size * mesh.size
+    if not size:
+        raise ValueError(f"{num_images} training images, expected at least {mesh.size}")
+    return size
+
+
+def train_classifier(
+    network: str,
+    images: Any,
+    labels: np.ndarray,
+    *,
+    num_classes: int,
+    seed: int,
+    mesh: Mesh,
+    flip: bool = False,
+    train_steps: int | None = None,
+    label: str = "classifier",
+) -> tuple[Any, networks.Variables]:
+    """Trains a network of `networks.classifier.CLASSIFIERS`.
+
+    Args:
+      network: its name.
+      images: uint8 [n, H, W, C], indexed by integer arrays.
+      labels: int [n], below `num_classes`.
+      num_classes: how many classes.
+      seed: of weights, order and augmentation.
+      mesh: the devices that a batch is split over.
+      flip: whether a mirrored image is of the same class.
+      train_steps: instead of the recipe's epochs.
+      label: for the progress line.
+
+    Returns:
+      The module and its variables, on the host.
+    """
+    recipe, module = RECIPES[network], networks.CLASSIFIERS[network](num_classes=num_classes)
+    _, height, _, channels = images.shape
+    init_key, order_key, run_key = jax.random.split(jax.random.key(seed), 3)
+    batch_size = batch_size_for(recipe, len(labels), mesh)
+    per_epoch = len(labels) // batch_size
+    total = recipe.epochs * per_epoch if train_steps is None else train_steps
+    optimizer = _optimizer(recipe, total, per_epoch)
+    everywhere, split = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+
+    @partial(jax.jit, out_shardings=everywhere)
+    def init(key: jax.Array) -> tuple[networks.Variables, optax.OptState]:
+        variables = networks.init_classifier(module, key, height, channels)
+        return variables, optimizer.init(variables["params"])
+
+    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=everywhere)
+    def train_step(
+        variables: networks.Variables,
+        opt_state: optax.OptState,
+        images: jax.Array,
+        labels: jax.Array,
+        step: jax.Array,
+    ) -> tuple[networks.Variables, optax.OptState, jax.Array]:
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(run_key, step))
+        keys = jax.vmap(partial(jax.random.fold_in, augment_key))(jnp.arange(batch_size))
+        x = _augmented(float_from_uint8(images), keys, crop=recipe.crop, flip=flip)
+
+        def loss_of(params: Any) -> tuple[jax.Array, Any]:
+            logits, updated = networks.train_classifier_step(
+                module, {**variables, "params": params}, x, dropout_key
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), updated
+
+        (loss, updated), grads = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
+        updates, opt_state = optimizer.update(grads, opt_state, variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        return {**variables, **updated, "params": params}, opt_state, loss
+
+    rows_at = _rows(len(labels), batch_size, order_key)
+    variables, opt_state = init(init_key)
+    progress = Progress(total, unit="steps", label=label)
+    for step in range(total):
+        rows = rows_at(step)
+        batch = jax.device_put((np.asarray(images[rows]), labels[rows].astype(np.int32)), split)
+        variables, opt_state, loss = train_step(variables, opt_state, *batch, step)
+        if (step + 1) % 50 == 0 or step + 1 == total:
+            progress.update(step + 1, loss=f"{float(loss):.3f}")
+    progress.close()
+    return module, jax.device_get(variables)
