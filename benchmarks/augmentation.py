@@ -16,11 +16,13 @@ import argparse
 import pathlib
 import subprocess
 import sys
+from typing import NoReturn
 
 import machine
 
 from cascaded_diffusion import cli
 from cascaded_diffusion.config import RunConfig
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -38,6 +40,10 @@ def train_without_augmentation(folder: RunFolder) -> None:
         subprocess.run(argv, cwd=ROOT, check=True)
 
 
+def _no_inception(resize: str) -> NoReturn:
+    raise UserError(f"the demo's features are a classifier's, not Inception's ({resize})")
+
+
 def main() -> None:
     """Trains what is missing, samples, prints the table and stores it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -50,17 +56,22 @@ def main() -> None:
 
     cli.set_up_jax()
     from cascaded_diffusion.cascade.cascade import Cascade
-    from cascaded_diffusion.data.sources import examples, load_source
     from cascaded_diffusion.evaluation import generate
-    from cascaded_diffusion.evaluation.judge import ACCURACY, METRIC, build_judge, labelled, resized
+    from cascaded_diffusion.evaluation.judge import build_extractor, build_judge
+    from cascaded_diffusion.evaluation.measure import metric_name
     from cascaded_diffusion.evaluation.trained import load_trained
     from cascaded_diffusion.runtime.mesh import build_mesh
 
     config: RunConfig = folders["sr32"].read_config()
     mesh = build_mesh(config.mesh)
-    sources = [load_source(config.data, split, config.stage) for split in ("train", "test")]
-    train, held_out = (labelled(examples(source, range(len(source)))) for source in sources)
-    judge = build_judge(config, folders["sr32"], train, held_out)
+    train, held_out = (
+        cli.real_split(config, split) for split in (config.data.train_split, config.data.eval_split)
+    )
+    extractor = build_extractor(
+        config, folders["sr32"], train, held_out, mesh, load_inception=_no_inception
+    )
+    judge = build_judge(config, folders["sr32"], extractor, {"train": train})
+    fd, accuracy = (metric_name(name, extractor.name, 1000) for name in ("fid", "accuracy"))
     labels = generate.class_balanced_labels(1000, 10)
     models = {name: load_trained(folder, mesh) for name, folder in folders.items()}
     base = models["base16"]
@@ -87,10 +98,11 @@ def main() -> None:
     non_truncated = measure("sr32", LEVELS, False)
     truncated = measure("sr32", LEVELS, True)
     (ablation,) = measure("sr32_no_augment", (0.0,), False)
-    floor = judge.scores(resized(held_out, 32).images, held_out.labels)
+    others = held_out.whole(32)
+    floor = judge.scores(others.images, others.labels)
 
     def cell(row: dict[str, float]) -> str:
-        return f"{row[METRIC]:.2f} / {100 * row[ACCURACY]:.1f} %"
+        return f"{row[fd]:.2f} / {100 * row[accuracy]:.1f} %"
 
     lines = [
         "| aug_level | non-truncated | truncated |",

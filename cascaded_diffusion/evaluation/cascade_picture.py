@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from jax.sharding import Mesh
@@ -12,7 +12,7 @@ from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.evaluation import generate
 from cascaded_diffusion.evaluation.classifier import LabelledImages
-from cascaded_diffusion.evaluation.judge import resized
+from cascaded_diffusion.evaluation.real_images import resized
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.types import Params
 
@@ -53,17 +53,15 @@ def cascade_picture(
         low_res = np.asarray(stage.low_res_from(float_from_uint8(real.images)))
         level = aug_levels[i - 1]
         sampler = generate.make_enlarging_sampler(
-            dataclasses.replace(
-                stage, config=dataclasses.replace(stage.config, sampler=cascade.samplers[i])
-            ),
+            stage,
             low_res,
             real.labels,
-            aug_level=level,
+            sampler=cascade.samplers[i],
             seed=seed,
             mesh=mesh,
         )
         enlarged = generate.generate(
-            sampler,
+            partial(sampler, aug_level=level if stage.config.has_level else None),
             [params[i]],
             num_samples=len(real.images),
             batch_size=-(-len(real.images) // mesh.size) * mesh.size,

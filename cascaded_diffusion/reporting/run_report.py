@@ -1,0 +1,266 @@
+"""The sections that tell of one stage's run, read from its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cascaded_diffusion.config import to_dict
+from cascaded_diffusion.reporting.page import (
+    Markup,
+    Section,
+    code,
+    key_values,
+    paragraph,
+    picture,
+    picture_file,
+    table,
+)
+from cascaded_diffusion.runtime.pictures import line_plot_png
+from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
+
+Record = Mapping[str, Any]
+
+# Of the scalars that training logs: those that get a plot, and whether on a log scale.
+_CURVES = {"loss": True, "grad_norm": True, "images_per_sec": False}
+_MAX_POINTS = 2000
+
+
+def run_sections(folder: RunFolder) -> list[Section]:
+    """All that a run folder tells: state, curves, scores, final numbers, health, config."""
+    config = folder.read_config()
+    stage, data = config.stage, config.data
+    kind = f"{stage.resolution} px {stage.kind.replace('_', '-')} stage"
+    if stage.low_res_resolution:
+        kind += f", from {stage.low_res_resolution} px"
+    about = {
+        "what": kind,
+        "classes": stage.num_classes or "none",
+        "data": f"{data.name}, {data.train_split} / {data.eval_split}",
+        "state": _state(folder, config.train.train_steps),
+        "folder": folder.path,
+    }
+    records = read_lines(folder.results_path)
+    return [
+        Section(stage.name, [key_values(about)]),
+        Section("Training", _training(folder), 3),
+        Section("Scores over checkpoints", _scores(folder, records), 3),
+        Section("Final numbers", _final(folder), 3),
+        Section("Classification accuracy score", _cas(folder), 3),
+        Section("Bits per dimension", _bits(records), 3),
+        Section("Samples", _samples(folder), 3),
+        Section("Config", [_config(config, folder)], 3),
+    ]
+
+
+def _config(config: Any, folder: RunFolder) -> Markup:
+    again = f"python -m cascaded_diffusion.main --config=CONFIG --workdir={folder.path}"
+    note = paragraph(Markup(f"The resolved config, config.json, of {code(again).text}"))
+    return Markup(note.text + key_values(to_dict(config)).text)
+
+
+def _state(folder: RunFolder, train_steps: int) -> str:
+    lines = read_lines(folder.metrics_path)
+    step = max((r.get("step", 0) for r in lines), default=0)
+    at = f"at step {step} of {train_steps}"
+    if folder.complete_path.exists():
+        try:
+            reason = json.loads(folder.complete_path.read_text())["reason"]
+        except (ValueError, KeyError, TypeError):
+            reason = "complete"
+        return "complete" if reason == "complete" else f"stopped early {at}, as evaluation asked"
+    if folder.early_stop_path.exists():
+        return f"asked to stop {at}"
+    return f"training or stopped, {at}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    return points[:: -(-len(points) // _MAX_POINTS)] if points else points
+
+
+def _training(folder: RunFolder) -> list[Markup]:
+    lines = read_lines(folder.metrics_path)
+    parts = []
+    for name, log_scale in _CURVES.items():
+        points = [(r["step"], r[name]) for r in lines if _is_number(r.get(name))]
+        if points:
+            positive = log_scale and all(y > 0 for _, y in points)
+            plot = line_plot_png(
+                {name: _thinned(points)},
+                x_label="step",
+                y_label=name,
+                title=name.replace("_", " "),
+                markers=False,
+                log_scale=positive,
+            )
+            parts.append(picture(plot, f"{name} while training"))
+    if lines:
+        last = {k: v for k, v in lines[-1].items() if _is_number(v)}
+        parts.append(key_values(last, caption="The last line of metrics.jsonl"))
+    return parts or [paragraph("Nothing was logged yet.", quiet=True)]
+
+
+def _source(record: Record) -> str:
+    return str(record.get("low_res", "")).partition(":")[0]
+
+
+def _series_name(record: Record) -> str:
+    return f"low-res {_source(record)}, EMA {record.get('ema_decay'):g}"
+
+
+def _scores(folder: RunFolder, records: Sequence[Record]) -> list[Markup]:
+    scores = [r for r in records if "low_res" in r and "metric" in r]
+    if not scores:
+        return [paragraph("Not evaluated yet.", quiet=True)]
+    parts = []
+    try:
+        best = folder.best()
+    except Exception:
+        best = None
+    if best is not None:
+        parts.append(
+            paragraph(
+                f"Chosen: step {best['step']}, EMA {best['ema_decay']:g}, {best.get('metric')}"
+                f" {best.get('value')}."
+            )
+        )
+    metrics = list(dict.fromkeys(r["metric"] for r in scores))
+    for metric in metrics:
+        series: dict[str, list[tuple[float, float]]] = {}
+        for r in scores:
+            if r["metric"] == metric and _is_number(r.get("value")):
+                series.setdefault(_series_name(r), []).append((r["step"], r["value"]))
+        longest = max((len(points) for points in series.values()), default=0)
+        if longest > 1 and "_std_" not in metric:
+            plot = line_plot_png(
+                {k: sorted(v) for k, v in series.items()},
+                x_label="step",
+                y_label=metric,
+                title=metric,
+            )
+            parts.append(picture(plot, f"{metric} over checkpoints"))
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for r in scores:
+        row = rows.setdefault((r["step"], r.get("ema_decay"), _source(r)), {})
+        row[r["metric"]] = (
+            r["value"] if r.get("value") is not None else f"failed: {r.get('failed')}"
+        )
+    parts.append(
+        table(
+            ("step", "EMA", "low-res", *metrics),
+            [(*key, *(row.get(m) for m in metrics)) for key, row in sorted(rows.items(), key=str)],
+        )
+    )
+    measured = {
+        (r.get("reference"), r.get("features"), r.get("num_samples"), r.get("seed")) for r in scores
+    }
+    columns = ("reference", "features", "samples", "seed")
+    parts.append(
+        table(columns, sorted(measured, key=str), caption="What was measured, against what")
+    )
+    return parts
+
+
+def _read_json(path: Any) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text())
+        return values if isinstance(values, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _final(folder: RunFolder) -> list[Markup]:
+    parts = []
+    for path in sorted(folder.eval.glob("final_*.json")):
+        record = _read_json(path)
+        if record is None:
+            parts.append(paragraph(f"{path.name} cannot be read.", quiet=True))
+            continue
+        metrics = [(name, value) for name, value in record.get("metrics", {}).items()]
+        caption = (
+            f"Step {record.get('step')}, EMA {record.get('ema_decay')}:"
+            f" {record.get('num_samples')} samples, low-res {record.get('low_res')}"
+        )
+        parts.append(table(("metric", "value"), metrics, caption=caption))
+        health = dict(record.get("health", {}))
+        response = health.pop("aug_response", None)
+        if health:
+            parts.append(key_values(health, caption="Health: grey levels, and dB"))
+        if response:
+            parts += _response(response)
+        rest = {k: v for k, v in record.items() if k not in ("metrics", "health")}
+        parts.append(key_values(rest, caption="Of what, by what, against what"))
+        picture_path = path.with_suffix(".png")
+        if picture_path.exists():
+            parts.append(picture_file(picture_path, f"The first samples of {path.stem}"))
+    note = "No final numbers yet: `evaluate --final` makes them."
+    return parts or [paragraph(note, quiet=True)]
+
+
+def _response(response: Mapping[str, Any]) -> list[Markup]:
+    levels = response.get("aug_levels", [])
+    columns = [name for name in response if name != "aug_levels"]
+    rows = list(zip(levels, *(response[name] for name in columns), strict=False))
+    parts = [table(("aug_level", *columns), rows, caption="Response to aug_level")]
+    psnr = response.get("psnr_low_res")
+    if psnr:
+        plot = line_plot_png(
+            {"psnr_low_res": list(zip(levels, psnr, strict=False))},
+            x_label="aug_level",
+            y_label="PSNR to the low-res input, dB",
+            title="Response to conditioning augmentation",
+        )
+        parts.append(picture(plot, "What an enlargement keeps of its input, by aug_level"))
+    return parts
+
+
+def _cas(folder: RunFolder) -> list[Markup]:
+    rows = []
+    for r in read_lines(folder.cas_path):
+        for name in ("generated", "real"):
+            a = r.get(name, {})
+            rows.append(
+                (
+                    f"trained on {name} images",
+                    a.get("num_images"),
+                    a.get("top1"),
+                    a.get("top5"),
+                    r.get("network"),
+                    r.get("train_steps"),
+                    r.get("test_images"),
+                    r.get("samples"),
+                )
+            )
+    if not rows:
+        return [paragraph("Not measured yet: `evaluate --cas` does.", quiet=True)]
+    columns = ("", "images", "top-1", "top-5", "network", "steps", "real test images", "samples")
+    return [table(columns, rows)]
+
+
+def _bits(records: Sequence[Record]) -> list[Markup]:
+    bits = [r for r in records if r.get("metric") == "bits_per_dim"]
+    if not bits:
+        return [paragraph("Not measured: `evaluate --bits_per_dim=SPLIT` does.", quiet=True)]
+    columns = ("step", "ema_decay", "value", "standard_error", "num_images", "reference")
+    return [table(columns, [[r.get(c) for c in columns] for r in bits])]
+
+
+def _samples(folder: RunFolder) -> list[Markup]:
+    best = None
+    try:
+        best = folder.best()
+    except Exception:
+        best = None
+    grids = sorted(
+        folder.eval.glob("step_*.png"), key=lambda p: (int(p.stem.split("_")[1]), p.name)
+    )
+    wanted = f"step_{best['step']}_" if best else ""
+    chosen = [p for p in grids if p.name.startswith(wanted)] or grids[-1:]
+    parts = [picture_file(p, p.stem.replace("_", " ")) for p in chosen[-4:]]
+    return parts or [paragraph("No sample grids yet.", quiet=True)]
