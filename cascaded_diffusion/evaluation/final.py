@@ -82,7 +82,7 @@ def final_numbers(
     if levels is not None:
         highest = stage.augment.max_level
         condition["aug_response"] = health.response(
-            levels, trained.params, np.linspace(0.0, highest, _NUM_LEVELS).tolist()
+            levels, trained.params, np.linspace(0.0, highest, _NUM_LEVELS).round(6).tolist()
         )
     record = {
         "stage": stage.name,
