@@ -64,6 +64,10 @@ def evaluate_files(fv: flags.FlagValues) -> int:
         )
         statistics = _joined(statistics, measured)
     judge = Judge(extractor=extractor, references={"train": statistics}, classes=False)
+    try:
+        scores = judge.scores(samples.images[:count], None)
+    except ValueError as e:  # features of another size, a covariance that is none
+        raise UserError(f"--reference={fv.reference}: {e}") from e
     record = {
         "samples": fv.samples,
         "num_samples": count,
@@ -71,7 +75,7 @@ def evaluate_files(fv: flags.FlagValues) -> int:
         "resolution": samples.images.shape[1],
         "reference": statistics.name,
         "features": extractor.identity,
-        **judge.scores(samples.images[:count], None),
+        **scores,
     }
     print(json.dumps(record), flush=True)
     return 0

@@ -13,6 +13,11 @@ from PIL import Image
 
 from tests.tiny import ROOT
 
+METRICS = {
+    f"{name}_classifier_40"
+    for name in ("fd", "kid", "kid_std", "precision", "recall", "is", "is_std", "accuracy")
+}
+
 
 def _environment():
     # As a user has it: one device, no simulated ones.
@@ -79,17 +84,19 @@ def test_evaluation_scores_every_checkpoint_and_picks_one(runs):
         records = [json.loads(line) for line in lines]
         assert {r["low_res"] for r in records} == sources or stage == "sr32"
         assert {r["step"] for r in records} == {15, 30}
-        assert len(records) == 2 * 2 * len(sources)
-        assert {r["metric"] for r in records} == {"fd_classifier", "classifier_accuracy"}
+        names = {*METRICS, "psnr_low_res_40"} if stage == "sr32" else METRICS
+        assert {r["metric"] for r in records} == names
+        assert len(records) == 2 * len(names) * len(sources)
         best = json.loads((root / stage / "eval" / "best.json").read_text())
-        assert best["metric"] == "fd_classifier"
+        assert best["metric"] == "fd_classifier_40"
+        assert list((root / stage / "eval").glob("events.out.tfevents.*"))
         assert list((root / stage / "eval").glob("step_30_*.png"))
     assert "recognises 97." in out["eval_sr"] or "recognises 98." in out["eval_sr"]
 
 
-def test_the_cascade_is_sampled_truncated_or_not_for_any_batch_size(runs):
+def test_the_cascade_is_sampled_truncated_or_not_and_measured(runs):
     root, _ = runs
-    images = {}
+    images, cascade = {}, "--config=configs/mnist_cascade32.py:smoke"
     for name, flags in {
         "whole": [],
         "batches": ["--config.cascade.batch_size=16"],
@@ -97,7 +104,7 @@ def test_the_cascade_is_sampled_truncated_or_not_for_any_batch_size(runs):
     }.items():
         _run(
             "sample",
-            "--config=configs/mnist_cascade32.py:smoke",
+            cascade,
             f"--workdir={root}",
             f"--output={root}/{name}",
             *flags,
@@ -117,8 +124,28 @@ def test_the_cascade_is_sampled_truncated_or_not_for_any_batch_size(runs):
     out = _run("evaluate", f"--workdir={root}/sr32", f"--samples={root}/whole/samples.npz")
     record = json.loads(out.splitlines()[-1])
     assert record["num_samples"] == 40
-    assert record["fd_classifier"] > 0
-    assert 0 <= record["classifier_accuracy"] <= 1
+    assert record["fd_classifier_40"] > 0
+    assert 0 <= record["accuracy_classifier_40"] <= 1
+    assert set(record) >= METRICS
+
+    # The final numbers of the cascade are of the same images.
+    _run("evaluate", "--final", f"--workdir={root}", cascade, "--num_samples=40")
+    final = json.loads((root / "sr32" / "eval" / "final_cascade.json").read_text())
+    for name in METRICS - {"accuracy_classifier_40", "is_classifier_40", "is_std_classifier_40"}:
+        assert final["metrics"][f"{name}_train"] == pytest.approx(record[name], rel=1e-6), name
+        assert f"{name}_val" in final["metrics"]
+    with np.load(root / "sr32" / "eval" / "final_cascade.npz", allow_pickle=False) as stored:
+        np.testing.assert_array_equal(stored["arr_0"], images["whole"])
+
+    flags = [f"--workdir={root}/sr32", f"--samples={root}/whole/samples.npz", "--epochs=1"]
+    out = _run("evaluate", "--cas", *flags)
+    cas = json.loads(out.splitlines()[-1])
+    assert (cas["network"], cas["test_images"]) == ("resnet", 1000)
+    assert cas["generated"]["num_images"] == 40
+    _run("report", f"--workdir={root}")
+    page = (root / "report.html").read_text()
+    for text in ("fd_classifier_40_val", "recall_classifier_40", "trained on generated images"):
+        assert text in page
 
 
 def test_three_stages_are_chained_and_searched_from_config_alone(runs):
@@ -145,9 +172,9 @@ def test_three_stages_are_chained_and_searched_from_config_alone(runs):
     assert "sr16: best is aug_level" in out
     records = [json.loads(x) for x in (root / "sweep" / "sr16.jsonl").read_text().splitlines()]
     assert len(records) == 4
-    at_zero = {r["truncated"]: r["fd_classifier"] for r in records if r["aug_levels"] == [0.0]}
+    at_zero = {r["truncated"]: r["fd_classifier_40"] for r in records if r["aug_levels"] == [0.0]}
     assert at_zero[True] == at_zero[False]
-    best = min(records, key=lambda r: r["fd_classifier"])
+    best = min(records, key=lambda r: r["fd_classifier_40"])
     written = json.loads((root / "cascade.json").read_text())["cascade"]
     assert written["aug_levels"] == [best["aug_levels"][0], 0.1]
     assert written["truncated"] == best["truncated"]

@@ -143,6 +143,10 @@ BAD = [
         "--resize=clean: the statistics of --reference={0}/adm.npz are of --resize=legacy (as",
     ),
     (
+        ["--allow_few_samples", "--samples={0}/a.npz", "--reference={0}/short.npz"],
+        "--reference={0}/short.npz: features of sizes 12 and 3 cannot be compared",
+    ),
+    (
         ["--allow_few_samples", "--samples={0}/a.npz", "--reference={0}/cut.npz"],
         "--reference={0}/cut.npz: expected a folder of PNGs, or an .npz with arr_0",
     ),
@@ -155,6 +159,7 @@ def test_bad_input_is_named_in_one_line(argv, message, files):
     reference.main(["reference", f"--images={files}/small.npz", f"--output={files}/small_r.npz"])
     reference.main(["reference", f"--images={files}/b.npz", f"--output={files}/r.npz"])
     _with_other_features(files / "r.npz", files / "other_r.npz")
+    np.savez(files / "short.npz", mu=np.zeros(3), sigma=np.eye(3))
     (files / "cut.npz").write_bytes((files / "b.npz").read_bytes()[:2000])
     with pytest.raises(UserError) as error:
         evaluate.main(["evaluate", *(x.format(files) for x in argv)])
