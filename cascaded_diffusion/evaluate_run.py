@@ -55,6 +55,11 @@ def evaluate_checkpoints(fv: flags.FlagValues, folder: RunFolder, config: RunCon
     """Scores checkpoints, once or until training ends. Returns the exit code."""
     below = folders_below(fv, config)
     stored = low_res_samples(fv, config, config.eval.num_samples)
+    if not fv.follow and not folder.has_checkpoints():
+        raise UserError(
+            f"--workdir={fv.workdir}: no checkpoint there; train first, or add --follow to wait for"
+            " checkpoints"
+        )
     check_sample_count(
         config.eval.num_samples, config.eval.features, allow_few=fv.allow_few_samples
     )
@@ -79,8 +84,8 @@ def evaluate_checkpoints(fv: flags.FlagValues, folder: RunFolder, config: RunCon
                 best = folder.best()
                 if best is None:
                     raise UserError(
-                        f"--workdir={fv.workdir}: no checkpoint could be scored; train first, or"
-                        " add --follow to wait for checkpoints"
+                        f"--workdir={fv.workdir}: no checkpoint could be scored, see"
+                        f" {folder.results_path}"
                     )
                 if not scored:
                     scorer.say_best(best)

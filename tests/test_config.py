@@ -769,6 +769,16 @@ def test_bad_commands(binary, argv, message, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_without_checkpoints_cannot_be_scored(tmp_path, monkeypatch):
+    RunFolder(tmp_path).write_config(tiny_base())
+    monkeypatch.setattr(cli, "set_up_jax", lambda: pytest.fail("a device was touched"))
+    with pytest.raises(UserError, match="no checkpoint there; train first, or add --follow"):
+        evaluate.main(["evaluate", f"--workdir={tmp_path}"])
+    for extra in (["--final"], ["--bits_per_dim=test"]):
+        with pytest.raises(UserError, match="no checkpoint was chosen yet; run .*evaluate"):
+            evaluate.main(["evaluate", f"--workdir={tmp_path}", *extra])
+
+
 def test_a_run_without_a_chosen_checkpoint_cannot_be_sampled(tmp_path, monkeypatch):
     for config in (tiny_base(), tiny_sr()):
         RunFolder(tmp_path / config.stage.name).write_config(config)

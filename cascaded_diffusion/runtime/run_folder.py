@@ -163,6 +163,12 @@ class RunFolder:
         """Whether a run was ever started here."""
         return self.config_path.exists()
 
+    def has_checkpoints(self) -> bool:
+        """Whether there is a checkpoint, finished or not."""
+        return self.checkpoints.is_dir() and any(
+            p.name.isdecimal() for p in self.checkpoints.iterdir()
+        )
+
     def read_config(self) -> RunConfig:
         """The run's config, checked like a new one. JSON only: nothing is executed.
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from cascaded_diffusion.config import MeshConfig
 from cascaded_diffusion.evaluation import inception
+from cascaded_diffusion.evaluation.frechet import FeatureStatistics, frechet_distance
 from cascaded_diffusion.evaluation.inception_weights import InceptionWeights
 from cascaded_diffusion.networks.inception import checkpoint_tensors, params_from_checkpoint
 from cascaded_diffusion.runtime.mesh import build_mesh
@@ -55,6 +56,15 @@ def test_any_number_of_devices_and_any_batch_give_the_same(weights):
     eight = _extractor(weights, "legacy", devices=8)(images)
     np.testing.assert_allclose(eight.pooled, one.pooled, rtol=2e-5, atol=2e-6)
     np.testing.assert_allclose(eight.logits, one.logits, rtol=2e-5, atol=2e-5)
+
+    def fid(extractor):
+        sides = (images, images[::-1, ::-1])
+        a, b = (FeatureStatistics.of(extractor(side).pooled) for side in sides)
+        return frechet_distance(a, b)
+
+    expected = fid(_extractor(weights, "legacy"))
+    assert fid(_extractor(weights, "legacy", devices=8)) == pytest.approx(expected, rel=1e-6)
+    assert fid(_extractor(weights, "legacy", batch_size=3)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_grey_images_are_taken_as_rgb():
