@@ -92,17 +92,20 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
             levels = sources.at_levels(
                 stage, sampler, splits["val"], num_images=_LEVEL_IMAGES, seed=seed, mesh=mesh
             )
-        record = final_numbers(
-            config,
-            folder,
-            trained,
-            judge,
-            source,
-            num_samples=count,
-            seed=seed,
-            batch_size=config.eval.batch_size if section is None else section.batch_size,
-            levels=levels,
-        )
+        try:
+            record = final_numbers(
+                config,
+                folder,
+                trained,
+                judge,
+                source,
+                num_samples=count,
+                seed=seed,
+                batch_size=config.eval.batch_size if section is None else section.batch_size,
+                levels=levels,
+            )
+        except ValueError as e:  # samples that are not finite, a stored batch that is damaged
+            raise UserError(f"--final: {e}") from e
     print((folder.eval / f"final_{source.kind}.md").read_text(), flush=True)
     print(json.dumps({"stage": record["stage"], **record["metrics"]}), flush=True)
     return 0

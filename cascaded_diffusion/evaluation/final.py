@@ -63,15 +63,31 @@ def final_numbers(
     Returns:
       What final_<source>.json holds.
     """
-    stage = config.stage
+    stage, name = config.stage, f"final_{source.kind}"
+    about = {
+        "stage": stage.name,
+        "step": trained.chosen.step,
+        "ema_decay": trained.chosen.ema_decay,
+        "weights": trained.identity,
+        "num_samples": num_samples,
+        **source.record,
+        "seed": seed,
+        "features": judge.features,
+        "references": {
+            role: {"name": r.name, **vars(r.fingerprint)} for role, r in judge.references.items()
+        },
+    }
+    known = _stored(folder, name, about)
+    if known is not None:
+        return known
     identity = {**source.record, "seed": seed, "weights": trained.identity}
     store = SampleStore(folder.samples, identity, num_samples=num_samples, batch_size=batch_size)
     fill(store, source, trained.params, label=f"{trained.name}, low-res {source.kind}")
     measurement, agreement, first = measured(judge, store, stage.num_classes)
     metrics: dict[str, float] = {}
     for role, reference in judge.references.items():
-        for name, value in measurement.distances(reference).items():
-            metrics[f"{name}_{role}"] = value
+        for metric, value in measurement.distances(reference).items():
+            metrics[f"{metric}_{role}"] = value
     metrics |= measurement.own()
     condition: dict[str, Any] = {}
     real = judge.references["train"].pixels
@@ -85,22 +101,11 @@ def final_numbers(
             levels, trained.params, np.linspace(0.0, highest, _NUM_LEVELS).round(6).tolist()
         )
     record = {
-        "stage": stage.name,
-        "step": trained.chosen.step,
-        "ema_decay": trained.chosen.ema_decay,
-        "weights": trained.identity,
-        "num_samples": num_samples,
-        **source.record,
-        "seed": seed,
-        "features": judge.features,
-        "references": {
-            role: {"name": r.name, **vars(r.fingerprint)} for role, r in judge.references.items()
-        },
+        **about,
         "metrics": metrics,
         "health": condition,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
     }
-    name = f"final_{source.kind}"
     save_grid(folder, f"{name}.png", first)
     save_sample_batches(
         folder.eval / f"{name}.npz",
@@ -112,6 +117,17 @@ def final_numbers(
     write_whole(folder.eval / f"{name}.json", json.dumps(record, indent=2).encode() + b"\n")
     store.remove()
     return record
+
+
+def _stored(folder: RunFolder, name: str, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The numbers that there are already, if they are of just this."""
+    try:
+        record = json.loads((folder.eval / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    wanted = json.loads(json.dumps(about))
+    same = all(record.get(key) == value for key, value in wanted.items())
+    return record if same and (folder.eval / f"{name}.npz").exists() else None
 
 
 def _table(record: Mapping[str, Any]) -> str:

@@ -358,6 +358,12 @@ def test_final_numbers_are_one_table_one_json_and_the_samples(clean):
     assert response["change"][-1] > 0
     assert health["psnr_low_res"]["min"] <= health["psnr_low_res"]["mean"]
 
+    # What is known is not made again, unless it is of something else.
+    made = (folder.eval / "final_real.npz").stat().st_mtime_ns
+    assert _final(folder, mesh) == record
+    assert (folder.eval / "final_real.npz").stat().st_mtime_ns == made
+    assert _final(folder, mesh, num_samples=20)["num_samples"] == 20
+
     # Of a truncated cascade there is no clean low-res input to compare with.
     cascade = _final(folder, mesh, below=[load_trained(base, mesh)])
     assert cascade["low_res"].startswith("cascade:base16@6")
