@@ -18,8 +18,8 @@ from cascaded_diffusion.evaluation.kernel_distance import kernel_distance
 from cascaded_diffusion.evaluation.precision_recall import precision_recall
 from cascaded_diffusion.evaluation.reference import PixelStatistics, Reference
 
-# Of KID's random subsets.
-_KID_SEED = 0
+# Of KID's random subsets, and of the inception score's splits.
+_SEED = 0
 _NUM_SPLITS = 10
 _NUM_NEIGHBOURS = 3
 
@@ -54,6 +54,9 @@ class Measurement:
         self._pixels: PixelStatistics | None = None
         self._features: list[np.ndarray] = []
         self._count = self._correct = self._judged = 0
+        # Of the inception score's splits: samples often come sorted by class, and a split of
+        # one class has a score of 1.
+        self._order = np.random.default_rng(_SEED).permutation(num_samples)
 
     @property
     def pixels(self) -> PixelStatistics:
@@ -67,7 +70,7 @@ class Measurement:
           ValueError: a feature is not finite.
         """
         features: Features = self._extractor(images)
-        rows = np.arange(self._count, self._count + len(images))
+        rows = self._order[self._count : self._count + len(images)]
         self._count += len(images)
         self._pooled = _plus(self._pooled, FeatureStatistics.of(features.pooled))
         if features.spatial is not None:
@@ -99,7 +102,7 @@ class Measurement:
         real, own = reference.features, np.concatenate(self._features)
         if real is not None and min(len(real), len(own)) > _NUM_NEIGHBOURS:
             values[self._name("kid")], values[self._name("kid_std")] = kernel_distance(
-                own, real, seed=_KID_SEED
+                own, real, seed=_SEED
             )
             values[self._name("precision")], values[self._name("recall")] = precision_recall(
                 real, own, num_neighbours=_NUM_NEIGHBOURS

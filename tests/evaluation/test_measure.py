@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from cascaded_diffusion.evaluation.features import Features
 from cascaded_diffusion.evaluation.frechet import FeatureStatistics, frechet_distance
 from cascaded_diffusion.evaluation.inception_score import ScoreStatistics
 from cascaded_diffusion.evaluation.kernel_distance import kernel_distance
@@ -50,7 +51,8 @@ def test_every_metric_is_that_of_all_features_at_once():
     spatial = frechet_distance(
         FeatureStatistics.of(own.spatial), FeatureStatistics.of(real.spatial)
     )
-    score = ScoreStatistics.of(own.logits, np.arange(40), num_samples=40).score()
+    order = np.random.default_rng(0).permutation(40)
+    score = ScoreStatistics.of(own.logits, order, num_samples=40).score()
     kid = kernel_distance(own.pooled, real.pooled, seed=0)
     precision, recall = precision_recall(real.pooled, own.pooled)
     assert values == {
@@ -85,3 +87,18 @@ def test_fewer_samples_than_said_are_an_error():
     measurement.add(SAMPLES[:30], None)
     with pytest.raises(ValueError, match="30 samples were measured, expected 40"):
         measurement.distances(_reference(Extractor()))
+
+
+def test_the_inception_score_of_sorted_samples_is_not_that_of_single_classes():
+    class Sure(Extractor):
+        """As sure of the class as can be; pixel (0, 0) is the class."""
+
+        def __call__(self, images):
+            features = super().__call__(images)
+            return Features(features.pooled, 100.0 * np.eye(10)[images[:, 0, 0, 0]])
+
+    images = np.zeros((1000, 8, 8, 1), np.uint8)
+    images[:, 0, 0, 0] = np.arange(1000) // 100
+    measurement = Measurement(Sure(), 1000, classes=True)
+    measurement.add(images, None)
+    assert measurement.own()["is_projection_1k"] > 9
