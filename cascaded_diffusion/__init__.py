@@ -12,6 +12,10 @@ _HOMES = {
     "Cascade": "cascade.cascade",
     "CascadeConfig": "config",
     "Conditioning": "types",
+    "FeatureExtractor": "evaluation.features",
+    "FeatureStatistics": "evaluation.frechet",
+    "Features": "evaluation.features",
+    "Measurement": "evaluation.measure",
     "Prediction": "types",
     "RunConfig": "config",
     "RunFolder": "runtime.run_folder",
@@ -19,6 +23,9 @@ _HOMES = {
     "UserError": "errors",
     "build_stage": "cascade.build",
     "cascade_config_from": "config_checks",
+    "frechet_distance": "evaluation.frechet",
+    "load_inception": "evaluation.inception",
+    "measure_reference": "evaluation.reference",
     "run_config_from": "config_checks",
 }
 

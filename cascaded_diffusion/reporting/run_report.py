@@ -131,6 +131,7 @@ def _scores(folder: RunFolder, records: Sequence[Record]) -> list[Markup]:
             )
         )
     metrics = list(dict.fromkeys(r["metric"] for r in scores))
+    metrics.sort(key=lambda name: not name.startswith(("fid_", "fd_")))
     for metric in metrics:
         series: dict[str, list[tuple[float, float]]] = {}
         for r in scores:
