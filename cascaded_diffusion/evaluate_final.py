@@ -65,10 +65,10 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     with folder.writer_lock("eval"):
         judge = build_run_judge(fv, config, folder, mesh, ("train", "val"))
         trained = load_trained(folder, mesh)
-        stage, sampler = trained.stage, config.stage.sampler
+        stage = trained.stage
+        sampler = config.stage.sampler if section is None else section.samplers[-1]
         how = dict(num_samples=count, aug_level=config.eval.aug_level, seed=seed, mesh=mesh)
         if section is not None and below:
-            sampler = section.samplers[-1]
             source = sources.of_stages(
                 [load_trained(f, mesh) for f in below],
                 stage,

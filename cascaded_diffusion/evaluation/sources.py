@@ -209,7 +209,8 @@ def at_levels(
     seed: int,
     mesh: Mesh,
 ) -> LevelSource:
-    """Enlargements of real images, with the same noise at every level."""
+    """Enlargements of at least `num_images` real images, with the same noise at every level."""
+    num_images = -(-num_images // mesh.size) * mesh.size  # as many for every device
     real = split.spread(num_images, stage.config.low_res_resolution)
     sample = generate.make_enlarging_sampler(
         stage,
