@@ -159,6 +159,13 @@ def overrides_in(argv: Sequence[str]) -> list[str]:
     return [arg for arg in argv[1:] if _is_override(arg)]
 
 
+def refuse_overrides(argv: Sequence[str], why: str) -> None:
+    """Raises UserError if a config key is overridden where that would mean nothing."""
+    overrides = overrides_in(argv)
+    if overrides:
+        raise UserError(f"{overrides[0]}: {why}")
+
+
 def _is_override(arg: str) -> bool:
     return arg.startswith(("--config.", "-config."))
 

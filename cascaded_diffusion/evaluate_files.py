@@ -65,13 +65,13 @@ def evaluate_files(fv: flags.FlagValues) -> int:
         statistics = _joined(statistics, measured)
     judge = Judge(extractor=extractor, references={"train": statistics}, classes=False)
     try:
-        scores = judge.scores(samples.images[:count], None)
+        scores = judge.scores(samples.images, None, count)
     except ValueError as e:  # features of another size, a covariance that is none
         raise UserError(f"--reference={fv.reference}: {e}") from e
     record = {
         "samples": fv.samples,
         "num_samples": count,
-        "samples_digest": samples.digest(),
+        "samples_digest": samples.digest(labels=False),
         "resolution": samples.images.shape[1],
         "reference": statistics.name,
         "features": extractor.identity,
@@ -100,7 +100,13 @@ def _resize(fv: flags.FlagValues, statistics: Any) -> str:
     """Inception's way of resizing: --resize, else the reference's own."""
     own = None
     if statistics is not None:
-        own = _FOREIGN_RESIZE
+        # ADM's files have spatial statistics; others may be of any way.
+        own = _FOREIGN_RESIZE if statistics.spatial is not None else fv.resize
+        if own is None and statistics.fingerprint is None:
+            raise UserError(
+                f"--reference={fv.reference}: does not say how its images came to Inception's"
+                " 299 px; say it with --resize=legacy or --resize=clean"
+            )
         if statistics.fingerprint is not None:
             own = "clean" if ":clean:" in statistics.fingerprint.features else "legacy"
     resize = fv.resize or own or "legacy"

@@ -39,6 +39,11 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
             if fv[name].value:
                 raise UserError(f"--{name}: not with a cascade, which makes its own; leave it out")
     else:
+        cli.refuse_overrides(
+            argv,
+            "a run is measured by its own config, which a call of `main` with this override"
+            " changes where that is allowed",
+        )
         folder = RunFolder(fv.workdir)
         config = folder.read_config()
         below = folders_below(fv, config)
@@ -54,6 +59,7 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     jax = cli.set_up_jax()
     from cascaded_diffusion.evaluation import sources
     from cascaded_diffusion.evaluation.final import final_numbers
+    from cascaded_diffusion.evaluation.sample_store import DamagedBatchError
     from cascaded_diffusion.evaluation.trained import load_trained
     from cascaded_diffusion.runtime.mesh import build_mesh
 
@@ -90,7 +96,12 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         levels = None
         if config.stage.has_level:
             levels = sources.at_levels(
-                stage, sampler, splits["val"], num_images=_LEVEL_IMAGES, seed=seed, mesh=mesh
+                stage,
+                sampler,
+                splits["val"],
+                num_images=min(_LEVEL_IMAGES, config.eval.batch_size),
+                seed=seed,
+                mesh=mesh,
             )
         try:
             record = final_numbers(
@@ -104,7 +115,10 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
                 batch_size=config.eval.batch_size if section is None else section.batch_size,
                 levels=levels,
             )
-        except ValueError as e:  # samples that are not finite, a stored batch that is damaged
+        except (
+            ValueError,
+            DamagedBatchError,
+        ) as e:  # samples that are not finite, a stored batch that is damaged
             raise UserError(f"--final: {e}") from e
     print((folder.eval / f"final_{source.kind}.md").read_text(), flush=True)
     print(json.dumps({"stage": record["stage"], **record["metrics"]}), flush=True)

@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
         for name in ("workdir", "config"):
             if fv[name].value is not None:
                 raise UserError(f"--images does not go with --{name}: leave one of them out")
+        cli.refuse_overrides(argv, "means nothing for --images")
         return _of_images(fv)
     for name in ("output", "resize"):
         if fv[name].value is not None:
@@ -64,6 +65,7 @@ def _of_run(fv: flags.FlagValues, argv: Sequence[str]) -> int:
             raise UserError(
                 f"--config: the run in {fv.workdir} has its own config.json; leave it out"
             )
+        cli.refuse_overrides(argv, f"the run in {fv.workdir} has its own config.json")
         config = folder.read_config()
     else:
         if fv.config is None:

@@ -697,6 +697,11 @@ BAD_COMMANDS = [
     (evaluate, ["--workdir=RUN", "--final"], "--workdir=RUN: no run there"),
     (
         evaluate,
+        ["--workdir=RUN", "--final", "--config.eval.seed=3"],
+        "--workdir=RUN: no run there",
+    ),
+    (
+        evaluate,
         ["--workdir=RUN", "--samples=a.npz", "--reference=b.npz"],
         "--reference, --resize: only without --workdir, which has its own; leave one out",
     ),

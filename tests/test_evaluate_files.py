@@ -144,6 +144,15 @@ BAD = [
     ),
     (
         ["--allow_few_samples", "--samples={0}/a.npz", "--reference={0}/short.npz"],
+        "--reference={0}/short.npz: does not say how its images came to Inception's 299 px; say it",
+    ),
+    (
+        [
+            "--allow_few_samples",
+            "--samples={0}/a.npz",
+            "--reference={0}/short.npz",
+            "--resize=clean",
+        ],
         "--reference={0}/short.npz: features of sizes 12 and 3 cannot be compared",
     ),
     (

@@ -58,6 +58,7 @@ def classification_accuracy(
     num_classes: int,
     network: str,
     train_steps: int,
+    batch_size: int,
     seed: int,
     flip: bool,
     mesh: Mesh,
@@ -91,6 +92,7 @@ def classification_accuracy(
         mesh=mesh,
         flip=flip,
         train_steps=train_steps,
+        batch_size=batch_size,
         label=label,
     )
     classifier = Classifier(network, module, variables, "", mesh)
@@ -131,7 +133,7 @@ def cas_record(
     """
     recipe = RECIPES[network]
     epochs = recipe.epochs if epochs is None else epochs
-    batch_size = batch_size_for(recipe, len(generated.labels), mesh)
+    batch_size = batch_size_for(recipe, min(len(generated.labels), len(real.labels)), mesh)
     train_steps = epochs * (len(generated.labels) // batch_size)
     found = {}
     for name, train in (("generated", generated), ("real", real)):
@@ -141,6 +143,7 @@ def cas_record(
             num_classes=num_classes,
             network=network,
             train_steps=train_steps,
+            batch_size=batch_size,
             seed=seed,
             flip=flip,
             mesh=mesh,

@@ -88,7 +88,9 @@ class Classifier:
 def _forward(
     module: Any, variables: networks.Variables, images: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return networks.apply_classifier(module, variables, float_from_uint8(images))
+    # The same features on every kind of device, whose defaults may round more.
+    with jax.default_matmul_precision("highest"):
+        return networks.apply_classifier(module, variables, float_from_uint8(images))
 
 
 def _fingerprint(train: LabelledImages, network: str, seed: int) -> str:

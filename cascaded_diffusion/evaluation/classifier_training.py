@@ -168,6 +168,7 @@ def train_classifier(
     mesh: Mesh,
     flip: bool = False,
     train_steps: int | None = None,
+    batch_size: int | None = None,
     label: str = "classifier",
 ) -> tuple[Any, networks.Variables]:
     """Trains a network of `networks.classifier.CLASSIFIERS`.
@@ -181,6 +182,7 @@ def train_classifier(
       mesh: the devices that a batch is split over.
       flip: whether a mirrored image is of the same class.
       train_steps: instead of the recipe's epochs.
+      batch_size: instead of the recipe's.
       label: for the progress line.
 
     Returns:
@@ -189,7 +191,8 @@ def train_classifier(
     recipe, module = RECIPES[network], networks.CLASSIFIERS[network](num_classes=num_classes)
     _, height, _, channels = images.shape
     init_key, order_key, run_key = jax.random.split(jax.random.key(seed), 3)
-    batch_size = batch_size_for(recipe, len(labels), mesh)
+    if batch_size is None:
+        batch_size = batch_size_for(recipe, len(labels), mesh)
     per_epoch = len(labels) // batch_size
     total = recipe.epochs * per_epoch if train_steps is None else train_steps
     optimizer = _optimizer(recipe, total, per_epoch)

@@ -39,7 +39,8 @@ def series(
             and record.get("ema_decay") in ema_decays
             and all(record.get(key) == like.get(key) for key in COMPARABLE)
         ):
-            found.setdefault((record["step"], record["ema_decay"]), record)
+            # Of a step that was trained again after damage, the last score holds.
+            found[record["step"], record["ema_decay"]] = record
     return [found[key] for key in sorted(found)]
 
 

@@ -78,10 +78,11 @@ def final_numbers(
         },
     }
     known = _stored(folder, name, about)
-    if known is not None:
-        return known
     identity = {**source.record, "seed": seed, "weights": trained.identity}
     store = SampleStore(folder.samples, identity, num_samples=num_samples, batch_size=batch_size)
+    if known is not None:
+        store.remove()
+        return known
     fill(store, source, trained.params, label=f"{trained.name}, low-res {source.kind}")
     measurement, agreement, first = measured(judge, store, stage.num_classes)
     metrics: dict[str, float] = {}
@@ -106,6 +107,8 @@ def final_numbers(
         "health": condition,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
     }
+    # Numbers of an earlier call are not left beside these samples.
+    (folder.eval / f"{name}.json").unlink(missing_ok=True)
     save_grid(folder, f"{name}.png", first)
     save_sample_batches(
         folder.eval / f"{name}.npz",

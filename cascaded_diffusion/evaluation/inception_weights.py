@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import http.client
 import io
 import os
 import pathlib
@@ -73,7 +74,7 @@ def load_weights(
         path = str(download(cache / FILE))
         weights = _read_public(pathlib.Path(path), allow_other=False)
         _keep(kept, weights)
-        pathlib.Path(path).unlink()
+        pathlib.Path(path).unlink(missing_ok=True)
         return weights
     file = pathlib.Path(path)
     if not file.is_file():
@@ -164,12 +165,15 @@ def _digest(arrays: Mapping[str, np.ndarray], sha256: str) -> str:
 
 
 def _keep(path: pathlib.Path, weights: InceptionWeights) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     arrays = _arrays_of(weights)
     data = io.BytesIO()
     about = dict(sha256=np.asarray(weights.sha256), digest=_digest(arrays, weights.sha256))
     np.savez(data, **arrays, **about)
-    write_whole(path, data.getvalue())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_whole(path, data.getvalue())
+    except OSError as e:  # it saves time, no more
+        print(f"{path}: cannot be kept ({e.strerror}); weights are read again each time")
 
 
 def _read_converted(path: pathlib.Path) -> InceptionWeights:
@@ -241,7 +245,7 @@ def download(
                 data.write(block)
                 if data.tell() > num_bytes:
                     raise UserError(f"{url}: more than the {num_bytes} bytes expected{remedy}")
-    except OSError as e:  # URLError and timeouts too
+    except (OSError, http.client.HTTPException) as e:  # URLError and timeouts too
         raise UserError(f"{url}: cannot be downloaded ({e}){remedy}") from e
     found = hashlib.sha256(data.getvalue()).hexdigest()
     if data.tell() != num_bytes or found != sha256:

@@ -23,7 +23,7 @@ from cascaded_diffusion.evaluation.reference import (
     save_reference,
 )
 from cascaded_diffusion.runtime.run_folder import RunFolder
-from cascaded_diffusion.runtime.samples import Images, batches
+from cascaded_diffusion.runtime.samples import Images
 
 _BATCH = 500
 
@@ -56,22 +56,28 @@ class Judge:
         """Sums to which batches of samples are added."""
         return Measurement(self.extractor, num_samples, classes=self.classes)
 
-    def measured(self, images: Images, labels: np.ndarray | None) -> Measurement:
-        """The sums of a whole set of samples.
+    def measured(
+        self, images: Images, labels: np.ndarray | None, count: int | None = None
+    ) -> Measurement:
+        """The sums of a set of samples.
 
         Args:
           images: uint8 [n, H, W, C] at the references' resolution.
           labels: int [n], or None for samples without classes.
+          count: of the first so many; None: of all.
         """
-        measurement = self.measurement(len(images))
-        for i, batch in enumerate(batches(images, _BATCH)):
-            rows = slice(i * _BATCH, i * _BATCH + len(batch))
-            measurement.add(batch, None if labels is None else labels[rows])
+        count = len(images) if count is None else count
+        measurement = self.measurement(count)
+        for start in range(0, count, _BATCH):
+            rows = slice(start, min(start + _BATCH, count))
+            measurement.add(images[rows], None if labels is None else labels[rows])
         return measurement
 
-    def scores(self, images: Images, labels: np.ndarray | None) -> dict[str, float]:
+    def scores(
+        self, images: Images, labels: np.ndarray | None, count: int | None = None
+    ) -> dict[str, float]:
         """Every metric of a set of samples against the training images, the primary one first."""
-        measurement = self.measured(images, labels)
+        measurement = self.measured(images, labels, count)
         return {**measurement.distances(self.references["train"]), **measurement.own()}
 
 

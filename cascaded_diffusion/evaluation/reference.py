@@ -283,6 +283,7 @@ def check_reference(reference: Reference, path: str, flag: str, **wanted: Any) -
         found = getattr(reference.fingerprint, field)
         if found != value:
             raise UserError(
-                f"--{flag}={path}: its field {field!r} is {found!r}, expected {value!r}; make the"
-                " reference anew, with `python -m cascaded_diffusion.reference`"
+                f"--{flag}={path}: its field {field!r} is {found!r}, expected {value!r}; make it"
+                " anew with `python -m cascaded_diffusion.reference`, of a run after removing the"
+                " file"
             )

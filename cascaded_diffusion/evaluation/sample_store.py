@@ -29,6 +29,10 @@ from cascaded_diffusion.runtime.samples import DAMAGED
 Arrays = dict[str, np.ndarray]
 
 
+class DamagedBatchError(Exception):
+    """A batch was damaged on disk; it is removed, and the next `fill` makes it again."""
+
+
 class SampleStore:
     """The batches of one set of samples.
 
@@ -99,12 +103,14 @@ class SampleStore:
         """All batches in order.
 
         Raises:
-          ValueError: one is missing.
+          DamagedBatchError: one is missing or damaged.
         """
         for i in range(self.num_batches):
             arrays = self.read(i)
             if arrays is None:
-                raise ValueError(f"{self._path(i)}: missing or damaged; run the same command again")
+                raise DamagedBatchError(
+                    f"{self._path(i)}: missing or damaged; run the same command again"
+                )
             yield arrays
 
     def remove(self) -> None:

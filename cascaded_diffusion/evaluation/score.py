@@ -15,7 +15,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import early_stopping, health
 from cascaded_diffusion.evaluation.judge import Judge, judged_labels, shown
 from cascaded_diffusion.evaluation.measure import Measurement, counted, metric_name
-from cascaded_diffusion.evaluation.sample_store import SampleStore
+from cascaded_diffusion.evaluation.sample_store import DamagedBatchError, SampleStore
 from cascaded_diffusion.evaluation.sources import SampleSource, fill
 from cascaded_diffusion.evaluation.trained import abstract_params, checkpoint_digest
 from cascaded_diffusion.runtime import checkpoint, pictures
@@ -98,6 +98,7 @@ class RunScorer:
         if not missing:
             return False
         with self._folder.reading(step):
+            weights = str(self._weights(step))
             params: Params | None = None
             for source in missing:
                 try:
@@ -105,14 +106,22 @@ class RunScorer:
                         params = checkpoint.load_ema_params(
                             self._folder, step, ema_decay, self._abstract_params
                         )
-                    values = self._score_source(step, ema_decay, source, params)
-                except (UserError, ValueError) as e:
+                    store = self._store(ema_decay, source, weights)
+                    try:
+                        values = self._score_source(step, ema_decay, source, params, store)
+                    except DamagedBatchError:  # what was damaged is made again
+                        values = self._score_source(step, ema_decay, source, params, store)
+                except (UserError, ValueError, OSError) as e:
                     if step not in checkpoint.finished_steps(self._folder):
                         print(
                             f"{self._config.stage.name} step {step}: gone, the trainer kept newer"
                             " ones"
                         )
                         return False
+                    if isinstance(e, OSError):  # a full disk, say: not the checkpoint's fault
+                        raise UserError(
+                            f"{self._folder.eval}: {e}; run the same command again"
+                        ) from e
                     print(f"{self._config.stage.name} step {step}: failed ({e})", flush=True)
                     self._record(step, ema_decay, source, self._metric, None, failed=str(e))
                     continue
@@ -120,13 +129,32 @@ class RunScorer:
                 # process before, the others are not lost and none is there twice.
                 for metric in sorted(values, key=lambda name: name == self._metric):
                     self._record(step, ema_decay, source, metric, values[metric])
+                store.remove()
+            # While it cannot be deleted: from here on it is kept if it is the best.
+            self._decide()
         return True
 
     def _recorded(self, step: int, ema_decay: float, source: SampleSource, metric: str) -> bool:
         comparable = early_stopping.series(
             read_lines(self._folder.results_path), metric, self._identity(source), [ema_decay]
         )
-        return any(record["step"] == step for record in comparable)
+        weights = self._weights(step)
+        return any(r["step"] == step and r.get("weights") == weights for r in comparable)
+
+    def _weights(self, step: int) -> str | None:
+        """A digest of a checkpoint: a step that was trained again is scored again."""
+        try:
+            return checkpoint_digest(self._folder, self._config.stage, step)
+        except OSError:  # the trainer has just removed it
+            return None
+
+    def _store(self, ema_decay: float, source: SampleSource, weights: str) -> SampleStore:
+        return SampleStore(
+            self._folder.samples,
+            {**source.record, "seed": self._config.eval.seed, "weights": weights, "ema": ema_decay},
+            num_samples=self._config.eval.num_samples,
+            batch_size=self._config.eval.batch_size,
+        )
 
     def _record(
         self,
@@ -140,22 +168,20 @@ class RunScorer:
         if self._recorded(step, ema_decay, source, metric):
             return
         record = {"step": step, "ema_decay": ema_decay, "metric": metric, "value": value}
-        record |= {**self._identity(source), **extra}
+        record |= {"weights": self._weights(step), **self._identity(source), **extra}
         append_line(self._folder.results_path, record)
         self._curves.add(record)
 
     def _score_source(
-        self, step: int, ema_decay: float, source: SampleSource, params: Params
+        self,
+        step: int,
+        ema_decay: float,
+        source: SampleSource,
+        params: Params,
+        store: SampleStore,
     ) -> dict[str, float]:
         config, name = self._config, self._config.stage.name
         about = f"step {step}, EMA {ema_decay:g}, low-res {source.kind}"
-        weights = checkpoint_digest(self._folder, config.stage, step)
-        store = SampleStore(
-            self._folder.samples,
-            {**source.record, "seed": config.eval.seed, "weights": weights, "ema": ema_decay},
-            num_samples=config.eval.num_samples,
-            batch_size=config.eval.batch_size,
-        )
         fill(store, source, params, label=about)
         measurement, agreement, first = measured(self._judge, store, config.stage.num_classes)
         values = {**measurement.distances(self._judge.references["train"]), **measurement.own()}
@@ -164,7 +190,6 @@ class RunScorer:
         several = f"_ema_{ema_decay:g}" if len(config.eval.ema_decays) > 1 else ""
         save_grid(self._folder, f"step_{step}{several}_{source.kind}.png", first)
         print(f"{name} {about}: {shown(values)}", flush=True)
-        store.remove()
         return values
 
     def _decide(self) -> Mapping[str, Any] | None:

@@ -169,13 +169,14 @@ def of_stages(
 ) -> SampleSource:
     """A live cascade: the stages below at their chosen checkpoints, this one on top.
 
-    What the stages below make is kept and used again for the next checkpoint.
+    With the kind "samples", what the stages below make is kept and used again for the
+    next checkpoint.
     """
     cascade = Cascade(
         stages=[*(t.stage for t in below), stage], samplers=samplers, truncated=truncated
     )
     sample = generate.make_cascade_sampler(
-        cascade, aug_levels, seed=seed, mesh=mesh, keep_first_stages=True
+        cascade, aug_levels, seed=seed, mesh=mesh, keep_first_stages=kind == "samples"
     )
     num_classes = stage.config.num_classes
     stops_below = truncated and stage.config.has_level

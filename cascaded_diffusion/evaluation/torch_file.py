@@ -17,6 +17,7 @@ import io
 import pathlib
 import pickletools
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
@@ -79,7 +80,7 @@ def _reduced(function: Any, arguments: Any) -> Any:
         ):
             raise ValueError(f"a tensor of {shape} that is not contiguous")
         return _Tensor(storage, offset, shape)
-    raise ValueError(f"a call of {function}, which no state dict makes")
+    raise ValueError(f"a call of a {type(function).__name__}, which no state dict makes")
 
 
 def _storage_of(reference: Any) -> _Storage:
@@ -230,5 +231,5 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise
     except (LookupError, TypeError, AttributeError, OverflowError, EOFError, OSError) as e:
         raise ValueError(f"not a whole state dict of tensors ({type(e).__name__}: {e})") from e
-    except zipfile.BadZipFile as e:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError) as e:
         raise ValueError(f"a damaged zip ({e})") from e

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -21,7 +22,16 @@ from cascaded_diffusion.runtime.run_folder import write_whole
 
 # What numpy and zipfile raise on a file that is damaged or something else; a TypeError is
 # that of a bare array, as in a .npy file, used as an archive.
-DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile)
+DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    RuntimeError,  # what seems encrypted, or of an unknown compression
+    zlib.error,
+    zipfile.BadZipFile,
+)
 _DIGEST_BATCH = 1000
 
 
@@ -52,11 +62,13 @@ class StoredImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def digest(self) -> str:
-        """SHA-256 of the pixels in order, first 12 digits."""
+    def digest(self, *, labels: bool = True) -> str:
+        """SHA-256 of the pixels in order, and of the labels if there are, first 12 digits."""
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
         for batch in batches(self.images, _DIGEST_BATCH):
             digest.update(np.ascontiguousarray(batch).tobytes())
+        if labels and self.labels is not None:
+            digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()[:12]
 
 

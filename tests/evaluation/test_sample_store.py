@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cascaded_diffusion.evaluation.sample_store import SampleStore
+from cascaded_diffusion.evaluation.sample_store import DamagedBatchError, SampleStore
 from cascaded_diffusion.evaluation.sources import SampleSource, fill
 
 NUM, BATCH = 23, 5
@@ -37,7 +37,7 @@ def test_every_sample_once_and_in_order(tmp_path):
     assert len(made) == 5
     path = sorted(tmp_path.rglob("0*.npz"))[2]
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="missing or damaged; run the same command again"):
+    with pytest.raises(DamagedBatchError, match="missing or damaged; run the same command again"):
         list(store.batches())
     fill(store, _source(made), 3, label="")
     np.testing.assert_array_equal(made[-1], np.arange(10, 15))
