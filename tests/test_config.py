@@ -779,6 +779,10 @@ def test_a_run_without_checkpoints_cannot_be_scored(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "set_up_jax", lambda: pytest.fail("a device was touched"))
     with pytest.raises(UserError, match="no checkpoint there; train first, or add --follow"):
         evaluate.main(["evaluate", f"--workdir={tmp_path}"])
+    with pytest.raises(
+        UserError, match="--config.eval.seed=3: a run is measured by its own config"
+    ):
+        evaluate.main(["evaluate", f"--workdir={tmp_path}", "--final", "--config.eval.seed=3"])
     for extra in (["--final"], ["--bits_per_dim=test"]):
         with pytest.raises(UserError, match="no checkpoint was chosen yet; run .*evaluate"):
             evaluate.main(["evaluate", f"--workdir={tmp_path}", *extra])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -87,8 +88,6 @@ def _scorer(folder, judge, *, below=None, config=None):
 
 @pytest.fixture
 def clean(runs):
-    import shutil
-
     for folder in runs.values():
         shutil.rmtree(folder.eval, ignore_errors=True)
         folder.early_stop_path.unlink(missing_ok=True)
@@ -209,8 +208,6 @@ def test_every_ema_is_scored_and_the_best_is_chosen(tmp_path):
 
 
 def test_the_identity_of_a_stage_changes_with_its_config_and_its_weights(clean, tmp_path):
-    import shutil
-
     folder = RunFolder(tmp_path / "copy")
     shutil.copytree(clean["base16"].path, folder.path)
     folder.eval.mkdir(exist_ok=True)
@@ -248,8 +245,6 @@ def test_real_rows_are_spread_over_a_sorted_set():
 
 
 def test_killed_at_random_an_evaluation_records_what_an_unbroken_one_does(clean, tmp_path):
-    import shutil
-
     results = {}
     for name, kills in (("unbroken", 0), ("killed", 20)):
         folder = RunFolder(tmp_path / name)
@@ -436,3 +431,44 @@ def test_curves_are_the_records(clean):
         events = EventAccumulator(str(folder.eval)).Reload()
         points = events.Scalars(f"{FD}/low_res_none_ema_0.995")
         assert [(p.step, p.value) for p in points] == [(2, 3.0), (4, 2.0), (6, 1.0)]
+
+
+def test_a_step_that_was_trained_again_is_scored_again(clean, tmp_path):
+    folder = RunFolder(tmp_path)
+    shutil.copytree(clean["base16"].path, folder.path, dirs_exist_ok=True)
+    _scorer(folder, Judge([3.0, 2.0, 1.0])).score_new_checkpoints()
+    assert folder.chosen().step == 6
+    # As if step 6 had been lost, and saved anew with other weights.
+    shutil.rmtree(folder.checkpoints / "6")
+    shutil.copytree(folder.checkpoints / "4", folder.checkpoints / "6")
+    assert _scorer(folder, Judge([2.5])).score_new_checkpoints() == 1
+    assert folder.chosen().step == 4
+    assert _scorer(folder, Judge([])).score_new_checkpoints() == 0
+
+
+def test_the_best_is_chosen_before_the_next_checkpoint_is_read(clean, monkeypatch):
+    folder, chosen = clean["base16"], []
+    original = RunFolder.reading
+
+    def reading(self, step):
+        chosen.append(None if self.best() is None else self.best()["step"])
+        return original(self, step)
+
+    monkeypatch.setattr(RunFolder, "reading", reading)
+    _scorer(folder, Judge([1.0, 2.0, 0.5])).score_new_checkpoints()
+    assert chosen == [None, 2, 2]
+
+
+def test_a_stored_batch_that_is_damaged_is_made_again(clean, monkeypatch):
+    folder, damaged = clean["base16"], []
+    original = score.fill
+
+    def fill(store, *args, **kwargs):
+        original(store, *args, **kwargs)
+        if not damaged:
+            damaged.append(sorted(folder.samples.rglob("0*.npz"))[0])
+            damaged[0].write_bytes(damaged[0].read_bytes()[:100])
+
+    monkeypatch.setattr(score, "fill", fill)
+    assert _scorer(folder, Judge([3.0, 2.0, 1.0])).score_new_checkpoints() == 3
+    assert all(r["value"] is not None for r in read_lines(folder.results_path))
