@@ -140,17 +140,35 @@ class StageConfig:
         return self.augment.name == "gaussian"
 
 
+# Bounds of `data` that are None in most configs.
+MAX_CORRUPT_FRACTION = 0.001
+MAX_PIXELS = 64_000_000
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """`data`: where the images come from. `resolution` is the data set's own here."""
+    """`data`: where the images come from, and what the host does to them.
 
-    name: str
+    An image is cropped to a square and resized to `resolution`. The stage shrinks it
+    further on the device, to its own resolution and to its low-res input.
+    """
+
+    name: str  # "mnist", "shapes", "folder", "adm_folder", "npz", or a TFDS data set's
+    path: str | None  # where the folder, the .npz or TFDS's data_dir is
+    prepared_dir: str | None  # where `prepare` writes; None: each image is decoded when read
     train_split: str
     eval_split: str
     resolution: int = _at_least(1)
+    crop: str = _one_of("center", "none")  # "none": images are square already
+    resize: str = _one_of("area", "bilinear")
+    low_res: str = _one_of("derived", "stored")  # from the high-res image, or from the crop itself
     random_flip: bool
     shuffle_seed: int = _at_least(0)
+    on_corrupt: str = _one_of("fail", "skip")
+    max_corrupt_fraction: float | None = _between(0.0, 1.0)  # None: MAX_CORRUPT_FRACTION
+    max_pixels: int | None = _at_least(1)  # of an encoded image; None: MAX_PIXELS
     read_threads: int = _between(0, 1024)
+    read_workers: int | None = _between(0, 1024)  # processes that read; None: this one's threads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ def run_config_from(values: Mapping[str, Any]) -> RunConfig:
             stage.resolution,
             f"at most config.data.resolution, which is {data.resolution}",
         )
+    _check_data(config)
     _check_batch("train.batch_size", train.batch_size, config.mesh)
     if not train.ema_decays:
         fail("train.ema_decays", train.ema_decays, "at least one decay")
@@ -53,6 +54,21 @@ def run_config_from(values: Mapping[str, Any]) -> RunConfig:
             f"less than config.train.train_steps, which is {train.train_steps}",
         )
     return config
+
+
+# Data sets that come with the package, and those that are wherever config.data.path says.
+BUILTIN_DATA = ("mnist", "shapes")
+FILE_DATA = ("folder", "adm_folder", "npz")
+
+
+def _check_data(config: RunConfig) -> None:
+    stage, data = config.stage, config.data
+    if data.name in FILE_DATA and not data.path:
+        fail("data.path", data.path, f"where the images of config.data.name = {data.name!r} are")
+    if data.name in BUILTIN_DATA and data.path is not None:
+        fail("data.path", data.path, f"None: {data.name!r} comes with the package")
+    if data.low_res == "stored" and stage.low_res_resolution is None:
+        fail("data.low_res", data.low_res, "'derived': this stage has no low-res input")
 
 
 def _check_eval(config: RunConfig) -> None:
@@ -190,7 +206,15 @@ _FREE_TO_CHANGE = (
     "train.train_steps",
     "train.log_every_steps",
     "train.sample_every_steps",
+    # Where the images are, and how they get here. That they are the same ones is for
+    # RunFolder.check_data to say.
+    "data.path",
+    "data.prepared_dir",
+    "data.on_corrupt",
+    "data.max_corrupt_fraction",
+    "data.max_pixels",
     "data.read_threads",
+    "data.read_workers",
     "eval.",
     "mesh.",
     "checkpoint.",

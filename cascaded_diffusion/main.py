@@ -49,8 +49,9 @@ def main(argv: Sequence[str]) -> int:
     outcome = train(
         config,
         folder,
-        lambda start_step: iterate(stream, config.data, start_step=start_step),
+        lambda start_step: iterate(stream, source, config.data, start_step=start_step),
         image_shape=source.image_shape,
+        low_res_shape=source.low_res_shape,
         grid_examples=spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS),
     )
     name = config.stage.name

@@ -26,10 +26,13 @@ class Batch:
     Attributes:
       image: [B, H, W, C] float32 in [-1, 1], at the data set's resolution.
       label: [B] int32 class ids, or None for data without classes.
+      low_res: [B, h, w, C] float32 in [-1, 1], where the data has it stored; None: it is
+        derived from `image`.
     """
 
     image: jax.Array
     label: jax.Array | None = None
+    low_res: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

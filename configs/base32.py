@@ -70,11 +70,16 @@ def get_config(variant: str | None = None) -> ConfigDict:
     )
     config.data = dict(
         name="imagenet2012",
+        prepared_dir="prepared",
         train_split="train",
         eval_split="validation",
         resolution=32,
+        crop="center",  # as BigGAN (paper)
+        resize="area",  # the authors' code of other works
+        low_res="derived",
         random_flip=True,  # paper, App. B
         shuffle_seed=0,
+        on_corrupt="fail",
         read_threads=16,
     )
     config.train = dict(
@@ -110,7 +115,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.stage.network.update(channels=16, channel_mults=(1, 2), num_res_blocks=(1, 1))
         config.stage.network.update(attention_resolutions=(4,), dtype="float32")
         config.stage.update(schedule=dict(num_timesteps=40), sampler=dict(num_steps=8))
-        config.data.update(name="shapes", eval_split="test", resolution=64)
+        config.data.update(name="shapes", prepared_dir=None, eval_split="test", resolution=64)
         config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
         config.eval.update(features="classifier", resize=None, num_samples=20, batch_size=16)
         config.eval.update(final_num_samples=20, num_steps=8)

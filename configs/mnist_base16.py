@@ -74,8 +74,12 @@ def get_config(variant: str | None = None) -> ConfigDict:
         train_split="train",
         eval_split="test",
         resolution=32,
+        crop="none",
+        resize="area",
+        low_res="derived",
         random_flip=False,
         shuffle_seed=0,
+        on_corrupt="fail",
         read_threads=2,
     )
     config.train = dict(

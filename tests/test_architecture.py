@@ -45,11 +45,12 @@ ALLOWED = {
     "stage_checks": _CONFIG,
     "config_checks": _CONFIG,
     "types": set(),
+    "resize_weights": set(),
     "errors": set(),
     "diffusion": {"types"},
     "networks": {"types"},
-    "cascade": {"diffusion", "networks", *LEAVES},
-    "data": LEAVES,
+    "cascade": {"resize_weights", "diffusion", "networks", *LEAVES},
+    "data": {"resize_weights", *LEAVES},
     "runtime": LEAVES,
     "reporting": {"runtime", *LEAVES},
     "training": {"cascade", "runtime", *LEAVES},
@@ -62,10 +63,14 @@ HOMES = {
     "orbax": {"runtime/checkpoint.py"},
     "clu": {"runtime/logging.py"},
     "tensorboardX": {"runtime/logging.py"},
-    "PIL": {"runtime/pictures.py", "runtime/image_files.py"},
+    "PIL": {"runtime/pictures.py", "runtime/image_files.py", "data/decode.py"},
     "matplotlib": {"runtime/pictures.py"},
     "grain": {"data"},
-    "tensorflow_datasets": {"data"},
+    "tensorflow_datasets": {"data/tfds_source.py"},
+    "array_record": {"data/array_record_files.py"},
+    "google_crc32c": {"data/tfrecord.py"},
+    "cv2": {"data"},
+    "simplejpeg": {"data/decode.py"},
     "mlxtend": {"data"},
     # Two trainings, two homes: the diffusion models', and the classifier's.
     "optax": {"training", "evaluation/classifier_training.py"},
@@ -137,7 +142,7 @@ def test_config_choices_are_the_tables_keys():
 def test_config_files_are_short_enough_to_read():
     for path in (ROOT / "configs").glob("*.py"):
         code = path.read_text().split('"""', 2)[2]
-        assert sum(bool(line.strip()) for line in code.splitlines()) <= 110, path
+        assert sum(bool(line.strip()) for line in code.splitlines()) <= 120, path
 
 
 def test_importing_the_package_is_quick_and_starts_nothing():

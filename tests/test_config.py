@@ -100,7 +100,7 @@ BAD_RUNS = [
         {"stage.network.chanels": 3},
         "config.stage.network.chanels is not a config key; did you mean 'channels'?",
     ),
-    ({"data.zzzz": 3}, "config.data.zzzz is not a config key; known keys: name, train_split"),
+    ({"data.zzzz": 3}, "config.data.zzzz is not a config key; known keys: name, path"),
     ({"train": 3}, "config.train = 3: expected a section"),
     ({"train.batch_size": "64"}, "config.train.batch_size = '64': expected an integer"),
     ({"train.batch_size": 64.0}, "config.train.batch_size = 64.0: expected an integer"),

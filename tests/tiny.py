@@ -8,7 +8,8 @@ import numpy as np
 
 from cascaded_diffusion.config import RunConfig, to_dict
 from cascaded_diffusion.config_checks import run_config_from
-from cascaded_diffusion.data.sources import ArraySource
+from cascaded_diffusion.data.raw import ArraySource
+from cascaded_diffusion.data.sources import ProcessingReader, Source
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -64,10 +65,22 @@ def round_trip(config: RunConfig, **overrides: Any) -> RunConfig:
     return run_config_from(with_overrides(to_dict(config), named))
 
 
-def random_source(num_images: int = 64, resolution: int = 32) -> ArraySource:
+def array_source(
+    images: np.ndarray, labels: np.ndarray, *, num_classes: int = 10, **overrides: Any
+) -> Source:
+    """Arrays as a source; `raw` is what it was made of. Overrides are of `config.data`."""
+    size, channels = images.shape[1], images.shape[3]
+    config = tiny_base(
+        data__resolution=size, **{f"data__{k}": v for k, v in overrides.items()}
+    ).data
+    raw = ArraySource(images, labels, tuple(map(str, range(num_classes))))
+    return Source(ProcessingReader(raw, config, channels=channels), config)
+
+
+def random_source(num_images: int = 64, resolution: int = 32) -> Source:
     """Images of noise, whose first pixels spell the image's index."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (num_images, resolution, resolution, 1), np.uint8)
     images[:, 0, 0, 0] = np.arange(num_images) % 256
     labels = (np.arange(num_images) % 10).astype(np.int32)
-    return ArraySource(images, labels, num_classes=10)
+    return array_source(images, labels)

@@ -2,13 +2,9 @@ r"""The two resizes of a cascade, each with one definition for all of its uses.
 
 Down, from the data to a stage's targets and to its low-res input, is the true
 area average: output pixel i of n averages the input interval
-[i H / n, (i + 1) H / n), cut pixels weighted by the part that lies inside. As a
-matrix,
-
-    (1)  W[i, j] = |[i H/n, (i+1) H/n) intersected with [j, j+1)| * n / H
-
-applied to rows and to columns. Up, from a low-res image to the network's input,
-is bilinear or bicubic (half-pixel centres, no antialiasing needed).
+[i H / n, (i + 1) H / n), cut pixels weighted by the part that lies inside
+(`resize_weights`, eq. 1), the same as of the host's data pipeline. Up, from a low-res
+image to the network's input, is bilinear or bicubic (half-pixel centres, no antialiasing needed).
 """
 
 from __future__ import annotations
@@ -17,16 +13,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-
-def _area_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """Eq. (1): [size_out, size_in], rows sum to 1."""
-    edges = np.arange(size_out + 1) * (size_in / size_out)
-    low, high = edges[:-1, None], edges[1:, None]
-    pixel = np.arange(size_in)[None, :]
-    overlap = np.minimum(high, pixel + 1) - np.maximum(low, pixel)
-    return (np.clip(overlap, 0.0, None) * (size_out / size_in)).astype(np.float32)
+from cascaded_diffusion.resize_weights import area_weights
 
 
 def area_resize(image: jax.Array, resolution: int) -> jax.Array:
@@ -40,7 +28,7 @@ def area_resize(image: jax.Array, resolution: int) -> jax.Array:
         return image
     if resolution > min(height, width):
         raise ValueError(f"cannot shrink {height}x{width} to {resolution}")
-    rows, columns = _area_matrix(height, resolution), _area_matrix(width, resolution)
+    rows, columns = area_weights(height, resolution), area_weights(width, resolution)
     # Highest precision: on TPU a default float32 matmul rounds its inputs to bfloat16.
     return jnp.einsum("ih,bhwc,jw->bijc", rows, image, columns, precision=jax.lax.Precision.HIGHEST)
 

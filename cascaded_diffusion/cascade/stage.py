@@ -89,7 +89,9 @@ class Stage:
             label = jnp.where(dropped, config.null_label, label)
         cond = Conditioning(label=label)
         if self.augment is not None:
-            low_res = self.low_res_from(batch.image)
+            low_res = batch.low_res
+            if low_res is None:
+                low_res = self.low_res_from(batch.image)
             damage = self.augment.for_training(damage_key, low_res.shape)
             cond = augment.condition(low_res, damage, label=label)
 

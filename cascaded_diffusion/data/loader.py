@@ -8,7 +8,8 @@ The stream is a function of (shuffle seed, step, row) alone:
 so the global batch of a step, process 0's rows first, has the same records in
 the same order for any number of processes. Augmentation is keyed by the position
 in the stream before it is cut up. The state of the stream is the step: resuming
-is seeking, and threads never change the order.
+is seeking. Threads and worker processes read whole batches, ahead of time, and never
+change the order.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 
 from cascaded_diffusion.config import DataConfig
 from cascaded_diffusion.data import transforms
+from cascaded_diffusion.data.corruption import CorruptionGuard
 from cascaded_diffusion.data.sources import Source
 from cascaded_diffusion.errors import UserError
 
@@ -34,8 +36,9 @@ def build_stream(
 ) -> grain.MapDataset:
     """The endless stream as a random-access data set: element `k` is step `k`.
 
-    Elements are dicts of `image` uint8 [b, H, W, C] and `label` int32 [b], with
-    b = global_batch_size / process_count.
+    Elements are dicts of `image` uint8 [b, H, W, C], `label` int32 [b], `low_res` uint8
+    [b, h, w, C] where the data has it, and `index` and `skipped` int64 [b] (see
+    `sources.Record`), with b = global_batch_size / process_count.
 
     Raises:
       UserError: the batch is not divided by the processes, or larger than the set.
@@ -57,13 +60,55 @@ def build_stream(
     return stream[process_index::process_count]
 
 
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """A process's batches from a step on: `image`, `label`, and `low_res` if there is.
+
+    Args:
+      stream: from `build_stream`.
+      source: what it reads.
+      config: with how many threads or processes.
+      start_step: the first step.
+    """
+
+    def __init__(
+        self, stream: grain.MapDataset, source: Source, config: DataConfig, *, start_step: int
+    ):
+        self._workers = config.read_workers or 0
+        # A guard of its own: those of the processes that read have counts of their own.
+        self._guard = CorruptionGuard(config, len(source))
+        threads = max(config.read_threads, 1)
+        options = grain.ReadOptions(
+            num_threads=config.read_threads, prefetch_buffer_size=2 * threads
+        )
+        # Not by the iterator's state: that of several workers is tied to their number.
+        iterable = stream[start_step:].to_iter_dataset(options)
+        if self._workers:
+            iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        self._iterator = iter(iterable)
+
+    @property
+    def num_skipped(self) -> int:
+        """How many corrupt records this process has met, each counted once."""
+        return self._guard.num_found
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """Raises UserError for a corrupt record, or too many, as the config says."""
+        batch = dict(next(self._iterator))
+        del batch["index"]
+        for index in batch.pop("skipped").tolist():
+            if index >= 0:
+                # Those who read have said it.
+                self._guard.note(index, f"record {index}", "see above", say=False)
+        return batch
+
+    def close(self) -> None:
+        """Ends the threads and processes that read ahead."""
+        if hasattr(self._iterator, "close"):
+            self._iterator.close()
+
+
 def iterate(
-    stream: grain.MapDataset, config: DataConfig, *, start_step: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Iterates a stream from `start_step` on, reading ahead in threads."""
-    options = grain.ReadOptions(
-        num_threads=config.read_threads, prefetch_buffer_size=2 * max(1, config.read_threads)
-    )
-    iterator = iter(stream.to_iter_dataset(options))
-    iterator.set_state({"next_index": start_step})
-    return iterator
+    stream: grain.MapDataset, source: Source, config: DataConfig, *, start_step: int
+) -> Batches:
+    """Iterates a stream from `start_step` on, reading ahead."""
+    return Batches(stream, source, config, start_step=start_step)

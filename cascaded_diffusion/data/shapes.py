@@ -47,6 +47,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "cross": _cross,
 }
 NUM_CLASSES = 2 * len(SHAPES)
+CLASS_NAMES = (*SHAPES, *(f"striped {name}" for name in SHAPES))
 
 
 def load_shapes(split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,106 +1,291 @@
-"""Random-access data sources: one protocol, chosen by name."""
+"""Data sets by name, as a model sees them: random access to images of one size.
+
+A `Source` is a reader (of the data set itself, or of what `prepare` made of it) and a guard
+against records that cannot be read.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
+import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 
-from cascaded_diffusion.config import DataConfig, StageConfig
-from cascaded_diffusion.data import builtin, shapes
+from cascaded_diffusion.config import MAX_PIXELS, DataConfig, StageConfig
+from cascaded_diffusion.data import builtin, folder, npz, prepared, shapes, tfds_source
+from cascaded_diffusion.data.corruption import CorruptRecord, CorruptionGuard
+from cascaded_diffusion.data.decode import decode_image
+from cascaded_diffusion.data.raw import ArraySource, RawSource, array_source
+from cascaded_diffusion.data.splits import parse_split
+from cascaded_diffusion.data.transforms import CROPS, resized
 from cascaded_diffusion.errors import UserError
 
 
-class Record(TypedDict):
-    """One example: `image` uint8 [H, W, C], `label` int32 scalar."""
+class Sized(TypedDict):
+    """`image` uint8 [H, W, C], `label` int32 scalar, and `low_res` [h, w, C] where it is stored."""
 
     image: np.ndarray
     label: np.int32
+    low_res: NotRequired[np.ndarray]
 
 
-class Source(Protocol):
-    """What the loader needs of a data set. The index of a record is its identity."""
+class Record(Sized):
+    """One example: `index` is which, `skipped` the corrupt one that it stands in for, or -1."""
 
-    num_classes: int
+    index: np.int64
+    skipped: np.int64
+
+
+class Reader(Protocol):
+    """Random access to images of one size.
+
+    Attributes:
+      image_shape: (H, W, C).
+      low_res_shape: (h, w, C) where low-res images are stored, else None.
+      class_names: in order of label; empty for data without classes.
+      identity: what the data set is, wherever it lies.
+    """
+
     image_shape: tuple[int, int, int]
+    low_res_shape: tuple[int, int, int] | None
+    class_names: tuple[str, ...]
+    identity: str
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record: ...
+    def read(self, index: int) -> Sized:
+        """Raises CorruptRecord for what cannot be read."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """A record's place, for people."""
+        ...
+
+    def known_labels(self) -> np.ndarray | None:
+        """int32 [n] where they are known without reading every record."""
+        ...
 
 
-@dataclasses.dataclass(frozen=True)
-class ArraySource:
-    """A data set that fits in memory.
+class ProcessingReader:
+    """Decodes, crops and resizes the images of a data set as they are read.
+
+    Args:
+      raw: the data set.
+      config: how.
+      channels: of the images.
+      low_res_resolution: where the low-res image is to be made from the crop too.
+      say: told the first image of each kind that was converted to 8-bit RGB or grey.
 
     Attributes:
-      images: uint8 [n, H, W, C].
-      labels: int32 [n].
-      num_classes: labels are below it.
+      converted: how many images were, by kind.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
-    num_classes: int
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.images.shape[1:]
+    def __init__(
+        self,
+        raw: RawSource,
+        config: DataConfig,
+        *,
+        channels: int,
+        low_res_resolution: int | None = None,
+        say: Callable[[str], None] | None = None,
+    ):
+        self.raw, self._config, self._channels, self._say = raw, config, channels, say
+        sizes = [config.resolution] + ([low_res_resolution] if low_res_resolution else [])
+        self.image_shape = (sizes[0], sizes[0], channels)
+        self.low_res_shape = (sizes[1], sizes[1], channels) if low_res_resolution else None
+        self.class_names, self.identity = raw.class_names, raw.identity
+        self.converted: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.raw)
+
+    def read(self, index: int) -> Sized:
+        image, label = self.raw.read(index)
+        if self.class_names and not 0 <= label < len(self.class_names):
+            raise UserError(
+                f"{self.describe(index)}: label {label} is out of range, expected 0 to"
+                f" {len(self.class_names) - 1}; take another config.data.train_split or"
+                " eval_split, or --config.stage.num_classes=0 for a model without classes"
+            )
+        return self.sized(self.decoded(image, index), label)
+
+    def decoded(self, image: bytes | np.ndarray, index: int) -> np.ndarray:
+        """The pixels of an image: uint8 [H, W, C] of any size."""
+        if isinstance(image, np.ndarray):
+            return image
+        pixels, note = decode_image(
+            image, channels=self._channels, max_pixels=self._config.max_pixels or MAX_PIXELS
+        )
+        if note is not None:
+            self.converted[note] += 1
+            if self.converted[note] == 1 and self._say is not None:
+                self._say(
+                    f"converted: {self.describe(index)} ({note}) to 8-bit"
+                    f" {'grey' if self._channels == 1 else 'RGB'}; so are others like it"
+                )
+        return pixels
+
+    def sized(self, pixels: np.ndarray, label: int) -> Sized:
+        """Cropped, and at every size that is wanted: each from the same crop."""
+        crop = CROPS[self._config.crop](pixels)
+        method = self._config.resize
+        record: Sized = {
+            "image": resized(crop, self.image_shape[0], method),
+            "label": np.int32(label),
+        }
+        if self.low_res_shape is not None:
+            record["low_res"] = resized(crop, self.low_res_shape[0], method)
+        return record
+
+    def describe(self, index: int) -> str:
+        return self.raw.describe(index)
+
+    def known_labels(self) -> np.ndarray | None:
+        return self.raw.known_labels()
+
+
+class Source:
+    """What the loader and evaluation read: `len`, and records by index.
+
+    Args:
+      reader: of the images.
+      config: what to do about corrupt records.
+    """
+
+    def __init__(self, reader: Reader, config: DataConfig):
+        self.reader, self.guard = reader, CorruptionGuard(config, len(reader))
+        self.image_shape, self.low_res_shape = reader.image_shape, reader.low_res_shape
+        self.class_names, self.identity = reader.class_names, reader.identity
+
+    @property
+    def num_classes(self) -> int:
+        """0 for data without classes."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.reader)
 
     def __getitem__(self, index: int) -> Record:
-        return {"image": self.images[index], "label": self.labels[index]}
+        """Raises UserError for a corrupt record, if the policy says so."""
+        index = int(index)
+        at, record = self.guard.first_good(index, self.reader.read, self.reader.describe)
+        skipped = -1 if at == index else index
+        return {**record, "index": np.int64(at), "skipped": np.int64(skipped)}
 
     def __repr__(self) -> str:
-        # grain puts this into its error messages; the pixels do not belong there.
-        return f"ArraySource({len(self)} images of {self.image_shape})"
+        # grain puts this into its error messages.
+        return f"Source({self.identity})"
 
 
-def _mnist(split: str) -> Source:
-    return ArraySource(*builtin.load_mnist(split), num_classes=10)
+def _mnist(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
+    images, labels = builtin.load_mnist(parse_split(split)[0])
+    return array_source("mnist", split, images, labels, tuple(map(str, range(10))))
 
 
-def _shapes(split: str) -> Source:
-    return ArraySource(*shapes.load_shapes(split), num_classes=shapes.NUM_CLASSES)
+def _shapes(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
+    images, labels = shapes.load_shapes(parse_split(split)[0])
+    return array_source("shapes", split, images, labels, shapes.CLASS_NAMES)
 
 
-SOURCES: dict[str, Callable[[str], Source]] = {"mnist": _mnist, "shapes": _shapes}
+def _folder(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
+    return folder.load_folder(config.path, split, classes="folder" if stage.num_classes else None)
+
+
+def _adm_folder(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
+    return folder.load_folder(
+        config.path, split, classes="file_name" if stage.num_classes else None
+    )
+
+
+def _npz(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
+    return npz.load_npz(config.path, split, num_classes=stage.num_classes)
+
+
+# All that are not TFDS's.
+SOURCES: dict[str, Callable[[DataConfig, str, StageConfig], RawSource]] = {
+    "mnist": _mnist,
+    "shapes": _shapes,
+    "folder": _folder,
+    "adm_folder": _adm_folder,
+    "npz": _npz,
+}
+
+
+def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
+    """The data set `config.name`, as it is: nothing is decoded or resized yet.
+
+    Raises:
+      UserError: it is not there, is damaged, has no such split, or is not what the
+        stage expects: another number of classes or channels, or images too small.
+    """
+    if config.name in SOURCES:
+        raw = SOURCES[config.name](config, split, stage)
+    else:
+        raw = tfds_source.load_tfds(config.name, split, config.path)
+    if raw.fixed_shape is not None:
+        height, width, channels = raw.fixed_shape
+        if config.resolution > min(height, width):
+            raise UserError(
+                f"config.data.resolution = {config.resolution}: expected at most"
+                f" {min(height, width)}, as {config.name!r} has"
+            )
+        if config.crop == "none" and height != width:
+            raise UserError(
+                f"config.data.crop = 'none': expected 'center', as the images of {config.name!r}"
+                f" are {width} x {height}"
+            )
+        if isinstance(raw, ArraySource) and stage.channels != channels:
+            raise UserError(
+                f"config.stage.channels = {stage.channels}: expected {channels}, as"
+                f" {config.name!r} has"
+            )
+    if stage.channels not in (1, 3):
+        raise UserError(
+            f"config.stage.channels = {stage.channels}: expected 1 or 3, as images have"
+        )
+    _check_classes(config, stage, len(raw.class_names))
+    return raw
+
+
+def _check_classes(config: DataConfig, stage: StageConfig, found: int) -> None:
+    if stage.num_classes and stage.num_classes != found:
+        expected = f"{found}, as {config.name!r} has, or 0 for a model" if found else "0, a model"
+        raise UserError(
+            f"config.stage.num_classes = {stage.num_classes}: expected {expected} without classes"
+        )
 
 
 def load_source(config: DataConfig, split: str, stage: StageConfig) -> Source:
-    """The data set `config.name`, checked to be what the stage expects.
+    """A split of the data set `config.name`, checked to be what the stage expects.
 
     Raises:
-      UserError: unknown name or split, or a data set of another size, number of
-        channels or number of classes than configured.
+      UserError: as `load_raw`; or `config.prepared_dir` does not hold the split as this
+        config wants it.
     """
-    if config.name not in SOURCES:
-        close = difflib.get_close_matches(config.name, SOURCES, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UserError(
-            f"config.data.name = {config.name!r}: expected one of"
-            f" {', '.join(map(repr, SOURCES))}{hint}"
+    low_res = stage.low_res_resolution if config.low_res == "stored" else None
+    if config.prepared_dir is not None:
+        reader: Reader = prepared.open_prepared(config, split, stage, low_res_resolution=low_res)
+        _check_classes(config, stage, len(reader.class_names))
+    else:
+        reader = ProcessingReader(
+            load_raw(config, split, stage),
+            config,
+            channels=stage.channels,
+            low_res_resolution=low_res,
+            say=_say,
         )
-    source = SOURCES[config.name](split)
-    height, width, channels = source.image_shape
-    for key, value, found in (
-        ("data.resolution", config.resolution, height),
-        ("data.resolution", config.resolution, width),
-        ("stage.channels", stage.channels, channels),
-    ):
-        if value != found:
-            raise UserError(f"config.{key} = {value}: expected {found}, as {config.name!r} has")
-    if stage.num_classes and stage.num_classes != source.num_classes:
-        raise UserError(
-            f"config.stage.num_classes = {stage.num_classes}: expected {source.num_classes}, as"
-            f" {config.name!r} has, or 0 for a model without classes"
-        )
-    return source
+    return Source(reader, config)
+
+
+_said = threading.Lock()
+
+
+def _say(line: str) -> None:
+    with _said:
+        print(line, file=sys.stderr, flush=True)
 
 
 def examples(source: Source, indices: Iterable[int]) -> dict[str, np.ndarray]:

@@ -151,6 +151,7 @@ def train(
     *,
     image_shape: tuple[int, int, int],
     grid_examples: Records,
+    low_res_shape: tuple[int, int, int] | None = None,
 ) -> Outcome:
     """Trains one stage to its end, going on from the newest checkpoint if there is one.
 
@@ -161,6 +162,7 @@ def train(
       image_shape: (H, W, C) of the data.
       grid_examples: GRID_ROWS * GRID_COLUMNS real examples, whose low-res versions
         the sample grids of a super-resolution stage enlarge.
+      low_res_shape: (h, w, C), where the data has low-res images stored.
 
     Raises:
       UserError: the folder belongs to another run or another process, checkpoints
@@ -180,7 +182,14 @@ def train(
             # From here on a signal is only noted: a step is taken, saved, and that is all.
             with _StopRequest() as stop:
                 outcome = _train(
-                    config, folder, data_from, image_shape, grid_examples, checkpoints, stop
+                    config,
+                    folder,
+                    data_from,
+                    image_shape,
+                    low_res_shape,
+                    grid_examples,
+                    checkpoints,
+                    stop,
                 )
         finally:
             checkpoints.close()
@@ -196,6 +205,7 @@ def _train(
     folder: RunFolder,
     data_from: DataFrom,
     image_shape: tuple[int, int, int],
+    low_res_shape: tuple[int, int, int] | None,
     grid_examples: Records,
     checkpoints: CheckpointWriter,
     stop: _StopRequest,
@@ -214,6 +224,7 @@ def _train(
         image_shape,
         train_config.batch_size,
         mesh,
+        low_res_shape=low_res_shape,
     )
     compile_secs = time.monotonic() - start
     print(
@@ -228,7 +239,8 @@ def _train(
     writes = jax.process_index() == 0
     writer = MetricWriter(folder, resume_step=first_step) if writes else None
     sample_grid = _GridSampler(stage, config, mesh, grid_examples)
-    batches = data_from(first_step)
+    local_batches = data_from(first_step)
+    batches = mesh_lib.DeviceBatches(local_batches, mesh)
     progress = Progress(total, unit="steps", label=config.stage.name, initial=first_step)
     clock = _Clock(train_config.batch_size, flops_per_step)
     reason, step, saved_step = "complete", first_step, first_step
@@ -240,24 +252,26 @@ def _train(
         clock.step_done()
         if at_step % train_config.log_every_steps == 0 or at_step == total:
             speed = clock.read()
+            skipped = getattr(local_batches, "num_skipped", 0)
             if writer is not None:
-                writer.write_scalars(at_step, {**values, **speed})
+                writer.write_scalars(at_step, {**values, **speed, "data_skipped_records": skipped})
+            details = {"skipped_records": str(skipped)} if skipped else {}
             progress.update(
                 at_step,
                 loss=f"{values['loss']:.4f}",
                 images_per_sec=f"{speed['images_per_sec']:.0f}",
                 data_wait=f"{100 * speed['data_wait_fraction']:.0f} %",
+                **details,
             )
 
-    with contextlib.closing(progress):
+    with contextlib.closing(progress), contextlib.closing(batches):
         while step < total:
             if folder.asked_to_stop(config.eval.patience_evals):
                 reason = "early_stop"
                 break
             waited = time.monotonic()
-            local = next(batches)
+            records = next(batches)
             clock.data_waited(time.monotonic() - waited)
-            records = mesh_lib.global_batch(local, mesh)
             state, metrics = train_step(state, records)
             # One step late: the devices have this step to work on while the host
             # reads the numbers of the last.

@@ -51,14 +51,18 @@ def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
 def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     """Returns `train_step(state, records) -> (state, metrics)`, to be compiled by the caller.
 
-    `records` is a dict of `image` uint8 [B, H, W, C] and `label` int32 [B], sharded
-    over the mesh. `metrics` are scalars of the global batch.
+    `records` is a dict of `image` uint8 [B, H, W, C], `label` int32 [B] and, where it is
+    stored, `low_res` uint8 [B, h, w, C], sharded over the mesh.
+    `metrics` are scalars of the global batch.
     """
     optimizer = build_optimizer(config)
     learning_rate = build_learning_rate(config)
 
     def train_step(state: TrainState, records: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        batch = Batch(image=float_from_uint8(records["image"]), label=records["label"])
+        low_res = float_from_uint8(records["low_res"]) if "low_res" in records else None
+        batch = Batch(
+            image=float_from_uint8(records["image"]), label=records["label"], low_res=low_res
+        )
         key = jax.random.fold_in(state.key, state.step)
 
         def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
@@ -94,6 +98,8 @@ def compile_train_step(
     image_shape: tuple[int, int, int],
     batch_size: int,
     mesh: Mesh,
+    *,
+    low_res_shape: tuple[int, int, int] | None = None,
 ) -> tuple[Callable, float]:
     """Compiles the step ahead of time for the state's and the batch's shardings.
 
@@ -103,6 +109,7 @@ def compile_train_step(
       image_shape: (H, W, C) of the data.
       batch_size: global.
       mesh: the device mesh.
+      low_res_shape: (h, w, C), where the data has low-res images stored.
 
     Returns:
       The compiled step, which donates the state, and the FLOPs of one step over
@@ -113,6 +120,10 @@ def compile_train_step(
         "image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8, sharding=sharding),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding),
     }
+    if low_res_shape is not None:
+        records["low_res"] = jax.ShapeDtypeStruct(
+            (batch_size, *low_res_shape), jnp.uint8, sharding=sharding
+        )
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     lowered = jax.jit(
         train_step,

@@ -27,7 +27,7 @@ def _ids(batch):
 
 def _take(config, steps, start=0, **kwargs):
     stream = build_stream(SOURCE, config, global_batch_size=BATCH, **kwargs)
-    return list(itertools.islice(iterate(stream, config, start_step=start), steps))
+    return list(itertools.islice(iterate(stream, SOURCE, config, start_step=start), steps))
 
 
 def test_every_epoch_has_every_record_once_in_a_new_order():
@@ -124,7 +124,7 @@ def test_examples_for_pictures_have_one_class_per_column():
     ("overrides", "message"),
     [
         ({"data.name": "mnits"}, "config.data.name = 'mnits': .*did you mean 'mnist'"),
-        ({"data.resolution": 64}, "config.data.resolution = 64: expected 32"),
+        ({"data.resolution": 64}, "config.data.resolution = 64: expected at most 32"),
         ({"stage.channels": 3}, "config.stage.channels = 3: expected 1"),
         ({"stage.num_classes": 8}, "config.stage.num_classes = 8: expected 10"),
         (

@@ -3,9 +3,11 @@ import itertools
 import numpy as np
 import pytest
 
+from cascaded_diffusion.config_checks import run_config_from
 from cascaded_diffusion.data.shapes import NUM_CLASSES, SHAPES, load_shapes
-from cascaded_diffusion.data.sources import SOURCES
+from cascaded_diffusion.data.sources import load_source
 from cascaded_diffusion.errors import UserError
+from tests.tiny import config_values
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,8 @@ def test_an_unknown_split_is_refused():
 
 
 def test_the_source_is_there_by_name():
-    source = SOURCES["shapes"]("test")
+    config = run_config_from(config_values("sr64"))
+    source = load_source(config.data, "test", config.stage)
     assert source.image_shape == (64, 64, 3)
     assert source.num_classes == NUM_CLASSES == 10
     assert len(source) == 200

@@ -20,12 +20,12 @@ from cascaded_diffusion.training import loop, optimizer, state, step
 from tests.tiny import random_source, round_trip, tiny_base, tiny_sr
 
 SOURCE = random_source(64)
-EXAMPLES = {"image": SOURCE.images[:40], "label": SOURCE.labels[:40]}
+EXAMPLES = {"image": SOURCE.reader.raw.images[:40], "label": SOURCE.reader.raw.labels[:40]}
 
 
 def _data(config):
     stream = build_stream(SOURCE, config.data, global_batch_size=config.train.batch_size)
-    return lambda start: iterate(stream, config.data, start_step=start)
+    return lambda start: iterate(stream, SOURCE, config.data, start_step=start)
 
 
 def _train(config, path, data_from=None):

@@ -1,0 +1,98 @@
+"""ArrayRecord shards, read at random. The only home of array_record.
+
+The format has checksums of its own, but a file that was cut may say that it holds no
+records, and no more: how many must be in it is compared when it is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import numpy as np
+from array_record.python import array_record_module
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from cascaded_diffusion.data.corruption import CorruptRecord
+from cascaded_diffusion.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardPart:
+    """Records `skip` to `skip + take` of a file that holds `examples_in_shard`."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class ArrayRecordShards:
+    """The records of several files, one after the other.
+
+    Args:
+      parts: which of which file.
+      remedy: what to do about a file that is not whole, for error messages.
+
+    Raises:
+      UserError: a file is missing, or holds another number of records than it must.
+    """
+
+    def __init__(self, parts: list[ShardPart], *, remedy: str):
+        for part in parts:
+            _check_shard(part, remedy)
+        self._parts, self._source = parts, ArrayRecordDataSource(parts)
+        self._ends = np.cumsum([part.take for part in parts])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> bytes:
+        """The data of a record. Raises CorruptRecord if its checksums are wrong."""
+        try:
+            return self._source[index]
+        except Exception as e:  # whatever the C++ reader raises
+            raise CorruptRecord(f"its shard is damaged there ({_first_line(e)})") from e
+
+    def describe(self, index: int) -> str:
+        """The file of a record, and its place in it."""
+        which, position = position_in(self._ends, index)
+        part = self._parts[which]
+        return f"{part.filename}, record {part.skip + position}"
+
+
+def position_in(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """Which of several files, of which the first ones have ends[i] records, and where in it."""
+    which = int(np.searchsorted(ends, index, side="right"))
+    return which, index - (int(ends[which - 1]) if which else 0)
+
+
+def _first_line(e: Exception) -> str:
+    lines = str(e).strip().splitlines()
+    return lines[0] if lines else type(e).__name__
+
+
+def _check_shard(part: ShardPart, remedy: str) -> None:
+    if not os.path.exists(part.filename):
+        raise UserError(f"{part.filename}: missing; {remedy}")
+    try:
+        reader = array_record_module.ArrayRecordReader(part.filename)
+        found = reader.num_records()
+        reader.close()
+    except Exception as e:  # whatever the C++ reader raises
+        raise UserError(f"{part.filename}: cannot be read ({_first_line(e)}); {remedy}") from e
+    if found != part.examples_in_shard:
+        raise UserError(
+            f"{part.filename}: {found} records in it, expected {part.examples_in_shard}: it was cut"
+            f" or is another file; {remedy}"
+        )
+
+
+def write_array_record(path: str, records: object) -> None:
+    """Writes records (an iterable of bytes) to a file, each on its own, for random access."""
+    writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
+    try:
+        for record in records:
+            writer.write(record)
+    finally:
+        writer.close()

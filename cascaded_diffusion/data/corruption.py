@@ -1,0 +1,103 @@
+"""Records that cannot be read, and what is done about them: fail, or skip and count.
+
+A skipped record is replaced by the next good one of the data set. Which record stands in
+for which is then a function of the data alone, so that batches stay what they were for any
+number of processes and threads, and for a run that goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from cascaded_diffusion.config import MAX_CORRUPT_FRACTION, DataConfig
+from cascaded_diffusion.errors import UserError
+
+T = TypeVar("T")
+
+
+class CorruptRecord(Exception):
+    """A record is damaged, or is not what a record may be. Says what is wrong with it."""
+
+
+class CorruptionGuard:
+    """Applies the policy of a config to one data set, within one process.
+
+    Args:
+      config: its policy and cap.
+      num_records: of the data set.
+    """
+
+    def __init__(self, config: DataConfig, num_records: int):
+        self._skips = config.on_corrupt == "skip"
+        self._cap = (
+            MAX_CORRUPT_FRACTION
+            if config.max_corrupt_fraction is None
+            else config.max_corrupt_fraction
+        )
+        self._num_records = num_records
+        self._found: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    @property
+    def num_found(self) -> int:
+        """How many corrupt records are known, each counted once."""
+        return len(self._found)
+
+    def note(self, index: int, where: str, problem: str, *, say: bool = True) -> None:
+        """Counts a corrupt record, once.
+
+        Args:
+          index: of the record.
+          where: what people find it by.
+          problem: what is wrong.
+          say: tell on stderr.
+
+        Raises:
+          UserError: the policy is to fail, or too many are corrupt.
+        """
+        if not self._skips:
+            raise UserError(
+                f"{where}: {problem}; replace it, or train without such records by"
+                " --config.data.on_corrupt=skip"
+            )
+        with self._lock:
+            if index in self._found:
+                return
+            self._found.add(index)
+            found = len(self._found)
+        if say:
+            print(f"skipped: {where}: {problem}", file=sys.stderr, flush=True)
+        if found > self._cap * self._num_records:
+            raise UserError(
+                f"{found} of {self._num_records} records are corrupt, the last {where} ({problem}):"
+                f" expected at most config.data.max_corrupt_fraction = {self._cap:g} of them"
+            )
+
+    def first_good(
+        self, index: int, read: Callable[[int], T], describe: Callable[[int], str]
+    ) -> tuple[int, T]:
+        """Reads a record, or instead of a corrupt one the next that is good.
+
+        Returns:
+          The index that was read, and the record.
+
+        Raises:
+          UserError: see `note`; or there is no good record at all.
+        """
+        for offset in range(self._num_records):
+            at = (index + offset) % self._num_records
+            try:
+                return at, read(at)
+            except CorruptRecord as e:
+                self.note(at, describe(at), str(e))
+        raise UserError(f"none of {self._num_records} records can be read")

@@ -1,0 +1,142 @@
+"""Encoded images -> pixels: JPEG, PNG and WebP, with nothing damaged passed over.
+
+JPEGs take a strict fast path (libjpeg-turbo, where every warning of the decoder is an
+error), everything else Pillow; both give the same pixels, those of libjpeg's accurate DCT.
+The number of pixels is checked from the header, before anything is decoded. What is no
+8-bit RGB or grey image is brought to it by a fixed rule, and the caller is told which:
+
+- CMYK by Pillow's conversion; palettes by their colours; transparency is dropped
+- 16 bits per channel: round(v / 257)
+- EXIF orientation is not applied, as TensorFlow, ADM and torchvision do not
+
+Animated files are refused: which frame is meant is nobody's guess.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zlib
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from cascaded_diffusion.data.corruption import CorruptRecord
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_COLORSPACES = {1: "GRAY", 3: "RGB"}
+_PLAIN_JPEG = ("GRAY", "RGB", "YCbCr")
+
+
+def decode_image(data: bytes, *, channels: int, max_pixels: int) -> tuple[np.ndarray, str | None]:
+    """Decodes one image.
+
+    Args:
+      data: the file's bytes.
+      channels: 1 (grey) or 3 (RGB), to which the image is converted.
+      max_pixels: more are refused.
+
+    Returns:
+      uint8 [H, W, channels], and what it was converted from where that is not 8-bit grey
+      or RGB ("CMYK", "16-bit", "palette", "transparency"), else None.
+
+    Raises:
+      CorruptRecord: the data is damaged, animated, too large, or no image of `FORMATS`.
+    """
+    if not data:
+        raise CorruptRecord("empty, 0 bytes")
+    if data[:2] == b"\xff\xd8":
+        fast = _decode_jpeg(data, channels, max_pixels)
+        if fast is not None:
+            return fast, None
+    return _decode_any(data, channels, max_pixels)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise CorruptRecord(f"{width} x {height} pixels")
+    if width * height > max_pixels:
+        raise CorruptRecord(
+            f"{width} x {height} pixels, expected at most {max_pixels} (config.data.max_pixels)"
+        )
+
+
+def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray | None:
+    """A plain JPEG; None where Pillow is to decide."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    _check_size(width, height, max_pixels)
+    if colorspace not in _PLAIN_JPEG or (colorspace == "GRAY") != (channels == 1):
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace=_COLORSPACES[channels], strict=True)
+    except ValueError as e:
+        raise CorruptRecord(f"damaged JPEG ({e})") from e
+
+
+def _decode_any(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray, str | None]:
+    try:
+        with warnings.catch_warnings():
+            # Size is checked here, by our own bound.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_size(image.width, image.height, max_pixels)
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise CorruptRecord(f"animated, {frames} frames: expected a single image")
+            if image.format == "PNG":
+                _check_png(data)
+            if image.format == "JPEG" and image.mode in ("L", "RGB"):
+                # Pillow passes over damage that libjpeg can go on after.
+                simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+            image.load()
+        # The bit depth in the header of a PNG. Pillow would cut such pixels to 8 bits.
+        if image.format == "PNG" and data[24] == 16:
+            return _from_16_bit(data, channels), "16-bit"
+        return _to_channels(image, channels)
+    except CorruptRecord:
+        raise
+    except Exception as e:  # decoders meet damaged files with whatever they trip over
+        raise CorruptRecord(f"cannot be read as {', '.join(FORMATS)} ({_one_line(e)})") from e
+
+
+def _one_line(e: Exception) -> str:
+    return " ".join(str(e).split()) or type(e).__name__
+
+
+def _check_png(data: bytes) -> None:
+    """Compares every chunk with its CRC, which Pillow does not do for the pixels."""
+    at = 8
+    while at + 12 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        end = at + 8 + length
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise CorruptRecord("damaged PNG (a chunk's checksum is wrong)")
+        if data[at + 4 : at + 8] == b"IEND":
+            return
+        at = end + 4
+    raise CorruptRecord("damaged PNG (it ends too early)")
+
+
+def _from_16_bit(data: bytes, channels: int) -> np.ndarray:
+    deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    deep = deep.reshape(*deep.shape[:2], -1)
+    shallow = np.rint(deep[..., : 3 if deep.shape[2] >= 3 else 1] / 257.0).astype(np.uint8)
+    # cv2 has blue first.
+    image = Image.fromarray(shallow[..., ::-1] if shallow.shape[2] == 3 else shallow[..., 0])
+    return _to_channels(image, channels)[0]
+
+
+def _to_channels(image: Image.Image, channels: int) -> tuple[np.ndarray, str | None]:
+    note = {"CMYK": "CMYK", "P": "palette"}.get(image.mode)
+    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
+        note = "transparency"
+    if image.mode == "P" and note == "transparency":
+        image = image.convert("RGBA")
+    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return (pixels[..., None] if channels == 1 else pixels), note

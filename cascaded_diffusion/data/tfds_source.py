@@ -1,0 +1,213 @@
+"""Image data sets of TensorFlow Datasets (TFDS), read without TensorFlow.
+
+Both formats are read at random: `array_record`, which TFDS and we prepare, and `tfrecord`,
+as copies that others prepared are. The only home of tensorflow_datasets.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cascaded_diffusion.data.array_record_files import ArrayRecordShards, ShardPart, position_in
+from cascaded_diffusion.data.corruption import CorruptRecord
+from cascaded_diffusion.data.raw import RawExample
+from cascaded_diffusion.data.tfrecord import TfRecordFile
+from cascaded_diffusion.errors import UserError
+
+# A name, a builder config, a version. No namespace: TFDS would run code it downloads for it.
+_NAME = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.\-]+)?(:\d+\.\d+\.\d+)?")
+_REMEDY = "copy the data set anew, or remove the folder and prepare it again"
+
+
+class _TfRecordShards:
+    """The records of several TFRecord files, one after the other."""
+
+    def __init__(self, parts: Sequence[ShardPart]):
+        for part in parts:
+            if not pathlib.Path(part.filename).exists():
+                raise UserError(f"{part.filename}: missing; {_REMEDY}")
+        self._parts = parts
+        self._files = [TfRecordFile(p.filename, p.examples_in_shard) for p in parts]
+        self._ends = np.cumsum([part.take for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, index: int) -> bytes:
+        which, position = position_in(self._ends, index)
+        return self._files[which].read(self._parts[which].skip + position)
+
+    def describe(self, index: int) -> str:
+        which, position = position_in(self._ends, index)
+        return f"{self._parts[which].filename}, record {self._parts[which].skip + position}"
+
+
+class TfdsSource:
+    """A split of a TFDS image data set; `load_tfds` makes it."""
+
+    def __init__(
+        self,
+        shards: ArrayRecordShards | _TfRecordShards,
+        features: Any,
+        *,
+        image_key: str,
+        label_key: str | None,
+        identity: str,
+    ):
+        self._shards, self._features = shards, features
+        self._image_key, self._label_key = image_key, label_key
+        self.identity = identity
+        label = features[label_key] if label_key else None
+        self.class_names = tuple(label.names) if label else ()
+        shape = features[image_key].shape
+        self.fixed_shape = tuple(shape) if None not in shape else None
+        self._decoders: Any = None
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __repr__(self) -> str:
+        return f"TfdsSource({self.identity})"
+
+    def read(self, index: int) -> RawExample:
+        import tensorflow_datasets as tfds
+
+        if self._decoders is None:
+            # Images stay encoded: decoding them is ours, with its checks.
+            self._decoders = {self._image_key: tfds.decode.SkipDecoding()}
+        data = self._shards.read(index)
+        try:
+            example = self._features.deserialize_example_np(data, decoders=self._decoders)
+            image = example[self._image_key]
+            label = int(example[self._label_key]) if self._label_key else 0
+        except Exception as e:  # protobuf's and TFDS's own, of bytes that are something else
+            raise CorruptRecord(f"cannot be parsed ({' '.join(str(e).split())[:200]})") from e
+        return RawExample(bytes(image) if not isinstance(image, np.ndarray) else image, label)
+
+    def describe(self, index: int) -> str:
+        return self._shards.describe(index)
+
+    def known_labels(self) -> None:
+        return None
+
+
+def find_builder(name: str, data_dir: str | None) -> Any:
+    """The TFDS builder of a data set, prepared or not.
+
+    Raises:
+      UserError: TFDS knows no such data set.
+    """
+    import tensorflow_datasets as tfds
+
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"config.data.name = {name!r}: expected a name like 'cifar10', 'lsun/bedroom' or"
+            " 'cifar10:3.0.2'"
+        )
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except (ValueError, KeyError, tfds.core.DatasetNotFoundError) as e:
+        from cascaded_diffusion.data.sources import SOURCES
+
+        known = [*SOURCES, *tfds.list_builders(with_community_datasets=False)]
+        base, slash, _ = name.partition("/")
+        if base in known and slash:
+            configs = ", ".join(sorted(tfds.builder_cls(base).builder_configs)) or "none"
+            raise UserError(
+                f"config.data.name = {name!r}: {base!r} has these configurations: {configs}"
+            ) from e
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UserError(
+            f"config.data.name = {name!r}: expected one of {', '.join(map(repr, SOURCES))}, or a"
+            f" data set of tensorflow-datasets{hint}"
+        ) from e
+
+
+def is_prepared(builder: Any) -> bool:
+    """Whether TFDS's own files of the data set are there."""
+    return bool(builder.info.splits)
+
+
+def manual_instructions(builder: Any) -> str | None:
+    """Which files must be downloaded by hand and where they go; None if TFDS downloads them."""
+    text = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    if not text:
+        return None
+    return f"{' '.join(text.split())} (manual_dir is {manual_dir(builder)})"
+
+
+def manual_dir(builder: Any) -> str:
+    """Where TFDS looks for files that are downloaded by hand."""
+    return str(pathlib.Path(builder.data_dir_root) / "downloads" / "manual")
+
+
+def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
+    """Opens a split of a data set that TFDS has prepared.
+
+    Raises:
+      UserError: it is not there (says how to get it), is damaged, has no such split, or is
+        no data set of images.
+    """
+    builder = find_builder(name, data_dir)
+    if not is_prepared(builder):
+        how = manual_instructions(builder)
+        by_hand = f"; before that, download by hand: {how}" if how else ""
+        raise UserError(
+            f"config.data.name = {name!r}: not found in {builder.data_path}; get and prepare it by"
+            " `python -m cascaded_diffusion.prepare --config=...` of this config, or give the"
+            f" folder of a copy as --config.data.path{by_hand}"
+        )
+    features = builder.info.features
+    image_key, label_key = _keys(name, features)
+    try:
+        instructions = builder.info.splits[split].file_instructions
+    except (KeyError, ValueError, AssertionError) as e:
+        raise UserError(
+            f"config.data.train_split or eval_split = {split!r}: {name!r} has"
+            f" {', '.join(map(repr, builder.info.splits))}, and parts of them like 'train[:90%]'"
+        ) from e
+    parts = [ShardPart(str(i.filename), i.skip, i.take, i.examples_in_shard) for i in instructions]
+    if not parts:
+        raise UserError(f"config.data.train_split or eval_split = {split!r}: holds no images")
+    file_format = builder.info.file_format.value if builder.info.file_format else "tfrecord"
+    if file_format == "array_record":
+        shards = ArrayRecordShards(parts, remedy=_REMEDY)
+    elif file_format == "tfrecord":
+        shards = _TfRecordShards(parts)
+    else:
+        raise UserError(
+            f"{builder.data_path}: prepared as {file_format}, expected array_record or tfrecord"
+        )
+    return TfdsSource(
+        shards,
+        features,
+        image_key=image_key,
+        label_key=label_key,
+        identity=f"{builder.info.full_name}:{split}:{len(shards)} images",
+    )
+
+
+def _keys(name: str, features: Any) -> tuple[str, str | None]:
+    import tensorflow_datasets as tfds
+
+    if not isinstance(features, tfds.features.FeaturesDict):
+        features = {}
+    images = [key for key, f in features.items() if type(f) is tfds.features.Image]
+    if "image" in images:
+        images = ["image"]
+    if len(images) != 1:
+        raise UserError(
+            f"config.data.name = {name!r}: expected a data set with one image per example, found"
+            f" the features {', '.join(features) or 'none'}"
+        )
+    labels = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    if "label" in labels:
+        labels = ["label"]
+    return images[0], labels[0] if len(labels) == 1 else None
