@@ -41,7 +41,7 @@ def test_shipped_configs_are_good_and_survive_json(name, variant):
     check_devices(config, config.mesh.fsdp)
     check_devices(config, 8 * config.mesh.fsdp)
     # A run folder has the stage's name; a cascade finds it by that.
-    assert name.removeprefix("mnist_") == config.stage.name
+    assert name.removeprefix("mnist_").removeprefix("cifar10_") == config.stage.name
 
 
 @pytest.mark.parametrize("variant", [None, "smoke"])

@@ -1,6 +1,7 @@
 """Prepared data: a split's images at a stage's sizes, in ArrayRecord shards with a manifest.
 
     PREPARED/<data>/<split>_<size>px/00000.array_record, ...
+    PREPARED/<data>/<split>_<size>px/reports/00000.json, ...      (for `prepare` to go on by)
     PREPARED/<data>/<split>_<size>px/manifest.json
 
 The manifest is written last: where it is, the shards are whole. It says of what the images
@@ -163,7 +164,9 @@ class PreparedReader:
     """Reads what `prepare` wrote; `open_prepared` makes it."""
 
     def __init__(self, folder: pathlib.Path, manifest: Mapping[str, Any]):
-        remedy = f"remove {folder / MANIFEST} and prepare the data anew by `{_PREPARE}`"
+        remedy = (
+            f"remove {folder / MANIFEST} and prepare again by `{_PREPARE}`: what is whole is kept"
+        )
         parts = []
         for shard in manifest["shards"]:
             path = folder / shard["file"]
@@ -235,8 +238,8 @@ def open_prepared(
         begun = ", which has begun there and is not done" if folder.exists() else ""
         raise UserError(
             f"config.data.name = {config.name!r}: split {split!r} is not prepared in"
-            f" {folder}{there}: run `{_PREPARE}` of this config{begun}, or set --config.data.prepared_dir=None to"
-            " decode each image when it is read"
+            f" {folder}{there}: run `{_PREPARE}` of this config{begun}, or set"
+            " --config.data.prepared_dir=None to decode each image when it is read"
         )
     manifest = read_manifest(folder)
     wanted = settings_of(config, split, stage, low_res_resolution=low_res_resolution)

@@ -16,7 +16,7 @@ import numpy as np
 
 from cascaded_diffusion.config import MAX_PIXELS, DataConfig, StageConfig
 from cascaded_diffusion.data import builtin, folder, npz, prepared, shapes, tfds_source
-from cascaded_diffusion.data.corruption import CorruptRecord, CorruptionGuard
+from cascaded_diffusion.data.corruption import CorruptionGuard
 from cascaded_diffusion.data.decode import decode_image
 from cascaded_diffusion.data.raw import ArraySource, RawSource, array_source
 from cascaded_diffusion.data.splits import parse_split

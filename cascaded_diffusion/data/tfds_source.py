@@ -211,3 +211,45 @@ def _keys(name: str, features: Any) -> tuple[str, str | None]:
     if "label" in labels:
         labels = ["label"]
     return images[0], labels[0] if len(labels) == 1 else None
+
+
+def cost_of_getting(builder: Any) -> str:
+    """What is to be downloaded, for people."""
+    by_hand = manual_instructions(builder)
+    if by_hand:
+        return f"its files are downloaded by hand: {by_hand}"
+    size = sum(info.size for info in builder.url_infos.values()) if builder.url_infos else 0
+    return f"TFDS downloads {size / 1e9:.2f} GB" if size else "TFDS downloads it"
+
+
+def get(builder: Any) -> None:
+    """Has TFDS download and prepare a data set, as array_record.
+
+    Raises:
+      UserError: files must be downloaded by hand first, TensorFlow is needed to prepare
+        it, or it failed in another way.
+    """
+    import tensorflow_datasets as tfds
+
+    by_hand = manual_instructions(builder)
+    if by_hand and not pathlib.Path(manual_dir(builder)).is_dir():
+        raise UserError(
+            f"{builder.name}: {manual_dir(builder)} is missing: make it, and put the files there"
+            f" that are downloaded by hand: {by_hand}"
+        )
+    try:
+        builder.download_and_prepare(
+            file_format="array_record",
+            download_config=tfds.download.DownloadConfig(),
+        )
+    except Exception as e:  # of TFDS, of the builder, of the network, of the archive
+        reason = " ".join(str(e).split()) or type(e).__name__
+        if isinstance(e, ImportError) or "tensorflow" in reason.lower():
+            raise UserError(
+                f"{builder.name}: TFDS needs TensorFlow to prepare it (not to read it): run `pip"
+                f" install -e '.[tf]'` and this command again ({reason[:200]})"
+            ) from e
+        raise UserError(
+            f"{builder.name}: TFDS could not prepare it in {builder.data_path}"
+            f" ({type(e).__name__}: {reason[:600]})"
+        ) from e

@@ -1,0 +1,303 @@
+"""Prepares a data set once: its images at a stage's size, in shards that training reads fast.
+
+    python -m cascaded_diffusion.prepare --config=configs/sr64.py
+    python -m cascaded_diffusion.prepare --config=configs/sr64.py --dry_run
+
+What TFDS has not got yet, it downloads and prepares first, in `config.data.path`. The shards
+go to `config.data.prepared_dir`. The same command run again goes on where it stopped, and
+does nothing where all is done; `--verify` compares every shard with its SHA-256.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+from absl import logging as absl_logging
+
+from cascaded_diffusion import cli
+from cascaded_diffusion.config import MAX_CORRUPT_FRACTION, RunConfig
+from cascaded_diffusion.config_checks import run_config_from
+from cascaded_diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from cascaded_diffusion.data.write_prepared import Plan
+
+_POLL_SECS = 0.5
+# Of --dry_run's measurement.
+_TRIAL_IMAGES, _TRIAL_SECS = 256, 5.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code; raises UserError for bad input."""
+    fv = flags.FlagValues()
+    cli.define_config(fv, argv, "the stage's config file, e.g. configs/sr64.py")
+    flags.DEFINE_list(
+        "splits", None, "which splits; by default the config's train_split and eval_split",
+        flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_integer("workers", os.cpu_count(), "processes", lower_bound=1, flag_values=fv)
+    flags.DEFINE_enum(
+        "encoding", "raw", ["raw", "png"], "of pixels: raw reads faster, png is smaller",
+        flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_bool("dry_run", False, "say size and time, write nothing", flag_values=fv)
+    flags.DEFINE_bool("verify", False, "compare what is there with its SHA-256", flag_values=fv)
+    cli.parse(fv, argv, __doc__)
+    cli.require(fv, "config")
+    config = run_config_from(cli.config_values(fv, argv))
+    if config.data.prepared_dir is None:
+        raise UserError(
+            "config.data.prepared_dir = None: expected the folder to write to, as"
+            " --config.data.prepared_dir=prepared; and the same for training"
+        )
+    if fv.dry_run and fv.verify:
+        raise UserError("--dry_run does not go with --verify: leave one of them out")
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    splits = fv.splits or list(dict.fromkeys([config.data.train_split, config.data.eval_split]))
+    if fv.verify:
+        return _verify(config, splits)
+    if not _make_available(config, dry_run=fv.dry_run):
+        return 0
+
+    from cascaded_diffusion.data.write_prepared import plan_split
+
+    # All of them before the first is written: a mistake in the last is found at once.
+    plans = {
+        split: plan_split(config.data, split, config.stage, encoding=fv.encoding)
+        for split in splits
+    }
+    for split, plan in plans.items():
+        if fv.dry_run:
+            _say_cost(split, plan, fv.workers)
+        else:
+            _prepare(split, plan, fv.workers)
+    return 0
+
+
+def _make_available(config: RunConfig, *, dry_run: bool) -> bool:
+    """Has TFDS get a data set of its own. False where a dry run can say no more."""
+    from cascaded_diffusion.data.sources import SOURCES
+
+    if config.data.name in SOURCES:
+        return True
+    from cascaded_diffusion.data import tfds_source
+
+    builder = tfds_source.find_builder(config.data.name, config.data.path)
+    if tfds_source.is_prepared(builder):
+        return True
+    cost = tfds_source.cost_of_getting(builder)
+    print(f"{config.data.name}: not in {builder.data_path} yet; {cost}", flush=True)
+    if dry_run:
+        print("size and time of preparing are known when it is there", flush=True)
+        return False
+    tfds_source.get(builder)
+    return True
+
+
+def _say_cost(split: str, plan: Plan, workers: int) -> None:
+    """Measures some images, spread over the split, and says what all of them will take."""
+    from cascaded_diffusion.data.corruption import CorruptRecord
+
+    count = len(plan.reader)
+    trial = [i * count // _TRIAL_IMAGES for i in range(_TRIAL_IMAGES)] if count else []
+    start, done = time.monotonic(), 0
+    for index in dict.fromkeys(trial):
+        try:
+            plan.reader.read(index)
+        except CorruptRecord as e:
+            print(f"corrupt: {plan.reader.describe(index)}: {e}", flush=True)
+        done += 1
+        if time.monotonic() - start > _TRIAL_SECS:
+            break
+    secs = (time.monotonic() - start) / done * count / workers
+    size = count * plan.bytes_per_image
+    free = shutil.disk_usage(_existing(plan.folder)).free
+    print(
+        f"{split}: {count:,} images -> {plan.folder}: {plan.num_shards} shards,"
+        f" {_size(size)} as raw pixels ({_size(free)} free there), about {_duration(secs)} with"
+        f" {workers} workers (from {done} images in one)",
+        flush=True,
+    )
+
+
+def _existing(path: pathlib.Path) -> pathlib.Path:
+    while not path.exists():
+        path = path.absolute().parent
+    return path
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.2f} TB"
+
+
+def _duration(secs: float) -> str:
+    if secs < 90:
+        return f"{secs:.0f} s"
+    return f"{secs / 60:.0f} min" if secs < 5400 else f"{secs / 3600:.1f} h"
+
+
+def _prepare(split: str, plan: Plan, workers: int) -> None:
+    from cascaded_diffusion.data.prepared import MANIFEST, check_settings, read_manifest
+    from cascaded_diffusion.data.write_prepared import manifest_of
+    from cascaded_diffusion.runtime.run_folder import check_writable, held_lock, write_whole
+
+    folder = plan.folder
+    check_writable(folder, "config.data.prepared_dir")
+    with held_lock(folder, "prepare", "config.data.prepared_dir"):
+        if (folder / MANIFEST).exists():
+            manifest = read_manifest(folder)
+            check_settings(manifest, plan.settings, folder)
+            if manifest["fingerprint"] != plan.fingerprint:
+                raise UserError(
+                    f"{folder}: was prepared of {manifest['identity']!r} as"
+                    f" {manifest['encoding']}, not of {plan.reader.identity!r} as {plan.encoding};"
+                    " remove the folder, or prepare into another config.data.prepared_dir"
+                )
+            print(f"{split}: is prepared, {_told(manifest, folder)}", flush=True)
+            return
+        start = time.monotonic()
+        for leftover in folder.glob(".*.array_record.*"):
+            leftover.unlink()  # of a process that was killed; the lock is ours
+        reports = _write_shards(split, plan, workers)
+        manifest = manifest_of(plan, reports)
+        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    secs = time.monotonic() - start
+    print(f"{split}: {_told(manifest, folder)}, in {_duration(secs)}", flush=True)
+
+
+def _told(manifest: dict[str, Any], folder: pathlib.Path) -> str:
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    notes = [f"{len(manifest['skipped'])} corrupt skipped"] if manifest["skipped"] else []
+    notes += [f"{count} converted ({kind})" for kind, count in manifest["converted"].items()]
+    return (
+        f"{manifest['num_examples']:,} images at {manifest['resolution']} px in {folder}:"
+        f" {len(manifest['shards'])} shards, {_size(size)}{''.join(f', {n}' for n in notes)}"
+    )
+
+
+def _write_shards(split: str, plan: Plan, workers: int) -> list[dict[str, Any]]:
+    """Writes the shards that are not there yet. Returns the reports of all, in order."""
+    from cascaded_diffusion.data import write_prepared
+    from cascaded_diffusion.runtime.logging import Progress
+    from cascaded_diffusion.runtime.run_folder import write_whole
+
+    reports = _finished(plan)
+    missing = [number for number in range(plan.num_shards) if number not in reports]
+    total = len(plan.reader)
+    done_before = total - sum(len(plan.rows(number)) for number in missing)
+    if reports and missing:
+        print(
+            f"{split}: going on, {len(reports)} of {plan.num_shards} shards are there", flush=True
+        )
+    spawn = multiprocessing.get_context("spawn")
+    counter = spawn.Value("q", 0)
+    progress = Progress(total, unit="images", label=f"prepare {split}", initial=done_before)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(workers, max(1, len(missing))),
+        mp_context=spawn,
+        initializer=write_prepared.start_worker,
+        initargs=(plan, counter),
+    )
+    try:
+        waiting = {pool.submit(write_prepared.write_shard, number): number for number in missing}
+        while waiting:
+            finished, _ = concurrent.futures.wait(
+                waiting, timeout=_POLL_SECS, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in finished:
+                number = waiting.pop(future)
+                try:
+                    reports[number] = future.result()
+                except concurrent.futures.process.BrokenProcessPool as e:
+                    raise UserError(
+                        f"{plan.folder}: a worker process died (out of memory?); run the command"
+                        " again to go on, with a smaller --workers"
+                    ) from e
+                # From here on the shard counts as done.
+                write_whole(plan.report_path(number), json.dumps(reports[number]).encode())
+            _check_skipped(plan, reports)
+            progress.update(min(total, done_before + counter.value))
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    finally:
+        progress.close()
+    pool.shutdown()
+    return [reports[number] for number in range(plan.num_shards)]
+
+
+def _finished(plan: Plan) -> dict[int, dict[str, Any]]:
+    from cascaded_diffusion.data.write_prepared import finished_shard
+
+    reports = {}
+    for number in range(plan.num_shards):
+        path = plan.report_path(number)
+        if not path.exists():
+            continue
+        try:
+            report = json.loads(path.read_bytes())
+        except ValueError:
+            continue
+        if finished_shard(plan, number, report):
+            reports[number] = report
+    return reports
+
+
+def _check_skipped(plan: Plan, reports: dict[int, dict[str, Any]]) -> None:
+    """Raises UserError if all shards together skip more than the config's cap."""
+    cap = plan.config.max_corrupt_fraction
+    cap = MAX_CORRUPT_FRACTION if cap is None else cap
+    skipped = [item for report in reports.values() for item in report["skipped"]]
+    if len(skipped) > cap * len(plan.reader):
+        _, where, problem = skipped[-1]
+        raise UserError(
+            f"{len(skipped)} of {len(plan.reader)} records are corrupt, the last {where}"
+            f" ({problem}): expected at most config.data.max_corrupt_fraction = {cap:g} of them"
+        )
+
+
+def _verify(config: RunConfig, splits: Sequence[str]) -> int:
+    from cascaded_diffusion.data.prepared import (
+        MANIFEST,
+        open_prepared,
+        prepared_folder,
+        read_manifest,
+    )
+    from cascaded_diffusion.data.write_prepared import file_sha256
+    from cascaded_diffusion.runtime.logging import Progress
+
+    low_res = config.stage.low_res_resolution if config.data.low_res == "stored" else None
+    for split in splits:
+        open_prepared(config.data, split, config.stage, low_res_resolution=low_res)
+        folder = prepared_folder(config.data, split, low_res_resolution=low_res)
+        manifest = read_manifest(folder)
+        progress = Progress(len(manifest["shards"]), unit="shards", label=f"verify {split}")
+        for done, shard in enumerate(manifest["shards"], start=1):
+            path = folder / shard["file"]
+            if file_sha256(path) != shard["sha256"]:
+                progress.close()
+                raise UserError(
+                    f"{path}: its SHA-256 is not the manifest's: it is damaged; remove"
+                    f" {folder / MANIFEST} and prepare again: shards that are whole are kept"
+                )
+            progress.update(done)
+        progress.close()
+        print(f"{split}: every shard is as it was written, {_told(manifest, folder)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

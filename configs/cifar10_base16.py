@@ -1,0 +1,109 @@
+"""Class-conditional base model, CIFAR-10 at 16 px: the smallest cascade of colour photos.
+
+    python -m cascaded_diffusion.main --config=configs/cifar10_base16.py --workdir=RUN/base16
+
+The data is TFDS's `cifar10`, got by `prepare`; or the same photos as a folder per class, with
+--config.data.name=folder --config.data.path=PATH. Hardware, hours and expected FID: not measured.
+Ours, not the paper's: the sizes, v-prediction, continuous time, guidance. As in the paper:
+a U-Net conditioned on class and noise level, the cosine schedule, Adam, EMA.
+"""
+
+from ml_collections import ConfigDict
+
+from cascaded_diffusion.errors import UserError
+
+#              channels  train_steps  batch_size  num_samples
+_VARIANTS = {
+    None: (128, 100_000, 128, 10_000),
+    "smoke": (16, 30, 16, 40),
+}
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    if variant not in _VARIANTS:
+        raise UserError(f"--config=...:{variant}: expected no variant, or ':smoke'")
+    channels, train_steps, batch_size, num_samples = _VARIANTS[variant]
+    config = ConfigDict()
+    config.stage = dict(
+        name="base16",
+        kind="base",
+        resolution=16,
+        channels=3,
+        num_classes=10,
+        network=dict(
+            name="unet",
+            channels=channels,
+            channel_mults=(1, 2),
+            num_res_blocks=(2, 2),
+            attention_resolutions=(8,),
+            num_heads=4,
+            dropout_rate=0.1,
+            patch_size=1,
+            resample="conv",
+            scale_shift=True,
+            scale_skips=False,
+            noise_input="cosine_time",
+            upsample="bilinear",
+            dtype="float32",
+        ),
+        schedule=dict(
+            name="cosine", num_timesteps=None, noise_levels="continuous", cosine_offset=0.008
+        ),
+        diffusion=dict(
+            parameterization="v",
+            variance="fixed",
+            loss="simple",
+            weighting="none",
+            label_dropout_prob=0.1,
+        ),
+        augment=dict(name="none"),
+        sampler=dict(
+            name="ddim",
+            num_steps=25,
+            grid="uniform",
+            eta=0.0,
+            guidance_scale=1.2,
+            guidance_interval=(0.0, 1.0),
+            threshold="static",
+        ),
+    )
+    config.data = dict(
+        name="cifar10",
+        prepared_dir="prepared",
+        train_split="train",
+        eval_split="test",
+        resolution=32,  # as they are: one prepared set for both stages
+        crop="center",
+        resize="area",
+        low_res="derived",
+        random_flip=True,
+        shuffle_seed=0,
+        on_corrupt="fail",
+        read_threads=2,
+    )
+    config.train = dict(
+        seed=0,
+        batch_size=batch_size,
+        train_steps=train_steps,
+        learning_rate=3e-4,
+        lr_decay="none",
+        warmup_steps=train_steps // 10,
+        adam_b2=0.999,
+        grad_clip_norm=1.0,
+        ema_decays=(0.999,),
+        log_every_steps=max(1, train_steps // 1000),
+        sample_every_steps=max(1, train_steps // 20),
+    )
+    config.eval = dict(
+        features="classifier",
+        num_samples=num_samples,
+        final_num_samples=num_samples,
+        batch_size=min(200, num_samples),
+        seed=0,
+        aug_level=0.0,
+        ema_decays=(0.999,),
+        patience_evals=10,
+    )
+    config.mesh = dict(data=-1, fsdp=1)
+    config.checkpoint = dict(save_every_steps=max(1, train_steps // 20), max_to_keep=3)
+    return config
