@@ -21,7 +21,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from cascaded_diffusion.config import CascadeConfig, StageConfig, to_dict
-from cascaded_diffusion.config_checks import cascade_config_from, check_chain
+from cascaded_diffusion.config_checks import FILE_DATA, cascade_config_from, check_chain
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import CascadeFolder
 
@@ -255,8 +255,20 @@ def real_split(config: Any, split: str) -> Any:
     from cascaded_diffusion.data.sources import examples, load_source
     from cascaded_diffusion.evaluation.real_images import RealSplit
 
-    source = load_source(config.data, split, config.stage)
-    return RealSplit(config.data.name, split, len(source), partial(examples, source))
+    data = config.data
+    source = load_source(data, split, config.stage)
+    resize = (
+        data.resize if data.resize == "area" else f"{data.resize} to {data.resolution} px, area"
+    )
+    return RealSplit(
+        # A name says which images they are; "folder" does not.
+        source.identity if data.name in FILE_DATA else data.name,
+        split,
+        len(source),
+        partial(examples, source),
+        crop=data.crop,
+        resize=resize,
+    )
 
 
 def numbers_in(flag_values: flags.FlagValues, name: str, kind: type) -> list[Any]:

@@ -52,6 +52,10 @@ def main(argv: Sequence[str]) -> int:
         lambda start_step: iterate(stream, source, config.data, start_step=start_step),
         image_shape=source.image_shape,
         low_res_shape=source.low_res_shape,
+        data_identity={
+            config.data.train_split: source.identity,
+            config.data.eval_split: held_out.identity,
+        },
         grid_examples=spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS),
     )
     name = config.stage.name

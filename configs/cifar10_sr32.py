@@ -93,8 +93,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
         adam_b2=0.999,
         grad_clip_norm=1.0,
         ema_decays=(0.999,),
-        log_every_steps=max(1, train_steps // 1000),
-        sample_every_steps=max(1, train_steps // 20),
+        log_every_steps=max(5, train_steps // 1000),
+        sample_every_steps=max(15, train_steps // 20),
     )
     config.eval = dict(
         features="classifier",
@@ -107,5 +107,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
         patience_evals=10,
     )
     config.mesh = dict(data=-1, fsdp=1)
-    config.checkpoint = dict(save_every_steps=max(1, train_steps // 20), max_to_keep=3)
+    config.checkpoint = dict(save_every_steps=max(15, train_steps // 20), max_to_keep=3)
     return config

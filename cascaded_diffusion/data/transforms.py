@@ -80,8 +80,24 @@ def resized(image: np.ndarray, resolution: int, method: str) -> np.ndarray:
     return np.rint(np.clip(exact, 0.0, 255.0)).astype(np.uint8)
 
 
-def random_flip(record: dict, rng: np.random.Generator) -> dict:
-    """Mirrors a record's images left to right, half of the time, all or none."""
-    if rng.random() < 0.5:
-        return {k: v[:, ::-1] if v.ndim == 3 else v for k, v in record.items()}
-    return record
+def coins(seed: int, positions: np.ndarray) -> np.ndarray:
+    """A fair coin for each position in the stream: bool [n], a function of (seed, position).
+
+    The finalizer of SplitMix64 (Steele, Lea, Flood, 2014), of both in turn.
+    """
+    with np.errstate(over="ignore"):
+        mixed = _mixed(np.asarray([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        return (_mixed(mixed ^ positions.astype(np.uint64)) >> np.uint64(63)).astype(bool)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def flip(batch: dict[str, np.ndarray], chosen: np.ndarray) -> None:
+    """Mirrors the chosen rows [b] of all images [b, H, W, C] of a batch, in place."""
+    for images in batch.values():
+        if images.ndim == 4:
+            images[chosen] = images[chosen][:, :, ::-1]

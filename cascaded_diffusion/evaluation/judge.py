@@ -14,7 +14,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.classifier import load_or_train
 from cascaded_diffusion.evaluation.features import FeatureExtractor
 from cascaded_diffusion.evaluation.measure import Measurement
-from cascaded_diffusion.evaluation.real_images import CROP, RESIZE, RealSplit
+from cascaded_diffusion.evaluation.real_images import RealSplit
 from cascaded_diffusion.evaluation.reference import (
     Reference,
     check_reference,
@@ -169,8 +169,8 @@ def run_reference(
     wanted: dict[str, Any] = {
         "data": split.data,
         "split": split.split,
-        "crop": CROP,
-        "resize": RESIZE,
+        "crop": split.crop,
+        "resize": split.resize,
     }
     if path.exists():
         reference = read_reference(str(path), flag="workdir")

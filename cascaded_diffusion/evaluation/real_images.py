@@ -12,8 +12,6 @@ from cascaded_diffusion.cascade.resize import area_resize
 from cascaded_diffusion.evaluation.classifier import LabelledImages
 
 _CHUNK = 500
-# How images become square, and how they get to a stage's resolution: for fingerprints.
-CROP, RESIZE = "none", "area"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +23,16 @@ class RealSplit:
       split: name of the split.
       size: number of its images.
       read: indices -> `image` uint8 [n, H, W, C] and `label` int32 [n].
+      crop: how the images became square, for fingerprints.
+      resize: how they get to a stage's resolution, for fingerprints.
     """
 
     data: str
     split: str
     size: int
     read: Callable[[Sequence[int]], Mapping[str, np.ndarray]]
+    crop: str = "none"
+    resize: str = "area"
 
     def __len__(self) -> int:
         return self.size

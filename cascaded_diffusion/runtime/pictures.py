@@ -64,6 +64,18 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, scale: int = 2) -> 
     return np.concatenate(strips, axis=0)
 
 
+def with_names(picture: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """A picture [h, w, 3] with a line of names above it, one per column of equal width."""
+    width = picture.shape[1] // len(names)
+    header = Image.new("RGB", (picture.shape[1], 18), (255, 255, 255))
+    draw, font = ImageDraw.Draw(header), ImageFont.load_default(size=11)
+    for i, name in enumerate(names):
+        while len(name) > 1 and draw.textlength(name, font=font) > width - 4:
+            name = name[:-1]
+        draw.text((i * width + 3, 3), name, fill=(0, 0, 0), font=font)
+    return np.concatenate([np.asarray(header), picture], axis=0)
+
+
 def line_plot(
     path: pathlib.Path,
     series: Mapping[str, Sequence[tuple[float, float]]],

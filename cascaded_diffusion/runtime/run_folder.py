@@ -148,6 +148,7 @@ class RunFolder:
         self.path = pathlib.Path(path)
         self._flag = flag
         self.config_path = self.path / "config.json"
+        self.data_path = self.path / "data.json"
         self.checkpoints = self.path / "checkpoints"
         self.metrics_path = self.path / "metrics.jsonl"
         self.eval = self.path / "eval"
@@ -196,6 +197,34 @@ class RunFolder:
     def write_config(self, config: RunConfig) -> None:
         """Stores the resolved config."""
         write_whole(self.config_path, json.dumps(to_dict(config), indent=2).encode() + b"\n")
+
+    def check_data(self, identity: Mapping[str, str]) -> None:
+        """Checks that a run goes on with the images that it began with.
+
+        Args:
+          identity: what the images are, by split.
+
+        Raises:
+          UserError: others, or more or fewer of them.
+        """
+        if not self.data_path.exists():
+            return
+        try:
+            begun_with = json.loads(self.data_path.read_text())
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.data_path}: cannot be read as JSON ({e}); remove it") from e
+        for split, now in identity.items():
+            before = begun_with.get(split, now) if isinstance(begun_with, dict) else now
+            if now != before:
+                raise UserError(
+                    f"config.data: split {split!r} is {now!r}, but the run in {self.path} was"
+                    f" started with {before!r}; bring those images back, or choose another"
+                    f" --{self._flag}"
+                )
+
+    def write_data(self, identity: Mapping[str, str]) -> None:
+        """Stores which images a run is trained on."""
+        write_whole(self.data_path, json.dumps(dict(identity), indent=2).encode() + b"\n")
 
     def best(self) -> dict[str, Any] | None:
         """The record of the checkpoint that evaluation chose, if it has."""

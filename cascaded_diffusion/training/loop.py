@@ -8,7 +8,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -122,12 +122,14 @@ def _restore_or_init(
     return jax.jit(step_lib.make_init(stage, config.train), out_shardings=shardings)()
 
 
-def _prepare_folder(folder: RunFolder, config: RunConfig) -> None:
+def _prepare_folder(folder: RunFolder, config: RunConfig, data: Mapping[str, str]) -> None:
     if folder.exists():
         for line in check_resume(folder.read_config(), config, str(folder.path)):
             print(f"changed since the run began: {line}", flush=True)
+    folder.check_data(data)
     if jax.process_index() == 0:
         folder.write_config(config)
+        folder.write_data(data)
 
 
 def _finished(folder: RunFolder, config: RunConfig) -> Outcome | None:
@@ -152,6 +154,7 @@ def train(
     image_shape: tuple[int, int, int],
     grid_examples: Records,
     low_res_shape: tuple[int, int, int] | None = None,
+    data_identity: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Trains one stage to its end, going on from the newest checkpoint if there is one.
 
@@ -163,14 +166,15 @@ def train(
       grid_examples: GRID_ROWS * GRID_COLUMNS real examples, whose low-res versions
         the sample grids of a super-resolution stage enlarge.
       low_res_shape: (h, w, C), where the data has low-res images stored.
+      data_identity: which images they are, by split: a run goes on with the same only.
 
     Raises:
-      UserError: the folder belongs to another run or another process, checkpoints
+      UserError: the folder belongs to another run, to other images or another process, checkpoints
         are damaged or cannot be written, or the loss is not finite.
     """
     is_first_process = jax.process_index() == 0
     with folder.writer_lock("train") if is_first_process else contextlib.nullcontext():
-        _prepare_folder(folder, config)
+        _prepare_folder(folder, config, data_identity or {})
         outcome = _finished(folder, config)
         if outcome is not None:
             return outcome
