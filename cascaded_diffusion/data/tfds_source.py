@@ -112,22 +112,32 @@ def find_builder(name: str, data_dir: str | None) -> Any:
         )
     try:
         return tfds.builder(name, data_dir=data_dir)
-    except (ValueError, KeyError, tfds.core.DatasetNotFoundError) as e:
-        from cascaded_diffusion.data.sources import SOURCES
+    except Exception as e:  # of TFDS, and of a data set's own code
+        raise UserError(f"config.data.name = {name!r}: {_why_unknown(name, e)}") from e
 
-        known = [*SOURCES, *tfds.list_builders(with_community_datasets=False)]
-        base, slash, _ = name.partition("/")
-        if base in known and slash:
-            configs = ", ".join(sorted(tfds.builder_cls(base).builder_configs)) or "none"
-            raise UserError(
-                f"config.data.name = {name!r}: {base!r} has these configurations: {configs}"
-            ) from e
+
+def _why_unknown(name: str, error: Exception) -> str:
+    import tensorflow_datasets as tfds
+
+    from cascaded_diffusion.data.sources import SOURCES
+
+    known = [*SOURCES, *tfds.list_builders(with_community_datasets=False)]
+    base, slash, builder_config = name.partition("/")
+    if base not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UserError(
-            f"config.data.name = {name!r}: expected one of {', '.join(map(repr, SOURCES))}, or a"
-            f" data set of tensorflow-datasets{hint}"
-        ) from e
+        return (
+            f"expected one of {', '.join(map(repr, SOURCES))}, or a data set of"
+            f" tensorflow-datasets{hint}"
+        )
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    try:
+        configs = sorted(tfds.builder_cls(base).builder_configs)
+    except Exception:  # its code cannot be imported; the first error says why
+        configs = []
+    if slash and configs and builder_config.partition(":")[0] not in configs:
+        return f"{base!r} has these configurations: {', '.join(configs)}"
+    return f"TFDS cannot open it ({reason})"
 
 
 def is_prepared(builder: Any) -> bool:
