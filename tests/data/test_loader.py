@@ -8,6 +8,7 @@ from cascaded_diffusion.data.builtin import load_mnist
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.data.sources import examples, load_source, spread_examples
 from cascaded_diffusion.errors import UserError
+from tests.data.photos import photo_config, write_tree
 from tests.tiny import config_values, random_source, tiny_base, with_overrides
 
 SOURCE = random_source(64)
@@ -27,7 +28,11 @@ def _ids(batch):
 
 def _take(config, steps, start=0, **kwargs):
     stream = build_stream(SOURCE, config, global_batch_size=BATCH, **kwargs)
-    return list(itertools.islice(iterate(stream, SOURCE, config, start_step=start), steps))
+    batches = iterate(stream, SOURCE, config, start_step=start)
+    try:
+        return list(itertools.islice(batches, steps))
+    finally:
+        batches.close()
 
 
 def test_every_epoch_has_every_record_once_in_a_new_order():
@@ -53,6 +58,68 @@ def test_processes_share_the_global_batch_in_order(process_count):
             np.testing.assert_array_equal(joined, batch[name])
 
 
+# 70 records in batches of 16: no epoch ends with a batch.
+_ODD = random_source(70)
+_THREE_EPOCHS = 14
+
+
+def _global_ids(steps, process_count):
+    """Which record is at which row: of each step, process 0's rows first."""
+    streams = [
+        build_stream(
+            _ODD,
+            _config(random_flip=True),
+            global_batch_size=BATCH,
+            process_index=p,
+            process_count=process_count,
+        )
+        for p in range(process_count)
+    ]
+    return [[row for stream in streams for row in stream[step]["index"].tolist()] for step in steps]
+
+
+def test_ids_do_not_depend_on_the_number_of_processes():
+    # Ordered, for three epochs; and for a run that goes from 2 processes to 1 to 4 in mid-epoch.
+    steps = range(_THREE_EPOCHS)
+    one = _global_ids(steps, 1)
+    assert one == _global_ids(steps, 2) == _global_ids(steps, 4)
+    assert one == _global_ids(steps[:3], 2) + _global_ids(steps[3:6], 1) + _global_ids(steps[6:], 4)
+    # No record twice and none left out, epoch by epoch.
+    flat = [row for batch in one for row in batch][: 3 * len(_ODD)]
+    for epoch in range(3):
+        rows = flat[epoch * len(_ODD) : (epoch + 1) * len(_ODD)]
+        assert sorted(rows) == list(range(len(_ODD)))
+
+
+def test_flips_do_not_depend_on_the_number_of_processes():
+    def images(process_count, step):
+        return np.concatenate(
+            [
+                build_stream(
+                    _ODD,
+                    _config(random_flip=True),
+                    global_batch_size=BATCH,
+                    process_index=p,
+                    process_count=process_count,
+                )[step]["image"]
+                for p in range(process_count)
+            ]
+        )
+
+    for step in (0, 4, 9):
+        for process_count in (2, 4):
+            np.testing.assert_array_equal(images(process_count, step), images(1, step))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_worker_processes_do_not_change_the_order(workers):
+    config = _config(random_flip=True, read_workers=workers, read_threads=2)
+    plain = _take(_config(random_flip=True), 9, start=2)
+    for a, b in zip(plain, _take(config, 9, start=2), strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_threads_do_not_change_the_order(threads):
     reference = _take(_config(random_flip=True, read_threads=2), 6)
@@ -68,6 +135,32 @@ def test_resuming_is_seeking(start):
     stream = build_stream(SOURCE, config, global_batch_size=BATCH)
     for offset, batch in enumerate(_take(config, 3, start=start)):
         np.testing.assert_array_equal(batch["image"], stream[start + offset]["image"])
+
+
+def test_a_run_that_goes_on_sees_the_same_bytes():
+    config = _config(random_flip=True)
+    unbroken = _take(config, 12)
+    for k in range(1, 12):
+        for a, b in zip(unbroken[k:], _take(config, 12 - k, start=k), strict=True):
+            assert a.keys() == b.keys() == {"image", "label"}
+            assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def test_a_stored_low_res_image_is_flipped_with_its_image(tmp_path):
+    config = photo_config(write_tree(tmp_path), sr=True, data__low_res="stored")
+    source = load_source(config.data, "train", config.stage)
+    stream = build_stream(source, config.data, global_batch_size=8)
+    mirrored = 0
+    for step in range(3):
+        batch = stream[step]
+        for row, index in enumerate(batch["index"]):
+            plain = source[index]
+            flipped = not np.array_equal(batch["image"][row], plain["image"])
+            mirrored += flipped
+            for name in ("image", "low_res"):
+                expected = plain[name][:, ::-1] if flipped else plain[name]
+                np.testing.assert_array_equal(batch[name][row], expected)
+    assert 4 < mirrored < 20
 
 
 def test_flips_mirror_half_of_the_images():

@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.cascade.build import build_stage
+from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
+from cascaded_diffusion.config import MeshConfig
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import mesh as mesh_lib
@@ -265,3 +269,87 @@ def test_grids_and_curves_reach_tensorboard(tmp_path):
     assert [e.step for e in events.Images("ema_samples")] == [2, 4]
     logged = [r["loss"] for r in _records(tmp_path)]
     np.testing.assert_allclose([e.value for e in events.Scalars("loss")], logged, rtol=1e-6)
+
+
+def test_a_run_goes_on_with_the_images_it_began_with(tmp_path):
+    config = tiny_base(train__train_steps=4, train__warmup_steps=1, checkpoint__save_every_steps=2)
+    before = {"train": "folder:train:64 images:abc", "test": "folder:test:8 images:def"}
+
+    def train(config, identity):
+        return loop.train(
+            config,
+            RunFolder(tmp_path),
+            _data(config),
+            image_shape=SOURCE.image_shape,
+            grid_examples=EXAMPLES,
+            data_identity=identity,
+        )
+
+    assert train(config, before).step == 4
+    longer = round_trip(config, train__train_steps=6)
+    after = {**before, "train": "folder:train:65 images:123"}
+    message = "split 'train' is 'folder:train:65 images:123', but the run in .* 'folder:train:64 im"
+    with pytest.raises(UserError, match=message):
+        train(longer, after)
+    assert train(longer, before).step == 6
+
+
+def test_low_res_images_of_the_data_are_what_the_stage_is_shown(tmp_path):
+    # Derived and stored alike, the loss is the same; of another image it is another.
+    config = tiny_sr(train__train_steps=2, train__warmup_steps=1)
+    stage = build_stage(config.stage)
+    images = SOURCE.reader.raw.images
+    low_res = np.asarray(uint8_from_float(stage.low_res_from(float_from_uint8(images))))
+
+    def run(name, low_res):
+        def data_from(start):
+            for batch in _data(config)(start):
+                if low_res is not None:
+                    batch["low_res"] = low_res[batch["image"][:, 0, 0, 0]]
+                yield batch
+
+        loop.train(
+            config,
+            RunFolder(tmp_path / name),
+            data_from,
+            image_shape=SOURCE.image_shape,
+            low_res_shape=None if low_res is None else low_res.shape[1:],
+            grid_examples=EXAMPLES,
+        )
+        # The norm of the gradients, too: a new network does not hear of its input yet.
+        return [float.fromhex(x) for pair in _losses(tmp_path / name).values() for x in pair]
+
+    derived = run("derived", None)
+    # Two programs: XLA may add in another order.
+    stored = run("stored", low_res)
+    np.testing.assert_allclose(derived, stored, rtol=1e-5)
+    assert not np.allclose(run("other", 255 - low_res), stored, rtol=1e-3)
+
+
+def test_batches_are_put_on_the_devices_ahead_of_time():
+    mesh = mesh_lib.build_mesh(MeshConfig(data=-1, fsdp=1))
+    taken = []
+
+    def batches():
+        for i in range(6):
+            taken.append(i)
+            yield {"image": np.full((8, 2, 2, 1), i, np.uint8)}
+        raise UserError("no more")
+
+    ahead = mesh_lib.DeviceBatches(batches(), mesh, depth=2)
+    deadline = time.monotonic() + 30
+    while len(taken) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert taken == [0, 1, 2]  # two in the queue, one in hand
+    for i in range(6):
+        batch = next(ahead)
+        assert batch["image"].sharding == mesh_lib.batch_sharding(mesh)
+        np.testing.assert_array_equal(batch["image"], i)
+    with pytest.raises(UserError, match="no more"):
+        next(ahead)
+    ahead.close()
+
+    endless = mesh_lib.DeviceBatches(itertools.repeat({"x": np.zeros(8)}), mesh)
+    next(endless)
+    endless.close()
+    assert not [t for t in threading.enumerate() if t.name == "device batches"]

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+
+from cascaded_diffusion.data.npz import load_npz
+from cascaded_diffusion.errors import UserError
+
+_IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
+_LABELS = np.arange(12) % 3
+
+
+def _save(path, **arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def test_a_file_and_a_folder_of_files(tmp_path):
+    path = _save(tmp_path / "train.npz", arr_0=_IMAGES, arr_1=_LABELS)
+    for source in (
+        load_npz(path, "all", num_classes=3),
+        load_npz(str(tmp_path), "train", num_classes=3),
+    ):
+        assert (len(source), source.fixed_shape, len(source.class_names)) == (12, (8, 8, 3), 3)
+        image, label = source.read(4)
+        np.testing.assert_array_equal(image, _IMAGES[4])
+        assert label == 1
+
+
+def test_parts_and_no_classes(tmp_path):
+    path = _save(tmp_path / "x.npz", arr_0=_IMAGES)
+    parts = [load_npz(path, split, num_classes=0) for split in ("all[:75%]", "all[75%:]")]
+    assert [len(p) for p in parts] == [9, 3]
+    assert {x.tobytes() for p in parts for x in p.images} == {x.tobytes() for x in _IMAGES}
+    assert parts[0].identity != parts[1].identity
+
+
+@pytest.mark.parametrize(
+    ("arrays", "split", "num_classes", "message"),
+    [
+        (dict(arr_0=_IMAGES, arr_1=_LABELS), "train", 3, "= 'train': .* is one file, whose split"),
+        (dict(arr_0=_IMAGES, arr_1=_LABELS), "all", 2, "labels from 0 to 2, expected 0 to 1"),
+        (dict(arr_0=_IMAGES, arr_1=_LABELS - 1), "all", 3, "labels from -1 to 1, expected 0 to 2"),
+        (dict(arr_0=_IMAGES, arr_1=_LABELS), "all", 4, "class 3 has no images"),
+        (dict(arr_0=_IMAGES), "all", 3, "no labels .arr_1.; for a model without classes"),
+        (
+            dict(arr_0=_IMAGES, arr_1=_LABELS[:5]),
+            "all",
+            3,
+            r"arr_1 is int64 \(5,\), expected 12 in",
+        ),
+        (dict(arr_0=_IMAGES / 255), "all", 0, "arr_0 is float64 .*expected uint8"),
+        (dict(other=_IMAGES), "all", 0, "cannot be read, expected an .npz with arr_0"),
+    ],
+)
+def test_bad_files_are_explained(tmp_path, arrays, split, num_classes, message):
+    path = _save(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        load_npz(path, split, num_classes=num_classes)
+
+
+def test_files_that_are_not_there_or_cut_are_explained(tmp_path):
+    with pytest.raises(UserError, match="no such .npz file, or folder of them"):
+        load_npz(str(tmp_path / "none.npz"), "all", num_classes=0)
+    path = tmp_path / "train.npz"
+    _save(path, arr_0=_IMAGES)
+    with pytest.raises(UserError, match="split = 'val': no .*val.npz; splits there: train"):
+        load_npz(str(tmp_path), "val", num_classes=0)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_npz(str(path), "all", num_classes=0)
