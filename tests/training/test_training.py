@@ -320,9 +320,9 @@ def test_low_res_images_of_the_data_are_what_the_stage_is_shown(tmp_path):
         return [float.fromhex(x) for pair in _losses(tmp_path / name).values() for x in pair]
 
     derived = run("derived", None)
-    # Two programs: XLA may add in another order.
+    # Two programs: XLA may add in another order, so that a pixel may round the other way.
     stored = run("stored", low_res)
-    np.testing.assert_allclose(derived, stored, rtol=1e-5)
+    np.testing.assert_allclose(derived, stored, rtol=1e-4)
     assert not np.allclose(run("other", 255 - low_res), stored, rtol=1e-3)
 
 
