@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from cascaded_diffusion.errors import UserError
 
-_NUM_SAMPLES = {None: 1000, "smoke": 40}
+_NUM_SAMPLES = {None: 1000, "cpu": 200, "smoke": 40}
 
 
 def _ddim(**kwargs: float) -> dict:
@@ -27,7 +27,7 @@ def _ddim(**kwargs: float) -> dict:
 
 def get_config(variant: str | None = None) -> ConfigDict:
     if variant not in _NUM_SAMPLES:
-        raise UserError(f"--config=...:{variant}: expected no variant, or ':smoke'")
+        raise UserError(f"--config=...:{variant}: expected no variant, ':cpu' or ':smoke'")
     num_samples = _NUM_SAMPLES[variant]
     suffix = f":{variant}" if variant else ""
     config = ConfigDict()

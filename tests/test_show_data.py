@@ -15,6 +15,7 @@ def _args(root, *more, config="cifar10_sr32"):
         "data",
         f"--config={ROOT}/configs/{config}.py:smoke",
         "--config.data.name=folder",
+        "--config.data.resolution=32",
         f"--config.data.path={root}",
         "--config.data.prepared_dir=None",
         "--config.data.eval_split=train",

@@ -19,6 +19,7 @@ from tests.tiny import ROOT, round_trip
 _COMMAND = [
     f"--config={ROOT}/configs/cifar10_sr32.py:smoke",
     "--config.data.name=folder",
+    "--config.data.resolution=32",
     "--config.data.eval_split=train",
     "--config.stage.num_classes=3",
     "--config.eval.num_samples=30",
