@@ -94,8 +94,9 @@ def _make_available(config: RunConfig, *, dry_run: bool) -> bool:
     builder = tfds_source.find_builder(config.data.name, config.data.path)
     if tfds_source.is_prepared(builder):
         return True
-    cost = tfds_source.cost_of_getting(builder)
-    print(f"{config.data.name}: not in {builder.data_path} yet; {cost}", flush=True)
+    if dry_run or tfds_source.manual_instructions(builder) is None:
+        cost = tfds_source.cost_of_getting(builder)
+        print(f"{config.data.name}: not in {builder.data_path} yet; {cost}", flush=True)
     if dry_run:
         print("size and time of preparing are known when it is there", flush=True)
         return False

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.photos import photo, write_tree
 from tests.tiny import ROOT
 
 METRICS = {
@@ -270,3 +271,45 @@ def test_an_evaluation_that_follows_the_run_ends_it(tmp_path):
     assert "best is step" in followed
     assert followed.count("best is") < 4  # not at every look
     assert json.loads((tmp_path / "run" / "TRAIN_COMPLETE").read_text())["reason"] == "early_stop"
+
+
+def test_photos_from_a_folder_are_prepared_shown_and_trained_on(tmp_path):
+    write_tree(tmp_path / "photos", "train", per_class=20)
+    write_tree(tmp_path / "photos", "test", per_class=14)
+    flags = [
+        "--config=configs/cifar10_sr32.py:smoke",
+        "--config.data.name=folder",
+        f"--config.data.path={tmp_path}/photos",
+        "--config.data.resolution=32",
+        "--config.stage.num_classes=3",
+        "--config.eval.num_samples=30",
+        "--config.eval.final_num_samples=30",
+        "--config.train.train_steps=6",
+        "--config.train.warmup_steps=1",
+        "--config.train.log_every_steps=1",
+        "--config.train.sample_every_steps=100",
+        "--config.checkpoint.save_every_steps=3",
+    ]
+    prepared = f"--config.data.prepared_dir={tmp_path}/prepared"
+    assert "train: 60 images at 32 px" in _run("prepare", *flags, prepared)
+    out = _run("data", *flags, prepared, "--show", f"--output={tmp_path}/data.png", "--secs=0.2")
+    assert "3 classes, 20 to 20 images each" in out
+    assert Image.open(tmp_path / "data.png").size[0] > 500
+
+    # Prepared, or decoded by other processes: the same training, to the bit.
+    curves = []
+    for name, how in {"a": [prepared], "b": ["--config.data.read_workers=2"]}.items():
+        out = _run("main", *flags, *how, f"--workdir={tmp_path}/{name}")
+        assert "sr32: finished, 6 steps" in out
+        records = [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").open()]
+        assert all(0 <= r["data_wait_fraction"] <= 1 for r in records)
+        assert {r["data_skipped_records"] for r in records} == {0}
+        curves.append([(r["step"], r["loss"], r["grad_norm"]) for r in records])
+    assert curves[0] == curves[1]
+    # And from the one to the other.
+    longer = [f.replace("train_steps=6", "train_steps=8") for f in flags]
+    assert "going on from step 6" in _run("main", *longer, f"--workdir={tmp_path}/a")
+
+    (tmp_path / "photos" / "train" / "bee" / "new.jpg").write_bytes(photo(1))
+    even_longer = [f.replace("train_steps=6", "train_steps=9") for f in flags]
+    _run("main", *even_longer, f"--workdir={tmp_path}/a", code=2)

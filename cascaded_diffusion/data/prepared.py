@@ -57,6 +57,12 @@ def prepared_folder(
     return pathlib.Path(config.prepared_dir) / _safe(config.name) / f"{_safe(split)}_{sizes}"
 
 
+def is_there(config: DataConfig, split: str, low_res_resolution: int | None) -> bool:
+    """Whether a split is prepared, in whatever way."""
+    folder = prepared_folder(config, split, low_res_resolution=low_res_resolution)
+    return (folder / MANIFEST).exists()
+
+
 def data_path(config: DataConfig) -> str | None:
     """Which folder or file the images are of, where the name alone does not say it."""
     return os.path.realpath(config.path) if config.name in FILE_DATA else None

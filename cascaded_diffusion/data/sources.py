@@ -267,6 +267,8 @@ def load_source(config: DataConfig, split: str, stage: StageConfig) -> Source:
     """
     low_res = stage.low_res_resolution if config.low_res == "stored" else None
     if config.prepared_dir is not None:
+        if config.name not in SOURCES and not prepared.is_there(config, split, low_res):
+            tfds_source.find_builder(config.name, config.path)  # says what name was meant
         reader: Reader = prepared.open_prepared(config, split, stage, low_res_resolution=low_res)
         _check_classes(config, stage, len(reader.class_names))
     else:

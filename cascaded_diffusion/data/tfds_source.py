@@ -228,8 +228,12 @@ def cost_of_getting(builder: Any) -> str:
     by_hand = manual_instructions(builder)
     if by_hand:
         return f"its files are downloaded by hand: {by_hand}"
-    size = sum(info.size for info in builder.url_infos.values()) if builder.url_infos else 0
-    return f"TFDS downloads {size / 1e9:.2f} GB" if size else "TFDS downloads it"
+    sizes = {url: info.size for url, info in (builder.url_infos or {}).items()}
+    if builder.builder_config:  # the list is of all configurations
+        name = builder.builder_config.name
+        sizes = {url: size for url, size in sizes.items() if name in url} or sizes
+    size = sum(sizes.values())
+    return f"TFDS downloads up to {size / 1e9:.2f} GB" if size else "TFDS downloads it"
 
 
 def get(builder: Any) -> None:
