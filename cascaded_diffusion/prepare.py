@@ -192,6 +192,7 @@ def _told(manifest: dict[str, Any], folder: pathlib.Path) -> str:
 def _write_shards(split: str, plan: Plan, workers: int) -> list[dict[str, Any]]:
     """Writes the shards that are not there yet. Returns the reports of all, in order."""
     from cascaded_diffusion.data import write_prepared
+    from cascaded_diffusion.data.workers import worker_pool
     from cascaded_diffusion.runtime.logging import Progress
     from cascaded_diffusion.runtime.run_folder import write_whole
 
@@ -203,15 +204,9 @@ def _write_shards(split: str, plan: Plan, workers: int) -> list[dict[str, Any]]:
         print(
             f"{split}: going on, {len(reports)} of {plan.num_shards} shards are there", flush=True
         )
-    spawn = multiprocessing.get_context("spawn")
-    counter = spawn.Value("q", 0)
+    counter = multiprocessing.get_context("spawn").Value("q", 0)
     progress = Progress(total, unit="images", label=f"prepare {split}", initial=done_before)
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, max(1, len(missing))),
-        mp_context=spawn,
-        initializer=write_prepared.start_worker,
-        initargs=(plan, counter),
-    )
+    pool = worker_pool(min(workers, max(1, len(missing))), (plan, counter))
     try:
         waiting = {pool.submit(write_prepared.write_shard, number): number for number in missing}
         while waiting:

@@ -24,7 +24,7 @@ import grain
 import numpy as np
 
 from cascaded_diffusion.config import DataConfig
-from cascaded_diffusion.data import transforms
+from cascaded_diffusion.data import transforms, workers
 from cascaded_diffusion.data.corruption import CorruptionGuard
 from cascaded_diffusion.data.sources import Source
 from cascaded_diffusion.errors import UserError
@@ -79,6 +79,11 @@ class _ReadBatch:
         return batch
 
 
+def _read_step(step: int) -> dict[str, np.ndarray]:
+    """In a worker process: a batch of its stream."""
+    return workers.given()[step]
+
+
 class Batches(Iterator[dict[str, np.ndarray]]):
     """A process's batches from a step on: `image`, `label`, and `low_res` if there is.
 
@@ -92,18 +97,20 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     def __init__(
         self, stream: grain.MapDataset, source: Source, config: DataConfig, *, start_step: int
     ):
-        self._workers = config.read_workers or 0
         # A guard of its own: those of the processes that read have counts of their own.
         self._guard = CorruptionGuard(config, len(source))
         threads = max(config.read_threads, 1)
         options = grain.ReadOptions(
             num_threads=config.read_threads, prefetch_buffer_size=2 * threads
         )
-        # Not by the iterator's state: that of several workers is tied to their number.
-        iterable = stream[start_step:].to_iter_dataset(options)
-        if self._workers:
-            iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
-        self._iterator = iter(iterable)
+        if config.read_workers:
+            # Not grain's own processes: their order and state are tied to their number, and
+            # they leave shared memory behind.
+            self._iterator = workers.InOrder(
+                _read_step, stream, num_workers=config.read_workers, start=start_step
+            )
+        else:
+            self._iterator = iter(stream[start_step:].to_iter_dataset(options))
 
     @property
     def num_skipped(self) -> int:

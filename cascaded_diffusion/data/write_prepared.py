@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cascaded_diffusion.config import DataConfig, StageConfig
+from cascaded_diffusion.data import workers
 from cascaded_diffusion.data.array_record_files import write_array_record
 from cascaded_diffusion.data.corruption import CorruptionGuard, CorruptRecord
 from cascaded_diffusion.data.prepared import digest_of, encode_record, prepared_folder, settings_of
@@ -102,18 +103,8 @@ def plan_split(config: DataConfig, split: str, stage: StageConfig, *, encoding: 
     )
 
 
-# In a worker process: its plan, and the count of records it shares with the others.
-_worker: tuple[Plan, Any] | None = None
-
-
-def start_worker(plan: Plan, counter: Any) -> None:
-    """Called once in each worker process, with a shared `multiprocessing.Value`."""
-    global _worker
-    _worker = (plan, counter)
-
-
 def write_shard(number: int) -> dict[str, Any]:
-    """Writes a shard, in a worker process.
+    """Writes a shard, in a worker process that was given the plan and a shared counter.
 
     Returns:
       Its report: `file`, `count`, `bytes`, `sha256`, `class_counts`, and the records
@@ -122,7 +113,7 @@ def write_shard(number: int) -> dict[str, Any]:
     Raises:
       UserError: a record is corrupt, and the config says to fail.
     """
-    plan, counter = _worker
+    plan, counter = workers.given()
     guard = CorruptionGuard(plan.config, len(plan.reader))
     labels: Counter[int] = Counter()
     skipped: list[list[Any]] = []

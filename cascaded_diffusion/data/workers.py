@@ -1,0 +1,88 @@
+"""Processes that read and prepare data beside this one."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from cascaded_diffusion.errors import UserError
+
+T = TypeVar("T")
+
+# In a worker process: what it was given to work with.
+_given: Any = None
+
+
+def given() -> Any:
+    """In a worker process: what `worker_pool` was called with."""
+    return _given
+
+
+def _start(what: Any) -> None:
+    global _given
+    _given = what
+    # Ctrl-C is for the main process to act on, which then ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A killed process cannot end its workers, and they would wait for it for ever.
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def worker_pool(num_workers: int, what: Any) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that share nothing with this one and end with it.
+
+    Args:
+      num_workers: how many.
+      what: pickled to each; `given()` there.
+    """
+    return concurrent.futures.ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(what,),
+    )
+
+
+class InOrder(Iterator[T]):
+    """Calls `function(start)`, `function(start + 1)`, ... in worker processes, ahead of time.
+
+    Results come in that order, whichever is done first.
+
+    Args:
+      function: of a number, at the top level of a module.
+      what: for `given()` in the workers.
+      num_workers: how many processes.
+      start: the first number.
+    """
+
+    def __init__(self, function: Callable[[int], T], what: Any, *, num_workers: int, start: int):
+        self._function, self._next = function, start
+        self._pool = worker_pool(num_workers, what)
+        self._waiting: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+        self._ahead = 2 * num_workers
+
+    def __next__(self) -> T:
+        while len(self._waiting) <= self._ahead:
+            self._waiting.append(self._pool.submit(self._function, self._next))
+            self._next += 1
+        try:
+            return self._waiting.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool as e:
+            raise UserError(
+                "a process that reads data died (out of memory?): lower config.data.read_workers"
+            ) from e
+
+    def close(self) -> None:
+        """Ends the processes; what they are at is finished and dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
