@@ -64,7 +64,7 @@ class FolderSource:
     def read(self, index: int) -> RawExample:
         """Reads one file. Raises CorruptRecord if that cannot be done."""
         try:
-            with open(os.path.join(self.root, self.name(index)), "rb") as f:
+            with open(os.path.join(self.root, self.name(index)), "rb", buffering=0) as f:
                 return RawExample(f.read(), int(self.labels[index]))
         except OSError as e:
             raise CorruptRecord(f"cannot be read ({e.strerror or e})") from e

