@@ -7,7 +7,8 @@ to 64 px by area, flipped at random and batched by 64, shuffled anew each epoch,
 same files:
 
 - ours from the JPEGs, by threads and by processes; and from what `prepare` made of them
-- tf.data, with TensorFlow's default decoder and with the one that gives the same pixels but for rounding
+- tf.data, with TensorFlow's default decoder and with the one that gives the same pixels but
+  for rounding
 - a PyTorch DataLoader with Pillow, whose "box" resize is near to an area average
 
 Neither TensorFlow nor PyTorch belongs to this package: their lines need the interpreter of
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import data_cpu
 import machine
@@ -151,8 +153,8 @@ def check_pixels(folder: pathlib.Path) -> str:
     return f"Ours is the exact area average, rounded: at most {worst:.4f} grey levels from it."
 
 
-def measured(command: list[str]) -> dict[str, float]:
-    """Runs one way and returns its images/s, and its milliseconds of CPU per image."""
+def measured(command: list[str]) -> dict[str, Any]:
+    """Runs one way: `images_per_sec`, `cpu_ms` per image, and the `library` if it is not ours."""
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if result.returncode:
         raise RuntimeError(f"{command}:\n{result.stderr[-2000:]}")
@@ -208,9 +210,12 @@ def main() -> None:
         exact = check_pixels(folder)
         rates: dict[str, list[float]] = {}
         cpu: dict[str, list[float]] = {}
+        libraries: set[str] = set()
         for number in range(args.rounds):
             for name, command in commands(args, folder).items():
                 found = measured(command)
+                if "library" in found:
+                    libraries.add(found["library"])
                 rates.setdefault(name, []).append(found["images_per_sec"])
                 cpu.setdefault(name, []).append(found["cpu_ms"])
                 print(f"round {number + 1}: {name}: {rates[name][-1]:,.0f} images/s", flush=True)
@@ -246,7 +251,7 @@ def main() -> None:
             f" {COPIES} names each; batch {BATCH} at {SIZE} px; {args.secs:g} s per measurement;"
             " files in the page cache.",
             exact,
-            f"Measured on: {machine.describe()}.",
+            f"Measured on: {machine.describe()}; {', '.join(sorted(libraries))}.",
             "Command: `python benchmarks/data.py --tf_python=PY --torch_python=PY --write`.",
             "",
         ]

@@ -11,6 +11,7 @@ import data_cpu
 import tensorflow as tf
 
 SIZE, BATCH = 64, 64
+LIBRARY = f"TensorFlow {tf.__version__}"
 
 
 def pipeline(files: list[str], labels: list[int], dct: str) -> tf.data.Dataset:
@@ -51,7 +52,7 @@ def main() -> None:
     while time.monotonic() - start < args.secs:
         images += len(next(batches)[0])
     rate, cpu = images / (time.monotonic() - start), data_cpu.seconds() - begun
-    print(json.dumps({"images_per_sec": rate, "cpu_ms": 1000 * cpu / images}))
+    print(json.dumps({"images_per_sec": rate, "cpu_ms": 1000 * cpu / images, "library": LIBRARY}))
 
 
 if __name__ == "__main__":

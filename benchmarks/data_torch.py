@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 SIZE, BATCH = 64, 64
+LIBRARY = f"PyTorch {torch.__version__}"
 
 
 class Photos(Dataset):
@@ -66,7 +67,7 @@ def main() -> None:
     while time.monotonic() - start < args.secs:
         images += len(next(endless)[0])
     rate, cpu = images / (time.monotonic() - start), data_cpu.seconds() - begun
-    print(json.dumps({"images_per_sec": rate, "cpu_ms": 1000 * cpu / images}))
+    print(json.dumps({"images_per_sec": rate, "cpu_ms": 1000 * cpu / images, "library": LIBRARY}))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def describe() -> str:
         return result.stdout.strip()
 
     commit = git("rev-parse", "--short", "HEAD") or "unknown"
-    if git("status", "--porcelain", "--", "cascaded_diffusion", "configs"):
+    if git("status", "--porcelain", "--", "cascaded_diffusion", "configs", "benchmarks/*.py"):
         commit += " + uncommitted changes"
     return (
         f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, jax {version('jax')},"
