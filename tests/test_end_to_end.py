@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -313,3 +314,46 @@ def test_photos_from_a_folder_are_prepared_shown_and_trained_on(tmp_path):
     (tmp_path / "photos" / "train" / "bee" / "new.jpg").write_bytes(photo(1))
     even_longer = [f.replace("train_steps=6", "train_steps=9") for f in flags]
     _run("main", *even_longer, f"--workdir={tmp_path}/a", code=2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "flags", "message"),
+    [
+        (b"", [], r"error: .*bee/003.jpg: empty, 0 bytes; replace it, or train without"),
+        (b"", ["--config.data.read_workers=1"], r"error: .*bee/003.jpg: empty, 0 bytes; replace"),
+        (None, ["--config.data.train_split=val"], "error: .* = 'val': no such folder in .*: train"),
+        (None, ["--config.stage.num_classes=4"], "error: config.stage.num_classes = 4: expected 3"),
+        (None, ["--config.data.path=/nowhere"], "error: config.data.path = '/nowhere': no such"),
+        (None, ["--config.data.prepared_dir=P"], "error: .* is not prepared in P/folder/train_32"),
+        (None, ["--config.data.name=cifar100"], "error: .*'cifar100': not found in .*prepare"),
+    ],
+)
+def test_bad_data_ends_in_one_line(tmp_path, damage, flags, message):
+    write_tree(tmp_path, per_class=8)
+    if damage is not None:
+        (tmp_path / "train" / "bee" / "003.jpg").write_bytes(damage)
+    result = subprocess.run(
+        _command(
+            "main",
+            "--config=configs/cifar10_sr32.py:smoke",
+            "--config.data.name=folder",
+            f"--config.data.path={tmp_path}",
+            "--config.data.resolution=32",
+            "--config.data.eval_split=train[:2]",
+            "--config.stage.num_classes=3",
+            "--config.eval.num_samples=60",
+            "--config.eval.final_num_samples=60",
+            f"--workdir={tmp_path}/run",
+            *flags,
+        ),
+        cwd=ROOT,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert re.search(message, line), line
+    if damage is None:
+        assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ from cascaded_diffusion.data.tfds_source import load_tfds
 from cascaded_diffusion.errors import UserError
 from tests.data import tiny_photos
 from tests.data.photos import photo, photo_config
-from tests.tiny import ROOT
+from tests.tiny import ROOT, round_trip
 
 # Prepared by TFDS with TensorFlow, once; see tests/fixtures/make_tfds_tfrecord.py.
 TFRECORD = ROOT / "tests" / "fixtures" / "tfds_tfrecord"
@@ -175,6 +175,36 @@ def test_a_label_out_of_range_is_named(array_record, monkeypatch):
     monkeypatch.setattr(raw, "read", lambda i: read(i)._replace(label=-1))
     with pytest.raises(UserError, match=r"record 2: label -1 is out of range, expected 0 to 2"):
         source[2]
+
+
+def test_a_tfrecord_copy_is_converted(tmp_path, array_record):
+    from cascaded_diffusion import prepare
+
+    config = photo_config(TFRECORD, data__name="tiny_photos", data__eval_split="test")
+    flags = [
+        "prepare",
+        f"--config={ROOT}/configs/cifar10_base16.py",
+        "--config.data.name=tiny_photos",
+        f"--config.data.path={TFRECORD}",
+        "--config.data.resolution=16",
+        "--config.stage.num_classes=3",
+        "--config.eval.num_samples=30",
+        "--config.eval.final_num_samples=30",
+        f"--config.data.prepared_dir={tmp_path}/prepared",
+        "--workers=1",
+    ]
+    assert prepare.main(flags) == 0
+    # Read without the copy, under the same name; and equal to what TFDS's own format gives.
+    there = photo_config(
+        "/nowhere", data__name="tiny_photos", data__prepared_dir=f"{tmp_path}/prepared"
+    )
+    converted = load_source(there.data, "train", there.stage)
+    plain = load_source(round_trip(config, data__path=str(array_record)).data, "train", there.stage)
+    assert converted.identity == plain.identity
+    assert len(converted) == len(plain) == tiny_photos.NUM_TRAIN
+    for i in range(len(plain)):
+        for name, value in plain[i].items():
+            np.testing.assert_array_equal(converted[i][name], value)
 
 
 def _tar(path: pathlib.Path, files: dict[str, bytes]) -> bytes:
