@@ -24,7 +24,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from cascaded_diffusion import cli
-from cascaded_diffusion.config import MAX_CORRUPT_FRACTION, RunConfig
+from cascaded_diffusion.config import RunConfig
 from cascaded_diffusion.config_checks import run_config_from
 from cascaded_diffusion.errors import UserError
 
@@ -192,6 +192,7 @@ def _told(manifest: dict[str, Any], folder: pathlib.Path) -> str:
 def _write_shards(split: str, plan: Plan, workers: int) -> list[dict[str, Any]]:
     """Writes the shards that are not there yet. Returns the reports of all, in order."""
     from cascaded_diffusion.data import write_prepared
+    from cascaded_diffusion.data.corruption import CorruptionGuard
     from cascaded_diffusion.data.workers import worker_pool
     from cascaded_diffusion.runtime.logging import Progress
     from cascaded_diffusion.runtime.run_folder import write_whole
@@ -204,6 +205,10 @@ def _write_shards(split: str, plan: Plan, workers: int) -> list[dict[str, Any]]:
         print(
             f"{split}: going on, {len(reports)} of {plan.num_shards} shards are there", flush=True
         )
+    guard = CorruptionGuard(plan.config, total)
+    for report in reports.values():
+        for index, where, problem in report["skipped"]:
+            guard.note(index, where, problem, say=False)
     counter = multiprocessing.get_context("spawn").Value("q", 0)
     progress = Progress(total, unit="images", label=f"prepare {split}", initial=done_before)
     pool = worker_pool(min(workers, max(1, len(missing))), (plan, counter))
@@ -222,9 +227,10 @@ def _write_shards(split: str, plan: Plan, workers: int) -> list[dict[str, Any]]:
                         f"{plan.folder}: a worker process died (out of memory?); run the command"
                         " again to go on, with a smaller --workers"
                     ) from e
+                for index, where, problem in reports[number]["skipped"]:
+                    guard.note(index, where, problem, say=False)  # the worker has said it
                 # From here on the shard counts as done.
                 write_whole(plan.report_path(number), json.dumps(reports[number]).encode())
-            _check_skipped(plan, reports)
             progress.update(min(total, done_before + counter.value))
     except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -250,19 +256,6 @@ def _finished(plan: Plan) -> dict[int, dict[str, Any]]:
         if finished_shard(plan, number, report):
             reports[number] = report
     return reports
-
-
-def _check_skipped(plan: Plan, reports: dict[int, dict[str, Any]]) -> None:
-    """Raises UserError if all shards together skip more than the config's cap."""
-    cap = plan.config.max_corrupt_fraction
-    cap = MAX_CORRUPT_FRACTION if cap is None else cap
-    skipped = [item for report in reports.values() for item in report["skipped"]]
-    if len(skipped) > cap * len(plan.reader):
-        _, where, problem = skipped[-1]
-        raise UserError(
-            f"{len(skipped)} of {len(plan.reader)} records are corrupt, the last {where}"
-            f" ({problem}): expected at most config.data.max_corrupt_fraction = {cap:g} of them"
-        )
 
 
 def _verify(config: RunConfig, splits: Sequence[str]) -> int:
