@@ -6,8 +6,11 @@ records, and no more: how many must be in it is compared when it is opened.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 from array_record.python import array_record_module
@@ -15,6 +18,9 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.errors import UserError
+
+T = TypeVar("T")
+_Writer = array_record_module.ArrayRecordWriter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +94,33 @@ def _check_shard(part: ShardPart, remedy: str) -> None:
         )
 
 
-def write_array_record(path: str, records: object) -> None:
-    """Writes records (an iterable of bytes) to a file, each on its own, for random access."""
-    writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
+def write_array_record(path: str, records: Iterable[bytes]) -> None:
+    """Writes records to a file, each on its own, for random access.
+
+    Raises:
+      UserError: it cannot be written whole.
+    """
+    writer, count = None, 0
     try:
+        writer = _written(path, lambda: _Writer(path, "group_size:1,uncompressed"))
         for record in records:
-            writer.write(record)
-    finally:
-        writer.close()
+            _written(path, lambda record=record: writer.write(record))
+            count += 1
+    except BaseException:
+        if writer is not None:
+            with contextlib.suppress(Exception):
+                writer.close()
+        raise
+    _written(path, writer.close)
+    # A file that was cut may say that it is empty, and nothing else.
+    _check_shard(ShardPart(path, 0, count, count), "free some space, and run the command again")
+
+
+def _written(path: str, write: Callable[[], T]) -> T:
+    try:
+        return write()
+    except Exception as e:  # whatever the C++ writer raises
+        raise UserError(
+            f"{path}: cannot be written ({_first_line(e)}); free some space, and run the command"
+            " again to go on"
+        ) from e

@@ -319,3 +319,33 @@ def test_the_embedded_data_can_be_prepared_too(tmp_path):
     first, second = (_source(c, "test") for c in (a, b))
     for i in (0, 500, 999):
         np.testing.assert_array_equal(first[i]["image"], second[i]["image"])
+
+
+def test_a_full_disk_is_told_and_leaves_no_shard(tmp_path):
+    root = write_tree(tmp_path, per_class=100)
+    # No file may become larger than half of a shard.
+    code = (
+        "import resource, sys\n"
+        "from cascaded_diffusion import cli, prepare\n"
+        "if __name__ == '__main__':\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))\n"
+        "    cli.run(prepare.main)\n"
+    )
+    script = tmp_path / "limited.py"
+    script.write_text(code)
+    result = subprocess.run(
+        [sys.executable, str(script), *_args(root)[1:]],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "cannot be written (write() failed: File too large" in line
+    folder = root / "prepared" / "folder" / "train_32px"
+    # The second shard, of 44 images, fits.
+    assert {p.name for p in folder.rglob("*.array_record*")} <= {"00001.array_record"}
+    assert not (folder / "manifest.json").exists()
+    assert prepare.main(_args(root)) == 0
