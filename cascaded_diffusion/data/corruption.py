@@ -39,6 +39,7 @@ class CorruptionGuard:
         )
         self._num_records = num_records
         self._found: set[int] = set()
+        self._too_many: str | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict:
@@ -75,13 +76,18 @@ class CorruptionGuard:
                 return
             self._found.add(index)
             found = len(self._found)
+            # Reading threads may find more of them before the first error has arrived: all say
+            # what the first one said.
+            if found > self._cap * self._num_records and self._too_many is None:
+                self._too_many = (
+                    f"{found} of {self._num_records} records are corrupt, the last"
+                    f" {where} ({problem}): expected at most"
+                    f" config.data.max_corrupt_fraction = {self._cap:g} of them"
+                )
         if say:
             print(f"skipped: {where}: {problem}", file=sys.stderr, flush=True)
-        if found > self._cap * self._num_records:
-            raise UserError(
-                f"{found} of {self._num_records} records are corrupt, the last {where} ({problem}):"
-                f" expected at most config.data.max_corrupt_fraction = {self._cap:g} of them"
-            )
+        if self._too_many is not None:
+            raise UserError(self._too_many)
 
     def first_good(
         self, index: int, read: Callable[[int], T], describe: Callable[[int], str]
