@@ -47,7 +47,7 @@ def main() -> None:
     weights = InceptionWeights(
         params_from_checkpoint(random_checkpoint(checkpoint_tensors())), "random"
     )
-    mesh = build_mesh(MeshConfig(data=-1, fsdp=1))
+    mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     images = np.random.default_rng(0).integers(0, 256, (192, 64, 64, 3), np.uint8)
     lines = ["| features of 64 px images | batch | images/s |", "|---|---|---|"]
     for resize in ("legacy", "clean"):

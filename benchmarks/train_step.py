@@ -38,9 +38,10 @@ def measure_here(config_path: str, steps: int) -> dict[str, float]:
     import jax
     import numpy as np
 
-    from cascaded_diffusion.cascade.stage import build_stage
+    from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.config_checks import run_config_from
     from cascaded_diffusion.runtime import mesh as mesh_lib
+    from cascaded_diffusion.runtime import sharding
     from cascaded_diffusion.training import step as step_lib
 
     path, _, variant = config_path.partition(":")
@@ -52,10 +53,10 @@ def measure_here(config_path: str, steps: int) -> dict[str, float]:
     init = jax.jit(step_lib.make_init(stage, train))
     state = jax.block_until_ready(init())
     init_secs = time.perf_counter() - start
-    state = jax.device_put(state, mesh_lib.state_shardings(state, mesh))
+    state = jax.device_put(state, sharding.state_shardings(state, mesh))
 
     start = time.perf_counter()
-    compiled, flops = step_lib.compile_train_step(
+    compiled = step_lib.compile_train_step(
         step_lib.make_train_step(stage, train, mesh),
         state,
         (size, size, config.stage.channels),
@@ -83,7 +84,7 @@ def measure_here(config_path: str, steps: int) -> dict[str, float]:
         "init_secs": init_secs,
         "compile_secs": compile_secs,
         "step_secs": statistics.median(times[2:]),
-        "flops": flops,
+        "flops": step_lib.flops_per_step(stage, train.batch_size),
         "batch_size": train.batch_size,
     }
 

@@ -184,6 +184,10 @@ class TrainConfig:
     adam_b2: float = _between(0.0, 0.99999)
     grad_clip_norm: float = _above(0.0)
     ema_decays: tuple[float, ...] = _between(0.0, 0.999999)
+    accumulation_steps: int | None = _at_least(1)  # parts a batch is computed in; None: one
+    # What is computed anew in the backward pass, to save memory; None: nothing.
+    remat: str | None = _one_of("resolutions", "everything")
+    remat_resolutions: tuple[int, ...] | None = _at_least(1)  # sizes of feature maps
     log_every_steps: int = _at_least(1)
     sample_every_steps: int = _at_least(1)  # grids of EMA samples for TensorBoard
 
@@ -207,10 +211,16 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """`mesh`: devices along each axis; `data` = -1 takes what `fsdp` leaves."""
+    """`mesh`: devices along each axis; `data` = -1 takes what the others leave."""
 
-    data: int = _at_least(-1)
-    fsdp: int = _at_least(1)
+    data: int = _at_least(-1)  # a batch is split over it
+    fsdp: int = _at_least(1)  # a batch and all parameters are
+    tensor: int | None = _at_least(1)  # the widest layers' channels are; None: 1
+
+    @property
+    def tensor_size(self) -> int:
+        """Devices along `tensor`."""
+        return self.tensor or 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

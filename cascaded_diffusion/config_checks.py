@@ -13,6 +13,7 @@ from cascaded_diffusion.config import (
     MeshConfig,
     RunConfig,
     StageConfig,
+    TrainConfig,
     eval_sampler,
     to_dict,
 )
@@ -22,6 +23,7 @@ from cascaded_diffusion.stage_checks import (
     check_level,
     check_sampler,
     check_stage,
+    feature_map_sizes,
     rounded_level,
 )
 
@@ -43,7 +45,8 @@ def run_config_from(values: Mapping[str, Any]) -> RunConfig:
             f"at most config.data.resolution, which is {data.resolution}",
         )
     _check_data(config)
-    _check_batch("train.batch_size", train.batch_size, config.mesh)
+    _check_batch("train.batch_size", train.batch_size, config.mesh, train.accumulation_steps or 1)
+    _check_remat(config)
     if not train.ema_decays:
         fail("train.ema_decays", train.ema_decays, "at least one decay")
     _check_eval(config)
@@ -108,31 +111,80 @@ def _check_eval(config: RunConfig) -> None:
             raise UserError(f"config.eval.sampler, config.eval.num_steps: {e}") from e
 
 
-def _check_batch(key: str, batch_size: int, mesh: MeshConfig, num_devices: int = 1) -> None:
+def _check_remat(config: RunConfig) -> None:
+    remat, sizes = config.train.remat, config.train.remat_resolutions
+    if remat == "resolutions" and not sizes:
+        fail("train.remat_resolutions", sizes, "sizes, since config.train.remat is 'resolutions'")
+    if remat != "resolutions" and sizes is not None:
+        fail(
+            "train.remat_resolutions",
+            sizes,
+            f"None, since config.train.remat is {remat!r}, not 'resolutions'",
+        )
+    known = feature_map_sizes(config.stage)
+    if sizes and not set(sizes) <= set(known):
+        fail(
+            "train.remat_resolutions",
+            sizes,
+            f"sizes of feature maps, which are {', '.join(map(str, known))}",
+        )
+
+
+def remat_sizes(train: TrainConfig, stage: StageConfig) -> tuple[int, ...]:
+    """Sizes of the feature maps whose blocks are computed anew in the backward pass."""
+    if train.remat == "everything":
+        return tuple(feature_map_sizes(stage))
+    return train.remat_resolutions or ()
+
+
+def _check_batch(
+    key: str, batch_size: int, mesh: MeshConfig, parts: int = 1, num_devices: int = 1
+) -> None:
     if mesh.data == 0:
         fail("mesh.data", mesh.data, "-1 (all devices) or a value of at least 1")
-    shards = mesh.fsdp * (mesh.data if mesh.data > 0 else max(1, num_devices // mesh.fsdp))
-    if batch_size % shards:
+    others = mesh.fsdp * mesh.tensor_size
+    data = mesh.data if mesh.data > 0 else max(1, num_devices // others)
+    shards = data * mesh.fsdp
+    if batch_size % (shards * parts):
+        in_parts = "" if parts == 1 else f", times config.train.accumulation_steps = {parts}"
+        hint = ""
+        if batch_size < shards and parts == 1:
+            hint = "; with fewer examples than devices, raise config.mesh.tensor"
         fail(
             key,
             batch_size,
-            f"a multiple of {shards}, the devices of config.mesh (data {shards // mesh.fsdp} x"
-            f" fsdp {mesh.fsdp})",
+            f"a multiple of {shards * parts}, the devices of config.mesh that a batch is split"
+            f" over (data {data} x fsdp {mesh.fsdp}){in_parts}{hint}",
         )
 
 
 def check_devices(config: RunConfig | CascadeConfig, num_devices: int) -> None:
     """Checks the mesh and the batches against the number of devices there are."""
     mesh = config.mesh
-    if mesh.fsdp > num_devices or (mesh.data == -1 and num_devices % mesh.fsdp):
-        fail("mesh.fsdp", mesh.fsdp, f"a divisor of the {num_devices} devices found")
-    if mesh.data > 0 and mesh.data * mesh.fsdp != num_devices:
-        fail("mesh.data", mesh.data, f"data x fsdp to be the {num_devices} devices found, or -1")
+    others = mesh.fsdp * mesh.tensor_size
+    if mesh.data > 0 and mesh.data * others != num_devices:
+        fail(
+            "mesh.data",
+            mesh.data,
+            f"data x fsdp {mesh.fsdp} x tensor {mesh.tensor_size} to be the {num_devices} devices"
+            " found, or -1 to take what there is",
+        )
+    if others > num_devices or num_devices % others:
+        key = "fsdp" if mesh.fsdp > 1 or mesh.tensor is None else "tensor"
+        product = "" if mesh.tensor_size == 1 or key == "tensor" else ", times config.mesh.tensor,"
+        fail(
+            f"mesh.{key}",
+            getattr(mesh, key),
+            f"a divisor{product} of the {num_devices} devices found",
+        )
     if isinstance(config, RunConfig):
-        _check_batch("train.batch_size", config.train.batch_size, mesh, num_devices)
-        _check_batch("eval.batch_size", config.eval.batch_size, mesh, num_devices)
+        train = config.train
+        parts = train.accumulation_steps or 1
+        _check_batch("train.batch_size", train.batch_size, mesh, parts, num_devices)
+        _check_batch("eval.batch_size", config.eval.batch_size, mesh, num_devices=num_devices)
     else:
-        _check_batch("cascade.batch_size", config.cascade.batch_size, mesh, num_devices)
+        batch_size = config.cascade.batch_size
+        _check_batch("cascade.batch_size", batch_size, mesh, num_devices=num_devices)
 
 
 def cascade_config_from(values: Mapping[str, Any]) -> CascadeConfig:
@@ -206,6 +258,9 @@ _FREE_TO_CHANGE = (
     "train.train_steps",
     "train.log_every_steps",
     "train.sample_every_steps",
+    # How it is computed, not what.
+    "train.accumulation_steps",
+    "train.remat",
     # Where the images are, and how they get here. That they are the same ones is for
     # RunFolder.check_data to say.
     "data.path",

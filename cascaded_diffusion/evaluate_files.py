@@ -40,7 +40,7 @@ def evaluate_files(fv: flags.FlagValues) -> int:
     if reference_lib.holds_statistics(fv.reference):
         statistics = reference_lib.read_reference(fv.reference, flag="reference")
     resize = _resize(fv, statistics)
-    mesh = build_mesh(MeshConfig(data=-1, fsdp=1))
+    mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     images = None
     if statistics is None or statistics.features is None:
         images = _reference_images(fv, samples, required=statistics is None)

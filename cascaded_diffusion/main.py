@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> int:
     jax = cli.set_up_jax()
     from cascaded_diffusion.data.loader import build_stream, iterate
     from cascaded_diffusion.data.sources import load_source, spread_examples
-    from cascaded_diffusion.training.loop import GRID_COLUMNS, GRID_ROWS, train
+    from cascaded_diffusion.training.grid import GRID_COLUMNS, GRID_ROWS
+    from cascaded_diffusion.training.loop import train
 
     source = load_source(config.data, config.data.train_split, config.stage)
     held_out = load_source(config.data, config.data.eval_split, config.stage)

@@ -1,4 +1,4 @@
-"""What a model costs, before it is run: nothing is allocated, nothing is compiled.
+"""What a model costs, before it is run: nothing is allocated.
 
     python -m cascaded_diffusion.plan --config=configs/sr256.py
     python -m cascaded_diffusion.plan --config=configs/cascade256.py --json
@@ -8,6 +8,14 @@ evaluation for one image (a multiply-add is two), network evaluations and FLOPs 
 sample, and FLOPs of the whole training. A cascade's are the sums of its stages'.
 --json prints the same as one JSON object.
 
+    python -m cascaded_diffusion.plan --config=configs/sr256.py --topology=v5e:16x16
+
+adds what a training step costs on a slice of accelerators: bytes per device, collectives,
+seconds a step at an assumed efficiency (--efficiency), days and chip-hours to the config's
+train_steps. With the [tpu] extra installed it also compiles the step by the TPU's own compiler,
+some minutes a stage (--nocompile leaves that out), and says whether it fits, else what to
+change. Exit code 1 if it does not.
+
 FLOPs are those of convolutions and matrix products. Training is counted as three
 forward passes, without rematerialization.
 """
@@ -16,53 +24,157 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
-from cascaded_diffusion import cli
+from cascaded_diffusion import cli, plan_topology
 from cascaded_diffusion.config import RunConfig, SamplerConfig
 from cascaded_diffusion.config_checks import cascade_config_from, check_chain, run_config_from
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.topologies import Topology, parse_topology, set_up_tpu_compiler
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = flags.FlagValues()
     cli.define_config(fv, argv, "a stage's or a cascade's config file")
+    flags.DEFINE_string(
+        "topology", None, "a slice, as v5e:16x16, v5p:4x4x8 or h100:8", flag_values=fv
+    )
+    flags.DEFINE_float(
+        "efficiency", 0.4, "share of the peak FLOP/s that is assumed", flag_values=fv
+    )
+    flags.DEFINE_bool(
+        "compile", None, "compile for the topology; default: if libtpu is there", flag_values=fv
+    )
     flags.DEFINE_bool("json", False, "print one JSON object instead of a table", flag_values=fv)
     cli.parse(fv, argv, __doc__)
     cli.require(fv, "config")
     values = cli.config_values(fv, argv)
+    topology = _topology(fv)
     if "cascade" not in values:
         config = run_config_from(values)
         cli.set_up_jax()
-        plan = stage_plan(config, config.stage.sampler)
-        print(json.dumps(plan) if fv.json else _table([plan]))
-        return 0
-    section = cascade_config_from(values).cascade
-    folder = pathlib.Path(cli.config_path(argv)).parent
-    configs = [run_config_from(cli.load_config_file(folder, name)) for name in section.configs]
-    check_chain(section, [c.stage for c in configs])
-    cli.set_up_jax()
-    stages = []
-    for i, (config, sampler) in enumerate(zip(configs, section.samplers, strict=True)):
-        is_cut = section.truncated and i + 1 < len(configs) and configs[i + 1].stage.has_level
-        stop_t = section.aug_levels[i] if is_cut else 0.0
-        stages.append(stage_plan(config, sampler, stop_t=stop_t))
-    plan = {
-        key: sum(stage[key] for stage in stages)
-        for key in (
-            "parameters",
-            "flops_per_image",
-            "calls_per_sample",
-            "flops_per_sample",
-            "training_flops",
+        plans = [stage_plan(config, config.stage.sampler)]
+        configs = [config]
+    else:
+        section = cascade_config_from(values).cascade
+        folder = pathlib.Path(cli.config_path(argv)).parent
+        configs = [run_config_from(cli.load_config_file(folder, name)) for name in section.configs]
+        check_chain(section, [c.stage for c in configs])
+        cli.set_up_jax()
+        plans = []
+        for i, (config, sampler) in enumerate(zip(configs, section.samplers, strict=True)):
+            is_cut = section.truncated and i + 1 < len(configs) and configs[i + 1].stage.has_level
+            stop_t = section.aug_levels[i] if is_cut else 0.0
+            plans.append(stage_plan(config, sampler, stop_t=stop_t))
+    for config, plan in zip(configs, plans, strict=True):
+        if topology is not None:
+            plan["on_topology"] = _on_topology(config, plan, topology, fv)
+    whole = plans[0] if "cascade" not in values else _sum_of(plans, argv)
+    if fv.json:
+        print(json.dumps(whole))
+    else:
+        print(_table(plans if "cascade" not in values else [*plans, whole]))
+        if topology is not None:
+            for plan in plans:
+                print(f"\n{_describe(plan)}")
+    fits = [plan["on_topology"]["fits"] for plan in plans if "on_topology" in plan]
+    return 0 if all(fits) else 1
+
+
+def _topology(fv: flags.FlagValues) -> Topology | None:
+    if fv.topology is None:
+        return None
+    topology = parse_topology(fv.topology)
+    if not 0 < fv.efficiency <= 1:
+        raise UserError(f"--efficiency={fv.efficiency:g}: expected a share of the peak, 0 to 1")
+    if fv.compile and not topology.is_tpu:
+        raise UserError(
+            f"--compile: expected a TPU's --topology, not {topology.name}: no compiler for others"
+            " works without them"
         )
-    }
-    plan = {"name": pathlib.Path(cli.config_path(argv)).stem, **plan, "stages": stages}
-    print(json.dumps(plan) if fv.json else _table([*stages, plan]))
-    return 0
+    if fv.compile and not plan_topology.has_tpu_compiler():
+        raise UserError("--compile: libtpu is not installed; `pip install -e '.[tpu]'`")
+    if topology.is_tpu and fv.compile is not False and plan_topology.has_tpu_compiler():
+        set_up_tpu_compiler(topology)
+    return topology
+
+
+def _on_topology(
+    config: RunConfig, plan: dict[str, Any], topology: Topology, fv: flags.FlagValues
+) -> dict[str, Any]:
+    found = plan_topology.topology_plan(
+        config, topology, efficiency=fv.efficiency, flops_per_image=plan["flops_per_image"]
+    )
+    used = None
+    if topology.is_tpu and fv.compile is not False and plan_topology.has_tpu_compiler():
+        name = config.stage.name
+        print(f"{name}: compiling for {topology.name} ...", file=sys.stderr, flush=True)
+        found["compiled"] = plan_topology.compiled_plan(config, topology)
+        found["fits"], used = found["compiled"]["fits"], found["compiled"].get("used_bytes")
+    if not found["fits"]:
+        found["advice"] = plan_topology.advice(config, topology, used)
+    return found
+
+
+def _describe(plan: dict[str, Any]) -> str:
+    """A stage on its topology, in lines."""
+    on = plan["on_topology"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in on["mesh"].items())
+    compiled = on.get("compiled")
+    lines = [
+        f"{plan['name']} on {on['topology']}: {on['devices']} devices, {mesh}, batch"
+        f" {on['batch_size']} ({on['batch_size'] / on['devices']:g} a device), remat"
+        f" {on['remat'] or 'none'}, {on['accumulation_steps']} part(s) a step",
+        f"  memory of a device   {on['memory_bytes'] / 1e9:.1f} GB; estimated: state"
+        f" {on['state_bytes_per_device'] / 1e9:.2f}, activations and gathered parameters"
+        f" {on['activation_bytes_per_device'] / 1e9:.2f}",
+    ]
+    if compiled is not None and "used_bytes" in compiled:
+        lines.append(
+            f"  by the TPU compiler  {compiled['used_bytes'] / 1e9:.2f} GB: arguments"
+            f" {compiled['argument_bytes'] / 1e9:.2f}, temporaries"
+            f" {compiled['temporary_bytes'] / 1e9:.2f}; compiled in"
+            f" {compiled['compile_secs']:.0f} s"
+        )
+    elif compiled is not None:
+        lines.append(f"  by the TPU compiler  {compiled['problem']}")
+    for title, source in (("collectives a step", on), ("the compiler's", compiled or {})):
+        if "collectives" in source:
+            sent = ", ".join(
+                f"{kind} {t['count']} of {t['bytes'] / 1e9:.3g} GB"
+                for kind, t in source["collectives"].items()
+            )
+            lines.append(f"  {title:<20} {sent or 'none'}")
+    lines += [
+        f"  time                 {on['step_secs']:.3g} s a step at {on['assumed_efficiency']:.0%}"
+        f" (assumed) of {on['peak_flops'] / 1e15:.3g} PFLOP/s;"
+        f" collectives {on['collective_secs']:.3g} s if nothing overlaps",
+        f"  whole training       {on['days']:.1f} days, {on['chip_hours']:,.0f} chip-hours",
+    ]
+    verdict = "fits" if on["fits"] else "does NOT fit"
+    if not on["fits"]:
+        verdict += f"; by estimate it would with {on['advice'] or 'a larger slice only'}"
+    by = "the TPU's compiler" if compiled else "estimate; the [tpu] extra would compile it"
+    return "\n".join([*lines, f"  => {verdict} (by {by})"])
+
+
+_SUMMED = (
+    "parameters",
+    "flops_per_image",
+    "calls_per_sample",
+    "flops_per_sample",
+    "training_flops",
+)
+
+
+def _sum_of(stages: Sequence[dict[str, Any]], argv: Sequence[str]) -> dict[str, Any]:
+    sums = {key: sum(stage[key] for stage in stages) for key in _SUMMED}
+    return {"name": pathlib.Path(cli.config_path(argv)).stem, **sums, "stages": list(stages)}
 
 
 def stage_plan(config: RunConfig, sampler: SamplerConfig, *, stop_t: float = 0.0) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def _of_images(fv: flags.FlagValues) -> int:
     from cascaded_diffusion.evaluation.reference import measure_reference, save_reference
     from cascaded_diffusion.runtime.mesh import build_mesh
 
-    mesh = build_mesh(MeshConfig(data=-1, fsdp=1))
+    mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     extractor = cli.inception_loader(fv, mesh)(fv.resize or "legacy")
     reference = measure_reference(
         batches(images.images, _BATCH),

@@ -78,8 +78,7 @@ def _check_network(stage: StageConfig) -> None:
                 network.num_heads,
                 f"a divisor of every level's channels; {network.channels * mult} is not divided",
             )
-    first = stage.resolution // network.patch_size // 2 ** (halvings - levels + 1)
-    sizes = [first // 2**i for i in range(levels)]
+    sizes = feature_map_sizes(stage)
     for size in network.attention_resolutions:
         if size not in sizes:
             fail(
@@ -87,6 +86,14 @@ def _check_network(stage: StageConfig) -> None:
                 network.attention_resolutions,
                 f"sizes of feature maps, which are {', '.join(map(str, sizes))}",
             )
+
+
+def feature_map_sizes(stage: StageConfig) -> list[int]:
+    """The sizes at which a stage's network has blocks, the largest first."""
+    network = stage.network
+    # The Efficient U-Net's first level works at half the image's size already.
+    first = stage.resolution // network.patch_size // (1 + (network.name == "efficient_unet"))
+    return [first // 2**i for i in range(len(network.channel_mults))]
 
 
 def _check_used(section: str, config: Any, uses: Mapping[str, str], by: str) -> None:

@@ -34,6 +34,7 @@ BINARIES = {
     "report",
     "sample",
     "plan",
+    "plan_topology",
     "prepare",
     "show_data",
 }
@@ -55,7 +56,7 @@ ALLOWED = {
     "data": {"resize_weights", *LEAVES},
     "runtime": LEAVES,
     "reporting": {"runtime", *LEAVES},
-    "training": {"cascade", "runtime", *LEAVES},
+    "training": {"cascade", "networks", "runtime", *LEAVES},
     # networks: the classifier whose features it scores by is no cascade's business.
     "evaluation": {"cascade", "networks", "runtime", *LEAVES},
 }

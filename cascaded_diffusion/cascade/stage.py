@@ -12,8 +12,34 @@ from cascaded_diffusion.cascade import augment, resize
 from cascaded_diffusion.cascade.pixels import quantized
 from cascaded_diffusion.config import SamplerConfig, StageConfig
 from cascaded_diffusion.diffusion import bound, gaussian, grids, guidance, losses, samplers
+from cascaded_diffusion.networks.execution import Execution
 from cascaded_diffusion.networks.unet import Network
 from cascaded_diffusion.types import Batch, Conditioning, DenoiseFn, Params, Prediction, Schedule
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoisedBatch:
+    """A training batch with all that was drawn for it. Every leaf is [B, ...].
+
+    Attributes:
+      x0: [B, H, W, C] the targets.
+      eps: [B, H, W, C] their noise.
+      t: [B] their times.
+      cond: what the network is conditioned on.
+      rows: [B] int32, each example's place in the global batch.
+    """
+
+    x0: jax.Array
+    eps: jax.Array
+    t: jax.Array
+    cond: Conditioning
+    rows: jax.Array
+
+
+def _step_keys(key: jax.Array) -> jax.Array:
+    """The keys of a step: of times, noise, damage, dropped labels and dropout."""
+    return jax.random.split(key, 5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +85,10 @@ class Stage:
         """The clean low-res input [B, h, w, C] of data: the target of the stage below."""
         return quantized(resize.area_resize(image, self.config.low_res_resolution))
 
+    def executed(self, execution: Execution) -> Stage:
+        """The same stage, whose network is computed in another way."""
+        return dataclasses.replace(self, network=self.network.executed(execution))
+
     def loss(
         self, params: Params, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -72,15 +102,16 @@ class Stage:
         Returns:
           The scalar loss, and a dict of scalars to log.
         """
-        t_key, eps_key, damage_key, drop_key, dropout_key = jax.random.split(key, 5)
+        return self.loss_of(params, self.noised(batch, key), key)
+
+    def noised(self, batch: Batch, key: jax.Array) -> NoisedBatch:
+        """All that is drawn for a batch: what `loss_of` may be given in parts."""
+        t_key, eps_key, damage_key, drop_key, _ = _step_keys(key)
         config = self.config
         x0 = self.target_from(batch.image)
         batch_size = x0.shape[0]
-
         t = losses.uniform_t(t_key, (batch_size,), num_timesteps=config.schedule.discrete_timesteps)
-        logsnr = self.schedule(t)
         eps = jax.random.normal(eps_key, x0.shape)
-        xt = gaussian.diffuse(x0, logsnr, eps)
 
         label = batch.label if config.num_classes else None
         drop_prob = config.diffusion.label_dropout_prob
@@ -94,15 +125,33 @@ class Stage:
                 low_res = self.low_res_from(batch.image)
             damage = self.augment.for_training(damage_key, low_res.shape)
             cond = augment.condition(low_res, damage, label=label)
+        return NoisedBatch(x0=x0, eps=eps, t=t, cond=cond, rows=jnp.arange(batch_size))
 
+    def loss_of(
+        self, params: Params, noised: NoisedBatch, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of a batch, or of some of its rows, averaged over them.
+
+        Args:
+          params: the network's parameters.
+          noised: from `noised`, with the same key.
+          key: the key of this step.
+
+        Returns:
+          The scalar loss, and a dict of scalars to log.
+        """
+        logsnr = self.schedule(noised.t)
+        xt = gaussian.diffuse(noised.x0, logsnr, noised.eps)
+        *_, dropout_key = _step_keys(key)
         output = self.network.apply(
             params,
             xt,
             logsnr,
-            cond,
-            dropout_key=dropout_key if config.network.dropout_rate > 0 else None,
+            noised.cond,
+            dropout_key=dropout_key if self.config.network.dropout_rate > 0 else None,
+            rows=noised.rows,
         )
-        per_example = self._losses(output, x0, xt, t, logsnr, eps)
+        per_example = self._losses(output, noised.x0, xt, noised.t, logsnr, noised.eps)
         means = {name: jnp.mean(values) for name, values in per_example.items()}
         return means["loss"], means
 

@@ -148,7 +148,7 @@ def load_or_train(
     cannot be read, is replaced, and `say` is told.
     """
     if mesh is None:
-        mesh = mesh_lib.build_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1])
+        mesh = mesh_lib.build_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     fingerprint = _fingerprint(train, network, seed)
     if path.exists():
         try:

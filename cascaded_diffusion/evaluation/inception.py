@@ -174,6 +174,6 @@ def load_inception(
       UserError: the weights cannot be had, see `inception_weights.load_weights`.
     """
     if mesh is None:
-        mesh = mesh_lib.build_mesh(MeshConfig(data=-1, fsdp=1))
+        mesh = mesh_lib.build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     loaded = load_weights(weights, allow_other=allow_other_weights)
     return InceptionExtractor(loaded, resize, mesh, batch_size)

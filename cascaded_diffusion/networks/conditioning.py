@@ -8,12 +8,14 @@ summed; the sum steers every residual block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cascaded_diffusion.networks import embeddings
+from cascaded_diffusion.networks import embeddings, initializers, layers
+from cascaded_diffusion.networks.execution import Execution
 from cascaded_diffusion.types import Conditioning, check_shape
 
 # How an image [B, h, w, C] is enlarged to (H, W).
@@ -45,6 +47,7 @@ class ConditionalNetwork(nn.Module):
       aug_level_input: whether `aug_level` is an input.
       upsample: how the low-res image is enlarged; None for a base model.
       dtype: dtype of the computation; parameters are float32.
+      execution: how all this is computed.
     """
 
     out_channels: int
@@ -63,6 +66,7 @@ class ConditionalNetwork(nn.Module):
     aug_level_input: bool = False
     upsample: Upsampler | None = None
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     def prepare(
         self, xt: jax.Array, logsnr: jax.Array, cond: Conditioning
@@ -71,6 +75,49 @@ class ConditionalNetwork(nn.Module):
         check_shape(xt, "B H W C", "xt")
         check_shape(logsnr, "B", "logsnr", B=xt.shape[0])
         return self._join(xt, cond), self._embed(logsnr, cond)
+
+    def res_block(
+        self,
+        h: jax.Array,
+        embedding: jax.Array,
+        rows: jax.Array | None,
+        features: int,
+        name: str,
+        **settings: Any,
+    ) -> jax.Array:
+        """A residual block, computed as `execution` says. `settings` as `layers.ResBlock` has."""
+        block = self._executed(layers.ResBlock, name, h.shape[1])(
+            features,
+            dropout_rate=self.dropout_rate,
+            scale_shift=self.scale_shift,
+            dtype=self.dtype,
+            name=name,
+            **settings,
+        )
+        return self.placed(block(h, embedding, rows))
+
+    def attention_block(self, h: jax.Array, name: str) -> jax.Array:
+        """Self-attention, computed as `execution` says."""
+        block = self._executed(layers.AttentionBlock, name, h.shape[1])(
+            self.num_heads, self.dtype, name=name
+        )
+        return self.placed(block(h))
+
+    def placed(self, h: jax.Array) -> jax.Array:
+        """A feature map where `execution` says that it be."""
+        place = self.execution.place
+        return h if place is None else place(h)
+
+    def _executed(self, block: type[nn.Module], name: str, size: int) -> type[nn.Module]:
+        gather = self.execution.gather
+        if gather is not None and not self.is_initializing():
+            block = nn.map_variables(
+                block,
+                "params",
+                trans_in_fn=lambda v: {"params": gather(v["params"], (name,), self.dtype)},
+            )
+        # Outermost, so that what was gathered is not kept for the backward pass either.
+        return nn.remat(block) if size in self.execution.remat_sizes else block
 
     def _join(self, xt: jax.Array, cond: Conditioning) -> jax.Array:
         if (cond.low_res is None) != (self.upsample is None):
@@ -91,9 +138,14 @@ class ConditionalNetwork(nn.Module):
             raise ValueError("label must be given to class-conditional networks, and only to them")
         if cond.label is not None:
             check_shape(cond.label, "B", "label", B=logsnr.shape[0])
-            embedding += nn.Embed(self.num_classes + 1, size, dtype=self.dtype, name="label")(
-                cond.label
+            table = nn.Embed(
+                self.num_classes + 1,
+                size,
+                embedding_init=initializers.embedding_normal,
+                dtype=self.dtype,
+                name="label",
             )
+            embedding += table(cond.label)
         if (cond.aug_level is None) == self.aug_level_input:
             raise ValueError("aug_level must be given where aug_level_input is set, and only there")
         if cond.aug_level is not None:

@@ -34,7 +34,11 @@ class EfficientUNet(ConditionalNetwork):
 
     @nn.compact
     def __call__(
-        self, xt: jax.Array, logsnr: jax.Array, cond: Conditioning, *, deterministic: bool = True
+        self,
+        xt: jax.Array,
+        logsnr: jax.Array,
+        cond: Conditioning,
+        rows: jax.Array | None = None,
     ) -> jax.Array:
         if self.resample != "conv" or self.patch_size != 1:
             raise ValueError('the efficient U-Net needs resample "conv" and patch_size 1')
@@ -42,25 +46,20 @@ class EfficientUNet(ConditionalNetwork):
 
         def blocks(h: jax.Array, features: int, count: int, name: str) -> jax.Array:
             for i in range(count):
-                block = layers.ResBlock(
-                    features,
-                    dropout_rate=self.dropout_rate,
-                    scale_shift=self.scale_shift,
-                    project_skip=True,
-                    dtype=self.dtype,
-                    name=f"{name}_block{i}",
+                h = self.res_block(
+                    h, embedding, rows, features, f"{name}_block{i}", project_skip=True
                 )
-                h = block(h, embedding, deterministic=deterministic)
             if h.shape[1] not in self.attention_resolutions:
                 return h
-            return layers.AttentionBlock(self.num_heads, self.dtype, name=f"{name}_attention")(h)
+            return self.attention_block(h, f"{name}_attention")
 
         levels = list(enumerate(zip(self.channel_mults, self.num_res_blocks, strict=True)))
-        h = layers.conv3x3(self.channels, self.dtype, "conv_in")(h.astype(self.dtype))
+        h = self.placed(layers.conv3x3(self.channels, self.dtype, "conv_in")(h.astype(self.dtype)))
         skips = []
         for level, (mult, count) in levels:
             features = self.channels * mult
-            h = layers.conv3x3(features, self.dtype, f"down{level}_resample", stride=2)(h)
+            downsample = layers.conv3x3(features, self.dtype, f"down{level}_resample", stride=2)
+            h = self.placed(downsample(h))
             h = blocks(h, features, count, f"down{level}")
             skips.append(h)
         skips.pop()
@@ -69,7 +68,7 @@ class EfficientUNet(ConditionalNetwork):
             if level + 1 < len(levels):
                 h = layers.concat_skip(h, skips.pop(), scale=self.scale_skips)
             h = blocks(h, self.channels * mult, count, f"up{level}")
-            h = layers.Upsample("conv", self.dtype, name=f"up{level}_resample")(h)
+            h = self.placed(layers.Upsample("conv", self.dtype, name=f"up{level}_resample")(h))
         assert not skips
 
         return layers.image_out(h, self.out_channels, self.dtype)

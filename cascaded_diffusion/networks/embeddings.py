@@ -25,6 +25,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cascaded_diffusion.networks.layers import dense
+
 
 def cosine_time(logsnr: jax.Array) -> jax.Array:
     """Eq. (1), elementwise."""
@@ -60,5 +62,5 @@ class ScalarEmbedding(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         h = sinusoidal(x, self.sinusoids)
-        h = nn.Dense(self.size, dtype=self.dtype)(h)
-        return nn.Dense(self.size, dtype=self.dtype)(nn.swish(h))
+        h = dense(self.size, self.dtype, "Dense_0")(h)
+        return dense(self.size, self.dtype, "Dense_1")(nn.swish(h))

@@ -1,8 +1,7 @@
 """The blocks of the U-Net: residual, attention, resampling, patching.
 
 Layout is NHWC throughout, which is what XLA wants on every back end. Parameters
-are float32; `dtype` is the dtype of the computation. Group statistics are always
-float32 (flax promotes them).
+are float32; `dtype` is the dtype of the computation.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Last layers of blocks start at zero, so that every block starts as the identity.
-ZERO_INIT = nn.initializers.zeros_init()
+from cascaded_diffusion.networks import initializers
+from cascaded_diffusion.networks.norms import GroupNorm
 
 
 def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
@@ -41,11 +40,6 @@ def downsample_mean(x: jax.Array) -> jax.Array:
     return nn.avg_pool(x, (2, 2), strides=(2, 2))
 
 
-def group_norm(dtype: jnp.dtype, channels: int, name: str) -> nn.GroupNorm:
-    """Group normalization with 32 groups, or as many as divide the channels."""
-    return nn.GroupNorm(num_groups=math.gcd(32, channels), epsilon=1e-5, dtype=dtype, name=name)
-
-
 def conv3x3(
     features: int, dtype: jnp.dtype, name: str, *, stride: int = 1, zero_init: bool = False
 ) -> nn.Conv:
@@ -55,7 +49,17 @@ def conv3x3(
         (3, 3),
         strides=stride,
         padding=1,
-        kernel_init=ZERO_INIT if zero_init else nn.linear.default_kernel_init,
+        kernel_init=initializers.zeros if zero_init else initializers.fan_in_normal,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def dense(features: int, dtype: jnp.dtype, name: str, *, zero_init: bool = False) -> nn.Dense:
+    """A matrix and a bias on the last axis."""
+    return nn.Dense(
+        features,
+        kernel_init=initializers.zeros if zero_init else initializers.fan_in_normal,
         dtype=dtype,
         name=name,
     )
@@ -72,8 +76,29 @@ def image_out(h: jax.Array, features: int, dtype: jnp.dtype) -> jax.Array:
     The output is float32 whatever the compute dtype: the loss and the samplers
     subtract nearly equal numbers.
     """
-    h = nn.swish(group_norm(dtype, h.shape[-1], "norm_out")(h)).astype(jnp.float32)
+    h = GroupNorm(dtype, swish=True, name="norm_out")(h).astype(jnp.float32)
     return conv3x3(features, jnp.float32, "conv_out", zero_init=True)(h)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is, example by example, a function of the example's number.
+
+    So it does not depend on how a batch is cut into parts. `rows` are those numbers,
+    int32 [B]; without them nothing is dropped.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
+        if rows is None or self.rate == 0.0:
+            return x
+        key = self.make_rng("dropout")
+
+        def kept(row: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, row), 1 - self.rate, x.shape[1:])
+
+        return jnp.where(jax.vmap(kept)(rows), x / (1 - self.rate), 0).astype(x.dtype)
 
 
 class ResBlock(nn.Module):
@@ -104,28 +129,45 @@ class ResBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, embedding: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, embedding: jax.Array, rows: jax.Array | None = None
+    ) -> jax.Array:
         features, dtype = self.features, self.dtype
-        h = nn.swish(group_norm(dtype, x.shape[-1], "norm0")(x))
+        h = GroupNorm(dtype, swish=True, name="norm0")(x)
         if self.resample is not None:
             resample = {"down": downsample_mean, "up": upsample_nearest}[self.resample]
             h, x = resample(h), resample(x)
         h = conv3x3(features, dtype, "conv0")(h)
 
-        steer = nn.swish(embedding)[:, None, None, :]
+        norm, steer = GroupNorm(dtype, swish=True, name="norm1"), nn.swish(embedding)
         if self.scale_shift:
-            dense = nn.Dense(2 * features, kernel_init=ZERO_INIT, dtype=dtype, name="scale_shift")
-            scale, shift = jnp.split(dense(steer), 2, axis=-1)
-            h = group_norm(dtype, features, "norm1")(h) * (1 + scale) + shift
+            scale_shift = dense(2 * features, dtype, "scale_shift", zero_init=True)(steer)
+            h = norm(h, jnp.split(scale_shift, 2, axis=-1))
         else:
-            h = h + nn.Dense(features, dtype=dtype, name="shift")(steer)
-            h = group_norm(dtype, features, "norm1")(h)
+            h = norm(h + dense(features, dtype, "shift")(steer)[:, None, None, :])
 
-        h = nn.Dropout(self.dropout_rate)(nn.swish(h), deterministic=deterministic)
+        h = Dropout(self.dropout_rate, name="dropout")(h, rows)
         h = conv3x3(features, dtype, "conv1", zero_init=True)(h)
         if self.project_skip or x.shape[-1] != features:
-            x = nn.Dense(features, dtype=dtype, name="skip")(x)
+            x = dense(features, dtype, "skip")(x)
         return x + h
+
+
+# What cuDNN's fused attention takes: heads of at most this many channels, a multiple of 8.
+_MAX_FLASH_CHANNELS = 128
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention, all [B, N, heads, channels of a head].
+
+    On a GPU by cuDNN's fused kernel where that takes it, else by XLA's: the paper's models
+    attend to 1,024 pixels at most, whose scores fit anywhere.
+    """
+    channels = q.shape[-1]
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = half and channels <= _MAX_FLASH_CHANNELS and channels % 8 == 0
+    fused = fits and jax.default_backend() == "gpu"
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
 
 
 class AttentionBlock(nn.Module):
@@ -137,11 +179,11 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
-        tokens = group_norm(self.dtype, c, "norm")(x).reshape(b, h * w, c)
-        qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(tokens)
+        tokens = GroupNorm(self.dtype, name="norm")(x).reshape(b, h * w, c)
+        qkv = dense(3 * c, self.dtype, "qkv")(tokens)
         qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
-        attended = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        out = nn.Dense(c, kernel_init=ZERO_INIT, dtype=self.dtype, name="out")
+        attended = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        out = dense(c, self.dtype, "out", zero_init=True)
         return x + out(attended.reshape(b, h * w, c)).reshape(b, h, w, c)
 
 

@@ -6,10 +6,12 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from cascaded_diffusion.networks import layers
+from cascaded_diffusion.networks import initializers, layers
 from cascaded_diffusion.networks.conditioning import ConditionalNetwork
 from cascaded_diffusion.networks.efficient_unet import EfficientUNet
+from cascaded_diffusion.networks.execution import Execution
 from cascaded_diffusion.types import Conditioning, Params
 
 
@@ -24,39 +26,32 @@ class UNet(ConditionalNetwork):
 
     @nn.compact
     def __call__(
-        self, xt: jax.Array, logsnr: jax.Array, cond: Conditioning, *, deterministic: bool = True
+        self,
+        xt: jax.Array,
+        logsnr: jax.Array,
+        cond: Conditioning,
+        rows: jax.Array | None = None,
     ) -> jax.Array:
         h, embedding = self.prepare(xt, logsnr, cond)
 
-        def res_block(
-            h: jax.Array, features: int, name: str, resample: str | None = None
-        ) -> jax.Array:
-            block = layers.ResBlock(
-                features,
-                dropout_rate=self.dropout_rate,
-                scale_shift=self.scale_shift,
-                resample=resample,
-                dtype=self.dtype,
-                name=name,
-            )
-            return block(h, embedding, deterministic=deterministic)
-
-        def attention(h: jax.Array, name: str) -> jax.Array:
-            return layers.AttentionBlock(self.num_heads, self.dtype, name=f"{name}_attention")(h)
+        def res_block(h: jax.Array, features: int, name: str, **settings: str) -> jax.Array:
+            return self.res_block(h, embedding, rows, features, name, **settings)
 
         def block(h: jax.Array, features: int, name: str) -> jax.Array:
             h = res_block(h, features, name)
-            return attention(h, name) if h.shape[1] in self.attention_resolutions else h
+            if h.shape[1] not in self.attention_resolutions:
+                return h
+            return self.attention_block(h, f"{name}_attention")
 
         def resample(h: jax.Array, direction: str, name: str) -> jax.Array:
             if self.resample == "biggan":
                 return res_block(h, h.shape[-1], name, resample=direction)
             layer = {"down": layers.Downsample, "up": layers.Upsample}[direction]
-            return layer(self.resample, self.dtype, name=name)(h)
+            return self.placed(layer(self.resample, self.dtype, name=name)(h))
 
         levels = list(enumerate(zip(self.channel_mults, self.num_res_blocks, strict=True)))
         h = layers.space_to_depth(h, self.patch_size).astype(self.dtype)
-        h = layers.conv3x3(self.channels, self.dtype, "conv_in")(h)
+        h = self.placed(layers.conv3x3(self.channels, self.dtype, "conv_in")(h))
         skips = [h]
         for level, (mult, num_blocks) in levels:
             if level > 0:
@@ -67,7 +62,7 @@ class UNet(ConditionalNetwork):
                 skips.append(h)
 
         h = res_block(h, h.shape[-1], "middle_block0")
-        h = attention(h, "middle")
+        h = self.attention_block(h, "middle_attention")
         h = res_block(h, h.shape[-1], "middle_block1")
 
         for level, (mult, num_blocks) in reversed(levels):
@@ -93,7 +88,18 @@ class Network:
 
     def init(self, key: jax.Array, xt: jax.Array, logsnr: jax.Array, cond: Conditioning) -> Params:
         """Fresh float32 parameters. Only the shapes of the inputs matter."""
-        return self.module.init(key, xt, logsnr, cond)["params"]
+        return initializers.drawn_together(
+            lambda: self.module.init(key, xt, logsnr, cond)["params"], key
+        )
+
+    def executed(self, execution: Execution) -> Network:
+        """The same network, computed in another way."""
+        return Network(module=self.module.clone(execution=execution))
+
+    @property
+    def execution(self) -> Execution:
+        """How the network is computed."""
+        return self.module.execution
 
     def apply(
         self,
@@ -103,9 +109,27 @@ class Network:
         cond: Conditioning,
         *,
         dropout_key: jax.Array | None = None,
+        rows: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, H, W, out_channels] float32. No dropout without a `dropout_key`."""
+        """[B, H, W, out_channels] float32.
+
+        There is no dropout without a `dropout_key`. With it, what is dropped of an
+        example is a function of its number, `rows` [B], by default 0 .. B - 1.
+        """
+        if self.execution.gather is not None:
+            # Blocks gather their own parameters; the rest is small.
+            params = {
+                name: part if _is_block(part) else self.execution.gather(part, (name,), None)
+                for name, part in params.items()
+            }
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
+        if dropout_key is not None and rows is None:
+            rows = jnp.arange(xt.shape[0])
         return self.module.apply(
-            {"params": params}, xt, logsnr, cond, deterministic=dropout_key is None, rngs=rngs
+            {"params": params}, xt, logsnr, cond, None if dropout_key is None else rows, rngs=rngs
         )
+
+
+def _is_block(part: Params) -> bool:
+    """Whether parameters are those of a `layers.ResBlock` or a `layers.AttentionBlock`."""
+    return "conv0" in part or "qkv" in part

@@ -96,18 +96,31 @@ def _duration(seconds: float) -> str:
 class Progress:
     """A progress bar on a terminal; elsewhere a plain line every `line_secs`.
 
-    Shows position, rate, time left, and whatever `update` is given.
+    Shows position, rate, time left, and whatever `update` is given. Of several processes
+    all but one are `silent`.
     """
 
     def __init__(
-        self, total: int, *, unit: str, label: str, initial: int = 0, line_secs: float = 15.0
+        self,
+        total: int,
+        *,
+        unit: str,
+        label: str,
+        initial: int = 0,
+        line_secs: float = 15.0,
+        silent: bool = False,
     ):
+        self._silent = silent
         self._total, self._unit, self._label, self._initial = total, unit, label, initial
         self._line_secs = line_secs
         self._start = self._last_line = time.monotonic()
         self._bar = None
         # A terminal that knows no width would show an empty bar.
-        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0:
+        if (
+            not silent
+            and sys.stderr.isatty()
+            and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        ):
             self._bar = tqdm.tqdm(
                 total=total, initial=initial, unit=unit, desc=label, dynamic_ncols=True
             )
@@ -134,7 +147,7 @@ class Progress:
         """Prints a line without disturbing the bar."""
         if self._bar is not None:
             self._bar.write(line)
-        else:
+        elif not self._silent:
             print(line, flush=True)
 
     def close(self) -> None:

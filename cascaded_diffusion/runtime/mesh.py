@@ -1,12 +1,7 @@
-"""Where arrays live: the device mesh, and the sharding of every array in it.
+"""The device mesh, and the way of batches onto it.
 
-The mesh has the axes `data` and `fsdp`. A batch is split over both. Parameters,
-their EMA and the optimizer's moments are split over `fsdp` where they are large
-enough for it to pay, by rules over shapes: the model knows nothing of it.
-
-Sharded parameters are gathered explicitly before use (`gathered`). Leaving that
-to the partitioner makes it split every convolution, and compilation for a large
-mesh does not finish.
+The mesh has the axes `data`, `fsdp` and `tensor`. A batch is split over the first two.
+What is split over the others, and how, is for `sharding` to say.
 """
 
 from __future__ import annotations
@@ -23,18 +18,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cascaded_diffusion.config import MeshConfig
 
+AXES = ("data", "fsdp", "tensor")
+# Those that a batch is split over.
 DATA_AXES = ("data", "fsdp")
-
-# Below this many elements an array is not worth splitting.
-_MIN_SHARDED_SIZE = 4096
 
 
 def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices. `config.check_devices` has been called before."""
+    """The mesh over all devices. `config_checks.check_devices` has been called before."""
     devices = jax.devices() if devices is None else devices
-    data = len(devices) // config.fsdp if config.data == -1 else config.data
+    tensor = config.tensor_size
+    data = len(devices) // (config.fsdp * tensor) if config.data == -1 else config.data
     return jax.make_mesh(
-        (data, config.fsdp), DATA_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
+        (data, config.fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )
 
 
@@ -44,39 +39,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over all devices."""
+    """The first axis is split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXES))
-
-
-def _spec_for_shape(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """Splits the last axis that `fsdp` divides: the output channels, nearly always."""
-    if fsdp > 1 and np.prod(shape) >= _MIN_SHARDED_SIZE:
-        for axis in reversed(range(len(shape))):
-            if shape[axis] % fsdp == 0:
-                return PartitionSpec(*[None] * axis, "fsdp")
-    return PartitionSpec()
-
-
-def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf of a tree of shapes (`jax.eval_shape`).
-
-    The same rule for parameters, EMA and optimizer moments puts the matching
-    slices of all of them on the same device.
-    """
-    fsdp = mesh.shape["fsdp"]
-    return jax.tree.map(
-        lambda leaf: NamedSharding(mesh, _spec_for_shape(leaf.shape, fsdp)), abstract_state
-    )
-
-
-def gathered(params: Any, mesh: Mesh) -> Any:
-    """Parameters gathered on every device, leaf by leaf, for use in a computation.
-
-    The transpose of a gather is a reduction, so gradients come back split.
-    """
-    if mesh.shape["fsdp"] == 1:
-        return params
-    return jax.lax.with_sharding_constraint(params, replicated(mesh))
 
 
 def global_batch(local: Any, mesh: Mesh) -> Any:

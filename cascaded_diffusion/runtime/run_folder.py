@@ -13,6 +13,7 @@
     RUN/eval/samples/             samples while they are made
     RUN/eval/*.png, *.npz         sample grids and samples
     RUN/eval/events.out.tfevents.*  scores for TensorBoard
+    RUN/profile/                  traces of single steps (`main --profile_steps`)
     RUN/EARLY_STOP, RUN/TRAIN_COMPLETE
 
 A folder of such runs is a cascade's:
@@ -157,6 +158,7 @@ class RunFolder:
         self.reading_path = self.eval / "reading.json"
         self.cas_path = self.eval / "cas.jsonl"
         self.samples = self.eval / "samples"
+        self.profile = self.path / "profile"
         self.early_stop_path = self.path / "EARLY_STOP"
         self.complete_path = self.path / "TRAIN_COMPLETE"
 

@@ -6,36 +6,33 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import partial
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage
-from cascaded_diffusion.cascade.cascade import keys_for
-from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config import RunConfig, ema_name
 from cascaded_diffusion.config_checks import check_resume
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import mesh as mesh_lib
-from cascaded_diffusion.runtime import pictures
+from cascaded_diffusion.runtime import monitor
+from cascaded_diffusion.runtime.accelerators import accelerator_of
 from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
 from cascaded_diffusion.runtime.logging import MetricWriter, Progress, print_parameter_overview
 from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
 from cascaded_diffusion.training import step as step_lib
+from cascaded_diffusion.training.clock import Clock
+from cascaded_diffusion.training.grid import GridSampler, Records
+from cascaded_diffusion.training.preemption import StopRequest
 from cascaded_diffusion.training.state import TrainState
 
-Records = dict[str, np.ndarray]
 # start_step -> this process's batches from that step on.
 DataFrom = Callable[[int], Iterator[Records]]
-
-# Size of a sample grid.
-GRID_ROWS, GRID_COLUMNS = 4, 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,71 +41,6 @@ class Outcome:
 
     reason: str
     step: int
-
-
-class _StopRequest:
-    """Notes SIGTERM and SIGINT, for the loop to stop at the end of a step.
-
-    Under `jax.distributed` all processes must stop at the same step, so there
-    JAX's own notice is asked instead.
-    """
-
-    def __init__(self) -> None:
-        self._signal: int | None = None
-        self._previous: dict[int, Any] = {}
-        self._distributed = jax.process_count() > 1
-
-    def __enter__(self) -> _StopRequest:
-        if not self._distributed:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        del frame
-        self._signal = number
-
-    def seen(self, step: int) -> bool:
-        if self._distributed:
-            from jax.experimental import multihost_utils
-
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._signal is not None
-
-
-class _GridSampler:
-    """Grids of EMA samples for TensorBoard, always of the same noise and labels."""
-
-    def __init__(self, stage: Stage, config: RunConfig, mesh: Mesh, examples: Records):
-        num_classes = stage.config.num_classes
-        self._key = jax.random.key(config.eval.seed)
-        self._indices = np.arange(len(examples["label"]))
-        self._labels = self._indices % num_classes if num_classes else None
-        self._low_res, level = None, None
-        if stage.augment is not None:
-            self._low_res = np.asarray(stage.low_res_from(float_from_uint8(examples["image"])))
-            self._labels = examples["label"] if num_classes else None
-            level = config.eval.aug_level if stage.augment.has_level else None
-
-        def sample(params: Any, key: jax.Array, indices: Any, labels: Any, low_res: Any) -> Any:
-            image = stage.sample(
-                mesh_lib.gathered(params, mesh),
-                keys_for(key, indices),
-                label=labels,
-                low_res=low_res,
-                aug_level=level,
-            )
-            return uint8_from_float(image)
-
-        self._sample = jax.jit(sample, out_shardings=mesh_lib.replicated(mesh))
-
-    def __call__(self, params: Any) -> np.ndarray:
-        images = self._sample(params, self._key, self._indices, self._labels, self._low_res)
-        return pictures.grid(np.asarray(images), columns=GRID_COLUMNS)
 
 
 def _restore_or_init(
@@ -155,6 +87,7 @@ def train(
     grid_examples: Records,
     low_res_shape: tuple[int, int, int] | None = None,
     data_identity: Mapping[str, str] | None = None,
+    profile_steps: tuple[int, int] | None = None,
 ) -> Outcome:
     """Trains one stage to its end, going on from the newest checkpoint if there is one.
 
@@ -167,6 +100,7 @@ def train(
         the sample grids of a super-resolution stage enlarge.
       low_res_shape: (h, w, C), where the data has low-res images stored.
       data_identity: which images they are, by split: a run goes on with the same only.
+      profile_steps: the first and last step to write a trace of, to RUN/profile.
 
     Raises:
       UserError: the folder belongs to another run, to other images or another process, checkpoints
@@ -184,7 +118,7 @@ def train(
         checkpoints = CheckpointWriter(folder, config.checkpoint)
         try:
             # From here on a signal is only noted: a step is taken, saved, and that is all.
-            with _StopRequest() as stop:
+            with StopRequest() as stop:
                 outcome = _train(
                     config,
                     folder,
@@ -194,6 +128,7 @@ def train(
                     grid_examples,
                     checkpoints,
                     stop,
+                    monitor.StepProfiler(folder.profile, profile_steps),
                 )
         finally:
             checkpoints.close()
@@ -212,7 +147,8 @@ def _train(
     low_res_shape: tuple[int, int, int] | None,
     grid_examples: Records,
     checkpoints: CheckpointWriter,
-    stop: _StopRequest,
+    stop: StopRequest,
+    profiler: monitor.StepProfiler,
 ) -> Outcome:
     train_config, total = config.train, config.train.train_steps
     mesh = mesh_lib.build_mesh(config.mesh)
@@ -220,9 +156,11 @@ def _train(
 
     state = _restore_or_init(stage, config, mesh, checkpoints)
     first_step = int(state.step)
-    print_parameter_overview(state.params)
+    is_first_process = jax.process_index() == 0
+    if is_first_process:
+        print_parameter_overview(state.params)
     start = time.monotonic()
-    train_step, flops_per_step = step_lib.compile_train_step(
+    train_step = step_lib.compile_train_step(
         step_lib.make_train_step(stage, train_config, mesh),
         state,
         image_shape,
@@ -231,35 +169,60 @@ def _train(
         low_res_shape=low_res_shape,
     )
     compile_secs = time.monotonic() - start
-    print(
-        f"{config.stage.name}: train step compiled in {compile_secs:.1f} s,"
-        f" {flops_per_step / 1e9:.1f} GFLOP (multiply-add = 2) for {train_config.batch_size}"
-        f" images, on {mesh.size} {jax.devices()[0].platform} device(s)",
-        flush=True,
+    flops_per_step = step_lib.flops_per_step(stage, train_config.batch_size)
+    accelerator = accelerator_of(jax.devices()[0].device_kind)
+    say = partial(_say, config.stage.name)
+    say(
+        f"train step compiled in {compile_secs:.1f} s, {flops_per_step / 1e9:.1f} model GFLOP"
+        f" (multiply-add = 2, backward = 2 x forward) for {train_config.batch_size} images, on"
+        f" {_mesh_name(mesh)}; state {_state_gb(state):.2f} GB per device"
     )
     if first_step:
-        print(f"{config.stage.name}: going on from step {first_step}", flush=True)
+        say(f"going on from step {first_step}")
 
-    writes = jax.process_index() == 0
-    writer = MetricWriter(folder, resume_step=first_step) if writes else None
-    sample_grid = _GridSampler(stage, config, mesh, grid_examples)
+    writer = MetricWriter(folder, resume_step=first_step) if is_first_process else None
+    sample_grid = GridSampler(
+        step_lib.executed_stage(stage, train_config, mesh), config, mesh, grid_examples
+    )
     local_batches = data_from(first_step)
     batches = mesh_lib.DeviceBatches(local_batches, mesh)
-    progress = Progress(total, unit="steps", label=config.stage.name, initial=first_step)
-    clock = _Clock(train_config.batch_size, flops_per_step)
+    progress = Progress(
+        total,
+        unit="steps",
+        label=config.stage.name,
+        initial=first_step,
+        silent=not is_first_process,
+    )
+    clock = Clock(
+        train_config.batch_size,
+        flops_per_step,
+        peak_flops=None if accelerator is None else mesh.size * accelerator.peak_flops,
+        say=progress.say,
+    )
+    compiles = monitor.CompileWatch()
     reason, step, saved_step = "complete", first_step, first_step
     pending: step_lib.Metrics | None = None
 
     def read_metrics(at_step: int, metrics: step_lib.Metrics) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         _check_finite(values, at_step, checkpoints)
-        clock.step_done()
+        clock.step_done(at_step)
         if at_step % train_config.log_every_steps == 0 or at_step == total:
-            speed = clock.read()
+            speed = {**clock.read(), **monitor.peak_memory()}
             skipped = getattr(local_batches, "num_skipped", 0)
             if writer is not None:
-                writer.write_scalars(at_step, {**values, **speed, "data_skipped_records": skipped})
+                writer.write_scalars(
+                    at_step,
+                    {
+                        **values,
+                        **speed,
+                        "compile_secs": compile_secs,
+                        "data_skipped_records": skipped,
+                    },
+                )
             details = {"skipped_records": str(skipped)} if skipped else {}
+            if "model_flops_utilization" in speed:
+                details["mfu"] = f"{100 * speed['model_flops_utilization']:.0f} %"
             progress.update(
                 at_step,
                 loss=f"{values['loss']:.4f}",
@@ -268,15 +231,24 @@ def _train(
                 **details,
             )
 
-    with contextlib.closing(progress), contextlib.closing(batches):
+    with (
+        contextlib.closing(progress),
+        contextlib.closing(batches),
+        contextlib.closing(profiler),
+        compiles,
+    ):
         while step < total:
-            if folder.asked_to_stop(config.eval.patience_evals):
+            if _asked_to_stop(folder, config, step):
                 reason = "early_stop"
                 break
             waited = time.monotonic()
             records = next(batches)
             clock.data_waited(time.monotonic() - waited)
+            profiler.before(step + 1)
             state, metrics = train_step(state, records)
+            traced = profiler.after(step + 1, metrics)
+            if traced is not None and is_first_process:
+                progress.say(traced)
             # One step late: the devices have this step to work on while the host
             # reads the numbers of the last.
             if pending is not None:
@@ -298,6 +270,15 @@ def _train(
                         grid = sample_grid(state.ema_params[ema_name(config.eval.ema_decays[0])])
                         if writer is not None:
                             writer.write_image(step, "ema_samples", grid)
+                # What these compile, they compile once.
+                compiles.take()
+            elif step > first_step + _FIRST_STEPS:
+                count, secs = compiles.take()
+                if count:
+                    progress.say(
+                        f"recompilation: {count} program(s) in {secs:.1f} s at step {step}; the"
+                        " step itself is compiled but once"
+                    )
             if stopping and step < total:
                 reason = "preempted"
                 break
@@ -312,6 +293,49 @@ def _train(
     return Outcome(reason=reason, step=step)
 
 
+# Until then small programs are compiled: that is no news.
+_FIRST_STEPS = 3
+
+
+def _say(name: str, line: str) -> None:
+    """Prints a line, by one of all processes."""
+    if jax.process_index() == 0:
+        print(f"{name}: {line}", flush=True)
+
+
+def _mesh_name(mesh: Mesh) -> str:
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    kind = jax.devices()[0].device_kind
+    return f"{mesh.size} {kind} device(s){' (' + sizes + ')' if sizes else ''}{processes}"
+
+
+def _state_gb(state: TrainState) -> float:
+    """Of one device."""
+    return sum(x.addressable_shards[0].data.nbytes for x in _arrays(state)) / 1e9
+
+
+def _arrays(state: TrainState) -> list[jax.Array]:
+    """Its arrays but for the key, which is none that has bytes."""
+    return jax.tree.leaves(dataclasses.replace(state, key=None))
+
+
+def _asked_to_stop(folder: RunFolder, config: RunConfig, step: int) -> bool:
+    """Whether evaluation asks to stop: the same answer for all processes.
+
+    With several, the first one looks and tells the others, at steps that are logged: a file
+    may appear to one of them earlier than to another.
+    """
+    if jax.process_count() == 1:
+        return folder.asked_to_stop(config.eval.patience_evals)
+    if step % config.train.log_every_steps:
+        return False
+    from jax.experimental import multihost_utils
+
+    asked = jax.process_index() == 0 and folder.asked_to_stop(config.eval.patience_evals)
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(asked)))
+
+
 def _check_finite(values: dict[str, float], step: int, checkpoints: CheckpointWriter) -> None:
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
@@ -321,36 +345,3 @@ def _check_finite(values: dict[str, float], step: int, checkpoints: CheckpointWr
             f" step was saved (last checkpoint: {kept[-1] if kept else 'none'}); lower"
             " config.train.learning_rate or config.train.grad_clip_norm"
         )
-
-
-class _Clock:
-    """Rates between two readings, with pauses (saving, sampling) left out."""
-
-    def __init__(self, batch_size: int, flops_per_step: float):
-        self._batch_size, self._flops_per_step = batch_size, flops_per_step
-        self._restart()
-
-    def _restart(self) -> None:
-        self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
-
-    def step_done(self) -> None:
-        self._steps += 1
-
-    def data_waited(self, seconds: float) -> None:
-        self._waited += seconds
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._start += time.monotonic() - began
-
-    def read(self) -> dict[str, float]:
-        elapsed = max(time.monotonic() - self._start, 1e-9)
-        rates = {
-            "images_per_sec": self._steps * self._batch_size / elapsed,
-            "data_wait_fraction": min(1.0, self._waited / elapsed),
-            "model_flops_per_sec": self._steps * self._flops_per_step / elapsed,
-        }
-        self._restart()
-        return rates

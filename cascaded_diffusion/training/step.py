@@ -8,12 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8
-from cascaded_diffusion.cascade.stage import Stage
+from cascaded_diffusion.cascade.stage import NoisedBatch, Stage
 from cascaded_diffusion.config import TrainConfig, ema_name
+from cascaded_diffusion.config_checks import remat_sizes
+from cascaded_diffusion.networks.execution import Execution
+from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.runtime import sharding
 from cascaded_diffusion.training.optimizer import build_learning_rate, build_optimizer
 from cascaded_diffusion.training.state import TrainState, init_state, updated_ema
 from cascaded_diffusion.types import Batch
@@ -25,7 +29,7 @@ TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metri
 def abstract_state(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without allocating it."""
     shapes = jax.eval_shape(make_init(stage, config))
-    shardings = mesh_lib.state_shardings(shapes, mesh)
+    shardings = sharding.state_shardings(shapes, mesh)
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,
@@ -48,15 +52,60 @@ def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
     return init
 
 
+def executed_stage(stage: Stage, config: TrainConfig, mesh: Mesh) -> Stage:
+    """The stage as it is trained: over a mesh, within its memory."""
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    execution = Execution(
+        gather=sharding.make_gather(params, mesh),
+        place=sharding.make_placer(
+            mesh, batch_size=config.batch_size // (config.accumulation_steps or 1)
+        ),
+        remat_sizes=remat_sizes(config, stage.config),
+    )
+    return stage.executed(execution)
+
+
+def _in_parts(noised: NoisedBatch, parts: int, mesh: Mesh) -> NoisedBatch:
+    """[B, ...] -> [parts, B / parts, ...], every device's rows divided among all parts."""
+    split = NamedSharding(mesh, PartitionSpec(None, mesh_lib.DATA_AXES))
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def cut(x: jax.Array) -> jax.Array:
+        b, *rest = x.shape
+        x = x.reshape(shards, parts, b // (shards * parts), *rest).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x.reshape(parts, b // parts, *rest), split)
+
+    return jax.tree.map(cut, noised)
+
+
 def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     """Returns `train_step(state, records) -> (state, metrics)`, to be compiled by the caller.
 
     `records` is a dict of `image` uint8 [B, H, W, C], `label` int32 [B] and, where it is
     stored, `low_res` uint8 [B, h, w, C], sharded over the mesh.
-    `metrics` are scalars of the global batch.
+    `metrics` are scalars of the global batch. Computed at once or in parts, they are the same.
     """
     optimizer = build_optimizer(config)
     learning_rate = build_learning_rate(config)
+    parts = config.accumulation_steps or 1
+    stage = executed_stage(stage, config, mesh)
+    grad_fn = jax.grad(stage.loss_of, has_aux=True)
+
+    def gradient(params: Any, noised: NoisedBatch, key: jax.Array) -> tuple[Any, Metrics]:
+        """The gradient of the batch's mean loss, and its metrics."""
+        if parts == 1:
+            return grad_fn(params, noised, key)
+        total = jax.eval_shape(
+            grad_fn, params, jax.tree.map(lambda x: x[: len(x) // parts], noised), key
+        )
+
+        def add(total: Any, part: NoisedBatch) -> tuple[Any, None]:
+            summed = jax.tree.map(jnp.add, total, grad_fn(params, part, key))
+            return _stored(summed, mesh), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total)
+        total, _ = jax.lax.scan(add, _stored(zeros, mesh), _in_parts(noised, parts, mesh))
+        return jax.tree.map(lambda x: x / parts, total)
 
     def train_step(state: TrainState, records: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         low_res = float_from_uint8(records["low_res"]) if "low_res" in records else None
@@ -64,11 +113,8 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
             image=float_from_uint8(records["image"]), label=records["label"], low_res=low_res
         )
         key = jax.random.fold_in(state.key, state.step)
-
-        def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
-            return stage.loss(mesh_lib.gathered(params, mesh), batch, key)
-
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+        # Drawn for the whole batch: noise is a function of the row in it.
+        grads, metrics = gradient(state.params, stage.noised(batch, key), key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new_state = TrainState(
@@ -92,6 +138,21 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     return train_step
 
 
+def _stored(tree: Any, mesh: Mesh) -> Any:
+    """Split over the mesh as parameters are stored."""
+    return jax.lax.with_sharding_constraint(tree, sharding.state_shardings(tree, mesh))
+
+
+def flops_per_step(stage: Stage, batch_size: int) -> float:
+    """Model FLOPs of one step: three forward passes, a multiply-add is two.
+
+    Of convolutions and matrix products. What rematerialization computes again does not count.
+    """
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=1))
+    return 3.0 * batch_size * count_flops(stage.network.apply, params, *inputs)
+
+
 def compile_train_step(
     train_step: TrainStep,
     state: TrainState,
@@ -100,7 +161,8 @@ def compile_train_step(
     mesh: Mesh,
     *,
     low_res_shape: tuple[int, int, int] | None = None,
-) -> tuple[Callable, float]:
+    compiler_options: dict[str, Any] | None = None,
+) -> jax.stages.Compiled:
     """Compiles the step ahead of time for the state's and the batch's shardings.
 
     Args:
@@ -110,26 +172,27 @@ def compile_train_step(
       batch_size: global.
       mesh: the device mesh.
       low_res_shape: (h, w, C), where the data has low-res images stored.
+      compiler_options: for XLA.
 
     Returns:
-      The compiled step, which donates the state, and the FLOPs of one step over
-      the global batch (a multiply-add is two).
+      The compiled step, which donates the state.
     """
-    sharding = mesh_lib.batch_sharding(mesh)
+    split = mesh_lib.batch_sharding(mesh)
     records = {
-        "image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding),
+        "image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8, sharding=split),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=split),
     }
     if low_res_shape is not None:
         records["low_res"] = jax.ShapeDtypeStruct(
             (batch_size, *low_res_shape), jnp.uint8, sharding=sharding
         )
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    lowered = jax.jit(
-        train_step,
-        out_shardings=(state_shardings, mesh_lib.replicated(mesh)),
-        donate_argnums=0,
-    ).lower(state, records)
-    # Counted before compilation, so before partitioning: FLOPs of the global batch.
-    flops = lowered.cost_analysis()["flops"]
-    return lowered.compile(), flops
+    return (
+        jax.jit(
+            train_step,
+            out_shardings=(state_shardings, mesh_lib.replicated(mesh)),
+            donate_argnums=0,
+        )
+        .lower(state, records)
+        .compile(compiler_options)
+    )

@@ -22,7 +22,7 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def apply(self, params, xt, logsnr, cond, *, dropout_key=None):
+    def apply(self, params, xt, logsnr, cond, *, dropout_key=None, rows=None):
         self.calls.append((xt, logsnr, cond))
         return jnp.zeros_like(xt)
 
@@ -169,7 +169,7 @@ _DISCRETE = {
 class LearnedVariance:
     """A network of two parameters: what it says of the mean, and of the variance."""
 
-    def apply(self, params, xt, logsnr, cond, *, dropout_key=None):
+    def apply(self, params, xt, logsnr, cond, *, dropout_key=None, rows=None):
         shape = jnp.ones_like(xt)
         return jnp.concatenate([params["mean"] * shape, params["variance"] * shape], -1)
 
@@ -338,7 +338,7 @@ def test_three_stages_with_a_level_each():
 class Optimal:
     """The network that knows its data to be N(0.2, 0.3^2) in every pixel; predicts x0."""
 
-    def apply(self, params, xt, logsnr, cond, *, dropout_key=None):
+    def apply(self, params, xt, logsnr, cond, *, dropout_key=None, rows=None):
         alpha, sigma = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr, xt))
         gain = alpha * 0.3**2 / (alpha**2 * 0.3**2 + sigma**2)
         return 0.2 + gain * (xt - alpha * 0.2)

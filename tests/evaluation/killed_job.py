@@ -55,7 +55,9 @@ def score(path, pause_secs):
 
     source = SampleSource(kind="none", record={"low_res": "none"}, make=make)
     with folder.writer_lock("eval"):
-        scorer = RunScorer(config, folder, judge, [source], build_mesh(MeshConfig(data=-1, fsdp=1)))
+        scorer = RunScorer(
+            config, folder, judge, [source], build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+        )
         scorer.score_new_checkpoints()
         scorer.close()
 

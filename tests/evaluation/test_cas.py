@@ -16,7 +16,7 @@ NUM_CLASSES = 6
 
 
 def _mesh(devices):
-    return build_mesh(MeshConfig(data=-1, fsdp=1), jax.devices()[:devices])
+    return build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1), jax.devices()[:devices])
 
 
 def _bars(n, seed, *, shuffled=False):

@@ -25,7 +25,7 @@ def weights():
 
 
 def _extractor(weights, resize, *, devices=1, batch_size=2):
-    mesh = build_mesh(MeshConfig(data=-1, fsdp=1), jax.devices()[:devices])
+    mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1), jax.devices()[:devices])
     return inception.InceptionExtractor(weights, resize, mesh, batch_size)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import checkpoint
-from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.runtime import sharding as sharding_lib
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import tiny_base
 
@@ -206,7 +206,7 @@ def test_a_save_that_fails_is_reported(tmp_path, monkeypatch):
 def test_restores_onto_another_mesh(tmp_path):
     folder = RunFolder(tmp_path)
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    split = mesh_lib.state_shardings(_abstract(None), mesh)
+    split = sharding_lib.state_shardings(_abstract(None), mesh)
     writer = checkpoint.CheckpointWriter(folder, CONFIG)
     writer.save(1, jax.device_put(_state(1), split))
     writer.wait(1)
@@ -214,7 +214,7 @@ def test_restores_onto_another_mesh(tmp_path):
         target = jax.make_mesh(
             other, ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2
         )
-        shardings = mesh_lib.state_shardings(_abstract(None), target)
+        shardings = sharding_lib.state_shardings(_abstract(None), target)
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             _abstract(None),

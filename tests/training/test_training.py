@@ -1,6 +1,5 @@
 """The trainer's promises: any mesh trains the same model, stopping changes nothing."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -20,7 +19,7 @@ from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
-from cascaded_diffusion.training import loop, optimizer, state, step
+from cascaded_diffusion.training import loop, optimizer, state
 from tests.tiny import random_source, round_trip, tiny_base, tiny_sr
 
 SOURCE = random_source(64)
@@ -48,74 +47,6 @@ def _losses(path):
 
 def _records(path):
     return read_lines(RunFolder(path).metrics_path)
-
-
-def _curve(config, data, fsdp, steps=20):
-    """Loss and gradient norm of the first steps on a data x fsdp mesh."""
-    mesh = mesh_lib.build_mesh(
-        dataclasses.replace(config.mesh, data=data, fsdp=fsdp), jax.devices()[: data * fsdp]
-    )
-    stage = build_stage(config.stage)
-    abstract = step.abstract_state(stage, config.train, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    current = jax.jit(step.make_init(stage, config.train), out_shardings=shardings)()
-    train_step, flops = step.compile_train_step(
-        step.make_train_step(stage, config.train, mesh),
-        current,
-        SOURCE.image_shape,
-        config.train.batch_size,
-        mesh,
-    )
-    curve = []
-    for batch in itertools.islice(_data(config)(0), steps):
-        current, metrics = train_step(current, mesh_lib.global_batch(batch, mesh))
-        curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-    return np.asarray(curve), current, flops
-
-
-@pytest.mark.parametrize("make", [tiny_base, tiny_sr])
-def test_every_mesh_trains_the_same_model(make):
-    config = make(train__train_steps=20, train__warmup_steps=2)
-    alone, _, flops = _curve(config, 1, 1)
-    assert len(set(alone[:, 0])) == 20
-    for data, fsdp in ((8, 1), (2, 4)):
-        spread, current, spread_flops = _curve(config, data, fsdp)
-        np.testing.assert_allclose(spread, alone, rtol=1e-5)
-        np.testing.assert_allclose(spread_flops, flops, rtol=1e-5)  # of the global batch
-        kernel = current.params["up1_block0"]["conv0"]["kernel"]
-        moment = current.opt_state[1][0].mu["up1_block0"]["conv0"]["kernel"]
-        for array in (kernel, moment):
-            shard = array.addressable_shards[0].data
-            assert shard.size * fsdp == array.size if array.size >= 4096 else shard.size
-
-
-def test_large_parameters_are_stored_split_and_small_ones_whole():
-    mesh = mesh_lib.build_mesh(dataclasses.replace(tiny_base().mesh, data=2, fsdp=4))
-    shapes = {
-        "conv": jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32),
-        "odd_output": jax.ShapeDtypeStruct((3, 3, 512, 3), jnp.float32),
-        "bias": jax.ShapeDtypeStruct((64,), jnp.float32),
-    }
-    specs = jax.tree.map(lambda s: tuple(s.spec), mesh_lib.state_shardings(shapes, mesh))
-    assert specs == {
-        "conv": (None, None, None, "fsdp"),
-        "odd_output": (None, None, "fsdp"),
-        "bias": (),
-    }
-
-
-def test_fsdp_gathers_parameters_and_keeps_the_state_split():
-    config = tiny_base(stage__network__channels=32)
-    mesh = mesh_lib.build_mesh(dataclasses.replace(config.mesh, data=2, fsdp=4))
-    stage = build_stage(config.stage)
-    abstract = step.abstract_state(stage, config.train, mesh)
-    compiled, _ = step.compile_train_step(
-        step.make_train_step(stage, config.train, mesh), abstract, SOURCE.image_shape, 16, mesh
-    )
-    assert "all-gather" in compiled.as_text()
-    out_state = compiled.output_shardings[0]
-    for want, got in zip(jax.tree.leaves(abstract), jax.tree.leaves(out_state), strict=True):
-        assert got.is_equivalent_to(want.sharding, want.ndim)
 
 
 @pytest.mark.parametrize("make", [tiny_base, tiny_sr])
@@ -327,7 +258,7 @@ def test_low_res_images_of_the_data_are_what_the_stage_is_shown(tmp_path):
 
 
 def test_batches_are_put_on_the_devices_ahead_of_time():
-    mesh = mesh_lib.build_mesh(MeshConfig(data=-1, fsdp=1))
+    mesh = mesh_lib.build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     taken = []
 
     def batches():

@@ -1,0 +1,30 @@
+"""How a network is computed, which changes nothing of what it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# (parameters of a part of the network, their path, dtype of the computation or None)
+# -> the parameters as they are needed to compute.
+Gather = Callable[[Any, tuple[str, ...], Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How to compute a network over many devices and within their memory.
+
+    Attributes:
+      gather: called on the parameters of each block right before the block uses them,
+        so that whatever is split over devices is whole there for that long only.
+      place: called on each feature map [B, H, W, C]; says where it is to be.
+      remat_sizes: sizes of the feature maps whose blocks keep their inputs only, and
+        are computed anew in the backward pass.
+    """
+
+    gather: Gather | None = None
+    place: Callable[[jax.Array], jax.Array] | None = None
+    remat_sizes: tuple[int, ...] = ()

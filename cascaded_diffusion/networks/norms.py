@@ -1,0 +1,133 @@
+r"""Group normalization, an affine map per example and swish, as one piece with its own gradient.
+
+Of x [B, H, W, C] in G groups of n = H W C / G numbers, with scale s and shift b [B, C]:
+
+(1)  m = mean_g(x),  r = 1 / sqrt(mean_g(x^2) - m^2 + eps)          per example and group
+(2)  u = x a + (b - m a),  a = r s                                  per example and channel
+(3)  y = u sigmoid(u), or u
+
+The gradient, with g = dL/du and sums over pixels alone, both [B, C]:
+
+(4)  db = sum g,   ds = r (sum g x - m sum g)
+(5)  dx = g a - (r / n) sum_g(s db) - (r^2 / n) (x - m) sum_g(s ds)
+
+Forward and backward each read the feature map twice: once for sums over pixels,
+channel by channel, which are added up to groups when they are small, and once
+elementwise. Nothing of the size of the feature map is kept but x.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+EPSILON = 1e-5
+
+
+def _over_groups(x: jax.Array, groups: int) -> jax.Array:
+    """[B, C] -> [B, C]: each channel's sum over its group."""
+    b, c = x.shape
+    sums = x.reshape(b, groups, c // groups).sum(-1, keepdims=True)
+    return jnp.broadcast_to(sums, (b, groups, c // groups)).reshape(b, c)
+
+
+def _statistics(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """Eq. (1): m and r, [B, C] float32."""
+    _, h, w, c = x.shape
+    wide = x.astype(jnp.float32)
+    count = h * w * c // groups
+    mean = _over_groups(wide.sum((1, 2)), groups) / count
+    square = _over_groups((wide * wide).sum((1, 2)), groups) / count
+    return mean, jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + EPSILON)
+
+
+def _pixelwise(x: jax.Array) -> jax.Array:
+    """[B, C] -> [B, 1, 1, C]."""
+    return x[:, None, None, :]
+
+
+def _affine(
+    x: jax.Array, scale: jax.Array, shift: jax.Array, mean: jax.Array, r: jax.Array
+) -> jax.Array:
+    """Eq. (2), float32."""
+    a = r * scale
+    return x.astype(jnp.float32) * _pixelwise(a) + _pixelwise(shift - mean * a)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalize(
+    x: jax.Array, scale: jax.Array, shift: jax.Array, groups: int, swish: bool
+) -> jax.Array:
+    """Eqs. (1) to (3).
+
+    Args:
+      x: [B, H, W, C].
+      scale: [B, C] float32.
+      shift: [B, C] float32.
+      groups: a divisor of C.
+      swish: whether (3) is swish.
+
+    Returns:
+      [B, H, W, C], in the dtype of `x`; computed in float32.
+    """
+    return _forward(x, scale, shift, groups, swish)[0]
+
+
+def _forward(
+    x: jax.Array, scale: jax.Array, shift: jax.Array, groups: int, swish: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    mean, r = _statistics(x, groups)
+    u = _affine(x, scale, shift, mean, r)
+    return (nn.swish(u) if swish else u).astype(x.dtype), (x, scale, shift, mean, r)
+
+
+def _backward(
+    groups: int, swish: bool, saved: tuple[jax.Array, ...], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, scale, shift, mean, r = saved
+    _, h, w, c = x.shape
+    count = h * w * c // groups
+    g = dy.astype(jnp.float32)
+    if swish:
+        u = _affine(x, scale, shift, mean, r)
+        sigmoid = nn.sigmoid(u)
+        g = g * sigmoid * (1 + u * (1 - sigmoid))
+    wide = x.astype(jnp.float32)
+    dshift = g.sum((1, 2))
+    dscale = r * ((g * wide).sum((1, 2)) - mean * dshift)
+    constant = r / count * _over_groups(scale * dshift, groups)
+    slope = r * r / count * _over_groups(scale * dscale, groups)
+    dx = g * _pixelwise(r * scale) - wide * _pixelwise(slope)
+    dx = dx + _pixelwise(mean * slope - constant)
+    return dx.astype(x.dtype), dscale, dshift
+
+
+normalize.defvjp(_forward, _backward)
+
+
+class GroupNorm(nn.Module):
+    """Group normalization of [B, H, W, C] with 32 groups, or as many as divide C.
+
+    Attributes:
+      dtype: of the result.
+      swish: whether swish follows.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    swish: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, steer: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+        """`steer` is a scale and a shift [B, C] of each example, applied after the norm's own."""
+        b, *_, c = x.shape
+        scale = self.param("scale", nn.initializers.ones_init(), (c,))
+        shift = self.param("bias", nn.initializers.zeros_init(), (c,))
+        if steer is not None:
+            by, plus = (value.astype(jnp.float32) for value in steer)
+            scale, shift = scale * (1 + by), shift * (1 + by) + plus
+        scale, shift = (jnp.broadcast_to(v, (b, c)).astype(jnp.float32) for v in (scale, shift))
+        return normalize(x.astype(self.dtype), scale, shift, math.gcd(32, c), self.swish)

@@ -1,0 +1,272 @@
+"""What a training step costs on a slice of accelerators: `plan --topology=v5e:16x16`.
+
+Without the compiler: state per device from the shardings, activations as what the traced
+step keeps for its backward pass, collectives by the formula of `runtime.collectives`, time
+from the maker's peak and an assumed efficiency. With it (the [tpu] extra): the memory
+that the TPU's own compiler gives the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from cascaded_diffusion.config import RunConfig
+from cascaded_diffusion.config_checks import check_devices, remat_sizes
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.topologies import Topology, tpu_devices
+
+# Less effort of the compiler: a third of its time, and as far as seen the same memory.
+_COMPILER_OPTIONS = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
+# What is left of a device's memory for a program: the rest is the runtime's.
+_USABLE = 0.97
+_MAX_FSDP = 64
+
+
+def has_tpu_compiler() -> bool:
+    """Whether libtpu is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def topology_plan(
+    config: RunConfig, topology: Topology, *, efficiency: float, flops_per_image: float
+) -> dict[str, Any]:
+    """The costs of a config's training on a topology, without compiling.
+
+    Args:
+      config: the run's.
+      topology: where it shall run.
+      efficiency: the share of the peak FLOP/s that is assumed to be reached.
+      flops_per_image: of one forward pass, a multiply-add is two.
+    """
+    check_devices(config, topology.num_devices)
+    train, accelerator = config.train, topology.accelerator
+    memory = _memory(config, topology.num_devices)
+    model_flops = 3 * flops_per_image * train.batch_size
+    peak = topology.num_devices * accelerator.peak_flops
+    step_secs = model_flops / (peak * efficiency)
+    traffic = _traffic(config, topology.num_devices)
+    sent = sum(t["bytes"] * (2 if kind == "all-reduce" else 1) for kind, t in traffic.items())
+    total_secs = step_secs * train.train_steps
+    plan = {
+        "topology": topology.name,
+        "devices": topology.num_devices,
+        "mesh": _mesh_shape(config, topology.num_devices),
+        "batch_size": train.batch_size,
+        "remat": train.remat,
+        "accumulation_steps": train.accumulation_steps or 1,
+        **memory,
+        "memory_bytes": accelerator.memory_bytes,
+        "model_flops_per_step": model_flops,
+        "collectives": traffic,
+        "peak_flops": peak,
+        "assumed_efficiency": efficiency,
+        "step_secs": step_secs,
+        "collective_secs": sent / accelerator.link_bandwidth,
+        "days": total_secs / 86400,
+        "chip_hours": total_secs / 3600 * topology.num_devices,
+    }
+    plan["fits"] = _fits(
+        plan["state_bytes_per_device"] + plan["activation_bytes_per_device"], topology
+    )
+    return plan
+
+
+def _fits(size: float, topology: Topology) -> bool:
+    return size <= _USABLE * topology.accelerator.memory_bytes
+
+
+def _mesh_shape(config: RunConfig, num_devices: int) -> dict[str, int]:
+    mesh = config.mesh
+    data = num_devices // (mesh.fsdp * mesh.tensor_size) if mesh.data == -1 else mesh.data
+    return {"data": data, "fsdp": mesh.fsdp, "tensor": mesh.tensor_size}
+
+
+def _abstract(config: RunConfig, num_devices: int) -> tuple[Any, Any, Any]:
+    """The stage, the state's shapes with shardings, and a mesh of no devices."""
+    import jax
+
+    from cascaded_diffusion.cascade.build import build_stage
+    from cascaded_diffusion.runtime import sharding
+    from cascaded_diffusion.training import step
+
+    shape = _mesh_shape(config, num_devices)
+    mesh = jax.sharding.AbstractMesh(
+        tuple(shape.values()),
+        tuple(shape),
+        axis_types=(jax.sharding.AxisType.Auto,) * len(shape),
+    )
+    stage = build_stage(config.stage)
+    shapes = jax.eval_shape(step.make_init(stage, config.train))
+    shardings = sharding.state_shardings(shapes, mesh)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    return stage, state, mesh
+
+
+def _memory(config: RunConfig, num_devices: int) -> dict[str, int]:
+    """Bytes of one device: of the state, and of what a step keeps for its backward pass."""
+    import jax
+    import jax.numpy as jnp
+
+    from cascaded_diffusion.networks.execution import Execution
+
+    stage, state, mesh = _abstract(config, num_devices)
+    arrays = jax.tree.leaves(dataclasses.replace(state, key=None))
+    state_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+    # With fewer examples than devices one example is traced, and divided up.
+    parts = config.train.accumulation_steps or 1
+    batch = config.train.batch_size / parts / (mesh.shape["data"] * mesh.shape["fsdp"])
+    stage = stage.executed(Execution(remat_sizes=remat_sizes(config.train, config.stage)))
+    inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=max(1, round(batch))))
+
+    def kept(params: Any, xt: Any, logsnr: Any, cond: Any) -> Any:
+        return jax.vjp(lambda p: stage.network.apply(p, xt, logsnr, cond), params)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(kept, state.params, *inputs))
+    # Parameters are among what is kept, as they are stored: they are counted already. What
+    # is gathered of them is not.
+    shapes = {x.shape for x in jax.tree.leaves(state.params)}
+    activations = sum(
+        x.size * x.dtype.itemsize for x in leaves if x.shape not in shapes or x.ndim < 2
+    )
+    gathered = 0
+    if mesh.shape["fsdp"] > 1 and config.train.remat != "everything":
+        gathered = jnp.dtype(config.stage.network.dtype).itemsize * sum(
+            x.size for x in jax.tree.leaves(state.params)
+        )
+    share = min(1.0, config.train.batch_size / parts / num_devices) if batch < 1 else 1.0
+    return {
+        "state_bytes_per_device": state_bytes,
+        # And the gradient, as the state is split.
+        "activation_bytes_per_device": int(activations * share) + gathered + state_bytes // 4,
+    }
+
+
+def _traffic(config: RunConfig, num_devices: int) -> dict[str, dict[str, int]]:
+    from cascaded_diffusion.runtime import collectives
+
+    _, state, mesh = _abstract(config, num_devices)
+    found = collectives.of_training_step(
+        state.params,
+        mesh,
+        parts=config.train.accumulation_steps or 1,
+        dtype=config.stage.network.dtype,
+        remat=config.train.remat == "everything",
+    )
+    return {kind: dataclasses.asdict(t) for kind, t in found.items() if t.count}
+
+
+def compiled_plan(config: RunConfig, topology: Topology) -> dict[str, Any]:
+    """What the TPU's compiler makes of the training step: bytes per device, collectives.
+
+    Raises:
+      UserError: it fails for another reason than memory.
+    """
+    import jax
+
+    from cascaded_diffusion.cascade.build import build_stage
+    from cascaded_diffusion.runtime import collectives
+    from cascaded_diffusion.runtime import mesh as mesh_lib
+    from cascaded_diffusion.training import step
+
+    mesh = mesh_lib.build_mesh(config.mesh, tpu_devices(topology))
+    stage, train, size = build_stage(config.stage), config.train, config.data.resolution
+    low_res_shape = None
+    if config.data.low_res == "stored":
+        low_res_shape = (config.stage.low_res_resolution,) * 2 + (config.stage.channels,)
+    start = time.monotonic()
+    try:
+        compiled = step.compile_train_step(
+            step.make_train_step(stage, train, mesh),
+            step.abstract_state(stage, train, mesh),
+            (size, size, config.stage.channels),
+            train.batch_size,
+            mesh,
+            low_res_shape=low_res_shape,
+            compiler_options=_COMPILER_OPTIONS,
+        )
+    except jax.errors.JaxRuntimeError as e:
+        text = str(e)
+        if "RESOURCE_EXHAUSTED" not in text:
+            reason = text.splitlines()[0]
+            raise UserError(f"--topology={topology.name}: does not compile ({reason})") from e
+        lines = [line.strip() for line in text.splitlines() if "hbm" in line.lower()]
+        return {
+            "fits": False,
+            "compile_secs": time.monotonic() - start,
+            "problem": lines[0] if lines else text.splitlines()[0],
+        }
+    memory = compiled.memory_analysis()
+    used = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    traffic = collectives.in_program(compiled.as_text())
+    return {
+        "fits": _fits(used, topology),
+        "compile_secs": time.monotonic() - start,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "used_bytes": used,
+        "collectives": {k: dataclasses.asdict(t) for k, t in traffic.items() if t.count},
+    }
+
+
+def advice(config: RunConfig, topology: Topology, used: float | None) -> str | None:
+    """Which keys to change for a step to fit, or None if nothing that is tried helps.
+
+    Args:
+      config: of a step that does not fit.
+      topology: where it shall run.
+      used: bytes per device by the compiler, where it says; the estimate is scaled to it.
+    """
+    here = _total(config, topology)
+    scale = 1.0 if used is None else max(1.0, used / here)
+    for changes, changed in _changes(config):
+        try:
+            check_devices(changed, topology.num_devices)
+        except UserError:
+            continue
+        if _fits(scale * _total(changed, topology), topology):
+            return ", ".join(f"--config.{key}={value}" for key, value in changes.items())
+    return None
+
+
+def _total(config: RunConfig, topology: Topology) -> float:
+    return sum(_memory(config, topology.num_devices).values())
+
+
+def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
+    """Ways to need less memory: the cheapest in time first."""
+    train, mesh = config.train, config.mesh
+    fsdps = [mesh.fsdp * 2**i for i in range(7) if mesh.fsdp * 2**i <= _MAX_FSDP]
+    for parts in (1, 2, 4, 8, 16):
+        for remat in (None, "everything") if train.remat != "everything" else (None,):
+            for fsdp in fsdps:
+                changes: dict[str, Any] = {}
+                if fsdp != mesh.fsdp:
+                    changes["mesh.fsdp"] = fsdp
+                if remat is not None:
+                    changes["train.remat"] = remat
+                if parts > 1:
+                    changes["train.accumulation_steps"] = parts * (train.accumulation_steps or 1)
+                if not changes:
+                    continue
+                changed_train = dataclasses.replace(
+                    train,
+                    remat=remat or train.remat,
+                    remat_resolutions=None if remat else train.remat_resolutions,
+                    accumulation_steps=changes.get(
+                        "train.accumulation_steps", train.accumulation_steps
+                    ),
+                )
+                changed_mesh = dataclasses.replace(mesh, fsdp=fsdp)
+                yield changes, dataclasses.replace(config, train=changed_train, mesh=changed_mesh)

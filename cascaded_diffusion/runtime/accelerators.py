@@ -1,0 +1,56 @@
+"""What accelerators can do, as their makers state it: the yardstick of MFU and of `plan`.
+
+Peak FLOP/s are of dense bfloat16 matrix products, a multiply-add counted as two, per
+device as JAX counts devices: a chip, for TPUs from v4 on. Sources: Google Cloud's
+pages on TPU v4, v5e, v5p and v6e; NVIDIA's data sheets (SXM, without sparsity).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """One kind of device.
+
+    Attributes:
+      name: what people call it.
+      peak_flops: bfloat16, per second.
+      memory_bytes: of one device.
+      memory_bandwidth: bytes per second.
+      link_bandwidth: bytes per second between devices, all links of one together, one way.
+      kinds: beginnings of JAX's `device_kind`, lower case.
+    """
+
+    name: str
+    peak_flops: float
+    memory_bytes: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    kinds: tuple[str, ...]
+
+
+ACCELERATORS = {
+    a.name: a
+    for a in (
+        Accelerator("v4", 275e12, 32 * _GIB, 1228e9, 300e9, ("tpu v4",)),
+        Accelerator("v5e", 197e12, 16 * _GIB, 819e9, 200e9, ("tpu v5 lite", "tpu v5e")),
+        Accelerator("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, ("tpu v5p", "tpu v5")),
+        Accelerator("v6e", 918e12, 32 * _GIB, 1640e9, 400e9, ("tpu v6 lite", "tpu v6e")),
+        Accelerator("a100", 312e12, 80e9, 2039e9, 300e9, ("nvidia a100",)),
+        Accelerator("h100", 989.4e12, 80e9, 3350e9, 450e9, ("nvidia h100",)),
+        Accelerator("h200", 989.4e12, 141e9, 4800e9, 450e9, ("nvidia h200",)),
+    )
+}
+
+
+def accelerator_of(device_kind: str) -> Accelerator | None:
+    """The accelerator that JAX calls `device_kind`; None if it is not in the table."""
+    kind = device_kind.lower()
+    for accelerator in ACCELERATORS.values():
+        if any(kind.startswith(known) for known in accelerator.kinds):
+            return accelerator
+    return None

@@ -1,0 +1,82 @@
+"""What JAX does behind a run: programs compiled, memory used, traces of a few steps."""
+
+from __future__ import annotations
+
+import pathlib
+import resource
+import time
+
+import jax
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompileWatch:
+    """Counts compilations, which after the first steps should be none.
+
+    A context manager: it listens while it is open.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._secs = 0, 0.0
+
+    def __enter__(self) -> CompileWatch:
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._heard)
+
+    def _heard(self, event: str, duration: float, **details: object) -> None:
+        del details
+        if event == _COMPILE_EVENT:
+            self._count, self._secs = self._count + 1, self._secs + duration
+
+    def take(self) -> tuple[int, float]:
+        """Compilations and their seconds since the last call."""
+        found, self._count, self._secs = (self._count, self._secs), 0, 0.0
+        return found
+
+
+def peak_memory() -> dict[str, float]:
+    """Gigabytes at the peak so far: this process's, and the fullest local device's if it tells."""
+    found = {"host_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    if peaks:
+        found["device_peak_gb"] = max(peaks) / 1e9
+    return found
+
+
+class StepProfiler:
+    """Traces steps `first` to `last` for TensorBoard's profiler or Perfetto.
+
+    Args:
+      folder: where the trace goes.
+      steps: the first and last step, counted as the trainer does, from 1; or None.
+    """
+
+    def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
+        self._folder, self._steps = folder, steps
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """To be called before `step` is dispatched."""
+        if self._steps is not None and not self._running and step == self._steps[0]:
+            jax.profiler.start_trace(str(self._folder))
+            self._running, self._started = True, time.monotonic()
+
+    def after(self, step: int, result: object) -> str | None:
+        """To be called after; waits for `result` at the last step. Says where the trace is."""
+        if not self._running or step < self._steps[1]:
+            return None
+        jax.block_until_ready(result)
+        self.close()
+        secs = time.monotonic() - self._started
+        return f"traced steps {self._steps[0]} to {step} ({secs:.1f} s): {self._folder}"
+
+    def close(self) -> None:
+        """Ends a trace that is being made."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

@@ -1,0 +1,115 @@
+"""How fast training runs, and what slows it down."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+# A step is slow at so many times the median of the last ones, and a process is a straggler if
+# it spends this much more of its time on waiting for data than the median process.
+_SLOW_STEP, _RECENT_STEPS, _MIN_STEPS = 3.0, 50, 10
+_STRAGGLER_FRACTION = 0.2
+
+
+class Clock:
+    """Rates between two readings, with pauses (saving, sampling) left out.
+
+    Args:
+      batch_size: global.
+      flops_per_step: model FLOPs of a step, a multiply-add is two.
+      peak_flops: what all devices together can do in a second; None if it is not known.
+      say: where warnings go.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        flops_per_step: float,
+        *,
+        peak_flops: float | None,
+        say: Callable[[str], None],
+    ):
+        self._batch_size, self._flops_per_step = batch_size, flops_per_step
+        self._peak_flops, self._say = peak_flops, say
+        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
+        self._last: float | None = None
+
+    def step_done(self, step: int) -> None:
+        """Counts a step; warns if it took several times as long as those before it."""
+        now = time.monotonic()
+        if self._last is not None:
+            secs = now - self._last
+            if len(self._recent) >= _MIN_STEPS:
+                usual = statistics.median(self._recent)
+                if secs > _SLOW_STEP * usual and secs > 1.0:
+                    self._say(f"step {step} took {secs:.1f} s, the ones before it {usual:.2f} s")
+            self._recent.append(secs)
+        self._last = now
+        self._steps += 1
+
+    def data_waited(self, seconds: float) -> None:
+        """Counts time in which there was no data."""
+        self._waited += seconds
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that does not count."""
+        began = time.monotonic()
+        yield
+        self._start += time.monotonic() - began
+        self._last = None
+
+    def read(self) -> dict[str, float]:
+        """Rates since the last reading. To be called by every process at the same step."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        waited = min(1.0, self._waited / elapsed)
+        flops = self._steps * self._flops_per_step / elapsed
+        rates = {
+            "images_per_sec": self._steps * self._batch_size / elapsed,
+            "step_secs": elapsed / max(self._steps, 1),
+            "data_wait_fraction": waited,
+            "model_flops_per_sec": flops,
+        }
+        if self._peak_flops is not None:
+            rates["model_flops_utilization"] = flops / self._peak_flops
+        self._warn_of_stragglers(waited)
+        self._restart()
+        return rates
+
+    def _warn_of_stragglers(self, waited: float) -> None:
+        if jax.process_count() == 1:
+            return
+        from jax.experimental import multihost_utils
+
+        line = straggler(multihost_utils.process_allgather(np.float32(waited)).ravel())
+        if line is not None:
+            self._say(line)
+
+
+def straggler(waited: np.ndarray) -> str | None:
+    """Which process holds up the others, or None.
+
+    Devices meet at every step, so that a process's step takes as long as the slowest one's;
+    what tells them apart is the share of the time in which a process had no data.
+
+    Args:
+      waited: [process] this share.
+    """
+    slowest = int(np.argmax(waited))
+    usual = float(np.median(waited))
+    if waited[slowest] - usual < _STRAGGLER_FRACTION:
+        return None
+    return (
+        f"straggler: process {slowest} waits {waited[slowest]:.0%} of its time for data, the"
+        f" median process {usual:.0%}: all wait for it"
+    )

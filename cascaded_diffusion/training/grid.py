@@ -1,0 +1,56 @@
+"""Grids of EMA samples for TensorBoard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cascaded_diffusion.cascade.cascade import keys_for
+from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
+from cascaded_diffusion.cascade.stage import Stage
+from cascaded_diffusion.config import RunConfig
+from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.runtime import pictures
+
+Records = dict[str, np.ndarray]
+
+# Size of a sample grid.
+GRID_ROWS, GRID_COLUMNS = 4, 10
+
+
+class GridSampler:
+    """Grids of EMA samples, always of the same noise and labels.
+
+    Args:
+      stage: as it is trained, so that its parameters may be split over the mesh.
+      config: the run's.
+      mesh: the device mesh.
+      examples: real ones, whose low-res versions a super-resolution stage enlarges.
+    """
+
+    def __init__(self, stage: Stage, config: RunConfig, mesh: Mesh, examples: Records):
+        num_classes = stage.config.num_classes
+        self._key = jax.random.key(config.eval.seed)
+        self._indices = np.arange(len(examples["label"]))
+        self._labels = self._indices % num_classes if num_classes else None
+        self._low_res, level = None, None
+        if stage.augment is not None:
+            self._low_res = np.asarray(stage.low_res_from(float_from_uint8(examples["image"])))
+            self._labels = examples["label"] if num_classes else None
+            level = config.eval.aug_level if stage.augment.has_level else None
+
+        def sample(params: Any, key: jax.Array, indices: Any, labels: Any, low_res: Any) -> Any:
+            image = stage.sample(
+                params, keys_for(key, indices), label=labels, low_res=low_res, aug_level=level
+            )
+            return uint8_from_float(image)
+
+        self._sample = jax.jit(sample, out_shardings=mesh_lib.replicated(mesh))
+
+    def __call__(self, params: Any) -> np.ndarray:
+        """One picture, uint8 [H, W, C], of samples with these parameters."""
+        images = self._sample(params, self._key, self._indices, self._labels, self._low_res)
+        return pictures.grid(np.asarray(images), columns=GRID_COLUMNS)

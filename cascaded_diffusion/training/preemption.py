@@ -1,0 +1,43 @@
+"""Being asked to stop by a signal: the same step for all processes."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import jax
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGINT, for the loop to stop at the end of a step.
+
+    With several processes all must stop at the same step, so there JAX's own
+    notice is asked instead: a signal to one of them stops all.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._distributed = jax.process_count() > 1
+
+    def __enter__(self) -> StopRequest:
+        if not self._distributed:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        del frame
+        self._signal = number
+
+    def seen(self, step: int) -> bool:
+        """Whether to stop after `step`. To be called by every process at every step."""
+        if self._distributed:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._signal is not None

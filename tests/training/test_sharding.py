@@ -1,0 +1,201 @@
+"""Any mesh, any way of computing it: the same model. And what goes over the wires."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cascaded_diffusion.cascade.build import build_stage
+from cascaded_diffusion.config import MeshConfig
+from cascaded_diffusion.data.loader import build_stream, iterate
+from cascaded_diffusion.runtime import collectives, sharding
+from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.training import step
+from tests.tiny import random_source, round_trip, tiny_base, tiny_sr
+
+SOURCE = random_source(64)
+STEPS = 20
+
+
+def _mesh(data=1, fsdp=1, tensor=1):
+    config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    return mesh_lib.build_mesh(config, jax.devices()[: data * fsdp * tensor])
+
+
+def _compiled(config, mesh):
+    stage = build_stage(config.stage)
+    abstract = step.abstract_state(stage, config.train, mesh)
+    compiled = step.compile_train_step(
+        step.make_train_step(stage, config.train, mesh),
+        abstract,
+        SOURCE.image_shape,
+        config.train.batch_size,
+        mesh,
+    )
+    return stage, abstract, compiled
+
+
+def _curve(config, mesh):
+    """Loss and gradient norm of the first steps, and the state after them."""
+    stage, abstract, compiled = _compiled(config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    state = jax.jit(step.make_init(stage, config.train), out_shardings=shardings)()
+    stream = build_stream(SOURCE, config.data, global_batch_size=config.train.batch_size)
+    curve = []
+    for batch in itertools.islice(iterate(stream, SOURCE, config.data, start_step=0), STEPS):
+        state, metrics = compiled(state, mesh_lib.global_batch(batch, mesh))
+        curve.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return np.asarray(curve), state
+
+
+# With dropout, for its mask to be the same as well.
+_OVERRIDES = dict(
+    train__train_steps=STEPS,
+    train__warmup_steps=2,
+    train__batch_size=32,
+    stage__network__dropout_rate=0.1,
+    stage__network__num_heads=1,
+)
+_MAKE = {"base": tiny_base, "sr": tiny_sr}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The curves of one device, at once and nothing computed twice."""
+    return {name: _curve(make(**_OVERRIDES), _mesh())[0] for name, make in _MAKE.items()}
+
+
+EVERYTHING = {"train.remat": "everything"}
+SOME = {"train.remat": "resolutions", "train.remat_resolutions": (8,)}
+PARTS = {"train.accumulation_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh", "overrides"),
+    [
+        ("base", dict(), PARTS | EVERYTHING),
+        ("base", dict(data=8), {}),
+        ("base", dict(data=8), PARTS),
+        (
+            "base",
+            dict(data=2, fsdp=4),
+            {"train.remat": "resolutions", "train.remat_resolutions": (8,)},
+        ),
+        ("base", dict(fsdp=8), PARTS | EVERYTHING),
+        ("base", dict(data=2, fsdp=2, tensor=2), {}),
+        ("base", dict(data=2, fsdp=2, tensor=2), PARTS | EVERYTHING),
+        ("sr", dict(data=2, fsdp=4), PARTS | EVERYTHING),
+        ("sr", dict(data=2, fsdp=2, tensor=2), {}),
+    ],
+    ids=lambda value: (
+        "-".join(f"{k.split('.')[-1]}{v}" for k, v in value.items())
+        if isinstance(value, dict)
+        else value
+    ),
+)
+def test_every_mesh_trains_the_same_model(alone, kind, mesh, overrides):
+    assert len(set(alone[kind][:, 0])) == STEPS
+    config = round_trip(
+        _MAKE[kind](**_OVERRIDES), **{k.replace(".", "__"): v for k, v in overrides.items()}
+    )
+    mesh = _mesh(**mesh)
+    curve, state = _curve(config, mesh)
+    np.testing.assert_allclose(curve, alone[kind], rtol=1e-5)
+    # Parameters and the optimizer's moments are stored split, and stay so.
+    name = "up1_block0"
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    for array in (
+        state.params[name]["conv0"]["kernel"],
+        state.opt_state[1][0].mu[name]["conv0"]["kernel"],
+    ):
+        shard = array.addressable_shards[0].data
+        assert shard.size * split == array.size
+
+
+def test_fewer_examples_than_devices_are_split_by_rows(alone):
+    # A batch of 4 on 8 devices.
+    config = tiny_sr(**{**_OVERRIDES, "train__batch_size": 4})
+    expected, _ = _curve(config, _mesh())
+    mesh = _mesh(data=2, fsdp=2, tensor=2)
+    curve, _ = _curve(config, mesh)
+    np.testing.assert_allclose(curve, expected, rtol=1e-5)
+    place = sharding.make_placer(mesh, batch_size=4)
+    specs = [
+        jax.jit(place).lower(jnp.zeros((4, size, size, 8))).compile().output_shardings.spec
+        for size in (32, 16, 8)
+    ]
+    assert [spec[1] if len(spec) > 1 else None for spec in specs] == ["tensor", "tensor", None]
+    assert sharding.make_placer(_mesh(), batch_size=4) is None
+
+
+def test_parameters_are_stored_by_rules_over_paths_and_shapes():
+    mesh = _mesh(data=2, fsdp=2, tensor=2)
+    shapes = {
+        "down0_block0": {
+            "conv0": {"kernel": (3, 3, 64, 64), "bias": (64,)},
+            "conv1": {"kernel": (3, 3, 64, 64)},
+        },
+        "middle_block0": {
+            "conv0": {"kernel": (3, 3, 256, 256), "bias": (256,)},
+            "norm1": {"scale": (256,)},
+            "conv1": {"kernel": (3, 3, 256, 256), "bias": (256,)},
+        },
+        "odd": {"kernel": (3, 3, 512, 3)},
+    }
+    tree = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    specs = jax.tree.map(lambda s: tuple(s.spec), sharding.state_shardings(tree, mesh))
+    assert specs == {
+        "down0_block0": {  # not among the widest
+            "conv0": {"kernel": (None, None, None, "fsdp"), "bias": ()},
+            "conv1": {"kernel": (None, None, None, "fsdp")},
+        },
+        "middle_block0": {
+            "conv0": {"kernel": (None, None, "fsdp", "tensor"), "bias": ("tensor",)},
+            "norm1": {"scale": ("tensor",)},
+            "conv1": {"kernel": (None, None, "tensor", "fsdp"), "bias": ()},
+        },
+        "odd": {"kernel": (None, None, "fsdp")},
+    }
+    # The optimizer's moments lie below other names, and are split alike.
+    nested = sharding.state_shardings({"opt_state": (tree, tree)}, mesh)
+    assert jax.tree.leaves(nested["opt_state"][1]) == jax.tree.leaves(
+        sharding.state_shardings(tree, mesh)
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_the_fsdp_step_sends_is_what_the_formula_says(parts):
+    config = tiny_base(
+        stage__network__channels=32, train__accumulation_steps=parts, train__train_steps=30
+    )
+    mesh = _mesh(data=2, fsdp=4)
+    _, abstract, compiled = _compiled(config, mesh)
+    # Stored split, and nothing of it replicated in the output.
+    for want, got in zip(
+        jax.tree.leaves(abstract), jax.tree.leaves(compiled.output_shardings[0]), strict=True
+    ):
+        assert got.is_equivalent_to(want.sharding, want.ndim)
+    large = [x for x in jax.tree.leaves(abstract.params) if x.size >= sharding.MIN_SHARDED_SIZE]
+    assert large
+    assert all("fsdp" in x.sharding.spec for x in large)
+
+    sent = collectives.in_program(compiled.as_text())
+    expected = collectives.of_training_step(
+        abstract.params, mesh, parts=parts, dtype=jnp.float32, remat=False
+    )
+    # The CPU's compiler sees that all parts gather the same, and does it once; ...
+    assert sent["all-gather"].bytes == expected["all-gather"].bytes / parts
+    assert sent["all-gather"].bytes == 4 * sum(x.size for x in large)
+    # ... and it has no reduce-scatter: over `fsdp` a gradient is summed whole and then sliced.
+    gradients = expected["reduce-scatter"].bytes + expected["all-reduce"].bytes
+    small = [x for x in jax.tree.leaves(abstract.params) if "fsdp" not in x.sharding.spec]
+    by_hand = parts * 4 * (sum(x.size for x in large) * (1 + 1 / 4) + sum(x.size for x in small))
+    assert gradients == by_hand
+    # Besides it sends some scalars, the loss and the parts of the gradient's norm.
+    assert gradients < sent["all-reduce"].bytes < gradients + 1024
