@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from cascaded_diffusion.config import CascadeConfig, StageConfig, to_dict
 from cascaded_diffusion.config_checks import FILE_DATA, cascade_config_from, check_chain
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster, meet
 from cascaded_diffusion.runtime.run_folder import CascadeFolder
 
 EXIT_BAD_INPUT = 2
@@ -285,8 +286,10 @@ def numbers_in(flag_values: flags.FlagValues, name: str, kind: type) -> list[Any
         ) from e
 
 
-def set_up_jax() -> Any:
+def set_up_jax(cluster: Cluster | None = None) -> Any:
     """Imports JAX with this project's settings and returns it.
+
+    With a `cluster`, of whose processes each calls this, it is one JAX over all of them.
 
     - On a CPU, XLA's slower convolution path is switched off.
     - Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR`, by default
@@ -311,7 +314,81 @@ def set_up_jax() -> Any:
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if cluster is not None:
+        jax.distributed.initialize(
+            coordinator_address=cluster.coordinator,
+            num_processes=cluster.num_processes,
+            process_id=cluster.process_id,
+            local_device_ids=cluster.local_device_ids,
+            # On that address alone: JAX's default is every one that the machine has.
+            coordinator_bind_address=cluster.coordinator,
+        )
     return jax
+
+
+def define_cluster(flag_values: flags.FlagValues) -> None:
+    """Adds the flags that say which processes make one job."""
+    flags.DEFINE_enum(
+        "distributed",
+        "auto",
+        MODES,
+        "where the job's processes are named: auto (what the environment of Slurm or a TPU says),"
+        " slurm, tpu (asks the metadata server), none",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, instead", flag_values=flag_values
+    )
+    flags.DEFINE_integer("num_processes", None, "of the job", flag_values=flag_values)
+    flags.DEFINE_integer("process_id", None, "this one, from 0", flag_values=flag_values)
+    flags.DEFINE_float(
+        "coordinator_timeout_secs",
+        300.0,
+        "how long to wait for the other processes",
+        lower_bound=0.1,
+        flag_values=flag_values,
+    )
+
+
+def join_cluster(flag_values: flags.FlagValues, config: Any) -> Cluster | None:
+    """Meets the job's other processes, if there are any, before JAX is set up.
+
+    Args:
+      flag_values: with those of `define_cluster`.
+      config: a config dataclass, which all must have alike.
+
+    Returns:
+      What `set_up_jax` is to be given.
+
+    Raises:
+      UserError: they do not come, cannot be reached, or are configured differently.
+    """
+    cluster = find_cluster(
+        flag_values.distributed,
+        os.environ,
+        coordinator=flag_values.coordinator,
+        num_processes=flag_values.num_processes,
+        process_id=flag_values.process_id,
+    )
+    if cluster is not None:
+        facts = {**_flat("config", to_dict(config)), **_versions()}
+        meet(cluster, facts, timeout_secs=flag_values.coordinator_timeout_secs)
+    return cluster
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, part in value.items() for k, v in _flat(f"{prefix}.{key}", part).items()}
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides how a program is computed and stored."""
+    from importlib.metadata import version
+
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "cascaded_diffusion")
+    python = ".".join(map(str, sys.version_info[:2]))
+    return {"python": python, **{f"package {name}": version(name) for name in packages}}
 
 
 def cascade_config(

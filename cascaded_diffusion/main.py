@@ -5,6 +5,12 @@
 The same command run again goes on where the run stopped. Exit codes: 0 finished
 (or stopped early, as evaluation asked), 2 bad input, 75 stopped by SIGTERM or
 SIGINT after saving.
+
+On several hosts every process runs the same command. On Slurm (srun) and in GKE they find
+each other, on a Cloud TPU with --distributed=tpu, elsewhere with --coordinator=HOST:PORT
+--num_processes=N --process_id=I. --workdir is one folder that all of them see.
+
+--profile_steps=100:105 writes a trace of these steps to WORKDIR/profile.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from absl import flags
 
 from cascaded_diffusion import cli
 from cascaded_diffusion.config_checks import check_devices, check_resume, run_config_from
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
@@ -23,30 +30,43 @@ def main(argv: Sequence[str]) -> int:
     fv = flags.FlagValues()
     cli.define_config(fv, argv, "the stage's config file, e.g. configs/mnist_base16.py")
     flags.DEFINE_string("workdir", None, "folder of the run; made if missing", flag_values=fv)
+    flags.DEFINE_string(
+        "profile_steps", None, "FIRST:LAST step to write a trace of", flag_values=fv
+    )
+    cli.define_cluster(fv)
     cli.parse(fv, argv, __doc__)
     cli.require(fv, "config", "workdir")
     config = run_config_from(cli.config_values(fv, argv))
+    profile_steps = _profile_steps(fv.profile_steps)
     folder = RunFolder(fv.workdir)
     folder.check_writable()
     if folder.exists():
         check_resume(folder.read_config(), config, fv.workdir)
 
-    jax = cli.set_up_jax()
+    cluster = cli.join_cluster(fv, config)
+    jax = cli.set_up_jax(cluster)
     from cascaded_diffusion.data.loader import build_stream, iterate
     from cascaded_diffusion.data.sources import load_source, spread_examples
+    from cascaded_diffusion.runtime.mesh import batch_share, build_mesh, raise_together
     from cascaded_diffusion.training.grid import GRID_COLUMNS, GRID_ROWS
     from cascaded_diffusion.training.loop import train
 
-    source = load_source(config.data, config.data.train_split, config.stage)
-    held_out = load_source(config.data, config.data.eval_split, config.stage)
     check_devices(config, jax.device_count())
-    stream = build_stream(
-        source,
-        config.data,
-        global_batch_size=config.train.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    index, count = batch_share(build_mesh(config.mesh))
+    error = None
+    try:
+        source = load_source(config.data, config.data.train_split, config.stage)
+        held_out = load_source(config.data, config.data.eval_split, config.stage)
+        stream = build_stream(
+            source,
+            config.data,
+            global_batch_size=config.train.batch_size,
+            process_index=index,
+            process_count=count,
+        )
+    except UserError as e:
+        error = e
+    raise_together(error)
     outcome = train(
         config,
         folder,
@@ -58,7 +78,10 @@ def main(argv: Sequence[str]) -> int:
             config.data.eval_split: held_out.identity,
         },
         grid_examples=spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS),
+        profile_steps=profile_steps,
     )
+    if jax.process_index() > 0:  # one of them speaks for all
+        return cli.EXIT_PREEMPTED if outcome.reason == "preempted" else 0
     name = config.stage.name
     if outcome.reason == "preempted":
         print(f"{name}: stopped by a signal at step {outcome.step}, saved; run it again to go on")
@@ -71,6 +94,15 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(f"{name}: finished, {outcome.step} steps ({folder.path})")
     return 0
+
+
+def _profile_steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile_steps={text}: expected FIRST:LAST, steps from 1 on, as 100:105")
+    return int(first), int(last)
 
 
 if __name__ == "__main__":

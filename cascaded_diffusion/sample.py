@@ -10,20 +10,29 @@ reads the runs RUN/<stage> that the config names (without --config: the cascade 
     <stage>.npz   the same for every earlier stage (if truncated, still noisy and cut)
     samples.png   per class: real, low-res, enlarged real, base and cascade images
 
-Sample i depends on (seed, i) alone: for another batch size or number of devices it
-is the same but for float rounding, a grey level or two in a few pixels.
+Sample i depends on (seed, i) alone: for another batch size, number of devices or of
+hosts it is the same but for float rounding, a grey level or two in a few pixels.
+
+Samples are kept batch by batch while they are made: the same command run again goes on
+with the batches that are missing, on however many hosts. Several processes, started as for
+`main`, divide the batches among them; --output is one folder that all of them see.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from absl import flags
 
 from cascaded_diffusion import cli
+from cascaded_diffusion.config import to_dict
 from cascaded_diffusion.config_checks import check_chain, check_devices
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
+
+# So many samples, at most, are looked through for those of the picture.
+_SHOWN = 2000
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     cli.define_config(fv, argv, "the cascade's config file, e.g. configs/mnist_cascade32.py")
     flags.DEFINE_string("workdir", None, "folder that holds the stages' runs", flag_values=fv)
     flags.DEFINE_string("output", None, "where to write; default: WORKDIR/samples", flag_values=fv)
+    cli.define_cluster(fv)
     cli.parse(fv, argv, __doc__)
     cli.require(fv, "workdir")
     runs = CascadeFolder(fv.workdir)
@@ -45,56 +55,97 @@ def main(argv: Sequence[str]) -> int:
     output = RunFolder(fv.output or runs.path / "samples", flag="output")
     output.check_writable()
 
-    jax = cli.set_up_jax()
+    cluster = cli.join_cluster(fv, config)
+    jax = cli.set_up_jax(cluster)
     from cascaded_diffusion.cascade.cascade import Cascade
     from cascaded_diffusion.data.sources import load_source, spread_examples
     from cascaded_diffusion.evaluation import generate
     from cascaded_diffusion.evaluation.cascade_picture import cascade_picture
     from cascaded_diffusion.evaluation.classifier import LabelledImages
+    from cascaded_diffusion.evaluation.sample_store import DamagedBatchError, SampleStore
     from cascaded_diffusion.evaluation.trained import load_trained
-    from cascaded_diffusion.runtime.mesh import build_mesh
+    from cascaded_diffusion.runtime.mesh import build_mesh, raise_together
     from cascaded_diffusion.runtime.pictures import save_png
-    from cascaded_diffusion.runtime.samples import save_samples
+    from cascaded_diffusion.runtime.samples import save_sample_batches
 
-    last = run_configs[-1]
-    held_out = load_source(last.data, last.data.eval_split, last.stage)
-    spread = spread_examples(held_out, rows=2, columns=10)
-    real = LabelledImages(spread["image"], spread["label"])
-    check_devices(config, jax.device_count())
-    mesh = build_mesh(config.mesh)
-    trained = [load_trained(folder, mesh) for folder in folders]
-    for t in trained:
-        print(t.name, flush=True)
+    # Every process samples by itself, on its own devices: nothing has to meet.
+    check_devices(config, jax.local_device_count())
+    mesh = build_mesh(config.mesh, jax.local_devices())
+    error = None
+    try:
+        last = run_configs[-1]
+        held_out = load_source(last.data, last.data.eval_split, last.stage)
+        trained = [load_trained(folder, mesh) for folder in folders]
+    except UserError as e:
+        error = e
+    raise_together(error)
+    is_first = jax.process_index() == 0
     stages, params = [t.stage for t in trained], [t.params for t in trained]
     cascade = Cascade(stages=stages, samplers=section.samplers, truncated=section.truncated)
     sampler = generate.make_cascade_sampler(
         cascade, section.aug_levels, seed=section.seed, mesh=mesh
     )
-    try:
-        images = generate.generate(
-            sampler,
-            params,
-            num_samples=section.num_samples,
-            batch_size=section.batch_size,
-            label="cascade",
-        )
-    except ValueError as e:
-        raise UserError(
-            f"{e}: lower config.cascade.samplers.N.guidance_scale, or set its threshold"
-        ) from e
-    labels = generate.class_balanced_labels(section.num_samples, stages[0].config.num_classes)
-    for name, stage_images in zip(section.stages[:-1], images[:-1], strict=True):
-        save_samples(output.path / f"{name}.npz", stage_images, labels)
-    save_samples(output.path / "samples.npz", images[-1], labels)
-
-    picture = cascade_picture(
-        cascade, params, section.aug_levels, images, labels, real, seed=section.seed, mesh=mesh
+    how = {**to_dict(section), "stages": [t.identity for t in trained]}
+    # The store's identity has them.
+    del how["num_samples"], how["batch_size"], how["configs"]
+    store = SampleStore(
+        output.path / ".batches",
+        how,
+        num_samples=section.num_samples,
+        batch_size=section.batch_size,
     )
-    save_png(output.path / "samples.png", picture)
+    if is_first:
+        for t in trained:
+            print(t.name, flush=True)
+    lock = output.writer_lock("sample") if is_first else contextlib.nullcontext()
+    with lock:
+        error = None
+        try:
+            generate.fill_cascade(
+                store,
+                sampler,
+                params,
+                num_classes=stages[0].config.num_classes,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        except ValueError as e:
+            error = UserError(
+                f"{e}: lower config.cascade.samplers.N.guidance_scale, or set its threshold"
+            )
+        # When all have made theirs.
+        raise_together(error)
+        if not is_first:
+            return 0
+        files = [*(f"{name}.npz" for name in section.stages[:-1]), "samples.npz"]
+        try:
+            for i, name in enumerate(files):
+                size, channels = stages[i].config.resolution, stages[i].config.channels
+                save_sample_batches(
+                    output.path / name,
+                    (section.num_samples, size, size, channels),
+                    lambda key=f"images_{i}": ((b[key], b["labels"]) for b in store.batches()),
+                )
+            first = store.first(_SHOWN)
+        except DamagedBatchError as e:
+            raise UserError(str(e)) from e
+        spread = spread_examples(held_out, rows=2, columns=10)
+        picture = cascade_picture(
+            cascade,
+            params,
+            section.aug_levels,
+            [first[f"images_{i}"] for i in range(len(stages))],
+            first["labels"],
+            LabelledImages(spread["image"], spread["label"]),
+            seed=section.seed,
+            mesh=mesh,
+        )
+        save_png(output.path / "samples.png", picture)
+        store.remove()
     mode = "truncated" if section.truncated else "non-truncated"
-    sizes = " -> ".join(f"{x.shape[1]} px" for x in images)
+    sizes = " -> ".join(f"{stage.config.resolution} px" for stage in stages)
     print(
-        f"{len(images[-1])} samples, {sizes}, aug_level {section.aug_levels} {mode}:"
+        f"{section.num_samples} samples, {sizes}, aug_level {section.aug_levels} {mode}:"
         f" {output.path}/samples.npz, samples.png",
         flush=True,
     )

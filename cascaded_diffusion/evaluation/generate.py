@@ -19,6 +19,7 @@ from cascaded_diffusion.cascade.cascade import Cascade, keys_for
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config import SamplerConfig
+from cascaded_diffusion.evaluation.sample_store import SampleStore
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.logging import Progress
 from cascaded_diffusion.types import Params
@@ -63,6 +64,38 @@ def generate(
         progress.update(start + count)
     progress.close()
     return [np.concatenate(images) for images in zip(*parts, strict=True)]
+
+
+def fill_cascade(
+    store: SampleStore,
+    sample_batch: BatchSampler,
+    params: Sequence[Params],
+    *,
+    num_classes: int,
+    process_index: int,
+    process_count: int,
+) -> None:
+    """Makes those batches of a store that are this process's and not there yet.
+
+    Every P-th batch is; each holds `images_0`, `images_1`, ... of the stages, uint8,
+    and `labels`.
+
+    Raises:
+      ValueError: a sample is not finite.
+    """
+    mine = [batch for batch in store.missing() if batch % process_count == process_index]
+    progress = Progress(
+        len(mine) * store.batch_size, unit="samples", label="cascade", silent=process_index > 0
+    )
+    for done, batch in enumerate(mine):
+        rows = store.rows(batch)
+        # The last batch is filled up, so that only one shape is compiled.
+        padded = np.arange(rows[0], rows[0] + store.batch_size) % store.num_samples
+        images = sample_batch(params, padded)
+        arrays = {f"images_{i}": np.asarray(x)[: len(rows)] for i, x in enumerate(images)}
+        store.write(batch, {**arrays, "labels": labels_of(rows, num_classes).astype(np.int64)})
+        progress.update((done + 1) * store.batch_size)
+    progress.close()
 
 
 def make_cascade_sampler(

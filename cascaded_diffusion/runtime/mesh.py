@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cascaded_diffusion.config import MeshConfig
+from cascaded_diffusion.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 # Those that a batch is split over.
@@ -28,9 +29,40 @@ def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> M
     devices = jax.devices() if devices is None else devices
     tensor = config.tensor_size
     data = len(devices) // (config.fsdp * tensor) if config.data == -1 else config.data
-    return jax.make_mesh(
-        (data, config.fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    shape, types = (data, config.fsdp, tensor), (AxisType.Auto,) * len(AXES)
+    mesh = jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    try:
+        batch_share(mesh)
+    except ValueError:
+        # The order that suits the wires gives a process rows that are not neighbours. The
+        # plain one does not, unless a host's devices do not fit the axes.
+        ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+        mesh = Mesh(np.asarray(ordered).reshape(shape), AXES, axis_types=types)
+    return mesh
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process has rows index B / count to (index + 1) B / count of a batch.
+
+    Processes whose devices are on the same place of the axes that a batch is split over
+    have the same rows.
+
+    Raises:
+      ValueError: the rows of a process are not neighbours.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    owned: dict[int, set[int]] = {}
+    places = batch_sharding(mesh).devices_indices_map((shards,))
+    for device, (rows,) in places.items():
+        owned.setdefault(device.process_index, set()).add(rows.start or 0)
+    shares = sorted({tuple(sorted(rows)) for rows in owned.values()})
+    width = len(shares[0])
+    expected = [tuple(range(i * width, (i + 1) * width)) for i in range(shards // width)]
+    if shares != expected:
+        raise ValueError("a process's rows of the batch are not neighbours")
+    mine = owned.get(jax.process_index())
+    # A mesh of other machines' devices, to compile for, has none.
+    return (0 if mine is None else shares.index(tuple(sorted(mine)))), len(shares)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -44,9 +76,31 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def global_batch(local: Any, mesh: Mesh) -> Any:
-    """Joins every process's rows (in order of process) to one sharded array."""
+    """Joins every process's rows, those of its `batch_share`, to one sharded array."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
+    _, count = batch_share(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(
+            sharding, x, (len(x) * count, *x.shape[1:])
+        ),
+        local,
+    )
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raises `error`, and in the processes that have none that another one has.
+
+    To be called by every process: otherwise the others would wait for ever for one that is gone.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        failed = multihost_utils.process_allgather(np.int32(error is not None)).ravel()
+        if error is None and failed.any():
+            names = ", ".join(str(i) for i in np.flatnonzero(failed))
+            raise UserError(f"process {names} failed, see what it printed")
+    if error is not None:
+        raise error
 
 
 class DeviceBatches:
