@@ -19,10 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from cascaded_diffusion.config import CheckpointConfig, ema_name
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.mesh import raise_together
 from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
 
 MANIFEST = "manifest.json"
@@ -172,11 +174,19 @@ class CheckpointWriter:
         )
 
     def wait(self, step: int) -> None:
-        """Waits until the save of `step` is durable. Raises UserError if it is not."""
-        self._finish(step)
-        problem = damage(self._folder.checkpoints / str(step))
-        if problem is not None:
-            raise self._save_error(step, OSError(problem))
+        """Waits until the save of `step` is durable. Raises UserError if it is not.
+
+        To be called by every process; the first one, which writes the manifest, looks.
+        """
+        error = None
+        try:
+            self._finish(step)
+            if jax.process_index() == 0:
+                problem = damage(self._folder.checkpoints / str(step))
+                error = None if problem is None else self._save_error(step, OSError(problem))
+        except UserError as e:
+            error = e
+        raise_together(error)
 
     def close(self) -> None:
         """Ends the threads, Orbax's too."""
@@ -201,6 +211,26 @@ class CheckpointWriter:
           UserError: there are checkpoints, but none is intact. Starting again at
             step 0 would throw the run away, so that is left to the user.
         """
+        # Of several processes the first looks, and clears away: all must restore the same.
+        step, error = None, None
+        if jax.process_index() == 0:
+            try:
+                step = self._newest_intact()
+            except UserError as e:
+                error = e
+        raise_together(error)
+        step = _told_by_first(step)
+        if jax.process_index() > 0:
+            self._manager.reload()
+        if step is None:
+            return None
+        stored = self._manager.restore(
+            step, args=ocp.args.Composite(**{_ITEM: _restore_args(abstract_state)})
+        )[_ITEM]
+        return _from_storable(stored, abstract_state)
+
+    def _newest_intact(self) -> int | None:
+        """The step to restore; what is newer and damaged is set aside."""
         steps = self.steps()
         problems: dict[int, str] = {}
         for step in reversed(steps):
@@ -222,24 +252,28 @@ class CheckpointWriter:
             remedy = "falling back to the one before" if intact else "starting at step 0"
             self._say(f"checkpoint {bad} is damaged ({problem}); {remedy}")
             self._set_aside(self._folder.checkpoints / str(bad))
-        if not intact:
-            return None
-        stored = self._manager.restore(
-            step, args=ocp.args.Composite(**{_ITEM: _restore_args(abstract_state)})
-        )[_ITEM]
-        return _from_storable(stored, abstract_state)
+        return step if intact else None
 
     def _damaged_folder(self) -> pathlib.Path:
         return self._folder.path / "checkpoints_damaged"
 
     def _set_aside(self, path: pathlib.Path) -> None:
-        if jax.process_index() == 0:
-            target = self._damaged_folder() / path.name
-            if target.exists():
-                shutil.rmtree(target)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(path, target)
+        target = self._damaged_folder() / path.name
+        if target.exists():
+            shutil.rmtree(target)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
         self._manager.reload()
+
+
+def _told_by_first(step: int | None) -> int | None:
+    """The first process's step, in all of them."""
+    if jax.process_count() == 1:
+        return step
+    from jax.experimental import multihost_utils
+
+    told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return None if told < 0 else told
 
 
 def _restore_args(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:

@@ -35,6 +35,8 @@ _GREETING = "cascaded_diffusion cluster 1"
 _MAX_LINE = 1 << 20
 _RETRY_SECS = 0.2
 _METADATA_SECS = 10.0
+# When something is wrong already: how long to wait for the rest, to tell them as well.
+_GRACE_SECS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +222,10 @@ def _wait_for_others(
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listening(cluster))
         waiting: dict[socket.socket, bytes] = {}
-        while problem is None and len(came) < len(others):
+        while len(came) < len(others):
             left = deadline - time.monotonic()
+            if left <= 0 and problem is not None:
+                break
             if left <= 0:
                 absent = [str(i) for i in others if i not in came]
                 problem = (
@@ -245,8 +249,13 @@ def _wait_for_others(
                 if message is None:  # somebody else knocked
                     connection.close()
                     continue
-                problem = problem or _problem_with(message, cluster, facts, came)
-                came.setdefault(message["process_id"], connection)
+                if problem is None:
+                    problem = _problem_with(message, cluster, facts, came)
+                    if problem is not None:
+                        deadline = min(deadline, time.monotonic() + _GRACE_SECS)
+                # A second one of a number is told as well.
+                place = message["process_id"]
+                came[place if place not in came else -len(came)] = connection
         answer = json.dumps({"greeting": _GREETING, "problem": problem}).encode() + b"\n"
         for connection in came.values():
             with contextlib.suppress(OSError):

@@ -274,7 +274,7 @@ def _train(
                 compiles.take()
             elif step > first_step + _FIRST_STEPS:
                 count, secs = compiles.take()
-                if count:
+                if secs > _NOTED_COMPILE_SECS:
                     progress.say(
                         f"recompilation: {count} program(s) in {secs:.1f} s at step {step}; the"
                         " step itself is compiled but once"
@@ -293,8 +293,8 @@ def _train(
     return Outcome(reason=reason, step=step)
 
 
-# Until then small programs are compiled: that is no news.
-_FIRST_STEPS = 3
+# Until this many steps are done, and of fewer seconds than that, a compilation is no news.
+_FIRST_STEPS, _NOTED_COMPILE_SECS = 3, 1.0
 
 
 def _say(name: str, line: str) -> None:

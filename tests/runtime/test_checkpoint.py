@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cascaded_diffusion.config import MeshConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import checkpoint
+from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding as sharding_lib
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import tiny_base
@@ -205,15 +207,13 @@ def test_a_save_that_fails_is_reported(tmp_path, monkeypatch):
 
 def test_restores_onto_another_mesh(tmp_path):
     folder = RunFolder(tmp_path)
-    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = mesh_lib.build_mesh(MeshConfig(data=2, fsdp=4, tensor=1))
     split = sharding_lib.state_shardings(_abstract(None), mesh)
     writer = checkpoint.CheckpointWriter(folder, CONFIG)
     writer.save(1, jax.device_put(_state(1), split))
     writer.wait(1)
     for other in ((8, 1), (1, 8)):
-        target = jax.make_mesh(
-            other, ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-        )
+        target = mesh_lib.build_mesh(MeshConfig(data=other[0], fsdp=other[1], tensor=1))
         shardings = sharding_lib.state_shardings(_abstract(None), target)
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

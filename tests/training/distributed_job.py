@@ -1,0 +1,75 @@
+"""One process of a training, to be started by test_distributed.py.
+
+    python -m tests.training.distributed_job WORKDIR IDS ADDRESS NUM_PROCESSES PROCESS_ID STEPS
+
+trains a tiny stage and writes which images were at which row of which step to IDS.
+"""
+
+import json
+import pathlib
+import sys
+
+from cascaded_diffusion import cli
+from cascaded_diffusion.runtime.cluster import Cluster, meet
+from cascaded_diffusion.runtime.run_folder import RunFolder
+
+
+def main():
+    workdir, ids_path, address, count, index, steps = sys.argv[1:]
+    from tests.tiny import random_source, tiny_base
+
+    config = tiny_base(
+        train__train_steps=int(steps),
+        train__warmup_steps=2,
+        train__lr_decay="none",
+        train__accumulation_steps=2,
+        train__sample_every_steps=1000,
+        checkpoint__save_every_steps=50,
+        mesh__fsdp=2,
+        data__random_flip=True,
+    )
+    cluster = None
+    if int(count) > 1:
+        cluster = Cluster(address, int(count), int(index))
+        meet(cluster, {"config": "the same"}, timeout_secs=120)
+    jax = cli.set_up_jax(cluster)
+    from cascaded_diffusion.data.loader import build_stream, iterate
+    from cascaded_diffusion.runtime import mesh as mesh_lib
+    from cascaded_diffusion.training import loop
+
+    source = random_source(64)
+    share, shares = mesh_lib.batch_share(mesh_lib.build_mesh(config.mesh))
+    stream = build_stream(
+        source,
+        config.data,
+        global_batch_size=config.train.batch_size,
+        process_index=share,
+        process_count=shares,
+    )
+
+    def data_from(start):
+        path = pathlib.Path(ids_path).with_suffix(f".{share}-of-{shares}")
+        for step, batch in enumerate(
+            iterate(stream, source, config.data, start_step=start), start=start
+        ):
+            # The first pixel of an image, flipped or not, spells its number.
+            ids = (batch["image"][:, 0, [0, -1], 0]).tolist()
+            with path.open("a") as f:
+                f.write(json.dumps([step, ids]) + "\n")
+            yield batch
+
+    raw = source.reader.raw
+    outcome = loop.train(
+        config,
+        RunFolder(workdir),
+        data_from,
+        image_shape=source.image_shape,
+        grid_examples={"image": raw.images[:40], "label": raw.labels[:40]},
+    )
+    assert jax.process_count() == int(count)
+    print(f"ended: {outcome.reason} at {outcome.step}", flush=True)
+    return cli.EXIT_PREEMPTED if outcome.reason == "preempted" else 0
+
+
+if __name__ == "__main__":
+    cli.run(lambda argv: main())
