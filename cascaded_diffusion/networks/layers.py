@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from cascaded_diffusion.networks import initializers
 from cascaded_diffusion.networks.norms import GroupNorm
+from cascaded_diffusion.networks.sums import add_to_pixels
 
 
 def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
@@ -40,19 +41,35 @@ def downsample_mean(x: jax.Array) -> jax.Array:
     return nn.avg_pool(x, (2, 2), strides=(2, 2))
 
 
+class Conv3x3(nn.Module):
+    """A 3x3 convolution, `stride` 1 or 2, padding 1 on every side."""
+
+    features: int
+    dtype: jnp.dtype
+    stride: int = 1
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = initializers.zeros if self.zero_init else initializers.fan_in_normal
+        kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", initializers.zeros, (self.features,))
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        bias = jnp.broadcast_to(bias.astype(self.dtype), (len(x), self.features))
+        return add_to_pixels(y, bias)
+
+
 def conv3x3(
     features: int, dtype: jnp.dtype, name: str, *, stride: int = 1, zero_init: bool = False
-) -> nn.Conv:
-    """A 3x3 convolution, `stride` 1 or 2, padding 1 on every side."""
-    return nn.Conv(
-        features,
-        (3, 3),
-        strides=stride,
-        padding=1,
-        kernel_init=initializers.zeros if zero_init else initializers.fan_in_normal,
-        dtype=dtype,
-        name=name,
-    )
+) -> Conv3x3:
+    """A `Conv3x3` with a name."""
+    return Conv3x3(features, dtype, stride=stride, zero_init=zero_init, name=name)
 
 
 def dense(features: int, dtype: jnp.dtype, name: str, *, zero_init: bool = False) -> nn.Dense:
@@ -144,7 +161,7 @@ class ResBlock(nn.Module):
             scale_shift = dense(2 * features, dtype, "scale_shift", zero_init=True)(steer)
             h = norm(h, jnp.split(scale_shift, 2, axis=-1))
         else:
-            h = norm(h + dense(features, dtype, "shift")(steer)[:, None, None, :])
+            h = norm(add_to_pixels(h, dense(features, dtype, "shift")(steer)))
 
         h = Dropout(self.dropout_rate, name="dropout")(h, rows)
         h = conv3x3(features, dtype, "conv1", zero_init=True)(h)

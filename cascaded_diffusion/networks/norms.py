@@ -25,6 +25,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cascaded_diffusion.networks.sums import sum_pixels
+
 EPSILON = 1e-5
 
 
@@ -40,8 +42,8 @@ def _statistics(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
     _, h, w, c = x.shape
     wide = x.astype(jnp.float32)
     count = h * w * c // groups
-    mean = _over_groups(wide.sum((1, 2)), groups) / count
-    square = _over_groups((wide * wide).sum((1, 2)), groups) / count
+    mean = _over_groups(sum_pixels(wide), groups) / count
+    square = _over_groups(sum_pixels(wide * wide), groups) / count
     return mean, jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + EPSILON)
 
 
@@ -97,8 +99,8 @@ def _backward(
         sigmoid = nn.sigmoid(u)
         g = g * sigmoid * (1 + u * (1 - sigmoid))
     wide = x.astype(jnp.float32)
-    dshift = g.sum((1, 2))
-    dscale = r * ((g * wide).sum((1, 2)) - mean * dshift)
+    dshift = sum_pixels(g)
+    dscale = r * (sum_pixels(g * wide) - mean * dshift)
     constant = r / count * _over_groups(scale * dshift, groups)
     slope = r * r / count * _over_groups(scale * dscale, groups)
     dx = g * _pixelwise(r * scale) - wide * _pixelwise(slope)
