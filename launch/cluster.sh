@@ -83,7 +83,7 @@ need() {
 
 # check FLAG REGEX WHAT: the flag's value, if there is one, must be of this form.
 check() {
-  local value=${options[$1]}
+  local value=${options[$1]} LC_ALL=C # a-z is ASCII
   [[ -z $value || $value =~ $2 ]] || die "--$1=$(shown "$value"): expected $3"
 }
 

@@ -1,4 +1,4 @@
-"""Executables that stand in for gcloud, kubectl, ssh and the like, and remember how they were called."""
+"""Executables that stand in for gcloud, kubectl, ssh and the like, and remember their calls."""
 
 from __future__ import annotations
 
