@@ -35,6 +35,31 @@ done
 """
 
 
+HOSTILE = (
+    "plain",
+    "two words",
+    "it's",
+    'say "no"',
+    "$(touch PWNED)",
+    "`touch PWNED`",
+    "a;touch PWNED",
+    "a\nb",
+    "--leading=dash",
+    "-x",
+    "*?[a-z]{1,2}~",
+    "\\backslash\\",
+    "größe 像 🙂",
+    "& && ! #",
+    "$HOME ${x}",
+    "",
+)
+POD = ("--name=pod-1", "--zone=us-west4-a", "--project=my-project")
+PLACE = ["--zone=us-west4-a", "--project=my-project", "--quiet"]
+SSH_FLAGS = ["--ssh-flag=-oConnectTimeout=60", "--ssh-flag=-oServerAliveInterval=60"]
+SLICE = ("--accelerator_type=v5litepod-16", "--runtime_version=v2-alpha-tpuv5-lite")
+ON_HOST = ["bash", "cascaded_diffusion/src/launch/on_host.sh"]
+
+
 class Stubs:
     """A folder of stubs that comes first on PATH, and what was called."""
 
@@ -109,3 +134,18 @@ def remote_argv(call: Sequence[str]) -> list[str]:
         check=True,
     )
     return out.stdout.decode().split("\0")[:-1]
+
+
+def bad_input(result, *words):
+    """Refused in one line that names what is wrong, with exit code 2 and nothing on stdout."""
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    return True
+
+
+def gcloud_ssh(worker="all", where=PLACE):
+    head = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod-1", *where]
+    return [*head, f"--worker={worker}", *SSH_FLAGS]
