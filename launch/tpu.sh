@@ -210,7 +210,8 @@ tend_workers() {
     if ((started == 0)); then say "${options[name]}: running"; fi
     ((started)) || started=$((SECONDS + 1))
     ((SECONDS - started < healthy_secs)) || failures=0
-  elif among exited:2; then
+  elif only exited:2; then
+    # (Of some workers only, 2 can also mean that they waited in vain for one that crashed.)
     finish 2 "the trainer refused its input, exit code 2; its last lines are in the log$(log_hint)"
   elif among stopped; then
     finish 75 "stopped as asked; the same command goes on"

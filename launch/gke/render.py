@@ -48,8 +48,18 @@ def exact(argument: str) -> str:
     return argument.replace("$", "$$")
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Returns the exit code."""
     given = json.load(sys.stdin)
     given["command"] = [exact(argument) for argument in given["command"]]
     text = render(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"), given)
-    sys.stdout.buffer.write(text.encode())
+    try:
+        sys.stdout.buffer.write(text.encode())
+    except UnicodeEncodeError:
+        print("error: a flag or argument is not UTF-8, expected text", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Then the answers of the test are sourced: a bash file that sees the arguments.
 _STUB = """#!/bin/bash
 calls={calls}
-n=0
+shopt -s nullglob
+n=("$calls"/*)
+n=${{#n[@]}}
 until ( set -o noclobber; printf '%s\\0' {name} "$@" >"$calls/$(printf %05d $n)" ) 2>/dev/null; do
   n=$((n + 1))
 done

@@ -126,12 +126,19 @@ def test_train_runs_again_what_was_stopped_after_saving(stubs):
 
 
 def test_train_stops_at_bad_input(stubs):
-    pod = Pod(stubs, ["GONE", "ACTIVE"], ["none none", "exited:1 exited:2"])
+    pod = Pod(stubs, ["GONE", "ACTIVE"], ["none none", "exited:2 exited:2"])
     result = pod.train()
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: the trainer refused its input")
     assert "launch_logs/pod-1" in result.stderr
     assert pod.did() == ["create", *DEPLOY, "delete"]
+
+
+def test_workers_that_waited_in_vain_for_another_are_not_bad_input(stubs):
+    workers = ["none none", "exited:1 exited:2", "exited:0 exited:0"]
+    pod = Pod(stubs, ["GONE", "ACTIVE"], workers)
+    assert pod.train().returncode == 0
+    assert pod.did() == ["create", *DEPLOY, "start", "delete"]
 
 
 def test_train_ends_when_stop_was_asked_for(stubs):
