@@ -95,7 +95,8 @@ whole_form='^[1-9][0-9]{0,8}$'
 whole_words='a whole number from 1'
 count_form='^(0|[1-9][0-9]{0,8})$'
 count_words='a whole number from 0'
-secs_form='^[0-9]{1,9}(\.[0-9]{1,3})?$'
+# No leading zeros: bash would count in eights.
+secs_form='^(0|[1-9][0-9]{0,8})(\.[0-9]{1,3})?$'
 secs_words='a number of seconds'
 
 # --- Running and quoting ------------------------------------------------------------------------
@@ -289,15 +290,16 @@ check_share() {
 # check_workdir ARGUMENT...: a run's folder that is not on the share would end with the machine,
 # and on several hosts be several folders.
 check_workdir() {
-  local argument folder
+  local argument folder previous=''
   [[ -n ${options[share]} ]] || return 0
   for argument in "$@"; do
-    if [[ $argument == --workdir=* || $argument == -workdir=* ]]; then
-      folder=${argument#*=}
-      [[ $folder == "${options[mount]%/}"/* && $folder/ != */../* ]] ||
-        die "--workdir=$(shown "$folder"): expected a folder below the share," \
-          "--mount=$(shown "${options[mount]}")"
-    fi
+    folder=''
+    case $argument in --workdir=* | -workdir=*) folder=${argument#*=} ;; esac
+    case $previous in --workdir | -workdir) folder=$argument ;; esac
+    [[ -z $folder || ($folder == "${options[mount]%/}"/* && $folder/ != */../*) ]] ||
+      die "--workdir=$(shown "$folder"): expected a folder below the share," \
+        "--mount=$(shown "${options[mount]}")"
+    previous=$argument
   done
 }
 

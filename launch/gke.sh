@@ -117,12 +117,8 @@ if [[ $action == render || $action == apply ]]; then
     main | evaluate | sample) ;;
     *) die "-- $(shown "${rest[0]:-}"): expected main, evaluate or sample, and its arguments" ;;
   esac
-  for argument in "${rest[@]:1}"; do
-    if [[ $argument == --workdir=* && ${argument#*=} != "${options[mount]%/}"/* ]]; then
-      die "--workdir=$(shown "${argument#*=}"): expected a folder below the share," \
-        "--mount=$(shown "${options[mount]}")"
-    fi
-  done
+  options[share]=${options[claim]}
+  check_workdir "${rest[@]:1}"
 elif ((${#rest[@]})); then
   die "$action: takes nothing after \`--\`, got $(shown "${rest[0]}")"
 fi

@@ -28,6 +28,8 @@
 #   --wait_timeout_secs=86400 --stop_timeout_secs=600 --poll_secs=30
 #   --max_failures=3       of train: crashes in a row, none of them a preemption
 #   --max_slices=100       of train: slices used up, one after the other
+#   --max_unanswered=20    of train: looks in a row at workers that do not answer; then the slice is
+#                          taken for lost
 #   --keep                 of train: do not delete the slice at the end. It goes on to cost money.
 #   --dry_run              prints the commands, runs none
 #
@@ -39,7 +41,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 options=([kind]=tpu [name]="" [zone]="" [project]="" [accelerator_type]="" [runtime_version]=""
   [spot]="" [network]="" [subnetwork]="" [internal_ips]="" [share]="" [mount]=/mnt/share
   [python]="" [commit]=HEAD [worker]="" [job]=main [wait_timeout_secs]=86400
-  [stop_timeout_secs]=600 [poll_secs]=30 [max_failures]=3 [max_slices]=100 [keep]="" [dry_run]="")
+  [stop_timeout_secs]=600 [poll_secs]=30 [max_failures]=3
+  [max_slices]=100 [max_unanswered]=20 [keep]="" [dry_run]="")
 switches=([spot]=1 [internal_ips]=1 [keep]=1 [dry_run]=1)
 
 # A job that ran this long was healthy: what ends it then is not the same failure once more.
@@ -178,14 +181,14 @@ start_over() {
   say "${options[name]}: $1; deleting it, asking for another"
   delete_tpu || give_up_later "the slice could not be deleted"
   requested=$SECONDS
-  started=0 unreachable=0 failures=0 stuck_since=0
+  started='' stuck_since='' unreachable=0 failures=0
 }
 
 # One look at the workers of an ACTIVE slice, and what is to be done about it.
 tend_workers() {
   local states=()
   if ! worker_states; then
-    if node_lost || ((++unreachable > 10)); then
+    if node_lost || ((++unreachable > options[max_unanswered])); then
       start_over "the workers are gone"
     fi
     return 0
@@ -199,16 +202,18 @@ tend_workers() {
   fi
   first_look=''
   if among running && ! only running; then
-    ((stuck_since)) || stuck_since=$((SECONDS + 1))
+    [[ -n $stuck_since ]] || stuck_since=$SECONDS
     if ((SECONDS - stuck_since >= stuck_secs)); then
       say "${options[name]}: some workers have ended, others have not; ending those"
       stop_job --for_restart --kill || true
-      stuck_since=0
+      stuck_since=''
     fi
   elif among running; then
-    stuck_since=0
-    if ((started == 0)); then say "${options[name]}: running"; fi
-    ((started)) || started=$((SECONDS + 1))
+    stuck_since=''
+    if [[ -z $started ]]; then
+      say "${options[name]}: running"
+      started=$SECONDS
+    fi
     ((SECONDS - started < healthy_secs)) || failures=0
   elif only exited:2; then
     # (Of some workers only, 2 can also mean that they waited in vain for one that crashed.)
@@ -220,7 +225,7 @@ tend_workers() {
   elif among none lost; then
     if among lost; then give_up_later "a worker was started anew"; fi
     if deploy && start_job; then
-      started=0
+      started=''
     else
       give_up_later "copy, setup or start failed"
     fi
@@ -231,12 +236,12 @@ tend_workers() {
       give_up_later "ended with ${states[*]}"
     fi
     start_job || give_up_later "start failed"
-    started=0
+    started=''
   fi
 }
 
 train() {
-  local state requested=$SECONDS slices=0 failures=0 unreachable=0 started=0 stuck_since=0
+  local state requested=$SECONDS slices=0 failures=0 unreachable=0 started='' stuck_since=''
   local unanswered=0 last='' first_look=1
   if [[ -n ${options[dry_run]} ]]; then
     request_tpu
@@ -250,9 +255,10 @@ train() {
     "command again, or \`delete\` it"; exit 130' INT TERM
   while true; do
     if ! tpu_state; then
-      ((++unanswered < 20)) ||
-        fail "${options[name]}: its state could not be asked for, 20 times in a row; it may be" \
-          "running: look, then run the same command again"
+      ((++unanswered <= options[max_unanswered])) ||
+        fail "${options[name]}: its state could not be asked for, more than" \
+          "--max_unanswered=${options[max_unanswered]} times in a row; it may be running and cost" \
+          "money: look, then run the same command again"
       sleep "${options[poll_secs]}"
       continue
     fi
@@ -305,8 +311,10 @@ for flag in wait_timeout_secs stop_timeout_secs poll_secs; do
   need "$flag" "$secs_words"
   check "$flag" "$secs_form" "$secs_words"
 done
+for flag in max_failures max_slices max_unanswered; do need "$flag" "$count_words"; done
 check max_failures "$count_form" "$count_words"
 check max_slices "$whole_form" "$whole_words"
+check max_unanswered "$count_form" "$count_words"
 if [[ $command_name =~ ^(run|train|supervise)$ ]]; then
   job_command
 elif ((${#rest[@]})); then

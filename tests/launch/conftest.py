@@ -10,7 +10,10 @@ from tests.launch.stubs import ROOT, Stubs
 def stubs(tmp_path):
     made = Stubs(tmp_path / "stub folder's")
     yield made
-    assert not list(ROOT.glob("PWNED")) and not list(tmp_path.rglob("PWNED"))
+    found = [*ROOT.glob("PWNED"), *tmp_path.rglob("PWNED")]
+    for path in found:
+        path.unlink()
+    assert not found, "something was executed that should not have been"
 
 
 @pytest.fixture

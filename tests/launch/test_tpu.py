@@ -247,6 +247,7 @@ BAD = [
     (("wait", *POD, "--poll_secs=soon"), "--poll_secs=soon"),
     (("wait", *POD, "--wait_timeout_secs="), "--wait_timeout_secs: missing"),
     (("wait", *POD, "--wait_timeout_secs=1;2"), "--wait_timeout_secs="),
+    (("wait", *POD, "--wait_timeout_secs=08"), "--wait_timeout_secs=08"),
     (("run", *POD), "run -- ''"),
     (("run", *POD, "--", "rm"), "run -- rm"),
     (("run", *POD, "--", "prepare"), "--worker=0"),
@@ -262,6 +263,10 @@ BAD = [
     (
         ("train", *POD, *SLICE, "--share=h:/v", "--", "main", "--workdir=/mnt/share/../x"),
         "--workdir=",
+    ),
+    (
+        ("train", *POD, *SLICE, "--share=h:/v", "--", "main", "--workdir", "/RUN"),
+        "--workdir=/RUN",
     ),
     (("train", *POD, *SLICE, "--share=h:/v", "--max_slices=0", "--", "main"), "--max_slices=0"),
 ]

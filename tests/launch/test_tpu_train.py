@@ -1,6 +1,7 @@
 """tpu.sh train: a pod whose machines come, go and crash, and what is done about it."""
 
 import shlex
+import shutil
 import signal
 import subprocess
 
@@ -111,9 +112,9 @@ def test_train_forgives_workers_that_do_not_answer_for_a_while(stubs):
 
 
 def test_train_starts_over_where_workers_never_answer(stubs):
-    workers = ["none", *["!"] * 11, "none", "exited:0"]
-    pod = Pod(stubs, ["GONE", *["ACTIVE"] * 12, "GONE", "ACTIVE"], workers)
-    assert pod.train().returncode == 0
+    workers = ["none", *["!"] * 4, "none", "exited:0"]
+    pod = Pod(stubs, ["GONE", *["ACTIVE"] * 5, "GONE", "ACTIVE"], workers)
+    assert pod.train("--max_unanswered=3").returncode == 0
     assert pod.did() == ["create", *DEPLOY, "delete"] * 2
 
 
@@ -160,6 +161,39 @@ def test_train_deploys_again_to_a_worker_that_was_started_anew(stubs):
     pod = Pod(stubs, ["GONE", "ACTIVE"], ["none none", "exited:1 lost", "exited:0 exited:0"])
     assert pod.train().returncode == 0
     assert pod.did() == ["create", *DEPLOY, *DEPLOY, "delete"]
+
+
+def test_train_ends_where_the_cloud_never_answers_and_deletes_nothing_blindly(stubs):
+    pod = Pod(stubs, ["GONE"], [], fails='"queued-resources describe"')
+    result = pod.train("--max_unanswered=3")
+    assert result.returncode == 1 and "--max_unanswered=3" in result.stderr
+    assert len(stubs.calls()) == 4 and pod.did() == []
+
+
+def test_train_ends_workers_that_hang_after_another_has_ended(stubs):
+    # The real script waits ten minutes; a copy of it does not.
+    script = stubs.folder / "launch"
+    shutil.copytree(ROOT / "launch", script)
+    text = (script / "tpu.sh").read_text()
+    assert "stuck_secs=600" in text
+    (script / "tpu.sh").write_text(text.replace("stuck_secs=600", "stuck_secs=0"))
+    subprocess.run(["git", "init", "-q", stubs.folder], check=True)
+    commit = ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-mx"]
+    subprocess.run(["git", "-C", stubs.folder, *commit], check=True)
+    pod = Pod(stubs, ["GONE", "ACTIVE"], ["none none", "running exited:1", "exited:0 exited:0"])
+    share = ("--share=10.0.0.2:/vol", "--poll_secs=0")
+    result = subprocess.run(
+        [str(script / "tpu.sh"), "train", *POD, *SLICE, *share, "--", *TRAINER],
+        env=stubs.env,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert pod.did() == ["create", *DEPLOY, "stop", "delete"]
+    (stop,) = [c for c in stubs.calls() if "'stop'" in c[-1]]
+    assert remote_argv(stop)[-2:] == ["--for_restart", "--kill"]
 
 
 def test_train_uses_up_so_many_slices_and_no_more(stubs):
