@@ -4,11 +4,12 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
 
-from tests.launch.stubs import HOSTILE, POD, REMOTE, bad_input
+from tests.launch.stubs import HOSTILE, POD, REMOTE, ROOT, bad_input
 
 
 def on_host(stubs, *args):
@@ -40,6 +41,24 @@ def test_a_job_runs_by_itself_and_leaves_its_exit_code_and_log(host):
     (log,) = logs.iterdir()
     assert "says plain two words it's" in log.read_text()
     assert on_host(host, "status", "--job=main").stdout.endswith("main exited:7 0a\n")
+
+
+def test_logs_show_what_was_said_and_what_is_said_now(host):
+    host.add("python", "echo first; sleep 0.5; echo second")
+    on_host(host, "start", "--job=main", "--", "python")
+    process = subprocess.Popen(
+        [str(ROOT / "launch/on_host.sh"), "logs", "--job=main"],
+        env={**host.env, "HOME": str(host.machine)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said = iter(process.stdout)
+        assert any(line == "first\n" for line in said)
+        assert any(line == "second\n" for line in said)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_stop_lets_the_trainer_save(host):

@@ -1,5 +1,6 @@
 """tpu.sh train: a pod whose machines come, go and crash, and what is done about it."""
 
+import re
 import shlex
 import shutil
 import signal
@@ -51,7 +52,7 @@ esac
     def did(self):
         """What was done, without the questions."""
         names = []
-        for call in self._stubs.calls():
+        for call in self._stubs.calls("gcloud"):
             what = call[4] if call[3:5] != ["tpu-vm", "ssh"] else remote_argv(call)[2]
             if call[4] == "ssh" and remote_argv(call)[0] == "sh":
                 what = remote_argv(call)[3]
@@ -170,30 +171,53 @@ def test_train_ends_where_the_cloud_never_answers_and_deletes_nothing_blindly(st
     assert len(stubs.calls()) == 4 and pod.did() == []
 
 
-def test_train_ends_workers_that_hang_after_another_has_ended(stubs):
-    # The real script waits ten minutes; a copy of it does not.
-    script = stubs.folder / "launch"
-    shutil.copytree(ROOT / "launch", script)
-    text = (script / "tpu.sh").read_text()
-    assert "stuck_secs=600" in text
-    (script / "tpu.sh").write_text(text.replace("stuck_secs=600", "stuck_secs=0"))
+def impatient_train(stubs, *flags, **seconds):
+    """`train` of a copy of the scripts in which these constants are others."""
+    copy = stubs.folder / "launch"
+    shutil.copytree(ROOT / "launch", copy)
+    text = (copy / "tpu.sh").read_text()
+    for name, secs in seconds.items():
+        text, found = re.subn(rf"^{name}=\d+$", f"{name}={secs}", text, flags=re.MULTILINE)
+        assert found == 1
+    (copy / "tpu.sh").write_text(text)
     subprocess.run(["git", "init", "-q", stubs.folder], check=True)
     commit = ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-mx"]
     subprocess.run(["git", "-C", stubs.folder, *commit], check=True)
-    pod = Pod(stubs, ["GONE", "ACTIVE"], ["none none", "running exited:1", "exited:0 exited:0"])
-    share = ("--share=10.0.0.2:/vol", "--poll_secs=0")
-    result = subprocess.run(
-        [str(script / "tpu.sh"), "train", *POD, *SLICE, *share, "--", *TRAINER],
+    share = ("--share=10.0.0.2:/vol", "--poll_secs=0", *flags)
+    return subprocess.run(
+        [str(copy / "tpu.sh"), "train", *POD, *SLICE, *share, "--", *TRAINER],
         env=stubs.env,
         capture_output=True,
         text=True,
         timeout=30,
         check=False,
     )
+
+
+def test_train_ends_workers_that_hang_after_another_has_ended(stubs):
+    pod = Pod(stubs, ["GONE", "ACTIVE"], ["none none", "running exited:1", "exited:0 exited:0"])
+    result = impatient_train(stubs, stuck_secs=0)
     assert result.returncode == 0, result.stderr
     assert pod.did() == ["create", *DEPLOY, "stop", "delete"]
     (stop,) = [c for c in stubs.calls() if "'stop'" in c[-1]]
     assert remote_argv(stop)[-2:] == ["--for_restart", "--kill"]
+
+
+@pytest.mark.parametrize(("healthy_secs", "code"), [(0, 0), (1800, 1)])
+def test_crashes_long_after_each_other_are_not_in_a_row(stubs, healthy_secs, code):
+    workers = ["none", *["running", "exited:1"] * 3, "exited:0"]
+    Pod(stubs, ["GONE", "ACTIVE"], workers)
+    result = impatient_train(stubs, "--max_failures=1", healthy_secs=healthy_secs)
+    assert result.returncode == code, result.stderr
+
+
+def test_an_archive_that_could_not_be_made_is_not_sent(stubs):
+    git = shutil.which("git")
+    stubs.add("git", f'[[ " $* " != *" archive "* ]] || exit 128; exec {git} "$@"')
+    pod = Pod(stubs, ["GONE", "ACTIVE"], ["none"])
+    result = pod.train("--max_failures=0")
+    assert result.returncode == 1 and "copy, setup or start failed" in result.stderr
+    assert pod.did() == ["create", "delete"]
 
 
 def test_train_uses_up_so_many_slices_and_no_more(stubs):
