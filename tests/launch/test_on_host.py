@@ -106,12 +106,16 @@ def test_after_a_reboot_a_job_is_lost_not_running(host):
     job = host.machine / "cascaded_diffusion/jobs/main"
     until(lambda: state_of(host) == "exited:7")
     (job / "exit_code").unlink()
-    (job / "pid").write_text(f"{os.getpid()} of-an-earlier-boot\n")
-    assert state_of(host) == "lost"
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
-    (job / "pid").write_text(f"{os.getpid()} {boot}")
-    assert state_of(host) == "running"
-    (job / "pid").unlink()
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        (job / "pid").write_text(f"{other.pid} of-an-earlier-boot\n")
+        assert state_of(host) == "lost"
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
+        (job / "pid").write_text(f"{other.pid} {boot}")
+        assert state_of(host) == "running"
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_setup_mounts_and_installs(host):
