@@ -1,0 +1,394 @@
+# Sourced by the scripts beside it: flags, errors, quoting, and the ways to reach other machines.
+# shellcheck shell=bash
+# What is set here is used there.
+# shellcheck disable=SC2034
+
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  echo "error: bash $BASH_VERSION, expected 4.4 or newer; start the script with a newer one" >&2
+  exit 2
+fi
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# Where things are on a machine, below the home folder of the user who logs in.
+machine_folder=cascaded_diffusion
+
+# --- Errors, flags ------------------------------------------------------------------------------
+
+# die MESSAGE: what is wrong, what is expected, which flag to change. One line, exit code 2.
+die() {
+  local message="$*"
+  printf 'error: %s\n' "${message//[$'\n\r']/ }" >&2
+  exit 2
+}
+
+# fail MESSAGE: something outside did not work; the input may be good. One line, exit code 1.
+fail() {
+  local message="$*"
+  printf 'error: %s\n' "${message//[$'\n\r']/ }" >&2
+  exit 1
+}
+
+say() { printf '%s\n' "$*" >&2; }
+
+# A value as it is shown in an error: on one line, whatever is in it.
+shown() { printf '%q' "$1"; }
+
+declare -A options=() switches=()
+rest=()
+
+# usage: the comment at the head of the calling script, which is its manual.
+usage() {
+  awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
+}
+
+# parse_flags ARGUMENT...: --name=value into options[name], --name into options[name]=1 for
+# switches; what comes after `--` into rest. The keys of both are the flags there are, with `_`;
+# `-` is taken too, as gcloud writes flags so.
+parse_flags() {
+  local argument name
+  while (($#)); do
+    argument=$1
+    shift
+    if [[ $argument == -- ]]; then
+      rest=("$@")
+      return
+    fi
+    if [[ $argument == --help || $argument == -h ]]; then
+      usage
+      exit 0
+    fi
+    name=${argument%%=*}
+    name=${name#--}
+    name=${name//-/_}
+    # Names go into subscripts, where bash would expand a $(...): only plain ones get there.
+    if [[ $argument != --* || ! $name =~ ^[a-z][a-z_]*$ ]]; then
+      die "$(shown "$argument"): expected --flag=value, and the program's own after \`--\`; see --help"
+    elif [[ -n ${switches[$name]+set} ]]; then
+      [[ $argument != *=* ]] || die "--$name: takes no value, got $(shown "${argument#*=}")"
+      options[$name]=1
+    elif [[ -n ${options[$name]+set} ]]; then
+      [[ $argument == *=* ]] || die "--$name: no value, expected --$name=VALUE"
+      options[$name]=${argument#*=}
+    else
+      die "--$name: no such flag; see --help"
+    fi
+  done
+}
+
+# need FLAG WHAT: the flag must have a value.
+need() {
+  [[ -n ${options[$1]} ]] || die "--$1: missing, expected $2; add --$1=VALUE"
+}
+
+# check FLAG REGEX WHAT: the flag's value, if there is one, must be of this form.
+check() {
+  local value=${options[$1]} LC_ALL=C # a-z is ASCII
+  [[ -z $value || $value =~ $2 ]] || die "--$1=$(shown "$value"): expected $3"
+}
+
+name_form='^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$'
+name_words='at most 63 of a-z, 0-9 and -, the first a letter, the last not a -'
+id_form='^[A-Za-z0-9][-A-Za-z0-9._:/]*$'
+id_words='letters, digits and -._:/, the first a letter or a digit'
+whole_form='^[1-9][0-9]{0,8}$'
+whole_words='a whole number from 1'
+count_form='^(0|[1-9][0-9]{0,8})$'
+count_words='a whole number from 0'
+# No leading zeros: bash would count in eights.
+secs_form='^(0|[1-9][0-9]{0,8})(\.[0-9]{1,3})?$'
+secs_words='a number of seconds'
+
+# --- Running and quoting ------------------------------------------------------------------------
+
+# execute COMMAND...: shows the command as a reader can repeat it, and runs it. With --dry_run it
+# is only printed, to stdout.
+execute() {
+  if [[ -n ${options[dry_run]:-} ]]; then
+    printable "$@"
+  else
+    say "\$ $(printable "$@")"
+    "$@"
+  fi
+}
+
+printable() {
+  local line
+  printf -v line '%q ' "$@"
+  printf '%s\n' "${line% }"
+}
+
+# quoted ARGUMENT...: one string that any POSIX shell splits into just these arguments. (printf %q
+# would write $'...' for some, which only bash and its kin understand.)
+quoted() {
+  local argument line='' escape="'\\''"
+  for argument in "$@"; do
+    line+=" '${argument//"'"/"$escape"}'"
+  done
+  printf '%s' "${line# }"
+}
+
+# --- Machines -----------------------------------------------------------------------------------
+# options[kind] says how a machine is reached: tpu (a Cloud TPU VM or a pod of them), gpu (a VM of
+# Compute Engine), ssh (any host).
+
+# check_machine: the flags that name the machine.
+check_machine() {
+  if [[ ${options[kind]} == ssh ]]; then
+    need host "a host that ssh knows, such as user@host"
+    # A leading dash would be a flag of ssh's.
+    check host '^[A-Za-z0-9_][-A-Za-z0-9_.@:]*$' "a host that ssh knows, such as user@host"
+    return
+  fi
+  need name "the name of the machine"
+  check name "$name_form" "$name_words"
+  need zone "the zone of the machine, such as us-west4-a"
+  check zone "$name_form" "a zone, such as us-west4-a"
+  check project "$id_form" "a project's id: $id_words"
+}
+
+# where: the arguments that every gcloud command gets.
+where() {
+  place=(--zone="${options[zone]}")
+  [[ -z ${options[project]} ]] || place+=(--project="${options[project]}")
+  # Nobody is there to answer a question, such as the one for a new SSH key.
+  place+=(--quiet)
+}
+
+# ssh_command WORKER [ARGUMENT...]: puts into `command` what runs ARGUMENT... on a machine, each of
+# them arriving as it is. WORKER is a number or `all`, and matters for a TPU pod only.
+ssh_command() {
+  local worker=$1
+  shift
+  case ${options[kind]} in
+    tpu)
+      where
+      command=(gcloud compute tpus tpu-vm ssh "${options[name]}" "${place[@]}" --worker="$worker")
+      [[ -z ${options[internal_ips]:-} ]] || command+=(--internal-ip)
+      ;;
+    gpu)
+      where
+      command=(gcloud compute ssh "${options[name]}" "${place[@]}")
+      [[ -z ${options[internal_ips]:-} ]] || command+=(--internal-ip)
+      ;;
+    ssh)
+      command=(ssh "${options[host]}")
+      (($# == 0)) || command+=(-- "$(quoted "$@")")
+      return
+      ;;
+  esac
+  # A machine that has gone must not hold its caller for good.
+  command+=(--ssh-flag=-oConnectTimeout=60 --ssh-flag=-oServerAliveInterval=60)
+  (($# == 0)) || command+=(--command="$(quoted "$@")")
+}
+
+on_machine() {
+  local command
+  ssh_command "$@"
+  execute "${command[@]}"
+}
+
+# on_host WORKER ARGUMENT...: runs launch/on_host.sh of the copy on the machine.
+on_host() {
+  on_machine "$1" bash "$machine_folder/src/launch/on_host.sh" "${@:2}"
+}
+
+# tunnel PORT: forwards the port of this machine's loopback to the one of the other's, until ended.
+tunnel() {
+  local command
+  ssh_command 0
+  [[ ${options[kind]} == ssh ]] || command+=(--)
+  # ssh must fail where the port is taken, not go on without it.
+  local forward=(-N -o ExitOnForwardFailure=yes -L "127.0.0.1:$1:127.0.0.1:$1")
+  if [[ ${options[kind]} == ssh ]]; then
+    command=(ssh "${forward[@]}" "${options[host]}")
+  else
+    command+=("${forward[@]}")
+  fi
+  execute "${command[@]}"
+}
+
+# resolve_commit: options[commit] as a full hash. Done once, so that a slice that comes back after
+# days runs what the first one ran, whatever has been committed since.
+resolve_commit() {
+  local hash
+  hash=$(git -C "$repository" rev-parse --verify --quiet --end-of-options \
+    "${options[commit]}^{commit}") ||
+    die "--commit=$(shown "${options[commit]}"): no such commit in $repository"
+  options[commit]=$hash
+}
+
+# hash_of <FILE: SHA-256.
+hash_of() {
+  if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -c -64
+}
+
+# On the machine: the archive is compared before anything of it is used, and the old copy goes
+# when the new one is complete.
+# shellcheck disable=SC2016
+unpack='set -eu; cd; mkdir -p "$3"; cd "$3"; '
+# shellcheck disable=SC2016
+unpack+='printf "%s  %s\n" "$1" "../$2" | sha256sum --check --status || '
+unpack+='{ echo "error: the archive has arrived damaged; copy again" >&2; exit 1; }; '
+# shellcheck disable=SC2016
+unpack+='rm -rf src.new src.old; mkdir src.new; tar -xzf "../$2" -C src.new; '
+# shellcheck disable=SC2016
+unpack+='if [ -e src ]; then mv src src.old; fi; mv src.new src; rm -rf src.old "../$2"'
+
+# copy_repository: the files of options[commit] to all workers.
+copy_repository() {
+  local commit=${options[commit]} folder archive sum name status=0
+  folder=$(mktemp -d) || return
+  name=$machine_folder-${commit:0:12}.tar.gz
+  archive=$folder/$name
+  if [[ -n $(git -C "$repository" status --porcelain 2>/dev/null) ]]; then
+    say "note: what is not committed is not copied"
+  fi
+  # (Where the caller asks whether this succeeds, bash does not stop at errors by itself.)
+  execute git -C "$repository" archive --format=tar.gz --output="$archive" "$commit" || return
+  if [[ -n ${options[dry_run]:-} ]]; then
+    sum=SHA256
+  else
+    sum=$(hash_of <"$archive") || return
+    say "$name: commit $commit, SHA-256 $sum"
+  fi
+  { send "$archive" "$name" &&
+    on_machine all sh -c "$unpack" unpack "$sum" "$name" "$machine_folder"; } || status=$?
+  rm -rf "$folder"
+  return "$status"
+}
+
+# send FILE NAME: to the home folder of all workers.
+send() {
+  where
+  local internal=()
+  [[ -z ${options[internal_ips]:-} ]] || internal=(--internal-ip)
+  case ${options[kind]} in
+    tpu)
+      execute gcloud compute tpus tpu-vm scp "$1" "${options[name]}:$2" "${place[@]}" \
+        --worker=all "${internal[@]}"
+      ;;
+    gpu)
+      execute gcloud compute scp "$1" "${options[name]}:$2" "${place[@]}" "${internal[@]}"
+      ;;
+  esac
+}
+
+# set_up_machine EXTRA: environment, package and share on all workers.
+set_up_machine() {
+  local setup=(setup --extra="$1")
+  [[ -z ${options[python]} ]] || setup+=(--python="${options[python]}")
+  [[ -z ${options[share]} ]] || setup+=(--share="${options[share]}" --mount="${options[mount]}")
+  on_host all "${setup[@]}"
+}
+
+check_share() {
+  check share '^[A-Za-z0-9][-A-Za-z0-9.]*:/.+' "SERVER:/EXPORT of an NFS share"
+  check mount '^/[^/].*' "an absolute folder, such as /mnt/share"
+}
+
+# check_workdir ARGUMENT...: a run's folder that is not on the share would end with the machine,
+# and on several hosts be several folders.
+check_workdir() {
+  local argument folder previous=''
+  [[ -n ${options[share]} ]] || return 0
+  for argument in "$@"; do
+    folder=''
+    case $argument in --workdir=* | -workdir=*) folder=${argument#*=} ;; esac
+    case $previous in --workdir | -workdir) folder=$argument ;; esac
+    [[ -z $folder || ($folder == "${options[mount]%/}"/* && $folder/ != */../*) ]] ||
+      die "--workdir=$(shown "$folder"): expected a folder below the share," \
+        "--mount=$(shown "${options[mount]}")"
+    previous=$argument
+  done
+}
+
+# log_folder: where the machine writes its jobs' output: on the share, to outlive the machine.
+log_folder() {
+  [[ -z ${options[share]} ]] || printf '%s' "${options[mount]%/}/launch_logs/${options[name]}"
+}
+
+# --- Queued resources: how a TPU is asked for ----------------------------------------------------
+
+# check_accelerator: the flags of `create`.
+check_accelerator() {
+  need accelerator_type "a TPU's type and size, such as v5litepod-256"
+  check accelerator_type "$id_form" "a TPU's type and size, such as v5litepod-256"
+  need runtime_version "the TPU VM image, such as v2-alpha-tpuv5-lite for v5e"
+  check runtime_version "$id_form" "the TPU VM image, such as v2-alpha-tpuv5-lite for v5e"
+  check network "$id_form" "a network's name"
+  check subnetwork "$id_form" "a subnetwork's name"
+}
+
+request_tpu() {
+  where
+  local more=()
+  [[ -z ${options[spot]} ]] || more+=(--spot)
+  [[ -z ${options[network]} ]] || more+=(--network="${options[network]}")
+  [[ -z ${options[subnetwork]} ]] || more+=(--subnetwork="${options[subnetwork]}")
+  [[ -z ${options[internal_ips]} ]] || more+=(--internal-ips)
+  execute gcloud compute tpus queued-resources create "${options[name]}" \
+    --node-id="${options[name]}" --accelerator-type="${options[accelerator_type]}" \
+    --runtime-version="${options[runtime_version]}" "${place[@]}" "${more[@]}"
+}
+
+# --force: the slice too, not only the request. Without --async, it is gone when this returns.
+delete_tpu() {
+  where
+  execute gcloud compute tpus queued-resources delete "${options[name]}" "${place[@]}" --force
+}
+
+# tpu_state: sets `state` to that of the request, e.g. ACTIVE, or to GONE where there is none.
+# Fails where it cannot be asked for.
+tpu_state() {
+  local errors
+  where
+  local ask=(gcloud compute tpus queued-resources describe "${options[name]}" "${place[@]}"
+    "--format=value(state.state)")
+  if [[ -n ${options[dry_run]} ]]; then
+    printable "${ask[@]}"
+    state=ACTIVE
+    return
+  fi
+  errors=$(mktemp)
+  if state=$("${ask[@]}" 2>"$errors"); then
+    rm -f "$errors"
+    [[ -n $state ]]
+  elif grep -qi -e NOT_FOUND -e 'not found' "$errors"; then
+    rm -f "$errors"
+    state=GONE
+  else
+    tail -n 1 "$errors" >&2
+    rm -f "$errors"
+    state=
+    return 1
+  fi
+}
+
+# wait_for_tpu: until the request is ACTIVE. Bounded by --wait_timeout_secs.
+wait_for_tpu() {
+  local start=$SECONDS last='' unanswered=0 state
+  while true; do
+    if tpu_state; then
+      unanswered=0
+      [[ $state == "$last" ]] || say "${options[name]}: $state"
+      last=$state
+      case $state in
+        ACTIVE) return ;;
+        GONE) fail "${options[name]}: no such request in ${options[zone]}; run \`create\` first" ;;
+        FAILED | SUSPENDING | SUSPENDED | DELETING)
+          fail "${options[name]}: the request is $state and will not become ACTIVE;" \
+            "\`delete\` it and \`create\` another"
+          ;;
+      esac
+    elif ((++unanswered >= 5)); then
+      fail "${options[name]}: its state could not be asked for, 5 times in a row"
+    fi
+    if ((SECONDS - start >= ${options[wait_timeout_secs]%.*})); then
+      fail "${options[name]}: still ${state:-unknown} after" \
+        "--wait_timeout_secs=${options[wait_timeout_secs]}; the request stays in the queue and may" \
+        "become a running slice: \`wait\` again or \`delete\` it"
+    fi
+    sleep "${options[poll_secs]}"
+  done
+}
