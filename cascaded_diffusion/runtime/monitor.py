@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import resource
 import time
@@ -9,6 +10,17 @@ import time
 import jax
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def secs_since_start() -> float | None:
+    """Seconds since this process was started; None where the system does not tell."""
+    try:
+        # The 22nd field, counted after the name, which may have spaces.
+        ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(pathlib.Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+    return uptime - ticks / os.sysconf("SC_CLK_TCK")
 
 
 class CompileWatch:

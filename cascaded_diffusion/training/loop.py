@@ -206,6 +206,8 @@ def _train(
     def read_metrics(at_step: int, metrics: step_lib.Metrics) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         _check_finite(values, at_step, checkpoints)
+        if at_step == first_step + 1 and (secs := monitor.secs_since_start()) is not None:
+            progress.say(f"{config.stage.name}: first step done {secs:.1f} s after the start")
         clock.step_done(at_step)
         if at_step % train_config.log_every_steps == 0 or at_step == total:
             speed = {**clock.read(), **monitor.peak_memory()}

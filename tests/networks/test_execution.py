@@ -108,13 +108,11 @@ def test_initial_parameters_have_the_spread_of_their_fan_in(name):
 def test_initial_parameters_are_a_function_of_the_key_alone():
     network, args = build(), inputs()
     first, again, other = (network.init(jax.random.key(k), *args) for k in (0, 0, 1))
-    # But for rounding: XLA may compile a draw in two ways.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), first, again)
-    jax.tree.map(
-        np.testing.assert_array_equal, first, jax.jit(network.init)(jax.random.key(0), *args)
-    )
-    kernel = "conv_in"
-    assert not np.allclose(first[kernel]["kernel"], other[kernel]["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    # Compiled as one program it is the same but for rounding.
+    compiled = jax.jit(network.init)(jax.random.key(0), *args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), first, compiled)
+    assert not np.allclose(first["conv_in"]["kernel"], other["conv_in"]["kernel"])
 
 
 def test_one_draw_serves_all_parameters():
