@@ -76,7 +76,6 @@ def _check_data(config: RunConfig) -> None:
 
 def _check_eval(config: RunConfig) -> None:
     stage, settings, ema_decays = config.stage, config.eval, config.train.ema_decays
-    _check_batch("eval.batch_size", settings.batch_size, config.mesh)
     if stage.num_classes:
         for key in ("num_samples", "final_num_samples"):
             if getattr(settings, key) % stage.num_classes:
@@ -181,10 +180,23 @@ def check_devices(config: RunConfig | CascadeConfig, num_devices: int) -> None:
         train = config.train
         parts = train.accumulation_steps or 1
         _check_batch("train.batch_size", train.batch_size, mesh, parts, num_devices)
-        _check_batch("eval.batch_size", config.eval.batch_size, mesh, num_devices=num_devices)
     else:
         batch_size = config.cascade.batch_size
         _check_batch("cascade.batch_size", batch_size, mesh, num_devices=num_devices)
+
+
+def evaluation_mesh(config: RunConfig | CascadeConfig, num_devices: int) -> MeshConfig:
+    """The mesh that a config's samples are made on: for a run, all devices along `data`.
+
+    A run's own mesh is that of its training, perhaps of a pod; it may be evaluated beside it on
+    whatever there is. Raises UserError if a batch cannot be split over the devices.
+    """
+    if isinstance(config, CascadeConfig):
+        check_devices(config, num_devices)
+        return config.mesh
+    mesh = MeshConfig(data=-1, fsdp=1, tensor=None)
+    _check_batch("eval.batch_size", config.eval.batch_size, mesh, num_devices=num_devices)
+    return mesh
 
 
 def cascade_config_from(values: Mapping[str, Any]) -> CascadeConfig:

@@ -9,7 +9,7 @@ from absl import flags
 
 from cascaded_diffusion import cli
 from cascaded_diffusion.config import RunConfig, SamplerConfig, StageConfig, to_dict
-from cascaded_diffusion.config_checks import check_devices
+from cascaded_diffusion.config_checks import evaluation_mesh
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -62,8 +62,7 @@ def evaluate_bound(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -
     count = min(len(split), fv.num_images or len(split))
     # Spread over the split, which may be sorted by class.
     images = split.raw([i * len(split) // count for i in range(count)])
-    check_devices(config, jax.device_count())
-    mesh = build_mesh(config.mesh)
+    mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     trained = load_trained(folder, mesh)
     print(f"{trained.name}: the bound of {chain.num_steps} steps, variance {chain.variance}")
     values = bits_per_dim(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from cascaded_diffusion import cli
-from cascaded_diffusion.config_checks import check_chain, check_devices, check_sample_count
+from cascaded_diffusion.config_checks import check_chain, check_sample_count, evaluation_mesh
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluate_run import (
     build_run_judge,
@@ -65,8 +65,7 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
 
     splits = splits_of(config)
     settings = config if cascade is None else cascade
-    check_devices(settings, jax.device_count())
-    mesh = build_mesh(settings.mesh)
+    mesh = build_mesh(evaluation_mesh(settings, jax.device_count()))
     seed = config.eval.seed if section is None else section.seed
     with folder.writer_lock("eval"):
         judge = build_run_judge(fv, config, folder, mesh, ("train", "val"))

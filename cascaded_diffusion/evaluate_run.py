@@ -14,7 +14,7 @@ from cascaded_diffusion.config import (
     RunConfig,
     eval_sampler,
 )
-from cascaded_diffusion.config_checks import check_chain, check_devices, check_sample_count
+from cascaded_diffusion.config_checks import check_chain, check_sample_count, evaluation_mesh
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.runtime.samples import StoredImages, open_images
@@ -68,8 +68,7 @@ def evaluate_checkpoints(fv: flags.FlagValues, folder: RunFolder, config: RunCon
     from cascaded_diffusion.runtime.mesh import build_mesh
 
     splits = splits_of(config)
-    check_devices(config, jax.device_count())
-    mesh = build_mesh(config.mesh)
+    mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     with folder.writer_lock("eval"):
         judge = build_run_judge(fv, config, folder, mesh, ("train",))
         sources = _sources(config, splits["val"], below, stored, mesh)

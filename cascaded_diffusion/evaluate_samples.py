@@ -10,7 +10,7 @@ from absl import flags
 
 from cascaded_diffusion import cli
 from cascaded_diffusion.config import RunConfig
-from cascaded_diffusion.config_checks import check_devices, check_sample_count
+from cascaded_diffusion.config_checks import check_sample_count, evaluation_mesh
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluate_files import num_samples
 from cascaded_diffusion.evaluate_run import build_run_judge, splits_of
@@ -30,8 +30,7 @@ def evaluate_samples(fv: flags.FlagValues, folder: RunFolder, config: RunConfig)
     from cascaded_diffusion.evaluation import score
     from cascaded_diffusion.runtime.mesh import build_mesh
 
-    check_devices(config, jax.device_count())
-    mesh = build_mesh(config.mesh)
+    mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     with folder.writer_lock("eval"):
         judge = build_run_judge(fv, config, folder, mesh, ("train",))
         labels = None if stored.labels is None else stored.labels[:count]
@@ -64,8 +63,7 @@ def evaluate_cas(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> 
     from cascaded_diffusion.runtime.mesh import build_mesh
 
     splits = splits_of(config)
-    check_devices(config, jax.device_count())
-    mesh = build_mesh(config.mesh)
+    mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     network = fv.network or ("resnet50" if stage.resolution >= _LARGE else "resnet")
     with folder.writer_lock("eval"):
         record: Mapping[str, Any] = cas_record(

@@ -9,7 +9,7 @@ from absl import flags
 
 from cascaded_diffusion import cli
 from cascaded_diffusion.config import CascadeConfig
-from cascaded_diffusion.config_checks import check_devices, check_sample_count
+from cascaded_diffusion.config_checks import check_sample_count, evaluation_mesh
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluate_run import build_run_judge
 from cascaded_diffusion.evaluation import settings as settings_lib
@@ -90,8 +90,7 @@ def evaluate_sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     from cascaded_diffusion.evaluation.trained import load_trained
     from cascaded_diffusion.runtime.mesh import build_mesh
 
-    check_devices(config, jax.device_count())
-    mesh = build_mesh(config.mesh)
+    mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     with runs.sweep_lock():
         with folders[-1].writer_lock("eval"):
             judge = build_run_judge(fv, run_configs[-1], folders[-1], mesh, ("train",))

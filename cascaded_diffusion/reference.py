@@ -21,7 +21,7 @@ from absl import flags
 
 from cascaded_diffusion import cli
 from cascaded_diffusion.config import MeshConfig
-from cascaded_diffusion.config_checks import check_devices, run_config_from
+from cascaded_diffusion.config_checks import evaluation_mesh, run_config_from
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluate_run import build_run_judge
 from cascaded_diffusion.runtime.run_folder import RunFolder, check_writable
@@ -75,9 +75,9 @@ def _of_run(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     jax = cli.set_up_jax()
     from cascaded_diffusion.runtime.mesh import build_mesh
 
-    check_devices(config, jax.device_count())
+    mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     with folder.writer_lock("eval"):
-        judge = build_run_judge(fv, config, folder, build_mesh(config.mesh), fv.roles)
+        judge = build_run_judge(fv, config, folder, mesh, fv.roles)
     for role, reference in judge.references.items():
         print(f"{folder.eval}/reference_{role}.npz: {reference.name}, {judge.features}", flush=True)
     return 0

@@ -16,6 +16,7 @@ from cascaded_diffusion.config_checks import (
     check_chain,
     check_devices,
     check_resume,
+    evaluation_mesh,
     run_config_from,
 )
 from cascaded_diffusion.errors import UserError
@@ -559,7 +560,29 @@ def test_a_cascade_begins_with_a_base_model():
         (
             {"mesh__data": 2},
             8,
-            "config.mesh.data = 2: expected data x fsdp to be the 8 devices found",
+            "config.mesh.data = 2: expected data x fsdp 1 x tensor 1 to be the 8 devices found",
+        ),
+        (
+            {"mesh__data": 4, "mesh__fsdp": 2, "mesh__tensor": 2},
+            8,
+            "config.mesh.data = 4: expected data x fsdp 2 x tensor 2 to be the 8 devices found",
+        ),
+        (
+            {"mesh__tensor": 3},
+            8,
+            "config.mesh.tensor = 3: expected a divisor of the 8 devices found",
+        ),
+        (
+            {"mesh__fsdp": 4, "mesh__tensor": 4},
+            8,
+            "config.mesh.fsdp = 4: expected a divisor, times config.mesh.tensor, of the 8 devices",
+        ),
+        (
+            {"train__batch_size": 16, "train__accumulation_steps": 4},
+            8,
+            "config.train.batch_size = 16: expected a multiple of 32, the devices of config.mesh"
+            " that a batch is split over (data 8 x fsdp 1), times config.train.accumulation_steps"
+            " = 4",
         ),
         ({"mesh__fsdp": 8}, 4, "config.mesh.fsdp = 8: expected a divisor of the 4 devices found"),
         (
@@ -567,13 +590,63 @@ def test_a_cascade_begins_with_a_base_model():
             8,
             "config.train.batch_size = 12: expected a multiple of 8, the devices",
         ),
-        ({"eval__batch_size": 36}, 8, "config.eval.batch_size = 36: expected a multiple of 8"),
+        (
+            {"train__batch_size": 4},
+            8,
+            "config.train.batch_size = 4: expected a multiple of 8, the devices of config.mesh that"
+            " a batch is split over (data 8 x fsdp 1); with fewer examples than devices, raise"
+            " config.mesh.tensor",
+        ),
     ],
 )
 def test_mesh_and_batches_are_checked_against_the_devices(mesh, devices, message):
     with pytest.raises(UserError) as error:
         check_devices(tiny_base(**mesh), devices)
     assert str(error.value).startswith(message)
+
+
+def test_a_run_of_any_mesh_is_evaluated_on_all_devices():
+    config = tiny_base(mesh__fsdp=8, eval__batch_size=40, train__batch_size=16)
+    mesh = evaluation_mesh(config, 4)
+    assert (mesh.data, mesh.fsdp, mesh.tensor_size) == (-1, 1, 1)
+    with pytest.raises(UserError, match="config.eval.batch_size = 40: expected a multiple of 16"):
+        evaluation_mesh(config, 16)
+    cascade = cascade_config_from(config_values("mnist_cascade32"))
+    assert evaluation_mesh(cascade, 1) == cascade.mesh
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train__remat": "all"}, "config.train.remat = 'all': expected"),
+        (
+            {"train__remat": "resolutions"},
+            "config.train.remat_resolutions = None: expected sizes, since config.train.remat is",
+        ),
+        (
+            {"train__remat": "everything", "train__remat_resolutions": (8,)},
+            "config.train.remat_resolutions = (8,): expected None, since config.train.remat is",
+        ),
+        (
+            {"train__remat": "resolutions", "train__remat_resolutions": (8, 5)},
+            "config.train.remat_resolutions = (8, 5): expected sizes of feature maps, which are 8,",
+        ),
+        ({"train__accumulation_steps": 0}, "config.train.accumulation_steps = 0: expected"),
+        ({"mesh__tensor": 0}, "config.mesh.tensor = 0: expected"),
+    ],
+)
+def test_ways_of_computing_that_are_none_are_refused(overrides, message):
+    with pytest.raises(UserError) as error:
+        tiny_base(**overrides)
+    assert str(error.value).startswith(message)
+
+
+def test_how_a_run_is_computed_may_change_when_it_goes_on():
+    config = tiny_base()
+    other = round_trip(
+        config, train__accumulation_steps=2, train__remat="everything", mesh__tensor=2
+    )
+    assert len(check_resume(config, other, "RUN")) == 3
 
 
 def test_resuming_with_another_config():
