@@ -363,17 +363,35 @@ def join_cluster(flag_values: flags.FlagValues, config: Any) -> Cluster | None:
     Raises:
       UserError: they do not come, cannot be reached, or are configured differently.
     """
-    cluster = find_cluster(
+    cluster = _cluster(flag_values)
+    if cluster is not None:
+        facts = {**_flat("config", to_dict(config)), **_versions()}
+        meet(cluster, facts, timeout_secs=flag_values.coordinator_timeout_secs)
+    return cluster
+
+
+def refuse_cluster(flag_values: flags.FlagValues) -> None:
+    """Raises UserError if this is one of several processes, for binaries that are one.
+
+    With the flags of `define_cluster`, so that all binaries can be started alike.
+    """
+    cluster = _cluster(flag_values)
+    if cluster is not None and cluster.num_processes > 1:
+        raise UserError(
+            f"evaluate is one process, not {cluster.num_processes}: have `sample` make the samples"
+            " on all hosts and measure them by `evaluate --samples`, or start it on one host with"
+            " --distributed=none"
+        )
+
+
+def _cluster(flag_values: flags.FlagValues) -> Cluster | None:
+    return find_cluster(
         flag_values.distributed,
         os.environ,
         coordinator=flag_values.coordinator,
         num_processes=flag_values.num_processes,
         process_id=flag_values.process_id,
     )
-    if cluster is not None:
-        facts = {**_flat("config", to_dict(config)), **_versions()}
-        meet(cluster, facts, timeout_secs=flag_values.coordinator_timeout_secs)
-    return cluster
 
 
 def _flat(prefix: str, value: Any) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def _define_flags(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_list("num_steps", [], "e.g. 4,8,16", flag_values=fv)
     flags.DEFINE_list("guidance_scales", [], "e.g. 1,1.5", flag_values=fv)
     flags.DEFINE_bool("write_best", False, "write RUN/cascade.json", flag_values=fv)
+    cli.define_cluster(fv)
     return fv
 
 
@@ -136,6 +137,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = _define_flags(argv)
     cli.parse(fv, argv, __doc__)
+    cli.refuse_cluster(fv)
     mode = next(name for name in _MODES if not name or fv[name].value not in (None, False))
     _check_flags(fv, argv, mode)
     if mode == "samples" and fv.workdir is None:

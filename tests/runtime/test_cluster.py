@@ -226,3 +226,13 @@ def test_messages_are_json_and_short():
     whole = {"greeting": cluster_lib._GREETING, "process_id": 1, "num_processes": 2, "facts": {}}
     assert cluster_lib._message(json.dumps(whole).encode()) == whole
     assert cluster_lib._message(json.dumps({**whole, "process_id": "1"}).encode()) is None
+
+
+def test_evaluation_is_one_process(capsys):
+    from cascaded_diffusion import evaluate
+
+    job = ["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=0"]
+    with pytest.raises(UserError, match="evaluate is one process, not 2"):
+        evaluate.main(["prog", "--workdir=nowhere", *job])
+    with pytest.raises(UserError, match="no run there"):
+        evaluate.main(["prog", "--workdir=nowhere", "--distributed=none"])
