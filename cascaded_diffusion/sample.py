@@ -88,8 +88,9 @@ def main(argv: Sequence[str]) -> int:
     how = {**to_dict(section), "stages": [t.identity for t in trained]}
     # The store's identity has them.
     del how["num_samples"], how["batch_size"], how["configs"]
+    batches_folder = output.path / ".batches"
     store = SampleStore(
-        output.path / ".batches",
+        batches_folder,
         how,
         num_samples=section.num_samples,
         batch_size=section.batch_size,
@@ -142,6 +143,8 @@ def main(argv: Sequence[str]) -> int:
         )
         save_png(output.path / "samples.png", picture)
         store.remove()
+        with contextlib.suppress(OSError):  # another cascade's are in there
+            batches_folder.rmdir()
     mode = "truncated" if section.truncated else "non-truncated"
     sizes = " -> ".join(f"{stage.config.resolution} px" for stage in stages)
     print(

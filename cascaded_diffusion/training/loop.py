@@ -175,7 +175,7 @@ def _train(
     say(
         f"train step compiled in {compile_secs:.1f} s, {flops_per_step / 1e9:.1f} model GFLOP"
         f" (multiply-add = 2, backward = 2 x forward) for {train_config.batch_size} images, on"
-        f" {_mesh_name(mesh)}; state {_state_gb(state):.2f} GB per device"
+        f" {_mesh_name(mesh)}; state {_state_gb(state):.2g} GB per device"
     )
     if first_step:
         say(f"going on from step {first_step}")
