@@ -5,7 +5,8 @@
 runs `python -m cascaded_diffusion.plan --config=configs/X.py --topology=T --json` for each model
 and slice of 256 chips, four minutes or more each on two cores, and prints a table. No TPU is
 touched. `--write` stores it, and what was found so far, in benchmarks/results/: run again, it
-goes on with what is missing at this commit.
+goes on with what is missing. Each row names the commit it was compiled at; to have it compiled
+again, remove its line from benchmarks/results/tpu_plan.jsonl.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def plan(model: str, topology: str) -> dict[str, Any]:
 
 def row(found: dict[str, Any]) -> str:
     """A line of the table."""
-    on = found["on_topology"]
+    plan_found = found["plan"]
+    on = plan_found["on_topology"]
     compiled = on["compiled"]
     mesh = f"{on['mesh']['data']} x {on['mesh']['fsdp']}"
     used = f"{compiled['used_bytes'] / 1e9:.1f}" if "used_bytes" in compiled else "more"
@@ -46,11 +48,11 @@ def row(found: dict[str, Any]) -> str:
     gathered = sent.get("all-gather", {}).get("bytes", 0) / 1e9
     fits = "yes" if on["fits"] else f"no: {on['advice'] or 'a larger slice'}"
     return (
-        f"| {found['name']} | {on['topology']} | {mesh} | {on['batch_size']} |"
+        f"| {plan_found['name']} | {on['topology']} | {mesh} | {on['batch_size']} |"
         f" {on['remat'] or 'none'} | {arguments} | {used} | {on['memory_bytes'] / 1e9:.1f} |"
         f" {fits} | {gathered:.2f} | {on['model_flops_per_step'] / 1e15:.2f} |"
         f" {on['step_secs']:.2f} | {on['days']:.1f} | {on['chip_hours']:,.0f} |"
-        f" {compiled['compile_secs']:.0f} |"
+        f" {compiled['compile_secs']:.0f} | {found['commit']} |"
     )
 
 
@@ -64,14 +66,14 @@ def main() -> None:
     commit = machine.describe().rpartition("commit ")[2]
     found = []
     if args.write and kept.exists():
-        found = [r for r in map(json.loads, kept.read_text().splitlines()) if r["commit"] == commit]
+        found = [json.loads(line) for line in kept.read_text().splitlines()]
     for topology in args.topologies.split(","):
         for model in MODELS:
             if any(r["model"] == model and r["topology"] == topology for r in found):
                 continue
             record = {"model": model, "topology": topology, "commit": commit}
             found.append({**record, "plan": plan(model, topology)})
-            print(row(found[-1]["plan"]), flush=True)
+            print(row(found[-1]), flush=True)
             if args.write:
                 kept.write_text("".join(json.dumps(r) + "\n" for r in found))
     lines = [
@@ -79,9 +81,9 @@ def main() -> None:
         "",
         "| model | slice | data x fsdp | batch | remat | state a chip, GB | used a chip, GB |"
         " there is, GB | fits | gathered a step, GB | model PFLOP a step | s a step at 40 % |"
-        " days | chip-hours | compiled in, s |",
-        "|" + "---|" * 15,
-        *(row(r["plan"]) for r in found),
+        " days | chip-hours | compiled in, s | commit |",
+        "|" + "---|" * 16,
+        *map(row, found),
         "",
         "Used: arguments and temporaries of the training step as the TPU's own compiler (libtpu)"
         " lays them out, with its efforts turned down. FLOPs: a multiply-add is two, the backward"

@@ -80,7 +80,9 @@ def tpu_devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+        # A v4 chip's two cores are one device, as they are where JAX runs on it.
+        options = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     except Exception as e:  # libtpu's errors have no type of their own
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(
