@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cascaded_diffusion.config import MeshConfig
@@ -30,14 +31,18 @@ def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> M
     tensor = config.tensor_size
     data = len(devices) // (config.fsdp * tensor) if config.data == -1 else config.data
     shape, types = (data, config.fsdp, tensor), (AxisType.Auto,) * len(AXES)
-    mesh = jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     try:
+        # In the order that suits the wires; an axis may be a part of one of the slice's.
+        ordered = mesh_utils.create_device_mesh(
+            shape, devices=devices, allow_split_physical_axes=True
+        )
+        mesh = Mesh(ordered, AXES, axis_types=types)
         batch_share(mesh)
-    except ValueError:
-        # The order that suits the wires gives a process rows that are not neighbours. The
-        # plain one does not, unless a host's devices do not fit the axes.
-        ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
-        mesh = Mesh(np.asarray(ordered).reshape(shape), AXES, axis_types=types)
+    except (NotImplementedError, ValueError):
+        # There is none for these axes, or it gives a process rows that are not neighbours.
+        # The plain order does not, unless a host's devices do not fit the axes.
+        plain = sorted(devices, key=lambda d: (d.process_index, d.id))
+        mesh = Mesh(np.asarray(plain).reshape(shape), AXES, axis_types=types)
     return mesh
 
 
