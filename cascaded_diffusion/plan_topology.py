@@ -9,13 +9,14 @@ that the TPU's own compiler gives the step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from cascaded_diffusion.config import RunConfig
+from cascaded_diffusion.config import RunConfig, StageConfig, TrainConfig
 from cascaded_diffusion.config_checks import check_devices, remat_sizes
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.topologies import Topology, tpu_devices
@@ -86,13 +87,22 @@ def _mesh_shape(config: RunConfig, num_devices: int) -> dict[str, int]:
     return {"data": data, "fsdp": mesh.fsdp, "tensor": mesh.tensor_size}
 
 
-def _abstract(config: RunConfig, num_devices: int) -> tuple[Any, Any, Any]:
-    """The stage, the state's shapes with shardings, and a mesh of no devices."""
+@functools.cache
+def _state_shapes(stage_config: StageConfig, train: TrainConfig) -> Any:
+    """The shapes of the trainer's state."""
     import jax
 
     from cascaded_diffusion.cascade.build import build_stage
-    from cascaded_diffusion.runtime import sharding
     from cascaded_diffusion.training import step
+
+    return jax.eval_shape(step.make_init(build_stage(stage_config), train))
+
+
+def _abstract(config: RunConfig, num_devices: int) -> tuple[Any, Any]:
+    """The state's shapes with shardings, and a mesh of no devices."""
+    import jax
+
+    from cascaded_diffusion.runtime import sharding
 
     shape = _mesh_shape(config, num_devices)
     mesh = jax.sharding.AbstractMesh(
@@ -100,13 +110,37 @@ def _abstract(config: RunConfig, num_devices: int) -> tuple[Any, Any, Any]:
         tuple(shape),
         axis_types=(jax.sharding.AxisType.Auto,) * len(shape),
     )
-    stage = build_stage(config.stage)
-    shapes = jax.eval_shape(step.make_init(stage, config.train))
+    # Not of what the shapes do not depend on: one trace serves all.
+    plain = dataclasses.replace(
+        config.train, batch_size=1, accumulation_steps=None, remat=None, remat_resolutions=None
+    )
+    shapes = _state_shapes(config.stage, plain)
     shardings = sharding.state_shardings(shapes, mesh)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
-    return stage, state, mesh
+    return state, mesh
+
+
+@functools.cache
+def _kept_bytes(stage_config: StageConfig, remat: tuple[int, ...], batch_size: int) -> int:
+    """What a step on one device keeps for its backward pass, but for the parameters."""
+    import jax
+
+    from cascaded_diffusion.cascade.build import build_stage
+    from cascaded_diffusion.networks.execution import Execution
+
+    stage = build_stage(stage_config).executed(Execution(remat_sizes=remat))
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=batch_size))
+
+    def kept(params: Any, xt: Any, logsnr: Any, cond: Any) -> Any:
+        return jax.vjp(lambda p: stage.network.apply(p, xt, logsnr, cond), params)[1]
+
+    # Parameters are among what is kept, as they are stored: they are counted already.
+    shapes = {x.shape for x in jax.tree.leaves(params)}
+    leaves = jax.tree.leaves(jax.eval_shape(kept, params, *inputs))
+    return sum(x.size * x.dtype.itemsize for x in leaves if x.shape not in shapes or x.ndim < 2)
 
 
 def _memory(config: RunConfig, num_devices: int) -> dict[str, int]:
@@ -114,36 +148,23 @@ def _memory(config: RunConfig, num_devices: int) -> dict[str, int]:
     import jax
     import jax.numpy as jnp
 
-    from cascaded_diffusion.networks.execution import Execution
-
-    stage, state, mesh = _abstract(config, num_devices)
+    state, mesh = _abstract(config, num_devices)
     arrays = jax.tree.leaves(dataclasses.replace(state, key=None))
     state_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
-    # With fewer examples than devices one example is traced, and divided up.
+    # Of fewer examples than devices one is traced, and divided up.
     parts = config.train.accumulation_steps or 1
     batch = config.train.batch_size / parts / (mesh.shape["data"] * mesh.shape["fsdp"])
-    stage = stage.executed(Execution(remat_sizes=remat_sizes(config.train, config.stage)))
-    inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=max(1, round(batch))))
-
-    def kept(params: Any, xt: Any, logsnr: Any, cond: Any) -> Any:
-        return jax.vjp(lambda p: stage.network.apply(p, xt, logsnr, cond), params)[1]
-
-    leaves = jax.tree.leaves(jax.eval_shape(kept, state.params, *inputs))
-    # Parameters are among what is kept, as they are stored: they are counted already. What
-    # is gathered of them is not.
-    shapes = {x.shape for x in jax.tree.leaves(state.params)}
-    activations = sum(
-        x.size * x.dtype.itemsize for x in leaves if x.shape not in shapes or x.ndim < 2
-    )
+    remat = remat_sizes(config.train, config.stage)
+    activations = _kept_bytes(config.stage, remat, max(1, round(batch)))
+    share = min(1.0, config.train.batch_size / parts / num_devices) if batch <= 1 else 1.0
     gathered = 0
     if mesh.shape["fsdp"] > 1 and config.train.remat != "everything":
         gathered = jnp.dtype(config.stage.network.dtype).itemsize * sum(
             x.size for x in jax.tree.leaves(state.params)
         )
-    share = min(1.0, config.train.batch_size / parts / num_devices) if batch < 1 else 1.0
     return {
         "state_bytes_per_device": state_bytes,
-        # And the gradient, as the state is split.
+        # And the gradient, split as the state is, which has some four of its size.
         "activation_bytes_per_device": int(activations * share) + gathered + state_bytes // 4,
     }
 
@@ -151,7 +172,7 @@ def _memory(config: RunConfig, num_devices: int) -> dict[str, int]:
 def _traffic(config: RunConfig, num_devices: int) -> dict[str, dict[str, int]]:
     from cascaded_diffusion.runtime import collectives
 
-    _, state, mesh = _abstract(config, num_devices)
+    state, mesh = _abstract(config, num_devices)
     found = collectives.of_training_step(
         state.params,
         mesh,

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -357,3 +358,56 @@ def test_bad_data_ends_in_one_line(tmp_path, damage, flags, message):
     assert re.search(message, line), line
     if damage is None:
         assert not (tmp_path / "run").exists()
+
+
+def test_samples_of_two_processes_and_of_a_killed_job_are_those_of_one(runs, tmp_path):
+    root, _ = runs
+    flags = ["--config=configs/mnist_cascade32.py:smoke", f"--workdir={root}"]
+    flags += ["--config.cascade.batch_size=8"]
+
+    def samples(name):
+        with np.load(tmp_path / name / "samples.npz") as stored:
+            return stored["arr_0"], stored["arr_1"]
+
+    _run("sample", *flags, f"--output={tmp_path}/whole")
+    images, labels = samples("whole")
+    assert images.shape == (40, 32, 32, 1)
+
+    killed = subprocess.Popen(
+        _command("sample", *flags, f"--output={tmp_path}/killed"),
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").rglob("000001.npz")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "killed" / "samples.npz").exists()
+    _run("sample", *flags, f"--output={tmp_path}/killed")
+    np.testing.assert_array_equal(samples("killed")[0], images)
+    assert not (tmp_path / "killed" / ".batches").exists()
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        job = [f"--coordinator=127.0.0.1:{s.getsockname()[1]}", "--num_processes=2"]
+    processes = [
+        subprocess.Popen(
+            _command("sample", *flags, f"--output={tmp_path}/two", *job, f"--process_id={i}"),
+            cwd=ROOT,
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    texts = [p.communicate(timeout=200)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], "".join(texts)
+    # The first writes; each has made a part, the first every other batch of five.
+    assert "24/24 samples" in texts[0]
+    found, found_labels = samples("two")
+    np.testing.assert_array_equal(found_labels, labels)
+    assert np.abs(found.astype(int) - images).max() <= 2

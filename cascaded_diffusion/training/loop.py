@@ -107,8 +107,15 @@ def train(
         are damaged or cannot be written, or the loss is not finite.
     """
     is_first_process = jax.process_index() == 0
-    with folder.writer_lock("train") if is_first_process else contextlib.nullcontext():
-        _prepare_folder(folder, config, data_identity or {})
+    with contextlib.ExitStack() as stack:
+        error = None
+        try:
+            if is_first_process:
+                stack.enter_context(folder.writer_lock("train"))
+            _prepare_folder(folder, config, data_identity or {})
+        except UserError as e:
+            error = e
+        mesh_lib.raise_together(error)
         outcome = _finished(folder, config)
         if outcome is not None:
             return outcome
