@@ -65,6 +65,15 @@ def executed_stage(stage: Stage, config: TrainConfig, mesh: Mesh) -> Stage:
     return stage.executed(execution)
 
 
+def sampled_stage(stage: Stage, mesh: Mesh) -> Stage:
+    """The stage as it samples from parameters that are stored as they are trained.
+
+    Any number of images: it is not said where they are, since devices may not divide them.
+    """
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    return stage.executed(Execution(gather=sharding.make_gather(params, mesh)))
+
+
 def _in_parts(noised: NoisedBatch, parts: int, mesh: Mesh) -> NoisedBatch:
     """[B, ...] -> [parts, B / parts, ...], every device's rows divided among all parts."""
     split = NamedSharding(mesh, PartitionSpec(None, mesh_lib.DATA_AXES))

@@ -13,6 +13,7 @@ from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.runtime import collectives, sharding
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.training import step
+from cascaded_diffusion.training.grid import GridSampler
 from tests.tiny import random_source, round_trip, tiny_base, tiny_sr
 
 SOURCE = random_source(64)
@@ -205,3 +206,17 @@ def test_what_the_fsdp_step_sends_is_what_the_formula_says(parts):
     assert gradients == by_hand
     # Besides it sends some scalars, the loss and the parts of the gradient's norm.
     assert gradients < sent["all-reduce"].bytes < gradients + 1024
+
+
+def test_a_grid_is_sampled_on_devices_that_do_not_divide_it():
+    # 40 images on 6 devices, parameters split.
+    config, mesh = tiny_sr(), _mesh(data=3, fsdp=2)
+    stage = build_stage(config.stage)
+    shapes = step.abstract_state(stage, config.train, mesh)
+    init = jax.jit(stage.init, out_shardings=jax.tree.map(lambda x: x.sharding, shapes.params))
+    raw = SOURCE.reader.raw
+    examples = {"image": raw.images[:40], "label": raw.labels[:40]}
+    params = init(jax.random.key(0))
+    picture = GridSampler(step.sampled_stage(stage, mesh), config, mesh, examples)(params)
+    alone = GridSampler(stage, config, _mesh(), examples)(jax.device_get(params))
+    assert np.abs(picture.astype(int) - alone).max() <= 2
