@@ -159,7 +159,9 @@ def _describe(plan: dict[str, Any]) -> str:
     verdict = "fits" if on["fits"] else "does NOT fit"
     if not on["fits"]:
         verdict += f"; by estimate it would with {on['advice'] or 'a larger slice only'}"
-    by = "the TPU's compiler" if compiled else "estimate; the [tpu] extra would compile it"
+    by = "the TPU's compiler"
+    if not compiled:
+        by = "estimate, activations counted twice to be safe; the [tpu] extra would compile it"
     return "\n".join([*lines, f"  => {verdict} (by {by})"])
 
 
