@@ -68,6 +68,8 @@ def set_up_tpu_compiler(topology: Topology) -> None:
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE=f"{kind}-{_TYPE_UNITS[kind] * topology.num_devices}",
         TPU_WORKER_HOSTNAMES="localhost",
+        # It holds no TPU: another process that compiles, or has crashed, is no reason to wait.
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
 
 

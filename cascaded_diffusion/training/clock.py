@@ -38,11 +38,11 @@ class Clock:
         self._batch_size, self._flops_per_step = batch_size, flops_per_step
         self._peak_flops, self._say = peak_flops, say
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._last: float | None = None
         self._restart()
 
     def _restart(self) -> None:
         self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
-        self._last: float | None = None
 
     def step_done(self, step: int) -> None:
         """Counts a step; warns if it took several times as long as those before it."""
