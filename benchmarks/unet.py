@@ -221,6 +221,23 @@ class Torch:
         self._process.wait()
 
 
+def ceiling() -> str:
+    """What one large matrix product of XLA's reaches: a convolution can hardly do better."""
+    import jax
+
+    n = 2048
+    x = jax.random.normal(jax.random.key(0), (n, n))
+    product = jax.jit(jax.numpy.dot)
+    secs = []
+    for _ in range(8):
+        start = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        secs.append(time.perf_counter() - start)
+    return (
+        f"One product of {n} x {n} matrices by XLA: {2 * n**3 / min(secs[1:]) / 1e9:.0f} GFLOP/s."
+    )
+
+
 def same_network(torch: Torch, config: RunConfig) -> list[str]:
     """What tells that both sides have one network, checked."""
     with tempfile.TemporaryDirectory() as folder:
@@ -272,10 +289,13 @@ def measure(part: str, ours: Runner, torch: Torch, args: argparse.Namespace) -> 
             f" {last['diffusers']:.2f}, ratio {last['ours'] / last['diffusers']:.3f}",
             flush=True,
         )
+    per_image = torch.about["flops"] * (3 if part == "train" else DDIM_STEPS)
+    gflops = {name: statistics.median(found) * per_image / 1e9 for name, found in rates.items()}
     ratios = [a / b for a, b in zip(rates["ours"], rates["diffusers"], strict=True)]
     row = (
         f"| {TITLES[part]} | {statistics.median(rates['ours']):.2f} |"
         f" {statistics.median(rates['diffusers']):.2f} | {probe['chosen']} |"
+        f" {gflops['ours']:.0f}, {gflops['diffusers']:.0f} |"
         f" {' '.join(f'{x:.2f}' for x in ratios)} |"
         f" **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) |"
     )
@@ -306,7 +326,7 @@ def main(argv: Sequence[str]) -> int:
     torch = Torch(args.torch_python, args.batch_size, no_compile=args.no_compile)
     cli.set_up_jax()
     config = config_of(args.batch_size)
-    notes = same_network(torch, config)
+    notes = [ceiling(), *same_network(torch, config)]
     print(*notes, sep="\n", flush=True)
     rows = []
     makers = {"train": our_training, "sample": our_sampling}
@@ -321,8 +341,9 @@ def main(argv: Sequence[str]) -> int:
             "# Our U-Net beside diffusers'",
             "",
             f"| batch {args.batch_size}, 32 px | ours, images/s | diffusers, images/s |"
-            " its fastest way | ratio in each round | ratio, median (least to most) |",
-            "|---|---|---|---|---|---|",
+            " its fastest way | ours, theirs, GFLOP/s | ratio in each round |"
+            " ratio, median (least to most) |",
+            "|---|---|---|---|---|---|---|",
             *rows,
             "",
             *(line for note in notes for line in (note, "")),
