@@ -193,7 +193,7 @@ def compile_train_step(
     }
     if low_res_shape is not None:
         records["low_res"] = jax.ShapeDtypeStruct(
-            (batch_size, *low_res_shape), jnp.uint8, sharding=sharding
+            (batch_size, *low_res_shape), jnp.uint8, sharding=split
         )
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
     return (
