@@ -150,6 +150,8 @@ def _describe(plan: dict[str, Any]) -> str:
                 for kind, t in source["collectives"].items()
             )
             lines.append(f"  {title:<20} {sent or 'none'}")
+        elif "collectives_problem" in source:
+            lines.append(f"  {title:<20} not counted: {source['collectives_problem']}")
     lines += [
         f"  time                 {on['step_secs']:.3g} s a step at {on['assumed_efficiency']:.0%}"
         f" (assumed) of {on['peak_flops'] / 1e15:.3g} PFLOP/s;"

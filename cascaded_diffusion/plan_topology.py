@@ -233,15 +233,20 @@ def compiled_plan(config: RunConfig, topology: Topology) -> dict[str, Any]:
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
-    traffic = collectives.in_program(compiled.as_text())
-    return {
+    found = {
         "fits": _fits(used, topology),
         "compile_secs": time.monotonic() - start,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "used_bytes": used,
-        "collectives": {k: dataclasses.asdict(t) for k, t in traffic.items() if t.count},
     }
+    try:
+        traffic = collectives.in_program(compiled.as_text())
+    except ValueError as e:  # minutes of compilation are not lost for it
+        found["collectives_problem"] = str(e)
+    else:
+        found["collectives"] = {k: dataclasses.asdict(t) for k, t in traffic.items() if t.count}
+    return found
 
 
 def advice(config: RunConfig, topology: Topology, used: float | None) -> str | None:
