@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
 import os
 import pathlib
 import sys
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cascaded_diffusion.config import CascadeConfig, StageConfig, to_dict
 from cascaded_diffusion.config_checks import FILE_DATA, cascade_config_from, check_chain
-from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.errors import LoneError, UserError
 from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster, meet
 from cascaded_diffusion.runtime.run_folder import CascadeFolder
 
@@ -45,8 +46,12 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     try:
         code = main(sys.argv)
     except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
+        if isinstance(e, LoneError):
+            # At once: JAX would say goodbye to the others first, who do not listen.
+            sys.stdout.flush()
+            os._exit(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -350,12 +355,13 @@ def define_cluster(flag_values: flags.FlagValues) -> None:
     )
 
 
-def join_cluster(flag_values: flags.FlagValues, config: Any) -> Cluster | None:
+def join_cluster(flag_values: flags.FlagValues, config: Any, *folders: str) -> Cluster | None:
     """Meets the job's other processes, if there are any, before JAX is set up.
 
     Args:
       flag_values: with those of `define_cluster`.
       config: a config dataclass, which all must have alike.
+      folders: names of flags whose folders must be the same, too.
 
     Returns:
       What `set_up_jax` is to be given.
@@ -365,7 +371,10 @@ def join_cluster(flag_values: flags.FlagValues, config: Any) -> Cluster | None:
     """
     cluster = _cluster(flag_values)
     if cluster is not None:
-        facts = {**_flat("config", to_dict(config)), **_versions()}
+        facts = {**_flat("config", to_dict(config)), **_versions(), "our code": _code_digest()}
+        for name in folders:
+            given = flag_values[name].value
+            facts[f"--{name}"] = None if given is None else str(pathlib.Path(given).resolve())
         meet(cluster, facts, timeout_secs=flag_values.coordinator_timeout_secs)
     return cluster
 
@@ -394,6 +403,15 @@ def _cluster(flag_values: flags.FlagValues) -> Cluster | None:
     )
 
 
+def _code_digest() -> str:
+    """Of the package's own files: another commit is another program."""
+    digest = hashlib.sha256()
+    package = pathlib.Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _flat(prefix: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
@@ -404,7 +422,9 @@ def _versions() -> dict[str, str]:
     """Of what decides how a program is computed and stored."""
     from importlib.metadata import version
 
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "cascaded_diffusion")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    # And of what decides about the pixels.
+    packages += ("grain", "opencv-python-headless", "pillow", "simplejpeg", "tensorflow-datasets")
     python = ".".join(map(str, sys.version_info[:2]))
     return {"python": python, **{f"package {name}": version(name) for name in packages}}
 

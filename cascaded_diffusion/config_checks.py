@@ -194,9 +194,14 @@ def evaluation_mesh(config: RunConfig | CascadeConfig, num_devices: int) -> Mesh
     if isinstance(config, CascadeConfig):
         check_devices(config, num_devices)
         return config.mesh
-    mesh = MeshConfig(data=-1, fsdp=1, tensor=None)
-    _check_batch("eval.batch_size", config.eval.batch_size, mesh, num_devices=num_devices)
-    return mesh
+    if config.eval.batch_size % num_devices:
+        fail(
+            "eval.batch_size",
+            config.eval.batch_size,
+            f"a multiple of {num_devices}, the devices found, over which samples are split; set it"
+            " by a call of `main` with --config.eval.batch_size",
+        )
+    return MeshConfig(data=-1, fsdp=1, tensor=None)
 
 
 def cascade_config_from(values: Mapping[str, Any]) -> CascadeConfig:

@@ -43,18 +43,17 @@ def main(argv: Sequence[str]) -> int:
     if folder.exists():
         check_resume(folder.read_config(), config, fv.workdir)
 
-    cluster = cli.join_cluster(fv, config)
+    cluster = cli.join_cluster(fv, config, "workdir")
     jax = cli.set_up_jax(cluster)
     from cascaded_diffusion.data.loader import build_stream, iterate
     from cascaded_diffusion.data.sources import load_source, spread_examples
-    from cascaded_diffusion.runtime.mesh import batch_share, build_mesh, raise_together
+    from cascaded_diffusion.runtime.mesh import batch_share, build_mesh, together
     from cascaded_diffusion.training.grid import GRID_COLUMNS, GRID_ROWS
     from cascaded_diffusion.training.loop import train
 
     check_devices(config, jax.device_count())
     index, count = batch_share(build_mesh(config.mesh))
-    error = None
-    try:
+    with together():
         source = load_source(config.data, config.data.train_split, config.stage)
         held_out = load_source(config.data, config.data.eval_split, config.stage)
         stream = build_stream(
@@ -64,9 +63,7 @@ def main(argv: Sequence[str]) -> int:
             process_index=index,
             process_count=count,
         )
-    except UserError as e:
-        error = e
-    raise_together(error)
+        grid_examples = spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS)
     outcome = train(
         config,
         folder,
@@ -77,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
             config.data.train_split: source.identity,
             config.data.eval_split: held_out.identity,
         },
-        grid_examples=spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS),
+        grid_examples=grid_examples,
         profile_steps=profile_steps,
     )
     if jax.process_index() > 0:  # one of them speaks for all

@@ -21,6 +21,7 @@ with the batches that are missing, on however many hosts. Several processes, sta
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 
 from absl import flags
@@ -33,6 +34,7 @@ from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 # So many samples, at most, are looked through for those of the picture.
 _SHOWN = 2000
+_POLL_SECS = 0.5
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     output = RunFolder(fv.output or runs.path / "samples", flag="output")
     output.check_writable()
 
-    cluster = cli.join_cluster(fv, config)
+    cluster = cli.join_cluster(fv, config, "workdir", "output")
     jax = cli.set_up_jax(cluster)
     from cascaded_diffusion.cascade.cascade import Cascade
     from cascaded_diffusion.data.sources import load_source, spread_examples
@@ -64,21 +66,24 @@ def main(argv: Sequence[str]) -> int:
     from cascaded_diffusion.evaluation.classifier import LabelledImages
     from cascaded_diffusion.evaluation.sample_store import DamagedBatchError, SampleStore
     from cascaded_diffusion.evaluation.trained import load_trained
-    from cascaded_diffusion.runtime.mesh import build_mesh, raise_together
+    from cascaded_diffusion.runtime.mesh import (
+        build_mesh,
+        check_shared,
+        raise_together,
+        together,
+        told_by_first,
+    )
     from cascaded_diffusion.runtime.pictures import save_png
     from cascaded_diffusion.runtime.samples import save_sample_batches
 
     # Every process samples by itself, on its own devices: nothing has to meet.
     check_devices(config, jax.local_device_count())
     mesh = build_mesh(config.mesh, jax.local_devices())
-    error = None
-    try:
+    with together():
         last = run_configs[-1]
         held_out = load_source(last.data, last.data.eval_split, last.stage)
         trained = [load_trained(folder, mesh) for folder in folders]
-    except UserError as e:
-        error = e
-    raise_together(error)
+    check_shared(output.path, "output")
     is_first = jax.process_index() == 0
     stages, params = [t.stage for t in trained], [t.params for t in trained]
     cascade = Cascade(stages=stages, samplers=section.samplers, truncated=section.truncated)
@@ -95,11 +100,19 @@ def main(argv: Sequence[str]) -> int:
         num_samples=section.num_samples,
         batch_size=section.batch_size,
     )
-    if is_first:
-        for t in trained:
-            print(t.name, flush=True)
-    lock = output.writer_lock("sample") if is_first else contextlib.nullcontext()
-    with lock:
+    with together():
+        if told_by_first([store.number]) != [store.number]:
+            raise UserError(
+                f"--workdir={runs.path}: evaluation chose other checkpoints while the processes"
+                " started; run the same command again"
+            )
+    with contextlib.ExitStack() as stack:
+        with together():
+            if is_first:
+                stack.enter_context(output.writer_lock("sample"))
+                store.clear_failure()
+                for t in trained:
+                    print(t.name, flush=True)
         error = None
         try:
             generate.fill_cascade(
@@ -114,7 +127,13 @@ def main(argv: Sequence[str]) -> int:
             error = UserError(
                 f"{e}: lower config.cascade.samplers.N.guidance_scale, or set its threshold"
             )
-        # When all have made theirs.
+        except OSError as e:
+            error = UserError(f"--output={output.path}: {e}")
+        if error is not None:
+            store.note_failure()
+        # Hours, perhaps: no collective would wait so long.
+        while store.missing() and not store.has_failed():
+            time.sleep(_POLL_SECS)
         raise_together(error)
         if not is_first:
             return 0

@@ -10,6 +10,7 @@ value that an unbroken job gives it, since batches begin where they always begin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -40,6 +41,9 @@ class SampleStore:
       identity: all that the samples are a function of, for JSON.
       num_samples: how many there are in all.
       batch_size: how many to a batch.
+
+    Attributes:
+      number: a hash of the identity.
     """
 
     def __init__(
@@ -52,7 +56,8 @@ class SampleStore:
     ):
         whole = {**identity, "num_samples": num_samples, "batch_size": batch_size}
         text = json.dumps(whole, sort_keys=True)
-        self._folder = parent / hashlib.sha256(text.encode()).hexdigest()[:16]
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._folder, self.number = parent / name, int(name[:7], 16)
         self.num_samples, self.batch_size = num_samples, batch_size
         if not (self._folder / "identity.json").exists():
             write_whole(self._folder / "identity.json", text.encode() + b"\n")
@@ -122,6 +127,19 @@ class SampleStore:
             if sum(len(a["labels"]) for a in found) >= count:
                 break
         return {name: np.concatenate([a[name] for a in found])[:count] for name in found[0]}
+
+    def note_failure(self) -> None:
+        """Tells the other processes that this one gives up."""
+        with contextlib.suppress(OSError):  # a full disk, say; they find out when it is gone
+            (self._folder / "failed").touch()
+
+    def has_failed(self) -> bool:
+        """Whether a process gave up."""
+        return (self._folder / "failed").exists()
+
+    def clear_failure(self) -> None:
+        """Forgets that one did, in an earlier job."""
+        (self._folder / "failed").unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Deletes the store, when what was wanted of the samples is known."""

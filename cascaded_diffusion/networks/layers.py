@@ -61,7 +61,8 @@ class Conv3x3(nn.Module):
             ((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        bias = jnp.broadcast_to(bias.astype(self.dtype), (len(x), self.features))
+        # In float32 as far as it goes: its gradient is a sum over the batch.
+        bias = jnp.broadcast_to(bias, (len(x), self.features))
         return add_to_pixels(y, bias)
 
 

@@ -31,16 +31,17 @@ def sum_pixels(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def add_to_pixels(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """[B, H, W, C] plus [B, C]; the gradient of the latter by `sum_pixels`."""
-    return x + shift[:, None, None, :]
+    """[B, H, W, C] plus [B, C], in the former's dtype; sums of the gradient are float32."""
+    return x + shift.astype(x.dtype)[:, None, None, :]
 
 
-def _forward(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, None]:
-    return add_to_pixels(x, shift), None
+def _forward(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Of the latter only the dtype is needed; it is small.
+    return add_to_pixels(x, shift), shift
 
 
-def _backward(_: None, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return dy, sum_pixels(dy.astype(jnp.float32)).astype(dy.dtype)
+def _backward(shift: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return dy, sum_pixels(dy.astype(jnp.float32)).astype(shift.dtype)
 
 
 add_to_pixels.defvjp(_forward, _backward)

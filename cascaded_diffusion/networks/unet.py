@@ -117,9 +117,13 @@ class Network:
         example is a function of its number, `rows` [B], by default 0 .. B - 1.
         """
         if self.execution.gather is not None:
-            # Blocks gather their own parameters; the rest is small.
+            # Blocks gather their own parameters. The last convolution is computed in float32.
             params = {
-                name: part if _is_block(part) else self.execution.gather(part, (name,), None)
+                name: part
+                if _is_block(part)
+                else self.execution.gather(
+                    part, (name,), None if name == "conv_out" else self.module.dtype
+                )
                 for name, part in params.items()
             }
         rngs = {} if dropout_key is None else {"dropout": dropout_key}

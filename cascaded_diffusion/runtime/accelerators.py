@@ -40,8 +40,8 @@ ACCELERATORS = {
         Accelerator("v5e", 197e12, 16 * _GIB, 819e9, 200e9, ("tpu v5 lite", "tpu v5e")),
         Accelerator("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, ("tpu v5p", "tpu v5")),
         Accelerator("v6e", 918e12, 32 * _GIB, 1640e9, 400e9, ("tpu v6 lite", "tpu v6e")),
-        Accelerator("a100", 312e12, 80e9, 2039e9, 300e9, ("nvidia a100",)),
-        Accelerator("h100", 989.4e12, 80e9, 3350e9, 450e9, ("nvidia h100",)),
+        Accelerator("a100", 312e12, 80e9, 2039e9, 300e9, ("nvidia a100-sxm4-80gb",)),
+        Accelerator("h100", 989.4e12, 80e9, 3350e9, 450e9, ("nvidia h100 80gb hbm3",)),
         Accelerator("h200", 989.4e12, 141e9, 4800e9, 450e9, ("nvidia h200",)),
     )
 }

@@ -19,12 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from cascaded_diffusion.config import CheckpointConfig, ema_name
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.mesh import raise_together
+from cascaded_diffusion.runtime.mesh import together, told_by_first
 from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
 
 MANIFEST = "manifest.json"
@@ -137,7 +136,8 @@ class CheckpointWriter:
         Raises:
           UserError: this save, or an earlier one that ran in the background, failed.
         """
-        self._finish(step)
+        with together():  # the first process's manifest alone may have failed
+            self._finish(step)
         try:
             saved = self._manager.save(
                 step, args=ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(_storable(state))})
@@ -178,15 +178,12 @@ class CheckpointWriter:
 
         To be called by every process; the first one, which writes the manifest, looks.
         """
-        error = None
-        try:
+        with together():
             self._finish(step)
             if jax.process_index() == 0:
                 problem = damage(self._folder.checkpoints / str(step))
-                error = None if problem is None else self._save_error(step, OSError(problem))
-        except UserError as e:
-            error = e
-        raise_together(error)
+                if problem is not None:
+                    raise self._save_error(step, OSError(problem))
 
     def close(self) -> None:
         """Ends the threads, Orbax's too."""
@@ -212,14 +209,12 @@ class CheckpointWriter:
             step 0 would throw the run away, so that is left to the user.
         """
         # Of several processes the first looks, and clears away: all must restore the same.
-        step, error = None, None
-        if jax.process_index() == 0:
-            try:
+        step: int | None = None
+        with together():
+            if jax.process_index() == 0:
                 step = self._newest_intact()
-            except UserError as e:
-                error = e
-        raise_together(error)
-        step = _told_by_first(step)
+        (told,) = told_by_first([-1 if step is None else step])
+        step = None if told < 0 else told
         if jax.process_index() > 0:
             self._manager.reload()
         if step is None:
@@ -264,16 +259,6 @@ class CheckpointWriter:
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
         self._manager.reload()
-
-
-def _told_by_first(step: int | None) -> int | None:
-    """The first process's step, in all of them."""
-    if jax.process_count() == 1:
-        return step
-    from jax.experimental import multihost_utils
-
-    told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
-    return None if told < 0 else told
 
 
 def _restore_args(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:

@@ -126,6 +126,7 @@ def _checked(cluster: Cluster) -> Cluster:
 
 def _slurm(environ: Mapping[str, str]) -> Cluster:
     names = ("SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_JOB_ID")
+    # With a task per GPU, each has the one of its number on its node; unless it sees one alone.
     missing = [name for name in names if name not in environ]
     if missing:
         raise UserError(
@@ -134,9 +135,10 @@ def _slurm(environ: Mapping[str, str]) -> Cluster:
     nodes, tasks, process_id, job = (environ[name] for name in names)
     # Any free port does; jobs of one node have different ones.
     port = 61440 + int(job) % 4096
-    # With a task per GPU, each has the one of its number on its node.
     local = environ.get("SLURM_LOCALID")
-    several = int(environ.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]) > 1
+    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_NTASKS_PER_NODE", "1"))
+    sees_one = re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", "")) is not None
+    several = not sees_one and any(int(n) > 1 for n in re.findall(r"(?:^|,)(\d+)", per_node))
     return _checked(
         Cluster(
             f"{first_host(nodes)}:{port}",
@@ -275,7 +277,8 @@ def _listening(cluster: Cluster) -> socket.socket:
     except OSError as e:
         raise UserError(
             f"--coordinator={cluster.coordinator}: process 0 cannot listen there"
-            f" ({e.strerror or e}); give an address of its own machine and a free port"
+            f" ({e.strerror or e}); give an address of its own machine and a free port, and"
+            " --process_id=0 to one process alone"
         ) from e
 
 

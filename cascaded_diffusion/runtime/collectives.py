@@ -11,6 +11,8 @@ parts of a batch, and b bytes per number of the computation:
 (1)  all-gather      p b |P| for the forward pass, and again for what is rematerialized
 (2)  reduce-scatter  p b |P|  gradients of P, over `fsdp`
 (3)  all-reduce      p b |N - P|  gradients of the rest; over `data`, a share 1 / fsdp of P's
+
+Not counted is what feature maps that are split over `tensor` send.
 """
 
 from __future__ import annotations
@@ -49,14 +51,18 @@ def of_training_step(
       mesh: the device mesh.
       parts: of a batch, each gathered for.
       dtype: of the computation, in which kernels are gathered and gradients summed.
-      remat: whether all blocks are computed twice.
+      remat: whether all blocks are computed twice, and so gathered twice.
     """
     traffic = dict.fromkeys(KINDS, Traffic())
-    for leaf in jax.tree.leaves(params):
-        width = jnp.dtype(dtype if leaf.ndim > 1 else jnp.float32).itemsize
-        size = parts * width * leaf.size // _tensor_share(leaf)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [str(getattr(key, "key", key)) for key in keys]
+        # Vectors and the last convolution are used in float32.
+        narrow = leaf.ndim > 1 and "conv_out" not in names
+        size = parts * jnp.dtype(dtype if narrow else jnp.float32).itemsize * leaf.size
+        size //= _tensor_share(leaf)
         if "fsdp" in leaf.sharding.spec:
-            gathers = 2 if remat else 1
+            in_block = any("block" in name or "attention" in name for name in names)
+            gathers = 2 if remat and in_block else 1
             traffic["all-gather"] = traffic["all-gather"].plus(gathers * parts, gathers * size)
             traffic["reduce-scatter"] = traffic["reduce-scatter"].plus(parts, size)
             if mesh.shape["data"] > 1:

@@ -7,9 +7,13 @@ What is split over the others, and how, is for `sharding` to say.
 from __future__ import annotations
 
 import contextlib
+import os
+import pathlib
 import queue
+import secrets
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +27,8 @@ from cascaded_diffusion.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 # Those that a batch is split over.
 DATA_AXES = ("data", "fsdp")
+# How long a file may take to appear on another host.
+_SHARED_SECS = 60.0
 
 
 def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -43,6 +49,15 @@ def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> M
         # The plain order does not, unless a host's devices do not fit the axes.
         plain = sorted(devices, key=lambda d: (d.process_index, d.id))
         mesh = Mesh(np.asarray(plain).reshape(shape), AXES, axis_types=types)
+        try:
+            batch_share(mesh)
+        except ValueError as e:
+            hosts = len({d.process_index for d in devices})
+            raise UserError(
+                f"config.mesh.tensor = {tensor}: expected devices of a process that fit the axes;"
+                f" {len(devices)} devices of {hosts} processes as data {data} x fsdp"
+                f" {config.fsdp} x tensor {tensor} do not ({e})"
+            ) from e
     return mesh
 
 
@@ -90,6 +105,60 @@ def global_batch(local: Any, mesh: Mesh) -> Any:
         ),
         local,
     )
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What one process cannot do in the block, none does: its error is raised in all.
+
+    Every process must come to the block's end, which no collective may lie before.
+    """
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as e:
+        error = e
+    except OSError as e:
+        error = UserError(str(e))
+        error.__cause__ = e
+    raise_together(error)
+
+
+def told_by_first(values: Sequence[int]) -> list[int]:
+    """The first process's numbers, in all processes."""
+    if jax.process_count() == 1:
+        return list(values)
+    from jax.experimental import multihost_utils
+
+    told = multihost_utils.broadcast_one_to_all(np.asarray(values, np.int32))
+    return np.asarray(told).tolist()
+
+
+def check_shared(folder: pathlib.Path, flag: str) -> None:
+    """Raises UserError, in all processes, unless they all see one folder.
+
+    To be called by every process.
+    """
+    if jax.process_count() == 1:
+        return
+    (number,) = told_by_first([secrets.randbelow(2**31)])
+    mark = folder / f".shared-{number}"
+    with together():
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    with together():
+        deadline = time.monotonic() + _SHARED_SECS
+        while not mark.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--{flag}={folder}: process {jax.process_index()} does not see what process 0"
+                    " writes there; expected one folder that all hosts share"
+                )
+            time.sleep(0.1)
+            os.listdir(folder if folder.is_dir() else folder.parent)  # asks the server anew
+    if jax.process_index() == 0:
+        mark.unlink(missing_ok=True)
 
 
 def raise_together(error: UserError | None) -> None:

@@ -9,6 +9,8 @@ import time
 
 import jax
 
+from cascaded_diffusion.errors import UserError
+
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -71,6 +73,14 @@ class StepProfiler:
     def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
         self._folder, self._steps = folder, steps
         self._running = False
+
+    def check(self, first: int, last: int) -> None:
+        """Raises UserError unless the steps to trace are among those from `first` to `last`."""
+        if self._steps is not None and not first <= self._steps[0] <= self._steps[1] <= last:
+            raise UserError(
+                f"--profile_steps={self._steps[0]}:{self._steps[1]}: expected steps from {first} to"
+                f" {last}, which are those that this run still takes"
+            )
 
     def before(self, step: int) -> None:
         """To be called before `step` is dispatched."""

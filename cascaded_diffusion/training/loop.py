@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config import RunConfig, ema_name
 from cascaded_diffusion.config_checks import check_resume
-from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.errors import LoneError, UserError
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import monitor
 from cascaded_diffusion.runtime.accelerators import accelerator_of
@@ -56,8 +55,10 @@ def _restore_or_init(
 
 def _prepare_folder(folder: RunFolder, config: RunConfig, data: Mapping[str, str]) -> None:
     if folder.exists():
-        for line in check_resume(folder.read_config(), config, str(folder.path)):
-            print(f"changed since the run began: {line}", flush=True)
+        changed = check_resume(folder.read_config(), config, str(folder.path))
+        if jax.process_index() == 0:
+            for line in changed:
+                print(f"changed since the run began: {line}", flush=True)
     folder.check_data(data)
     if jax.process_index() == 0:
         folder.write_config(config)
@@ -76,6 +77,25 @@ def _finished(folder: RunFolder, config: RunConfig) -> Outcome | None:
         if stopped or step >= config.train.train_steps:
             return Outcome(reason=reason, step=step)
     return None
+
+
+_REASONS = ("complete", "early_stop")
+
+
+def _finished_for_all(folder: RunFolder, config: RunConfig) -> Outcome | None:
+    """The same as the first process sees it, in all."""
+    outcome = None
+    with mesh_lib.together():
+        if jax.process_index() == 0:
+            outcome = _finished(folder, config)
+            if outcome is None:
+                # Of a shorter run that now goes on; those who follow it wait for the new end.
+                folder.complete_path.unlink(missing_ok=True)
+    told = (-1, 0)
+    if outcome is not None:
+        told = (_REASONS.index(outcome.reason), outcome.step)
+    reason, step = mesh_lib.told_by_first(told)
+    return None if reason < 0 else Outcome(reason=_REASONS[reason], step=step)
 
 
 def train(
@@ -108,20 +128,15 @@ def train(
     """
     is_first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        error = None
-        try:
+        with mesh_lib.together():
             if is_first_process:
                 stack.enter_context(folder.writer_lock("train"))
+        mesh_lib.check_shared(folder.path, "workdir")
+        with mesh_lib.together():
             _prepare_folder(folder, config, data_identity or {})
-        except UserError as e:
-            error = e
-        mesh_lib.raise_together(error)
-        outcome = _finished(folder, config)
+        outcome = _finished_for_all(folder, config)
         if outcome is not None:
             return outcome
-        if is_first_process:
-            # Of a shorter run that now goes on; those who follow it wait for the new end.
-            folder.complete_path.unlink(missing_ok=True)
         checkpoints = CheckpointWriter(folder, config.checkpoint)
         try:
             # From here on a signal is only noted: a step is taken, saved, and that is all.
@@ -189,6 +204,7 @@ def _train(
 
     writer = MetricWriter(folder, resume_step=first_step) if is_first_process else None
     sample_grid = GridSampler(step_lib.sampled_stage(stage, mesh), config, mesh, grid_examples)
+    profiler.check(first_step + 1, total)
     local_batches = data_from(first_step)
     batches = mesh_lib.DeviceBatches(local_batches, mesh)
     progress = Progress(
@@ -218,15 +234,9 @@ def _train(
             speed = {**clock.read(), **monitor.peak_memory()}
             skipped = getattr(local_batches, "num_skipped", 0)
             if writer is not None:
-                writer.write_scalars(
-                    at_step,
-                    {
-                        **values,
-                        **speed,
-                        "compile_secs": compile_secs,
-                        "data_skipped_records": skipped,
-                    },
-                )
+                counted = {"compile_secs": compile_secs, "data_skipped_records": skipped}
+                with _alone():
+                    writer.write_scalars(at_step, {**values, **speed, **counted})
             details = {"skipped_records": str(skipped)} if skipped else {}
             if "model_flops_utilization" in speed:
                 details["mfu"] = f"{100 * speed['model_flops_utilization']:.0f} %"
@@ -249,7 +259,8 @@ def _train(
                 reason = "early_stop"
                 break
             waited = time.monotonic()
-            records = next(batches)
+            with _alone():
+                records = next(batches)
             clock.data_waited(time.monotonic() - waited)
             profiler.before(step + 1)
             state, metrics = train_step(state, records)
@@ -276,7 +287,8 @@ def _train(
                     if sample:
                         grid = sample_grid(state.ema_params[ema_name(config.eval.ema_decays[0])])
                         if writer is not None:
-                            writer.write_image(step, "ema_samples", grid)
+                            with _alone():
+                                writer.write_image(step, "ema_samples", grid)
                 # What these compile, they compile once.
                 compiles.take()
             elif step > first_step + _FIRST_STEPS:
@@ -337,10 +349,19 @@ def _asked_to_stop(folder: RunFolder, config: RunConfig, step: int) -> bool:
         return folder.asked_to_stop(config.eval.patience_evals)
     if step % config.train.log_every_steps:
         return False
-    from jax.experimental import multihost_utils
-
     asked = jax.process_index() == 0 and folder.asked_to_stop(config.eval.patience_evals)
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(asked)))
+    return bool(mesh_lib.told_by_first([int(asked)])[0])
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """What fails here fails in one process: the others are in the middle of a step."""
+    try:
+        yield
+    except (UserError, OSError) as e:
+        if jax.process_count() == 1:
+            raise
+        raise LoneError(str(e)) from e
 
 
 def _check_finite(values: dict[str, float], step: int, checkpoints: CheckpointWriter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
@@ -21,7 +22,10 @@ class StopRequest:
         self._distributed = jax.process_count() > 1
 
     def __enter__(self) -> StopRequest:
-        if not self._distributed:
+        if self._distributed:
+            # JAX's notice is of SIGTERM alone.
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._as_sigterm)
+        else:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._note)
         return self
@@ -29,6 +33,10 @@ class StopRequest:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _as_sigterm(self, number: int, frame: Any) -> None:
+        del number, frame
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, number: int, frame: Any) -> None:
         del frame

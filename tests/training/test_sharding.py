@@ -121,6 +121,21 @@ def test_every_mesh_trains_the_same_model(alone, kind, mesh, overrides):
         assert shard.size * split == array.size
 
 
+def test_a_bfloat16_step_sends_what_the_formula_says():
+    # But for what the CPU's compiler widens: it has no bfloat16 collectives, so bytes are of
+    # float32, and counts are compared.
+    config = tiny_sr(stage__network__dtype="bfloat16", stage__network__channels=32)
+    mesh = _mesh(data=2, fsdp=4)
+    _, abstract, compiled = _compiled(config, mesh)
+    sent = collectives.in_program(compiled.as_text())
+    expected = collectives.of_training_step(
+        abstract.params, mesh, parts=1, dtype=jnp.bfloat16, remat=False
+    )
+    assert sent["all-gather"].count == expected["all-gather"].count
+    assert expected["all-gather"].bytes <= sent["all-gather"].bytes
+    assert sent["all-gather"].bytes <= 2 * expected["all-gather"].bytes
+
+
 def test_fewer_examples_than_devices_are_split_by_rows(alone):
     # A batch of 4 on 8 devices.
     config = tiny_sr(**{**_OVERRIDES, "train__batch_size": 4})
