@@ -7,12 +7,13 @@ are float32; `dtype` is the dtype of the computation.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cascaded_diffusion.networks import initializers
+from cascaded_diffusion.networks import initializers, winograd
 from cascaded_diffusion.networks.norms import GroupNorm
 from cascaded_diffusion.networks.sums import add_to_pixels
 
@@ -54,13 +55,11 @@ class Conv3x3(nn.Module):
         init = initializers.zeros if self.zero_init else initializers.fan_in_normal
         kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", initializers.zeros, (self.features,))
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (self.stride, self.stride),
-            ((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.stride == 1 and winograd.pays(x, kernel):
+            y = winograd.convolve(x, kernel)
+        else:
+            y = winograd.direct(x, kernel, self.stride)
         # In float32 as far as it goes: its gradient is a sum over the batch.
         bias = jnp.broadcast_to(bias, (len(x), self.features))
         return add_to_pixels(y, bias)
@@ -81,6 +80,24 @@ def dense(features: int, dtype: jnp.dtype, name: str, *, zero_init: bool = False
         dtype=dtype,
         name=name,
     )
+
+
+class Conv1x1(nn.Module):
+    """A 1x1 convolution, as a matrix product. [B, H, W, C] -> [B, H, W, features]."""
+
+    features: int
+    dtype: jnp.dtype
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        init = initializers.zeros if self.zero_init else initializers.fan_in_normal
+        kernel = self.param("kernel", init, (c, self.features))
+        bias = self.param("bias", initializers.zeros, (self.features,))
+        y = x.astype(self.dtype).reshape(b * h * w, c) @ kernel.astype(self.dtype)
+        y = y.reshape(b, h, w, self.features)
+        return add_to_pixels(y, jnp.broadcast_to(bias, (b, self.features)))
 
 
 def concat_skip(h: jax.Array, skip: jax.Array, *, scale: bool) -> jax.Array:
@@ -167,7 +184,7 @@ class ResBlock(nn.Module):
         h = Dropout(self.dropout_rate, name="dropout")(h, rows)
         h = conv3x3(features, dtype, "conv1", zero_init=True)(h)
         if self.project_skip or x.shape[-1] != features:
-            x = dense(features, dtype, "skip")(x)
+            x = Conv1x1(features, dtype, name="skip")(x)
         return x + h
 
 
@@ -178,14 +195,35 @@ _MAX_FLASH_CHANNELS = 128
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Softmax attention, all [B, N, heads, channels of a head].
 
-    On a GPU by cuDNN's fused kernel where that takes it, else by XLA's: the paper's models
-    attend to 1,024 pixels at most, whose scores fit anywhere.
+    On a GPU by cuDNN's fused kernel where that takes it, on a CPU in an order of its own, else
+    by XLA's: the paper's models attend to 1,024 pixels at most, whose scores fit anywhere.
     """
     channels = q.shape[-1]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = half and channels <= _MAX_FLASH_CHANNELS and channels % 8 == 0
     fused = fits and jax.default_backend() == "gpu"
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+    if fused:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    by_xla = partial(jax.nn.dot_product_attention, implementation="xla")
+    return jax.lax.platform_dependent(q, k, v, cpu=_attention_by_heads, default=by_xla)
+
+
+def _attention_by_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The same for XLA's CPU back end: heads as a batch of matrices, all sums as products.
+
+    Otherwise it transposes the scores, and adds them up number by number.
+    """
+    b, n, heads, c = q.shape
+    q, k, v = (x.transpose(0, 2, 1, 3).reshape(b * heads, n, c) for x in (q, k, v))
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = product("btc,bsc->bts", q, k) * c**-0.5
+    # What is subtracted cancels, and so has no gradient.
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - largest).astype(v.dtype)
+    # A column of ones beside v gives the softmax's denominators.
+    sums = product("bts,bsc->btc", weights, jnp.pad(v, ((0, 0), (0, 0), (0, 1)), constant_values=1))
+    out = (sums[..., :c] / sums[..., c:]).astype(v.dtype)
+    return out.reshape(b, heads, n, c).transpose(0, 2, 1, 3)
 
 
 class AttentionBlock(nn.Module):
@@ -197,12 +235,11 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
-        tokens = GroupNorm(self.dtype, name="norm")(x).reshape(b, h * w, c)
-        qkv = dense(3 * c, self.dtype, "qkv")(tokens)
+        qkv = Conv1x1(3 * c, self.dtype, name="qkv")(GroupNorm(self.dtype, name="norm")(x))
         qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
         attended = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        out = dense(c, self.dtype, "out", zero_init=True)
-        return x + out(attended.reshape(b, h * w, c)).reshape(b, h, w, c)
+        out = Conv1x1(c, self.dtype, zero_init=True, name="out")
+        return x + out(attended.reshape(b, h, w, c))
 
 
 class Downsample(nn.Module):

@@ -1,32 +1,31 @@
 """Sums over pixels, and adding what is the same for all of them.
 
 XLA's CPU back end reduces over the outer axes of an array number by number: a sum over the
-pixels of a feature map costs as much as a small convolution. There the sum over a row is
-written out as additions of slices, which become one vectorized loop. Other back ends have
-reductions of their own.
+pixels of a feature map costs as much as a small convolution. As a product with ones it takes
+a tenth of that. Other back ends have reductions of their own.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-_MAX_SLICES = 32
+# What a product adds up in a row: the sum of more would lose digits.
+_PIXELS = 1024
 
 
-def _in_slices(x: jax.Array) -> jax.Array:
+def _by_product(x: jax.Array) -> jax.Array:
     b, h, w, c = x.shape
-    count = next(n for n in range(min(w, _MAX_SLICES), 0, -1) if w % n == 0)
-    parts = x.reshape(b, h, w // count, count, c)
-    row = functools.reduce(jnp.add, (parts[:, :, :, i] for i in range(count)))
-    return row.sum((1, 2))
+    rows = math.gcd(h, max(1, _PIXELS // w))
+    x = x.reshape(b, h // rows, rows * w, c)
+    return jnp.einsum("brn,brnc->brc", jnp.ones(x.shape[:3], x.dtype), x).sum(1)
 
 
 def sum_pixels(x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, C]."""
-    return jax.lax.platform_dependent(x, cpu=_in_slices, default=lambda x: x.sum((1, 2)))
+    return jax.lax.platform_dependent(x, cpu=_by_product, default=lambda x: x.sum((1, 2)))
 
 
 @jax.custom_vjp

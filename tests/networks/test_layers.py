@@ -1,0 +1,102 @@
+"""The layers that a CPU computes in its own way, against the plain one."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cascaded_diffusion.networks.flops import count_flops
+from cascaded_diffusion.networks.layers import AttentionBlock, Conv1x1, attention
+from cascaded_diffusion.networks.sums import add_to_pixels, sum_pixels
+
+
+def _qkv(shape, scale=1.0, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [(scale * jax.random.normal(key, shape)).astype(dtype) for key in keys]
+
+
+def _plain(q, k, v):
+    scores = np.einsum("bthc,bshc->bhts", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhts,bshc->bthc", weights, v)
+
+
+# At a scale of 30 scores are thousands, rounded to 1e-4, and exp overflows without its shift.
+@pytest.mark.parametrize(("scale", "atol"), [(1.0, 1e-5), (30.0, 3e-3)])
+def test_attention_is_the_softmax_of_the_scores(scale, atol):
+    q, k, v, _ = _qkv((2, 12, 3, 8), scale)
+    exact = _plain(*(np.asarray(x, np.float64) for x in (q, k, v)))
+    np.testing.assert_allclose(attention(q, k, v), exact, atol=atol)
+
+
+def test_the_gradient_of_attention_is_that_of_jax():
+    q, k, v, dy = _qkv((2, 12, 3, 8))
+    ours, theirs = (jax.vjp(f, q, k, v)[1](dy) for f in (attention, jax.nn.dot_product_attention))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_attention_in_bfloat16_sums_in_float32():
+    q, k, v, _ = _qkv((1, 256, 1, 16), dtype=jnp.bfloat16)
+    out = attention(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    exact = _plain(*(np.asarray(x, np.float64) for x in (q, k, v)))
+    # Weights and result are rounded to 8 bits, sums of 256 of them are not.
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=2e-3)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_attention_lowers_for_every_platform(platform):
+    q, k, v, _ = _qkv((2, 16, 2, 8))
+    text = jax.jit(attention).trace(q, k, v).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.dot_general") == 2
+
+
+def test_flops_of_attention_do_not_depend_on_its_form():
+    q, k, v, _ = _qkv((2, 16, 2, 8))
+    # Two products of 16 x 16 scores with 8 channels, of four heads in all.
+    assert count_flops(attention, q, k, v) == 2 * (2 * 2) * 2 * 16 * 16 * 8
+
+
+def test_a_1x1_convolution_is_a_dense_layer():
+    x, *_ = _qkv((2, 6, 4, 8))
+    ours, theirs = Conv1x1(5, jnp.float32), nn.Dense(5)
+    params = theirs.init(jax.random.key(1), x)["params"] | {"bias": jnp.arange(5.0)}
+    found, exact = (
+        jax.value_and_grad(lambda p, x, m=m: (m.apply({"params": p}, x) ** 2).sum(), (0, 1))(
+            params, x
+        )
+        for m in (ours, theirs)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, exact)
+
+
+def test_an_attention_block_has_the_parameters_it_always_had():
+    variables = AttentionBlock(num_heads=2).init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))
+    shapes = jax.tree.map(jnp.shape, variables["params"])
+    assert shapes == {
+        "norm": {"scale": (8,), "bias": (8,)},
+        "qkv": {"kernel": (8, 24), "bias": (24,)},
+        "out": {"kernel": (8, 8), "bias": (8,)},
+    }
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 8), (1, 64, 64, 3), (2, 7, 5, 4), (1, 1, 2048, 2)])
+def test_sums_over_pixels(shape):
+    x = 100 + jax.random.normal(jax.random.key(0), shape)
+    exact = np.asarray(x, np.float64).sum((1, 2))
+    np.testing.assert_allclose(sum_pixels(x), exact, rtol=2e-6)
+
+
+def test_a_shift_of_all_pixels_has_their_sum_as_gradient():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, dy = (jax.random.normal(key, (2, 6, 4, 8)).astype(jnp.bfloat16) for key in keys[:2])
+    shift = jax.random.normal(keys[2], (2, 8))
+    y, back = jax.vjp(add_to_pixels, x, shift)
+    assert y.dtype == jnp.bfloat16
+    dx, dshift = back(dy)
+    np.testing.assert_array_equal(dx, dy)
+    assert dshift.dtype == jnp.float32
+    np.testing.assert_allclose(dshift, np.asarray(dy, np.float64).sum((1, 2)), rtol=1e-5, atol=1e-6)
