@@ -105,7 +105,7 @@ def _tiles(x: jax.Array) -> list[jax.Array]:
 def _filtered(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Eq. (1)."""
     b, h, w, _ = x.shape
-    kernels = jnp.einsum("nj,ijck->nick", G, kernel)
+    kernels = _combined(G, [kernel[:, j] for j in range(3)])
     columns = partial(
         jax.lax.conv_general_dilated,
         window_strides=(1, 1),
@@ -125,8 +125,8 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
         e = jnp.pad(e, ((0, 0), (1, 1), (0, 0), (0, 0)))
         e = jnp.concatenate([e[:, 2 - i : 2 - i + h] for i in range(3)], axis=-1)
         product = jnp.einsum("nc,nk->ck", d.reshape(-1, c), e.reshape(-1, 3 * k))
-        gradients.append(product.reshape(c, 3, k))
-    return jnp.einsum("nj,ncik->ijck", G, jnp.stack(gradients))
+        gradients.append(product.reshape(c, 3, k).swapaxes(0, 1))
+    return jnp.stack(_combined(G.T, gradients), axis=1)
 
 
 @jax.custom_vjp
