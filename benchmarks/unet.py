@@ -9,7 +9,9 @@ convolutions, no classes, no dropout, float32. That both are one function is che
 printed: diffusers' model takes our weights, name by name and none left over, and must give
 our output for the same input; parameters and the FLOPs of a forward pass must be equal within
 2 %. What differs is only how it is written: ours has the attention's q, k and v in one product
-and the skips' 1x1 convolutions as products, NHWC; theirs three products, NCHW.
+and the skips' 1x1 convolutions as products, NHWC; theirs three products, NCHW; and ours
+computes 3x3 convolutions of 64 channels or more by Winograd's minimal filtering on a CPU, with
+half the multiplications (networks/winograd.py): GFLOP/s count those of the direct sum.
 
 A training step is, on both sides: uint8 images to float, random t, noise, the eps loss, the
 gradient, clipping of its global norm, Adam, EMA. Ours is the package's own compiled step and
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -326,7 +329,8 @@ def main(argv: Sequence[str]) -> int:
     torch = Torch(args.torch_python, args.batch_size, no_compile=args.no_compile)
     cli.set_up_jax()
     config = config_of(args.batch_size)
-    notes = [ceiling(), *same_network(torch, config)]
+    pages = f"Both processes ran with GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}."
+    notes = [ceiling(), pages, *same_network(torch, config)]
     print(*notes, sep="\n", flush=True)
     rows = []
     makers = {"train": our_training, "sample": our_sampling}

@@ -1,6 +1,10 @@
 # Sourced by the scripts beside it: makes .venv and installs this project's extras into it.
 # shellcheck shell=bash
 
+# Large buffers in pages of 2 MB: a training step on a CPU allocates hundreds of MB, and each
+# page of 4 KB is a fault.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+
 # Prints a command as a reader can repeat it, then runs it.
 run() {
   printf '\n$ %s\n' "$*"

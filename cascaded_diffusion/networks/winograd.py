@@ -120,10 +120,10 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     """Eq. (3): matrix products of x [pixels, C] with three rows of dy side by side."""
     h, c, k = x.shape[1], x.shape[-1], dy.shape[-1]
     gradients = []
+    dy = jnp.pad(dy, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    dy = jnp.concatenate([dy[:, 2 - i : 2 - i + h] for i in range(3)], axis=-1)
     spread = _combined(A_T.T, [dy[:, :, i::OUTPUTS] for i in range(OUTPUTS)])
     for d, e in zip(_tiles(x), spread, strict=True):
-        e = jnp.pad(e, ((0, 0), (1, 1), (0, 0), (0, 0)))
-        e = jnp.concatenate([e[:, 2 - i : 2 - i + h] for i in range(3)], axis=-1)
         product = jnp.einsum("nc,nk->ck", d.reshape(-1, c), e.reshape(-1, 3 * k))
         gradients.append(product.reshape(c, 3, k).swapaxes(0, 1))
     return jnp.stack(_combined(G.T, gradients), axis=1)
