@@ -1,10 +1,6 @@
 # Sourced by the scripts beside it: makes .venv and installs this project's extras into it.
 # shellcheck shell=bash
 
-# Large buffers in pages of 2 MB: a training step on a CPU allocates hundreds of MB, and each
-# page of 4 KB is a fault.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-
 # Prints a command as a reader can repeat it, then runs it.
 run() {
   printf '\n$ %s\n' "$*"
@@ -30,4 +26,11 @@ ensure_environment() {
     run python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
     touch "$stamp"
   fi
+}
+
+# For training on a CPU: a step allocates and frees hundreds of MB, and the kernel would clear
+# each of their pages again. Freed memory is kept, in pages of 2 MB. (glibc; ignored elsewhere.)
+keep_freed_memory() {
+  local tunables=glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0
+  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$tunables:glibc.malloc.trim_threshold=1099511627776}
 }
