@@ -33,19 +33,18 @@ VARIANTS = {
 
 def measure_here(config_path: str, steps: int) -> dict[str, float]:
     """One measurement, in this process, with the XLA_FLAGS it was started with."""
-    import runpy
-
+    
     import jax
     import numpy as np
 
+    from cascaded_diffusion import cli
     from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.config_checks import run_config_from
     from cascaded_diffusion.runtime import mesh as mesh_lib
     from cascaded_diffusion.runtime import sharding
     from cascaded_diffusion.training import step as step_lib
 
-    path, _, variant = config_path.partition(":")
-    config = run_config_from(runpy.run_path(path)["get_config"](variant or None))
+    config = run_config_from(cli.load_config_file(pathlib.Path(), config_path))
     mesh = mesh_lib.build_mesh(config.mesh)
     stage, train = build_stage(config.stage), config.train
     size = config.data.resolution

@@ -22,7 +22,7 @@ touch "$runs/.smoke"
 export runs
 
 # A cascade's config file has a section "cascade", a stage's has "stage".
-mapfile -t files < <(ls configs/*.py | grep -v -e mnist_ -e cifar10_)
+mapfile -t files < <(printf '%s\n' configs/*.py | grep -v -e mnist_ -e cifar10_)
 mapfile -t cascades < <(grep -l 'config\.cascade = ' "${files[@]}")
 mapfile -t stages < <(grep -l 'config\.stage = ' "${files[@]}")
 
