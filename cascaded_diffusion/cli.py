@@ -31,9 +31,9 @@ EXIT_BAD_INPUT = 2
 # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on.
 EXIT_PREEMPTED = 75
 
-# With XLA's YNN fusions on, a convolution's training step runs at two thirds of
-# the speed (see README, "Performance"). The flag is known to these jaxlib versions;
-# an unknown flag would be fatal, so others do without.
+# With XLA's YNN fusions on, a training step of convolutions is slower (see README,
+# "Performance"). The flag is known to these jaxlib versions; an unknown flag would be
+# fatal, so others do without.
 _CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
 _CPU_FLAG_VERSIONS = ((0, 10), (0, 12))
 

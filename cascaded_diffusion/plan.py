@@ -71,9 +71,14 @@ def main(argv: Sequence[str]) -> int:
             is_cut = section.truncated and i + 1 < len(configs) and configs[i + 1].stage.has_level
             stop_t = section.aug_levels[i] if is_cut else 0.0
             plans.append(stage_plan(config, sampler, stop_t=stop_t))
+    from cascaded_diffusion.networks.execution import traced_for
+
     for config, plan in zip(configs, plans, strict=True):
         if topology is not None:
-            plan["on_topology"] = _on_topology(config, plan, topology, fv)
+            # What this process would trace for itself is a CPU's program. GPUs' estimates leave
+            # their fused attention out.
+            with traced_for("tpu"):
+                plan["on_topology"] = _on_topology(config, plan, topology, fv)
     whole = plans[0] if "cascade" not in values else _sum_of(plans, argv)
     if fv.json:
         print(json.dumps(whole))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -11,6 +13,27 @@ import jax
 # (parameters of a part of the network, their path, dtype of the computation or None)
 # -> the parameters as they are needed to compute.
 Gather = Callable[[Any, tuple[str, ...], Any], Any]
+
+_PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
+
+
+@contextmanager
+def traced_for(name: str) -> Iterator[None]:
+    """Programs traced in here are for this platform, whatever this process runs on."""
+    token = _PLATFORM.set(name)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def platform() -> str:
+    """For which platform a program is traced: "cpu", "gpu" or "tpu".
+
+    For what is to be differentiated: of a `platform_dependent` each branch keeps its own
+    numbers for the backward pass, and all are counted and allocated.
+    """
+    return _PLATFORM.get() or jax.default_backend()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from cascaded_diffusion.networks import initializers, winograd
+from cascaded_diffusion.networks.execution import platform
 from cascaded_diffusion.networks.norms import GroupNorm
 from cascaded_diffusion.networks.sums import add_to_pixels
 
@@ -91,13 +92,11 @@ class Conv1x1(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
         init = initializers.zeros if self.zero_init else initializers.fan_in_normal
-        kernel = self.param("kernel", init, (c, self.features))
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", initializers.zeros, (self.features,))
-        y = x.astype(self.dtype).reshape(b * h * w, c) @ kernel.astype(self.dtype)
-        y = y.reshape(b, h, w, self.features)
-        return add_to_pixels(y, jnp.broadcast_to(bias, (b, self.features)))
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        return add_to_pixels(y, jnp.broadcast_to(bias, (len(x), self.features)))
 
 
 def concat_skip(h: jax.Array, skip: jax.Array, *, scale: bool) -> jax.Array:
@@ -201,11 +200,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     channels = q.shape[-1]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = half and channels <= _MAX_FLASH_CHANNELS and channels % 8 == 0
-    fused = fits and jax.default_backend() == "gpu"
-    if fused:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    by_xla = partial(jax.nn.dot_product_attention, implementation="xla")
-    return jax.lax.platform_dependent(q, k, v, cpu=_attention_by_heads, default=by_xla)
+    if platform() == "cpu":
+        return _attention_by_heads(q, k, v)
+    fused = fits and platform() == "gpu"
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
 
 
 def _attention_by_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

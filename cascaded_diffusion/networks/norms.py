@@ -110,8 +110,9 @@ def _backward(
     g = dy.astype(jnp.float32)
     if swish:
         u = _affine(x, scale, shift, mean, sd)
-        # Eq. (6). Below -40 it is nothing, and exp(-u) would overflow.
-        e = jnp.exp(-jnp.maximum(u, -40.0))
+        # Eq. (6). Below -40 it is nothing, and the square would overflow.
+        u = jnp.maximum(u, -40.0)
+        e = jnp.exp(-u)
         g = g * (1 + e + u * e) / jnp.square(1 + e)
     wide = x.astype(jnp.float32)
     dshift = sum_pixels(g)

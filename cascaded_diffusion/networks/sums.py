@@ -12,8 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-# What a product adds up in a row: the sum of more would lose digits.
-_PIXELS = 1024
+# What a product adds up in a row: the more, the more digits are lost.
+_PIXELS = 128
 
 
 def _by_product(x: jax.Array) -> jax.Array:

@@ -13,8 +13,8 @@ two. Summed over C and the three rows of the kernel, the product * becomes six c
 (2)  dx: the same of dy, with the kernel turned by 180 degrees and C and K exchanged
 (3)  dg = G^T [sum over tiles and rows of (B^T d) (A dy)^T]
 
-Of order 1e-5 of the result's deviation is lost to rounding in float32, some ten times what
-the direct sum loses. XLA's CPU back end computes convolutions directly, at the speed of its
+Up to 1e-5 of the result's deviation is lost to rounding in float32, some three times what the
+direct sum loses. XLA's CPU back end computes convolutions directly, at the speed of its
 matrix products, so that only fewer of them are faster; other back ends have their own ways.
 """
 
