@@ -33,7 +33,6 @@ VARIANTS = {
 
 def measure_here(config_path: str, steps: int) -> dict[str, float]:
     """One measurement, in this process, with the XLA_FLAGS it was started with."""
-
     import jax
     import numpy as np
 

@@ -7,6 +7,7 @@ are float32; `dtype` is the dtype of the computation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -43,6 +44,21 @@ def downsample_mean(x: jax.Array) -> jax.Array:
     return nn.avg_pool(x, (2, 2), strides=(2, 2))
 
 
+def _convolved(
+    layer: nn.Module,
+    x: jax.Array,
+    window: tuple[int, ...],
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """The product of x and a kernel [*window, C, features] of `layer`, and its bias."""
+    init = initializers.zeros if layer.zero_init else initializers.fan_in_normal
+    kernel = layer.param("kernel", init, (*window, x.shape[-1], layer.features))
+    bias = layer.param("bias", initializers.zeros, (layer.features,))
+    y = product(x.astype(layer.dtype), kernel.astype(layer.dtype))
+    # In float32 as far as it goes: its gradient is a sum over the batch.
+    return add_to_pixels(y, jnp.broadcast_to(bias, (len(x), layer.features)))
+
+
 class Conv3x3(nn.Module):
     """A 3x3 convolution, `stride` 1 or 2, padding 1 on every side."""
 
@@ -53,17 +69,12 @@ class Conv3x3(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = initializers.zeros if self.zero_init else initializers.fan_in_normal
-        kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
-        bias = self.param("bias", initializers.zeros, (self.features,))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if self.stride == 1 and winograd.pays(x, kernel):
-            y = winograd.convolve(x, kernel)
-        else:
-            y = winograd.direct(x, kernel, self.stride)
-        # In float32 as far as it goes: its gradient is a sum over the batch.
-        bias = jnp.broadcast_to(bias, (len(x), self.features))
-        return add_to_pixels(y, bias)
+        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            if self.stride == 1 and winograd.pays(x, kernel):
+                return winograd.convolve(x, kernel)
+            return winograd.direct(x, kernel, self.stride)
+
+        return _convolved(self, x, (3, 3), product)
 
 
 def conv3x3(
@@ -92,11 +103,7 @@ class Conv1x1(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = initializers.zeros if self.zero_init else initializers.fan_in_normal
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        bias = self.param("bias", initializers.zeros, (self.features,))
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
-        return add_to_pixels(y, jnp.broadcast_to(bias, (len(x), self.features)))
+        return _convolved(self, x, (), jnp.matmul)
 
 
 def concat_skip(h: jax.Array, skip: jax.Array, *, scale: bool) -> jax.Array:
@@ -197,11 +204,11 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     On a GPU by cuDNN's fused kernel where that takes it, on a CPU in an order of its own, else
     by XLA's: the paper's models attend to 1,024 pixels at most, whose scores fit anywhere.
     """
+    if platform() == "cpu":
+        return _attention_by_heads(q, k, v)
     channels = q.shape[-1]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = half and channels <= _MAX_FLASH_CHANNELS and channels % 8 == 0
-    if platform() == "cpu":
-        return _attention_by_heads(q, k, v)
     fused = fits and platform() == "gpu"
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
 

@@ -21,7 +21,6 @@ matrix products, so that only fewer of them are faster; other back ends have the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +65,12 @@ _MIN_WIDTH = 8
 
 
 def direct(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """[B, H, W, C] and [3, 3, C, K] -> [B, H, W, K], padding 1, as XLA computes it."""
+    """[B, H, W, C] and [3, 3 or 1, C, K] -> [B, H, W, K], padded to keep its size, by XLA."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
-        ((1, 1), (1, 1)),
+        [(size // 2, size // 2) for size in kernel.shape[:2]],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
@@ -106,13 +105,7 @@ def _filtered(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Eq. (1)."""
     b, h, w, _ = x.shape
     kernels = _combined(G, [kernel[:, j] for j in range(3)])
-    columns = partial(
-        jax.lax.conv_general_dilated,
-        window_strides=(1, 1),
-        padding=((1, 1), (0, 0)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    products = [columns(d, g[:, None]) for d, g in zip(_tiles(x), kernels, strict=True)]
+    products = [direct(d, g[:, None]) for d, g in zip(_tiles(x), kernels, strict=True)]
     return jnp.stack(_combined(A_T, products), axis=3).reshape(b, h, w, kernel.shape[-1])
 
 

@@ -255,10 +255,10 @@ def test_images_do_not_depend_on_the_devices(stages):
     indices, labels = jax.device_put((jnp.arange(8), labels), split)
     spread = sample(params, keys_for(key, indices), labels, [0.2])
     assert len(spread[1].sharding.device_set) == 8
-    # A product rounds by the size of the batch, and each step hands that on: an eighth of a
-    # grey level at most.
-    for a, b in zip(alone, spread, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-3)
+    # Products round by the size of the batch. A pixel between two grey levels may so be handed
+    # on as the other, which the next stage shows.
+    for a, b, atol in zip(alone, spread, (2e-5, 1e-3), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
 
 
 def test_at_level_zero_truncated_and_non_truncated_are_the_same(stages):
