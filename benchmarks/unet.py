@@ -269,14 +269,15 @@ def way_text(name: str, tried: dict[str, Any]) -> str:
 
 def measure(part: str, ours: Runner, torch: Torch, args: argparse.Namespace) -> tuple[str, str]:
     """One part: a row of the table, and a sentence on PyTorch's ways."""
-    compile_secs = ours(1)
-    ours(1)
+    compile_secs, times = ours(1), TIMES[part]
+    # As in a round: steps in flight at a time have memory of their own, which grows at first.
+    ours(times)
+    ours(times)
     time.sleep(REST_SECS)
     probe = torch.ask("probe", part=part)
     ways = "; ".join(way_text(name, tried) for name, tried in probe["tried"].items())
     ways += "; torch.compile not tried" * args.no_compile
     print(f"{TITLES[part]}: {ways}", flush=True)
-    times = TIMES[part]
     sides = {
         "ours": lambda: ours(times),
         "diffusers": lambda: torch.ask("run", part=part, times=times)["secs"],

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from cascaded_diffusion.networks import initializers, winograd
-from cascaded_diffusion.networks.execution import platform
+from cascaded_diffusion.networks.attention import attention
 from cascaded_diffusion.networks.norms import GroupNorm
-from cascaded_diffusion.networks.sums import add_to_pixels
+from cascaded_diffusion.networks.sums import add_to_pixels, multiply_pixels
 
 
 def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
@@ -103,7 +102,7 @@ class Conv1x1(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _convolved(self, x, (), jnp.matmul)
+        return _convolved(self, x, (), multiply_pixels)
 
 
 def concat_skip(h: jax.Array, skip: jax.Array, *, scale: bool) -> jax.Array:
@@ -194,43 +193,6 @@ class ResBlock(nn.Module):
         return x + h
 
 
-# What cuDNN's fused attention takes: heads of at most this many channels, a multiple of 8.
-_MAX_FLASH_CHANNELS = 128
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention, all [B, N, heads, channels of a head].
-
-    On a GPU by cuDNN's fused kernel where that takes it, on a CPU in an order of its own, else
-    by XLA's: the paper's models attend to 1,024 pixels at most, whose scores fit anywhere.
-    """
-    if platform() == "cpu":
-        return _attention_by_heads(q, k, v)
-    channels = q.shape[-1]
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = half and channels <= _MAX_FLASH_CHANNELS and channels % 8 == 0
-    fused = fits and platform() == "gpu"
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
-
-
-def _attention_by_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The same for XLA's CPU back end: heads as a batch of matrices, all sums as products.
-
-    Otherwise it transposes the scores, and adds them up number by number.
-    """
-    b, n, heads, c = q.shape
-    q, k, v = (x.transpose(0, 2, 1, 3).reshape(b * heads, n, c) for x in (q, k, v))
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = product("btc,bsc->bts", q, k) * c**-0.5
-    # What is subtracted cancels, and so has no gradient.
-    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores - largest).astype(v.dtype)
-    # A column of ones beside v gives the softmax's denominators.
-    sums = product("bts,bsc->btc", weights, jnp.pad(v, ((0, 0), (0, 0), (0, 1)), constant_values=1))
-    out = (sums[..., :c] / sums[..., c:]).astype(v.dtype)
-    return out.reshape(b, heads, n, c).transpose(0, 2, 1, 3)
-
-
 class AttentionBlock(nn.Module):
     """Multi-head self-attention over the N = H * W pixels of a feature map."""
 
@@ -242,7 +204,7 @@ class AttentionBlock(nn.Module):
         b, h, w, c = x.shape
         qkv = Conv1x1(3 * c, self.dtype, name="qkv")(GroupNorm(self.dtype, name="norm")(x))
         qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
-        attended = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        attended = attention(*(part[:, :, 0] for part in jnp.split(qkv, 3, axis=2)))
         out = Conv1x1(c, self.dtype, zero_init=True, name="out")
         return x + out(attended.reshape(b, h, w, c))
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cascaded_diffusion.networks.attention import attention
 from cascaded_diffusion.networks.execution import traced_for
 from cascaded_diffusion.networks.flops import count_flops
-from cascaded_diffusion.networks.layers import AttentionBlock, Conv1x1, attention
-from cascaded_diffusion.networks.sums import add_to_pixels, sum_pixels
+from cascaded_diffusion.networks.layers import AttentionBlock, Conv1x1
+from cascaded_diffusion.networks.sums import add_to_pixels, multiply_pixels, sum_pixels
 
 
 def _qkv(shape, scale=1.0, dtype=jnp.float32):
@@ -33,11 +34,27 @@ def test_attention_is_the_softmax_of_the_scores(scale, atol):
     np.testing.assert_allclose(attention(q, k, v), exact, atol=atol)
 
 
-def test_the_gradient_of_attention_is_that_of_jax():
-    q, k, v, dy = _qkv((2, 12, 3, 8))
+# 12 pixels are one short slice of a reduction, 96 are three.
+@pytest.mark.parametrize("pixels", [12, 96])
+@pytest.mark.parametrize(("scale", "atol"), [(1.0, 2e-6), (30.0, 2e-2)])
+def test_the_gradient_of_attention_is_that_of_jax(pixels, scale, atol):
+    q, k, v, dy = _qkv((2, pixels, 3, 8))
+    q, k = scale * q, scale * k
     ours, theirs = (jax.vjp(f, q, k, v)[1](dy) for f in (attention, jax.nn.dot_product_attention))
     for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+def test_the_gradient_of_attention_in_bfloat16_sums_in_float32():
+    q, k, v, dy = _qkv((1, 256, 1, 16), dtype=jnp.bfloat16)
+    ours = jax.vjp(attention, q, k, v)[1](dy)
+    exact = jax.vjp(attention, *(x.astype(jnp.float32) for x in (q, k, v)))[1](
+        dy.astype(jnp.float32)
+    )
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        # Weights, scores' gradients and results are rounded to 8 bits, sums of them are not.
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.01 * np.abs(b).max())
 
 
 def test_attention_in_bfloat16_sums_in_float32():
@@ -57,8 +74,8 @@ def test_only_a_cpu_attends_head_by_head(platform, by_heads):
         traced = jax.jit(lambda *qkv: attention(*qkv)).trace(q, k, v)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.dot_general") == 2
-    # Its v has a column of ones.
-    assert ("tensor<4x16x9xf32>" in text) == by_heads
+    # Its scores are a batch of 2 examples x 2 heads.
+    assert ("tensor<4x16x16xf32>" in text) == by_heads
 
 
 def test_flops_of_attention_do_not_depend_on_its_form():
@@ -80,6 +97,22 @@ def test_a_1x1_convolution_is_a_dense_layer():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, exact)
 
 
+# Kernels with more rows than columns and the other way round: the smaller factor goes first.
+@pytest.mark.parametrize("channels", [5, 11])
+@pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-6), (jnp.bfloat16, 5e-3)])
+def test_the_gradient_of_a_product_of_pixels(channels, dtype, rtol):
+    x, _, dy, _ = _qkv((2, 6, 16, 8), dtype=dtype)
+    kernel, dy = x[0, 0, :channels].T, dy[..., :1] * jnp.arange(1, channels + 1, dtype=dtype)
+    y, back = jax.vjp(multiply_pixels, x, kernel)
+    assert y.dtype == dtype
+    wide = [np.asarray(value, np.float64) for value in (x, kernel, dy)]
+    exact = (wide[2] @ wide[1].T, np.einsum("bhwc,bhwk->ck", wide[0], wide[2]))
+    for found, gradient in zip(back(dy), exact, strict=True):
+        assert found.dtype == dtype
+        atol = rtol * np.abs(gradient).max()
+        np.testing.assert_allclose(np.asarray(found, np.float64), gradient, atol=atol)
+
+
 def test_an_attention_block_has_the_parameters_it_always_had():
     variables = AttentionBlock(num_heads=2).init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))
     shapes = jax.tree.map(jnp.shape, variables["params"])
@@ -99,6 +132,14 @@ def test_a_1x1_convolution_of_rows_over_devices_stays_there():
     params = layer.init(jax.random.key(0), x)
     apply = jax.jit(layer.apply, in_shardings=(whole, rows), out_shardings=rows)
     assert "all-gather" not in apply.lower(params, x).compile().as_text()
+
+    def gradient(params, x, dy):
+        return jax.vjp(layer.apply, params, x)[1](dy)
+
+    back = jax.jit(gradient, in_shardings=(whole, rows, rows), out_shardings=(whole, rows))
+    text = back.lower(params, x, jnp.ones((4, 16, 16, 4))).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-reduce" in text
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 4, 8), (1, 64, 64, 3), (2, 7, 5, 4), (1, 1, 2048, 2)])

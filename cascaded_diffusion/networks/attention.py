@@ -1,0 +1,113 @@
+r"""Multi-head softmax attention, by cuDNN on a GPU, in an order of its own on a CPU, else by XLA.
+
+Per head, with the pixels' queries, keys and values q, k, v [N, C]:
+
+(1)  y = p v,  p = w / t,  w = exp(s - max s),  t = sum w,  s = q k^T / sqrt(C)
+
+max and the sum over a row. The gradient, with g = dL/dy / t:
+
+(2)  dv = w^T g,   ds = w * (g v^T - sum g y),   dq = ds k / sqrt(C),   dk = ds^T q / sqrt(C)
+
+XLA's CPU back end multiplies matrices fast, adds up and compares number by number, and gathers
+a transposed factor of a product. Hence heads are a batch of matrices there, reductions go by
+slices, and the small factors are transposed rather than the scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+
+from cascaded_diffusion.networks.execution import platform
+
+# What cuDNN's fused attention takes: heads of at most this many channels, a multiple of 8.
+_MAX_FLASH_CHANNELS = 128
+# Numbers side by side in a reduction.
+_SLICE = 32
+
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Eq. (1), all [B, N, heads, channels of a head].
+
+    The paper's models attend to 1,024 pixels at most, whose scores fit anywhere.
+    """
+    if platform() == "cpu":
+        return _by_heads(q, k, v)
+    channels = q.shape[-1]
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = half and channels <= _MAX_FLASH_CHANNELS and channels % 8 == 0
+    fused = fits and platform() == "gpu"
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[B, N, heads, C] -> [B * heads, N, C]."""
+    b, n, heads, c = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(b * heads, n, c)
+
+
+def _columns(x: jax.Array) -> jax.Array:
+    """[B, N, heads, C] -> [B * heads, C, N]."""
+    b, n, heads, c = x.shape
+    return x.transpose(0, 2, 3, 1).reshape(b * heads, c, n)
+
+
+def _from_rows(x: jax.Array, heads: int) -> jax.Array:
+    """The inverse of `_rows`."""
+    b, n, c = x.shape
+    return x.reshape(b // heads, heads, n, c).transpose(0, 2, 1, 3)
+
+
+def _from_columns(x: jax.Array, heads: int) -> jax.Array:
+    """The inverse of `_columns`."""
+    b, c, n = x.shape
+    return x.reshape(b // heads, heads, c, n).transpose(0, 3, 1, 2)
+
+
+def _by_slices(combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """[..., N] -> [..., _SLICE] or fewer, all slices combined."""
+    width = math.gcd(x.shape[-1], _SLICE)
+    return reduce(combine, [x[..., i : i + width] for i in range(0, x.shape[-1], width)])
+
+
+@jax.custom_vjp
+def _by_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attention` for a CPU."""
+    return _forward(q, k, v)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    heads, c = q.shape[2:]
+    scores = _product("btc,bcs->bts", _rows(q * c**-0.5), _columns(k))
+    largest = _by_slices(jnp.maximum, scores).max(-1, keepdims=True)
+    weights = jnp.exp(scores - largest).astype(v.dtype)
+    total = _by_slices(jnp.add, weights.astype(jnp.float32)).sum(-1, keepdims=True)
+    y = _product("bts,bsc->btc", weights, _rows(v)) / total
+    y, total = _from_rows(y, heads).astype(v.dtype), _from_rows(total, heads)
+    return y, (q, k, v, weights, total, y)
+
+
+def _backward(
+    saved: tuple[jax.Array, ...], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v, weights, total, y = saved
+    heads, c = q.shape[2:]
+    g = dy.astype(jnp.float32) / total
+    shift = _rows((g * y).sum(-1, keepdims=True))
+    g = g.astype(v.dtype)
+    dv = _product("bct,bts->bcs", _columns(g), weights)
+    dscores = weights * (_product("btc,bcs->bts", _rows(g), _columns(v)) - shift)
+    dscores = dscores.astype(q.dtype)
+    dq = _product("bts,bsc->btc", dscores, _rows(k * c**-0.5))
+    dk = _product("bct,bts->bcs", _columns(q * c**-0.5), dscores)
+    dq, dk, dv = _from_rows(dq, heads), _from_columns(dk, heads), _from_columns(dv, heads)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+_by_heads.defvjp(_forward, _backward)
