@@ -291,6 +291,20 @@ def numbers_in(flag_values: flags.FlagValues, name: str, kind: type) -> list[Any
         ) from e
 
 
+def _compilation_cache() -> pathlib.Path:
+    """The default folder of compiled programs, one for each number of CPUs.
+
+    A program for the CPU is cut for as many threads as there are at its compilation, and JAX's
+    cache does not tell those apart: compiled on one CPU, it would leave the others idle for good.
+    """
+    try:
+        cpus = int(os.environ["NPROC"])  # Which XLA goes by, too.
+    except (KeyError, ValueError):
+        schedulable = getattr(os, "sched_getaffinity", None)  # Linux only.
+        cpus = len(schedulable(0)) if schedulable else os.cpu_count() or 1
+    return pathlib.Path.home() / ".cache" / "cascaded_diffusion" / "xla" / f"{cpus}cpus"
+
+
 def set_up_jax(cluster: Cluster | None = None) -> Any:
     """Imports JAX with this project's settings and returns it.
 
@@ -298,7 +312,7 @@ def set_up_jax(cluster: Cluster | None = None) -> Any:
 
     - On a CPU, XLA's slower convolution path is switched off.
     - Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR`, by default
-      `~/.cache/cascaded_diffusion/xla`: the second start of a run is quick.
+      `~/.cache/cascaded_diffusion/xla/<N>cpus`: the second start of a run is quick.
     """
     from importlib.metadata import version
 
@@ -315,8 +329,7 @@ def set_up_jax(cluster: Cluster | None = None) -> Any:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
-        cache = pathlib.Path.home() / ".cache" / "cascaded_diffusion" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(_compilation_cache()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if cluster is not None:

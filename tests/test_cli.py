@@ -1,0 +1,48 @@
+"""What all binaries set up."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+_COMPILE = """
+import os, sys
+if sys.argv[1] != "all":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from cascaded_diffusion import cli
+jax = cli.set_up_jax()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity is Linux's")
+def test_programs_compiled_on_one_cpu_are_not_taken_on_several(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "NPROC")}
+
+    def folders_after(cpus, **more):
+        subprocess.run(
+            [sys.executable, "-c", _COMPILE, cpus],
+            env={**env, "HOME": str(tmp_path), **more},
+            check=True,
+        )
+        cache = tmp_path / ".cache" / "cascaded_diffusion" / "xla"
+        assert all(any(folder.iterdir()) for folder in cache.iterdir())
+        return {folder.name for folder in cache.iterdir()}
+
+    assert folders_after("one") == {"1cpus"}
+    everything = f"{len(os.sched_getaffinity(0))}cpus"
+    assert folders_after("all") == {"1cpus", everything}
+    assert folders_after("all", NPROC="3") == {"1cpus", everything, "3cpus"}
+
+
+def test_a_cache_named_by_the_user_is_taken(tmp_path):
+    cache = tmp_path / "mine"
+    subprocess.run(
+        [sys.executable, "-c", _COMPILE, "all"],
+        env={**os.environ, "HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(cache)},
+        check=True,
+    )
+    assert any(cache.iterdir())
+    assert not (tmp_path / ".cache").exists()
