@@ -31,11 +31,11 @@ EXIT_BAD_INPUT = 2
 # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on.
 EXIT_PREEMPTED = 75
 
-# With XLA's YNN fusions on, a training step of convolutions is slower (see README,
-# "Performance"). The flag is known to these jaxlib versions; an unknown flag would be
-# fatal, so others do without.
-_CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
-_CPU_FLAG_VERSIONS = ((0, 10), (0, 12))
+# With XLA's YNN fusions on, or with half as wide vectors where the CPU has 512 bits, a training
+# step of convolutions is slower (see README, "Performance"). The flags are known to these jaxlib
+# versions; an unknown flag would be fatal, so others do without.
+_CPU_FLAGS = ("--xla_cpu_experimental_ynn_fusion_type=", "--xla_cpu_prefer_vector_width=512")
+_CPU_FLAGS_VERSIONS = ((0, 10), (0, 12))
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -310,17 +310,19 @@ def set_up_jax(cluster: Cluster | None = None) -> Any:
 
     With a `cluster`, of whose processes each calls this, it is one JAX over all of them.
 
-    - On a CPU, XLA's slower convolution path is switched off.
+    - On a CPU, XLA's slower convolution path is switched off, and vectors are as wide as the
+      CPU's. What `XLA_FLAGS` already says about either stays.
     - Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR`, by default
       `~/.cache/cascaded_diffusion/xla/<N>cpus`: the second start of a run is quick.
     """
     from importlib.metadata import version
 
     jaxlib = tuple(int(x) for x in version("jaxlib").split(".")[:2])
-    flags_now = os.environ.get("XLA_FLAGS", "")
-    name = _CPU_FLAG.partition("=")[0]
-    if _CPU_FLAG_VERSIONS[0] <= jaxlib <= _CPU_FLAG_VERSIONS[1] and name not in flags_now:
-        os.environ["XLA_FLAGS"] = f"{flags_now} {_CPU_FLAG}".strip()
+    if _CPU_FLAGS_VERSIONS[0] <= jaxlib <= _CPU_FLAGS_VERSIONS[1]:
+        for flag in _CPU_FLAGS:
+            flags_now = os.environ.get("XLA_FLAGS", "")
+            if flag.partition("=")[0] not in flags_now:
+                os.environ["XLA_FLAGS"] = f"{flags_now} {flag}".strip()
     absl_logging.set_verbosity(absl_logging.WARNING)
     # grain reads absl's own flags; a binary that parses none must say that it is done.
     if not flags.FLAGS.is_parsed():

@@ -46,3 +46,17 @@ def test_a_cache_named_by_the_user_is_taken(tmp_path):
     )
     assert any(cache.iterdir())
     assert not (tmp_path / ".cache").exists()
+
+
+@pytest.mark.parametrize("given", ["", "--xla_cpu_prefer_vector_width=256"])
+def test_flags_for_the_cpu_are_set_unless_the_user_set_them(given):
+    result = subprocess.run(
+        [sys.executable, "-c", _COMPILE + "print(os.environ['XLA_FLAGS'])", "all"],
+        env={**os.environ, "XLA_FLAGS": given},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wanted = [given or "--xla_cpu_prefer_vector_width=512"]
+    wanted.append("--xla_cpu_experimental_ynn_fusion_type=")
+    assert sorted(result.stdout.split()) == sorted(wanted)
