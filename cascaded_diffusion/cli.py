@@ -311,7 +311,9 @@ def set_up_jax(cluster: Cluster | None = None) -> Any:
     With a `cluster`, of whose processes each calls this, it is one JAX over all of them.
 
     - On a CPU, XLA's slower convolution path is switched off, and vectors are as wide as the
-      CPU's. What `XLA_FLAGS` already says about either stays.
+      CPU's. What `XLA_FLAGS` already says about either stays. And on one CPU device steps run
+      in the thread that calls them: one at a time has its hundreds of MB, which malloc then
+      gets out of the same memory each time.
     - Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR`, by default
       `~/.cache/cascaded_diffusion/xla/<N>cpus`: the second start of a run is quick.
     """
@@ -332,6 +334,7 @@ def set_up_jax(cluster: Cluster | None = None) -> Any:
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(_compilation_cache()))
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if cluster is not None:

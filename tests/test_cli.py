@@ -60,3 +60,23 @@ def test_flags_for_the_cpu_are_set_unless_the_user_set_them(given):
     wanted = [given or "--xla_cpu_prefer_vector_width=512"]
     wanted.append("--xla_cpu_experimental_ynn_fusion_type=")
     assert sorted(result.stdout.split()) == sorted(wanted)
+
+
+_STEP = """
+import numpy as np
+from cascaded_diffusion import cli
+jax = cli.set_up_jax()
+step = jax.jit(lambda x: jax.lax.fori_loop(0, 2000, lambda _, x: jax.numpy.sin(x @ x), x))
+print(step(np.ones((128, 128), np.float32)).is_ready())
+"""
+
+
+def test_on_one_cpu_device_a_call_returns_when_the_step_is_done():
+    result = subprocess.run(
+        [sys.executable, "-c", _STEP],
+        env={**os.environ, "XLA_FLAGS": ""},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert result.stdout == "True\n"
