@@ -22,29 +22,35 @@ import time
 
 import machine
 
+from cascaded_diffusion import cli
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+_NARROW = "--xla_cpu_experimental_ynn_fusion_type= --xla_cpu_prefer_vector_width=256"
+_OURS = " ".join(cli.CPU_FLAGS)
 VARIANTS = {
     "XLA's defaults": "",
-    "YNN fusions off": "--xla_cpu_experimental_ynn_fusion_type=",
-    "YNN fusions off, 512-bit vectors (ours)": "--xla_cpu_experimental_ynn_fusion_type="
-    " --xla_cpu_prefer_vector_width=512",
-    "ours, fast math": "--xla_cpu_experimental_ynn_fusion_type="
-    " --xla_cpu_prefer_vector_width=512 --xla_cpu_enable_fast_math=true",
+    "YNN fusions off, steps in the calling thread": _NARROW,
+    "512-bit vectors besides (ours)": _OURS,
+    "ours, fast math": f"{_OURS} --xla_cpu_enable_fast_math=true",
 }
 
 
 def measure_here(config_path: str, steps: int) -> dict[str, float]:
-    """One measurement, in this process, with the XLA_FLAGS it was started with."""
+    """One measurement, in this process, with the XLA_FLAGS it was started with.
+
+    With none it is JAX as it comes; else what the binaries set besides is set here, too.
+    """
     import jax
     import numpy as np
 
-    from cascaded_diffusion import cli
     from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.config_checks import run_config_from
     from cascaded_diffusion.runtime import mesh as mesh_lib
     from cascaded_diffusion.runtime import sharding
     from cascaded_diffusion.training import step as step_lib
 
+    if os.environ["XLA_FLAGS"]:
+        cli.set_up_jax()
     config = run_config_from(cli.load_config_file(pathlib.Path(), config_path))
     mesh = mesh_lib.build_mesh(config.mesh)
     stage, train = build_stage(config.stage), config.train

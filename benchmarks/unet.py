@@ -270,7 +270,7 @@ def way_text(name: str, tried: dict[str, Any]) -> str:
 def measure(part: str, ours: Runner, torch: Torch, args: argparse.Namespace) -> tuple[str, str]:
     """One part: a row of the table, and a sentence on PyTorch's ways."""
     compile_secs, times = ours(1), TIMES[part]
-    # As in a round: steps in flight at a time have memory of their own, which grows at first.
+    # As in a round, until memory stops growing.
     ours(times)
     ours(times)
     time.sleep(REST_SECS)

@@ -34,8 +34,8 @@ EXIT_PREEMPTED = 75
 # With XLA's YNN fusions on, or with half as wide vectors where the CPU has 512 bits, a training
 # step of convolutions is slower (see README, "Performance"). The flags are known to these jaxlib
 # versions; an unknown flag would be fatal, so others do without.
-_CPU_FLAGS = ("--xla_cpu_experimental_ynn_fusion_type=", "--xla_cpu_prefer_vector_width=512")
-_CPU_FLAGS_VERSIONS = ((0, 10), (0, 12))
+CPU_FLAGS = ("--xla_cpu_experimental_ynn_fusion_type=", "--xla_cpu_prefer_vector_width=512")
+CPU_FLAGS_VERSIONS = ((0, 10), (0, 12))
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -310,18 +310,18 @@ def set_up_jax(cluster: Cluster | None = None) -> Any:
 
     With a `cluster`, of whose processes each calls this, it is one JAX over all of them.
 
-    - On a CPU, XLA's slower convolution path is switched off, and vectors are as wide as the
-      CPU's. What `XLA_FLAGS` already says about either stays. And on one CPU device steps run
-      in the thread that calls them: one at a time has its hundreds of MB, which malloc then
-      gets out of the same memory each time.
+    - On a CPU, XLA's slower convolution path is switched off, and vectors are up to 512 bits
+      wide. And on one CPU device steps run in the thread that calls them, so that only one
+      step's hundreds of MB are allocated at a time, and malloc reuses them. What `XLA_FLAGS`
+      and `JAX_CPU_ENABLE_ASYNC_DISPATCH` already say stays.
     - Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR`, by default
       `~/.cache/cascaded_diffusion/xla/<N>cpus`: the second start of a run is quick.
     """
     from importlib.metadata import version
 
     jaxlib = tuple(int(x) for x in version("jaxlib").split(".")[:2])
-    if _CPU_FLAGS_VERSIONS[0] <= jaxlib <= _CPU_FLAGS_VERSIONS[1]:
-        for flag in _CPU_FLAGS:
+    if CPU_FLAGS_VERSIONS[0] <= jaxlib <= CPU_FLAGS_VERSIONS[1]:
+        for flag in CPU_FLAGS:
             flags_now = os.environ.get("XLA_FLAGS", "")
             if flag.partition("=")[0] not in flags_now:
                 os.environ["XLA_FLAGS"] = f"{flags_now} {flag}".strip()
@@ -334,7 +334,8 @@ def set_up_jax(cluster: Cluster | None = None) -> Any:
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(_compilation_cache()))
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if "JAX_CPU_ENABLE_ASYNC_DISPATCH" not in os.environ:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if cluster is not None:

@@ -8,8 +8,8 @@ max and the sum over a row. The gradient, with g = dL/dy / t:
 
 (2)  dv = w^T g,   ds = w * (g v^T - sum g y),   dq = ds k / sqrt(C),   dk = ds^T q / sqrt(C)
 
-XLA's CPU back end multiplies matrices fast, adds up and compares number by number, and gathers
-a transposed factor of a product. Hence heads are a batch of matrices there, reductions go by
+XLA's CPU back end is fast at matrix products, reduces a row one number at a time, and reads a
+transposed factor with strides. Hence heads are a batch of matrices there, reductions go by
 slices, and the small factors are transposed rather than the scores.
 """
 
@@ -84,9 +84,10 @@ def _by_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     heads, c = q.shape[2:]
-    scores = _product("btc,bcs->bts", _rows(q * c**-0.5), _columns(k))
+    # 1/sqrt(C) is applied to float32 numbers: in bfloat16, q would be rounded once more.
+    scores = _product("btc,bcs->bts", _rows(q), _columns(k))
     largest = _by_slices(jnp.maximum, scores).max(-1, keepdims=True)
-    weights = jnp.exp(scores - largest).astype(v.dtype)
+    weights = jnp.exp((scores - largest) * c**-0.5).astype(v.dtype)
     total = _by_slices(jnp.add, weights.astype(jnp.float32)).sum(-1, keepdims=True)
     y = _product("bts,bsc->btc", weights, _rows(v)) / total
     y, total = _from_rows(y, heads).astype(v.dtype), _from_rows(total, heads)
@@ -104,8 +105,8 @@ def _backward(
     dv = _product("bct,bts->bcs", _columns(g), weights)
     dscores = weights * (_product("btc,bcs->bts", _rows(g), _columns(v)) - shift)
     dscores = dscores.astype(q.dtype)
-    dq = _product("bts,bsc->btc", dscores, _rows(k * c**-0.5))
-    dk = _product("bct,bts->bcs", _columns(q * c**-0.5), dscores)
+    dq = _product("bts,bsc->btc", dscores, _rows(k)) * c**-0.5
+    dk = _product("bct,bts->bcs", _columns(q), dscores) * c**-0.5
     dq, dk, dv = _from_rows(dq, heads), _from_columns(dk, heads), _from_columns(dv, heads)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 

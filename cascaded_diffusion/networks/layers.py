@@ -204,6 +204,7 @@ class AttentionBlock(nn.Module):
         b, h, w, c = x.shape
         qkv = Conv1x1(3 * c, self.dtype, name="qkv")(GroupNorm(self.dtype, name="norm")(x))
         qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
+        # By jnp.split, whose gradient is one concatenation; that of indexing is three padded sums.
         attended = attention(*(part[:, :, 0] for part in jnp.split(qkv, 3, axis=2)))
         out = Conv1x1(c, self.dtype, zero_init=True, name="out")
         return x + out(attended.reshape(b, h, w, c))

@@ -61,7 +61,7 @@ def _multiply_forward(
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Example by example: then rows of pixels may be on several devices."""
+    """Example by example: flattened over examples, rows of several devices would be gathered."""
     x, dy = (value.reshape(len(value), -1, value.shape[-1]) for value in (x, dy))
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     # The first factor is gathered column by column: the smaller.

@@ -65,7 +65,7 @@ _MIN_WIDTH = 8
 
 
 def direct(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """[B, H, W, C] and [3, 3 or 1, C, K] -> [B, H, W, K], padded to keep its size, by XLA."""
+    """[B, H, W, C] and [3, 3 or 1, C, K] -> [B, H, W, K], padding 1 along axes of 3, by XLA."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
