@@ -25,12 +25,10 @@ import machine
 from cascaded_diffusion import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-_NARROW = "--xla_cpu_experimental_ynn_fusion_type= --xla_cpu_prefer_vector_width=256"
 _OURS = " ".join(cli.CPU_FLAGS)
 VARIANTS = {
     "XLA's defaults": "",
-    "YNN fusions off, steps in the calling thread": _NARROW,
-    "512-bit vectors besides (ours)": _OURS,
+    "YNN fusions off, steps in the calling thread (ours)": _OURS,
     "ours, fast math": f"{_OURS} --xla_cpu_enable_fast_math=true",
 }
 

@@ -31,10 +31,12 @@ EXIT_BAD_INPUT = 2
 # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on.
 EXIT_PREEMPTED = 75
 
-# With XLA's YNN fusions on, or with half as wide vectors where the CPU has 512 bits, a training
-# step of convolutions is slower (see README, "Performance"). The flags are known to these jaxlib
-# versions; an unknown flag would be fatal, so others do without.
-CPU_FLAGS = ("--xla_cpu_experimental_ynn_fusion_type=", "--xla_cpu_prefer_vector_width=512")
+# With XLA's YNN fusions on, a training step of convolutions is slower (see README,
+# "Performance"). The flag is known to these jaxlib versions; an unknown flag would be
+# fatal, so others do without. Vectors of 512 bits (--xla_cpu_prefer_vector_width) would be a
+# little faster yet, but programs then compute something else (jaxlib 0.10.2): the loss of the
+# demo's base16 on real digits was 0.176 instead of 0.065.
+CPU_FLAGS = ("--xla_cpu_experimental_ynn_fusion_type=",)
 CPU_FLAGS_VERSIONS = ((0, 10), (0, 12))
 
 
@@ -310,10 +312,10 @@ def set_up_jax(cluster: Cluster | None = None) -> Any:
 
     With a `cluster`, of whose processes each calls this, it is one JAX over all of them.
 
-    - On a CPU, XLA's slower convolution path is switched off, and vectors are up to 512 bits
-      wide. And on one CPU device steps run in the thread that calls them, so that only one
-      step's hundreds of MB are allocated at a time, and malloc reuses them. What `XLA_FLAGS`
-      and `JAX_CPU_ENABLE_ASYNC_DISPATCH` already say stays.
+    - On a CPU, XLA's slower convolution path is switched off, and on one CPU device steps run
+      in the thread that calls them, so that only one step's hundreds of MB are allocated at a
+      time, and malloc reuses them. What `XLA_FLAGS` and `JAX_CPU_ENABLE_ASYNC_DISPATCH` already
+      say stays.
     - Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR`, by default
       `~/.cache/cascaded_diffusion/xla/<N>cpus`: the second start of a run is quick.
     """
