@@ -33,9 +33,9 @@ EXIT_PREEMPTED = 75
 
 # With XLA's YNN fusions on, a training step of convolutions is slower (see README,
 # "Performance"). The flag is known to these jaxlib versions; an unknown flag would be
-# fatal, so others do without. Vectors of 512 bits (--xla_cpu_prefer_vector_width) would be a
-# little faster yet, but programs then compute something else (jaxlib 0.10.2): the loss of the
-# demo's base16 on real digits was 0.176 instead of 0.065.
+# fatal, so others do without. Vectors of 512 bits (--xla_cpu_prefer_vector_width=512) would be
+# a little faster yet, but with them XLA's arctan, which the time of a network is made of, is off
+# by up to 2.5 (jaxlib 0.10.2).
 CPU_FLAGS = ("--xla_cpu_experimental_ynn_fusion_type=",)
 CPU_FLAGS_VERSIONS = ((0, 10), (0, 12))
 

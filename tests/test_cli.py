@@ -92,3 +92,21 @@ def test_on_one_cpu_device_a_call_returns_when_the_step_is_done():
         text=True,
     )
     assert result.stdout == "True\n"
+
+
+_FUNCTIONS = """
+import numpy as np
+from cascaded_diffusion import cli
+jax = cli.set_up_jax()
+x = np.linspace(-20, 20, 256, dtype=np.float32)
+for name in ("arctan", "exp", "tanh", "sin", "cos", "expm1"):
+    found = jax.jit(getattr(jax.numpy, name))(x)
+    np.testing.assert_allclose(found, getattr(np, name)(x), rtol=1e-4, atol=1e-5, err_msg=name)
+"""
+
+
+def test_with_the_flags_of_the_binaries_functions_are_what_they_are():
+    # Vectors of 512 bits are a flag with which arctan is not.
+    subprocess.run(
+        [sys.executable, "-c", _FUNCTIONS], env={**os.environ, "XLA_FLAGS": ""}, check=True
+    )
