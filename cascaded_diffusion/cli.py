@@ -36,8 +36,8 @@ EXIT_PREEMPTED = 75
 # fatal, so others do without. Vectors of 512 bits (--xla_cpu_prefer_vector_width=512) would be
 # a little faster yet, but with them XLA's arctan, which the time of a network is made of, is off
 # by up to 2.5 (jaxlib 0.10.2).
-CPU_FLAGS = ("--xla_cpu_experimental_ynn_fusion_type=",)
-CPU_FLAGS_VERSIONS = ((0, 10), (0, 12))
+CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
+CPU_FLAG_VERSIONS = ((0, 10), (0, 12))
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -322,11 +322,10 @@ def set_up_jax(cluster: Cluster | None = None) -> Any:
     from importlib.metadata import version
 
     jaxlib = tuple(int(x) for x in version("jaxlib").split(".")[:2])
-    if CPU_FLAGS_VERSIONS[0] <= jaxlib <= CPU_FLAGS_VERSIONS[1]:
-        for flag in CPU_FLAGS:
-            flags_now = os.environ.get("XLA_FLAGS", "")
-            if flag.partition("=")[0] not in flags_now:
-                os.environ["XLA_FLAGS"] = f"{flags_now} {flag}".strip()
+    flags_now = os.environ.get("XLA_FLAGS", "")
+    name = CPU_FLAG.partition("=")[0]
+    if CPU_FLAG_VERSIONS[0] <= jaxlib <= CPU_FLAG_VERSIONS[1] and name not in flags_now:
+        os.environ["XLA_FLAGS"] = f"{flags_now} {CPU_FLAG}".strip()
     absl_logging.set_verbosity(absl_logging.WARNING)
     # grain reads absl's own flags; a binary that parses none must say that it is done.
     if not flags.FLAGS.is_parsed():

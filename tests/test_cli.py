@@ -57,10 +57,10 @@ def test_a_cache_named_by_the_user_is_taken(tmp_path):
 
 
 @pytest.mark.skipif(
-    not cli.CPU_FLAGS_VERSIONS[0]
+    not cli.CPU_FLAG_VERSIONS[0]
     <= tuple(int(x) for x in version("jaxlib").split(".")[:2])
-    <= cli.CPU_FLAGS_VERSIONS[1],
-    reason="flags this jaxlib may not know are left out",
+    <= cli.CPU_FLAG_VERSIONS[1],
+    reason="a flag this jaxlib may not know is left out",
 )
 @pytest.mark.parametrize("given", ["", "--xla_cpu_experimental_ynn_fusion_type=all"])
 def test_the_flag_for_the_cpu_is_set_unless_the_user_set_it(given):
