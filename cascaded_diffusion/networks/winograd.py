@@ -1,21 +1,28 @@
-r"""3x3 convolutions with half the multiplications, for CPUs: Winograd's minimal filtering.
+r"""3x3 convolutions with a quarter of the multiplications, for CPUs: Winograd's minimal filtering.
 
 Four neighbouring outputs of a filter with three taps need six products instead of twelve,
-F(4, 3) of Lavin & Gray 2016 (arXiv 1509.09308), here along a row of pixels. With d six
-neighbouring numbers of a row, g three taps, y four outputs:
+F(4, 3) of Lavin & Gray 2016 (arXiv 1509.09308); 4x4 outputs of a 3x3 filter 36 instead of
+144. With d 6x6 neighbouring numbers, g the 3x3 taps, Y the 4x4 outputs:
 
-(1)  y = A^T [(G g) * (B^T d)]
+(1)  Y = A^T [(G g G^T) * (B^T d B)] A
 
-A convolution [B, H, W, C] -> [B, H, W, K] cuts each row into W/4 tiles d that overlap by
-two. Summed over C and the three rows of the kernel, the product * becomes six convolutions
-3x1, one for each of the six numbers. From them the gradients, for dy = dL/dy:
+A convolution [B, H, W, C] -> [B, H, W, K] cuts each image into tiles d that overlap by two.
+Summed over C, the product * becomes 36 products of matrices, one for each of the 36 numbers:
+[tiles, C] times [C, K]. From them the gradients, for dy = dL/dY:
 
 (2)  dx: the same of dy, with the kernel turned by 180 degrees and C and K exchanged
-(3)  dg = G^T [sum over tiles and rows of (B^T d) (A dy)^T]
+(3)  dg = G^T [sum over tiles of (B^T d B) * (A dy A^T)] G,   * of every C with every K
 
-Up to 1e-5 of the result's deviation is lost to rounding in float32, some three times what the
-direct sum loses. XLA's CPU back end computes convolutions directly, at the speed of its
-matrix products, so that only fewer of them are faster; other back ends have their own ways.
+The matrices come from six points (Cook & Toom), one of them at infinity: A^T has their powers,
+a row of B^T the coefficients of a polynomial that vanishes at all but one of them, G the
+powers again, over the polynomial's value there. Points 0, +-3/4, +-3/2, whose powers are
+exact in binary, lose a quarter to rounding of what the usual 0, +-1, +-2 lose: up to 2e-5 of
+the result's deviation in float32, three to six times what the direct sum loses.
+
+XLA's CPU back end computes convolutions directly, at the speed of its matrix products, so
+that only fewer of them are faster; other back ends have their own ways. It also computes what
+is elementwise again in each place of use, both sides of B^T d B for each of 36 numbers; of a
+matrix product it keeps the result. Hence one side is a `_product`, the other `_weighted`.
 """
 
 from __future__ import annotations
@@ -26,100 +33,106 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-G = np.array(
-    [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ],
-    np.float32,
-)
+_POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
+# Outputs and taps of a filter, numbers of a tile, all along one axis.
+_OUTPUTS, _TAPS = 4, 3
+_NUMBERS = _OUTPUTS + _TAPS - 1
+
+
+def _others(point: float) -> list[float]:
+    return [other for other in _POINTS if other != point]
+
+
+def _powers(count: int) -> np.ndarray:
+    """[points, count]: powers from 0 on; of the point at infinity the highest alone."""
+    return np.vstack([np.vander(_POINTS, count, increasing=True), np.eye(count)[-1]])
+
+
+A_T = _powers(_OUTPUTS).T.astype(np.float32)
+G = _powers(_TAPS)
+G[:-1] /= [[np.prod([p - other for other in _others(p)])] for p in _POINTS]
+G = G.astype(np.float32)
+# Lowest power first; the polynomials of finite points are of one degree less.
 B_T = np.array(
-    [
-        [4, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ],
-    np.float32,
+    [[*np.poly(_others(p))[::-1], 0.0] for p in _POINTS] + [np.poly(_POINTS)[::-1]], np.float32
 )
-A_T = np.array(
-    [
-        [1, 1, 1, 1, 1, 0],
-        [0, 1, -1, 2, -2, 0],
-        [0, 1, 1, 4, 4, 0],
-        [0, 1, -1, 8, -8, 1],
-    ],
-    np.float32,
-)
-OUTPUTS, NUMBERS = A_T.shape
+# For both axes at once: G g G^T, flattened.
+_G_BOTH = np.kron(G, G)
 
 # With fewer channels or pixels what is saved in products is lost in sums.
 _MIN_CHANNELS = 64
-_MIN_WIDTH = 8
+_MIN_SIZE = 8
 
 
 def direct(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """[B, H, W, C] and [3, 3 or 1, C, K] -> [B, H, W, K], padding 1 along axes of 3, by XLA."""
+    """[B, H, W, C] and [3, 3, C, K] -> [B, H, W, K], padding 1, by XLA."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
-        [(size // 2, size // 2) for size in kernel.shape[:2]],
+        ((1, 1), (1, 1)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
 def pays(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether `convolve` is for these: float32, rows of whole tiles, many channels."""
+    """Whether `convolve` is for these: float32, whole tiles, many channels."""
+    sizes = x.shape[1:3]
     return (
         x.dtype == jnp.float32
-        and x.shape[2] % OUTPUTS == 0
-        and x.shape[2] >= _MIN_WIDTH
+        and all(size % _OUTPUTS == 0 and size >= _MIN_SIZE for size in sizes)
         and min(kernel.shape[2:]) >= _MIN_CHANNELS
     )
 
 
-def _combined(rows: np.ndarray, parts: Sequence[jax.Array]) -> list[jax.Array]:
-    """The matrix `rows` times `parts`, zeros left out."""
-    products = (zip(row, parts, strict=True) for row in rows)
-    return [
-        sum(part if number == 1 else number * part for number, part in row if number)
-        for row in products
-    ]
+def _product(matrix: np.ndarray, x: jax.Array) -> jax.Array:
+    """`matrix` [m, n] times x [n, ...] -> [m, ...]."""
+    return (matrix @ x.reshape(len(x), -1)).reshape(len(matrix), *x.shape[1:])
 
 
-def _tiles(x: jax.Array) -> list[jax.Array]:
-    """B^T d: six of [B, H, W/4, C]."""
-    stop = x.shape[2] - OUTPUTS + 1
-    x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
-    return _combined(B_T, [x[:, :, j : j + stop : OUTPUTS] for j in range(NUMBERS)])
+def _weighted(matrix: np.ndarray, parts: Sequence[jax.Array], axis: int) -> jax.Array:
+    """`matrix` [m, n] times n `parts` -> [..., m, ...], m being the new `axis`."""
+    shape = [-1 if i == axis else 1 for i in range(parts[0].ndim + 1)]
+    columns = (column.reshape(shape) for column in matrix.T)
+    return sum(c * jnp.expand_dims(p, axis) for c, p in zip(columns, parts, strict=True))
+
+
+def _tiles(x: jax.Array) -> jax.Array:
+    """B^T d B: [B, H, W, C] -> [36, tiles, C]."""
+    _, h, w, c = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    rows = [x[:, i : i + h - _TAPS : _OUTPUTS] for i in range(_NUMBERS)]
+    rows = _product(B_T, jnp.stack(rows))
+    columns = [rows[:, :, :, i : i + w - _TAPS : _OUTPUTS] for i in range(_NUMBERS)]
+    return _weighted(B_T, columns, 1).reshape(_NUMBERS**2, -1, c)
+
+
+def _spread(dy: jax.Array) -> jax.Array:
+    """A dy A^T: [B, H, W, K] -> [36, tiles, K]."""
+    b, h, w, k = dy.shape
+    dy = dy.reshape(b, h // _OUTPUTS, _OUTPUTS, w // _OUTPUTS, _OUTPUTS, k)
+    columns = (
+        _weighted(A_T.T, [dy[:, :, i, :, j] for j in range(_OUTPUTS)], 0) for i in range(_OUTPUTS)
+    )
+    return _weighted(A_T.T, list(columns), 0).reshape(_NUMBERS**2, -1, k)
 
 
 def _filtered(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Eq. (1)."""
     b, h, w, _ = x.shape
-    kernels = _combined(G, [kernel[:, j] for j in range(3)])
-    products = [direct(d, g[:, None]) for d, g in zip(_tiles(x), kernels, strict=True)]
-    return jnp.stack(_combined(A_T, products), axis=3).reshape(b, h, w, kernel.shape[-1])
+    kernels = _product(_G_BOTH, kernel.reshape(_TAPS**2, *kernel.shape[2:]))
+    products = jnp.einsum("inc,ick->ink", _tiles(x), kernels)
+    k = products.shape[-1]
+    products = products.reshape(_NUMBERS, _NUMBERS, b, h // _OUTPUTS, w // _OUTPUTS, k)
+    # [4, 6, B, H/4, W/4, K] -> six of [B, H/4, 4, W/4, K] -> [B, H/4, 4, W/4, 4, K]
+    rows = jnp.moveaxis(_product(A_T, products), 0, 3)
+    return _weighted(A_T, list(rows), 4).reshape(b, h, w, k)
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Eq. (3): matrix products of x [pixels, C] with three rows of dy side by side."""
-    h, c, k = x.shape[1], x.shape[-1], dy.shape[-1]
-    gradients = []
-    dy = jnp.pad(dy, ((0, 0), (1, 1), (0, 0), (0, 0)))
-    dy = jnp.concatenate([dy[:, 2 - i : 2 - i + h] for i in range(3)], axis=-1)
-    spread = _combined(A_T.T, [dy[:, :, i::OUTPUTS] for i in range(OUTPUTS)])
-    for d, e in zip(_tiles(x), spread, strict=True):
-        product = jnp.einsum("nc,nk->ck", d.reshape(-1, c), e.reshape(-1, 3 * k))
-        gradients.append(product.reshape(c, 3, k).swapaxes(0, 1))
-    return jnp.stack(_combined(G.T, gradients), axis=1)
+    """Eq. (3)."""
+    sums = jnp.einsum("inc,ink->ick", _tiles(x), _spread(dy))
+    return _product(_G_BOTH.T, sums).reshape(_TAPS, _TAPS, *sums.shape[1:])
 
 
 @jax.custom_vjp
@@ -127,7 +140,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A 3x3 convolution of stride 1, padding 1: on a CPU by (1) to (3), else `direct`.
 
     Args:
-      x: [B, H, W, C] float32, W a multiple of 4.
+      x: [B, H, W, C] float32, H and W multiples of 4.
       kernel: [3, 3, C, K] float32.
 
     Returns:
