@@ -1,6 +1,7 @@
 """Our U-Net beside diffusers' `UNet2DModel`: the same network, trained and sampled by both.
 
-    python benchmarks/unet.py --torch_python=PY [--rounds=5] [--part=train|sample|both] [--write]
+    python benchmarks/unet.py --torch_python=PY [--pairs=3] [--rounds=5] [--part=train|sample|both]
+        [--write]
 
 PY is the interpreter of an environment with PyTorch and diffusers. The network: 32 px RGB,
 64, 128 and 128 channels, two residual blocks a level (three on the way up), attention with
@@ -11,7 +12,7 @@ our output for the same input; parameters and the FLOPs of a forward pass must b
 2 %. What differs is only how it is written: ours has the attention's q, k and v in one product
 and the skips' 1x1 convolutions as products, NHWC; theirs three products, NCHW; and ours
 computes 3x3 convolutions of 64 channels or more by Winograd's minimal filtering on a CPU, with
-half the multiplications (networks/winograd.py): GFLOP/s count those of the direct sum.
+a quarter of the multiplications (networks/winograd.py): GFLOP/s count those of the direct sum.
 
 A training step is, on both sides: uint8 images to float, random t, noise, the eps loss, the
 gradient, clipping of its global norm, Adam, EMA. Ours is the package's own compiled step and
@@ -23,7 +24,9 @@ PyTorch minutes: --no_compile leaves that out, and the result says so. (Compiled
 channels_last a training step takes over fifteen seconds and is left out.)
 
 Each side is a process of its own with as many threads as there are cores; the other sleeps
-meanwhile. In each round both are measured, the first in turn; ratios are within a round.
+meanwhile. In each round both are measured, the first in turn; ratios are within a round. As
+processes differ by more than rounds, this is done with several pairs of them. Both sides keep
+freed memory: ours has malloc do so by itself, PyTorch's is started with what does the same.
 With --write the table goes to benchmarks/results/unet.md, with --output=FILE to another file.
 """
 
@@ -35,6 +38,7 @@ import os
 import pathlib
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -69,6 +73,12 @@ TITLES = {"train": "training step", "sample": f"sampling, DDIM, {DDIM_STEPS} ste
 # Calls of a round.
 TIMES = {"train": 3, "sample": 1}
 MAX_DIFFERENCE = 1e-3
+# What `cli.set_up_jax` asks of malloc.
+TUNABLES = f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**62}"
+MEMORY = (
+    "Both sides keep freed memory: ours by itself, PyTorch's process by"
+    f" `GLIBC_TUNABLES={TUNABLES}`."
+)
 # What a thread pool that has just worked may still spin.
 REST_SECS = 0.3
 
@@ -194,7 +204,11 @@ class Torch:
         command += ["--no_compile"] * no_compile
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "GLIBC_TUNABLES": TUNABLES},
             )
         except OSError as e:
             raise UserError(f"--torch_python={python}: {e.strerror}") from e
@@ -267,8 +281,8 @@ def way_text(name: str, tried: dict[str, Any]) -> str:
     return f"{name} {tried['secs']:.2f} s (the first call {tried['first']:.0f} s)"
 
 
-def measure(part: str, ours: Runner, torch: Torch, args: argparse.Namespace) -> tuple[str, str]:
-    """One part: a row of the table, and a sentence on PyTorch's ways."""
+def measure(part: str, ours: Runner, torch: Torch, args: argparse.Namespace) -> dict[str, Any]:
+    """One part: images/s of both sides in every round, and what PyTorch's ways did beforehand."""
     compile_secs, times = ours(1), TIMES[part]
     # As in a round, until memory stops growing.
     ours(times)
@@ -277,7 +291,7 @@ def measure(part: str, ours: Runner, torch: Torch, args: argparse.Namespace) -> 
     probe = torch.ask("probe", part=part)
     ways = "; ".join(way_text(name, tried) for name, tried in probe["tried"].items())
     ways += "; torch.compile not tried" * args.no_compile
-    print(f"{TITLES[part]}: {ways}", flush=True)
+    say(f"{TITLES[part]}: {ways}")
     sides = {
         "ours": lambda: ours(times),
         "diffusers": lambda: torch.ask("run", part=part, times=times)["secs"],
@@ -288,79 +302,126 @@ def measure(part: str, ours: Runner, torch: Torch, args: argparse.Namespace) -> 
             time.sleep(REST_SECS)
             rates[name].append(args.batch_size * times / sides[name]())
         last = {name: found[-1] for name, found in rates.items()}
-        print(
+        say(
             f"{TITLES[part]}, round {number + 1}: ours {last['ours']:.2f} images/s, diffusers"
-            f" {last['diffusers']:.2f}, ratio {last['ours'] / last['diffusers']:.3f}",
-            flush=True,
+            f" {last['diffusers']:.2f}, ratio {last['ours'] / last['diffusers']:.3f}"
         )
-    per_image = torch.about["flops"] * (3 if part == "train" else DDIM_STEPS)
-    gflops = {name: statistics.median(found) * per_image / 1e9 for name, found in rates.items()}
-    ratios = [a / b for a, b in zip(rates["ours"], rates["diffusers"], strict=True)]
-    row = (
-        f"| {TITLES[part]} | {statistics.median(rates['ours']):.2f} |"
-        f" {statistics.median(rates['diffusers']):.2f} | {probe['chosen']} |"
-        f" {gflops['ours']:.0f}, {gflops['diffusers']:.0f} |"
-        f" {' '.join(f'{x:.2f}' for x in ratios)} |"
-        f" **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) |"
+    return {"rates": rates, "chosen": probe["chosen"], "ways": ways, "compile_secs": compile_secs}
+
+
+def say(text: str) -> None:
+    """Progress, on stderr: what a pair of processes prints is its result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_pair(args: argparse.Namespace) -> dict[str, Any]:
+    """One process of ours, this one, and one of PyTorch's: all that they measured."""
+    torch = Torch(args.torch_python, args.batch_size, no_compile=args.no_compile)
+    cli.set_up_jax()
+    config = config_of(args.batch_size)
+    found = {"notes": [ceiling(), *same_network(torch, config)], "parts": {}, **torch.about}
+    say("\n".join(found["notes"]))
+    makers = {"train": our_training, "sample": our_sampling}
+    for part in parts_of(args):
+        found["parts"][part] = measure(part, makers[part](config), torch, args)
+    torch.close()
+    return found
+
+
+def parts_of(args: argparse.Namespace) -> list[str]:
+    """The parts that are asked for."""
+    return [part for part in TITLES if args.part in (part, "both")]
+
+
+def start_pair(argv: Sequence[str]) -> dict[str, Any]:
+    """`run_pair` in processes of their own."""
+    command = [sys.executable, __file__, *argv, "--pair"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        sys.exit(result.returncode)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, least and most."""
+    return f"**{statistics.median(values):.2f}** ({min(values):.2f} to {max(values):.2f})"
+
+
+def rows_of(part: str, pairs: list[dict[str, Any]]) -> list[str]:
+    """A part's rows of the table: one for each pair of processes, and one of all."""
+    rows, medians = [], []
+    for number, pair in enumerate(pairs, 1):
+        found = pair["parts"][part]
+        rates = found["rates"]
+        middle = {name: statistics.median(values) for name, values in rates.items()}
+        per_image = pair["flops"] * (3 if part == "train" else DDIM_STEPS) / 1e9
+        ratios = [a / b for a, b in zip(rates["ours"], rates["diffusers"], strict=True)]
+        medians.append(statistics.median(ratios))
+        rows.append(
+            f"| {TITLES[part]}, {number} | {middle['ours']:.2f} | {middle['diffusers']:.2f} |"
+            f" {found['chosen']} | {middle['ours'] * per_image:.0f},"
+            f" {middle['diffusers'] * per_image:.0f} | {' '.join(f'{x:.2f}' for x in ratios)} |"
+            f" {spread(ratios)} |"
+        )
+    if len(pairs) > 1:
+        rows.append(f"| {TITLES[part]}, medians of all | | | | | | {spread(medians)} |")
+    return rows
+
+
+def page(pairs: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """The result, for people."""
+    notes = [*pairs[0]["notes"], MEMORY]
+    for part in parts_of(args):
+        for number, pair in enumerate(pairs, 1):
+            found = pair["parts"][part]
+            notes.append(
+                f"PyTorch's ways, {TITLES[part]}, {number}, best of three calls beforehand:"
+                f" {found['ways']}. Ours: the first call {found['compile_secs']:.0f} s."
+            )
+    return "\n".join(
+        [
+            "# Our U-Net beside diffusers'",
+            "",
+            f"| batch {args.batch_size}, 32 px; pair of processes | ours, images/s |"
+            " diffusers, images/s | its fastest way | ours, theirs, GFLOP/s |"
+            " ratio in each round | ratio, median (least to most) |",
+            "|---|---|---|---|---|---|---|",
+            *(row for part in parts_of(args) for row in rows_of(part, pairs)),
+            "",
+            *(line for note in notes for line in (note, "")),
+            f"Images/s are medians of {args.rounds} rounds; {TIMES['train']} steps, or"
+            f" {TIMES['sample']} batch of samples, a round and side; float32.",
+            f"Measured on: {machine.describe()}; {pairs[0]['library']}.",
+            "Command: `python benchmarks/unet.py --torch_python=PY"
+            f" --pairs={args.pairs} --rounds={args.rounds} --batch_size={args.batch_size}"
+            f" --part={args.part}{' --no_compile' * args.no_compile}`.",
+            "",
+        ]
     )
-    note = (
-        f"PyTorch's ways, {TITLES[part]}, best of three calls beforehand: {ways}. Ours: the first"
-        f" call {compile_secs:.0f} s."
-    )
-    return row, note
 
 
 def main(argv: Sequence[str]) -> int:
     """Measures, prints, and with --write or --output stores."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch_python")
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--part", choices=("train", "sample", "both"), default="both")
     parser.add_argument("--no_compile", action="store_true", help="PyTorch eager only")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--pair", action="store_true", help="one pair, its result as JSON")
     args = parser.parse_args(list(argv)[1:])
     if not args.torch_python:
         raise UserError("--torch_python is missing: a Python that has PyTorch and diffusers")
-    for name in ("rounds", "batch_size"):
+    for name in ("pairs", "rounds", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
-
-    torch = Torch(args.torch_python, args.batch_size, no_compile=args.no_compile)
-    cli.set_up_jax()
-    config = config_of(args.batch_size)
-    pages = f"Both processes ran with GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}."
-    notes = [ceiling(), pages, *same_network(torch, config)]
-    print(*notes, sep="\n", flush=True)
-    rows = []
-    makers = {"train": our_training, "sample": our_sampling}
-    for part, make in makers.items():
-        if args.part in (part, "both"):
-            row, note = measure(part, make(config), torch, args)
-            rows.append(row)
-            notes.append(note)
-    torch.close()
-    text = "\n".join(
-        [
-            "# Our U-Net beside diffusers'",
-            "",
-            f"| batch {args.batch_size}, 32 px | ours, images/s | diffusers, images/s |"
-            " its fastest way | ours, theirs, GFLOP/s | ratio in each round |"
-            " ratio, median (least to most) |",
-            "|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-            *(line for note in notes for line in (note, "")),
-            f"Images/s are medians of {args.rounds} rounds; {TIMES['train']} steps, or"
-            f" {TIMES['sample']} batch of samples, a round and side; float32.",
-            f"Measured on: {machine.describe()}; {torch.about['library']}.",
-            "Command: `python benchmarks/unet.py --torch_python=PY"
-            f" --rounds={args.rounds} --batch_size={args.batch_size} --part={args.part}"
-            f"{' --no_compile' * args.no_compile}`.",
-            "",
-        ]
-    )
+    if args.pair:
+        print(json.dumps(run_pair(args)))
+        return 0
+    text = page([start_pair(argv[1:]) for _ in range(args.pairs)], args)
     print(text)
     if args.write:
         write_whole(ROOT / "benchmarks" / "results" / "unet.md", text.encode())

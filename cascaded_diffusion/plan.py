@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     topology = _topology(fv)
     if "cascade" not in values:
         config = run_config_from(values)
-        cli.set_up_jax()
+        cli.set_up_jax(platform="cpu")
         plans = [stage_plan(config, config.stage.sampler)]
         configs = [config]
     else:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         folder = pathlib.Path(cli.config_path(argv)).parent
         configs = [run_config_from(cli.load_config_file(folder, name)) for name in section.configs]
         check_chain(section, [c.stage for c in configs])
-        cli.set_up_jax()
+        cli.set_up_jax(platform="cpu")
         plans = []
         for i, (config, sampler) in enumerate(zip(configs, section.samplers, strict=True)):
             is_cut = section.truncated and i + 1 < len(configs) and configs[i + 1].stage.has_level

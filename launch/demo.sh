@@ -14,7 +14,6 @@ if [[ $# -gt 0 ]]; then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
-keep_freed_memory
 
 names=() seconds=()
 

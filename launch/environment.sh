@@ -27,13 +27,3 @@ ensure_environment() {
     touch "$stamp"
   fi
 }
-
-# For training on a CPU: a step allocates and frees hundreds of MB, and the kernel would clear
-# each of their pages again. What the main thread frees is kept, in pages of 2 MB; steps run in it,
-# see cli.set_up_jax. Other threads give back what is over 64 MB: one arena for all of them would
-# keep that, too, but once a compilation has fragmented it the threads wait for each other, and steps
-# take half as long again. (glibc; ignored elsewhere.)
-keep_freed_memory() {
-  local tunables=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0
-  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$tunables:glibc.malloc.trim_threshold=1099511627776}
-}

@@ -1,6 +1,7 @@
 """What all binaries set up."""
 
 import os
+import platform
 import subprocess
 import sys
 from importlib.metadata import version
@@ -62,7 +63,7 @@ def test_a_cache_named_by_the_user_is_taken(tmp_path):
     <= cli.CPU_FLAG_VERSIONS[1],
     reason="a flag this jaxlib may not know is left out",
 )
-@pytest.mark.parametrize("given", ["", "--xla_cpu_experimental_ynn_fusion_type=all"])
+@pytest.mark.parametrize("given", ["", "--xla_cpu_experimental_ynn_fusion_type=dot"])
 def test_the_flag_for_the_cpu_is_set_unless_the_user_set_it(given):
     result = subprocess.run(
         [sys.executable, "-c", _SET_UP + "print(os.environ['XLA_FLAGS'])"],
@@ -110,3 +111,49 @@ def test_with_the_flags_of_the_binaries_functions_are_what_they_are():
     subprocess.run(
         [sys.executable, "-c", _FUNCTIONS], env={**os.environ, "XLA_FLAGS": ""}, check=True
     )
+
+
+_ALLOCATE = """
+import resource
+from cascaded_diffusion import cli
+cli.set_up_jax()
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"x" * (100 << 20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+@pytest.mark.parametrize("given", [None, "glibc.malloc.mmap_max=65536"])
+def test_on_a_cpu_freed_memory_is_kept_unless_the_user_tuned_malloc(given):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    env.pop("GLIBC_TUNABLES", None)
+    result = subprocess.run(
+        [sys.executable, "-c", _ALLOCATE],
+        env=env if given is None else {**env, "GLIBC_TUNABLES": given},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    first, *later = (int(x) for x in result.stdout.split())
+    # 100 MB, in pages of 4 KB or of 2 MB, from the kernel: the first time, or every time.
+    assert first > 40
+    assert max(later) < 20 if given is None else min(later) > 40
+
+
+_PLATFORM = """
+from cascaded_diffusion import cli
+jax = cli.set_up_jax(platform="cpu")
+print(jax.default_backend(), jax.config.jax_platforms)
+"""
+
+
+def test_a_program_for_the_cpu_leaves_other_platforms_alone():
+    env = {**os.environ, "JAX_PLATFORMS": "tpu"}  # which is not there, or somebody else's
+    result = subprocess.run(
+        [sys.executable, "-c", _PLATFORM], env=env, check=True, stdout=subprocess.PIPE, text=True
+    )
+    assert result.stdout.split() == ["cpu", "cpu"]

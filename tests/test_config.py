@@ -840,7 +840,7 @@ BAD_COMMANDS = [
 @pytest.mark.parametrize(("binary", "argv", "message"), BAD_COMMANDS, ids=lambda x: str(x)[-60:])
 def test_bad_commands(binary, argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "set_up_jax", lambda: pytest.fail("a device was touched"))
+    monkeypatch.setattr(cli, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
     with pytest.raises(UserError) as error:
         binary.main(["prog", *argv])
     assert str(error.value).startswith(message)
@@ -849,7 +849,7 @@ def test_bad_commands(binary, argv, message, tmp_path, monkeypatch):
 
 def test_a_run_without_checkpoints_cannot_be_scored(tmp_path, monkeypatch):
     RunFolder(tmp_path).write_config(tiny_base())
-    monkeypatch.setattr(cli, "set_up_jax", lambda: pytest.fail("a device was touched"))
+    monkeypatch.setattr(cli, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
     with pytest.raises(UserError, match="no checkpoint there; train first, or add --follow"):
         evaluate.main(["evaluate", f"--workdir={tmp_path}"])
     with pytest.raises(
@@ -864,7 +864,7 @@ def test_a_run_without_checkpoints_cannot_be_scored(tmp_path, monkeypatch):
 def test_a_run_without_a_chosen_checkpoint_cannot_be_sampled(tmp_path, monkeypatch):
     for config in (tiny_base(), tiny_sr()):
         RunFolder(tmp_path / config.stage.name).write_config(config)
-    monkeypatch.setattr(cli, "set_up_jax", lambda: pytest.fail("a device was touched"))
+    monkeypatch.setattr(cli, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
     with pytest.raises(UserError, match="base16: no checkpoint was chosen yet; run .*evaluate"):
         sample.main(["prog", CASCADE, f"--workdir={tmp_path}"])
     with pytest.raises(UserError, match="base16: no checkpoint was chosen yet"):
@@ -972,7 +972,7 @@ BAD_SWEEPS = [
 def test_bad_sweeps(argv, message, tmp_path, monkeypatch):
     for config in (tiny_base(), tiny_sr()):
         RunFolder(tmp_path / config.stage.name).write_config(config)
-    monkeypatch.setattr(cli, "set_up_jax", lambda: pytest.fail("a device was touched"))
+    monkeypatch.setattr(cli, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
     with pytest.raises(UserError) as error:
         evaluate.main([*SWEEP, f"--workdir={tmp_path}", *argv])
     assert str(error.value).startswith(message.format(tmp_path))
