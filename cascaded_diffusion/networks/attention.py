@@ -1,4 +1,5 @@
-r"""Multi-head softmax attention, by cuDNN on a GPU, in an order of its own on a CPU, else by XLA.
+r"""Multi-head softmax attention: by cuDNN on a GPU, in an order of its own on a CPU, on a TPU by
+XLA, or, of many pixels, block by block in Pallas ("splash").
 
 Per head, with the pixels' queries, keys and values q, k, v [N, C]:
 
@@ -7,6 +8,9 @@ Per head, with the pixels' queries, keys and values q, k, v [N, C]:
 max and the sum over a row. The gradient, with g = dL/dy / t:
 
 (2)  dv = w^T g,   ds = w * (g v^T - sum g y),   dq = ds k / sqrt(C),   dk = ds^T q / sqrt(C)
+
+With 1,024 pixels, w of all heads is larger than everything else that a TPU would keep for the
+backward pass; splash attention has a block of it at a time, and computes it again.
 
 XLA's CPU back end is fast at matrix products, reduces a row one number at a time, and reads a
 transposed factor with strides. Hence heads are a batch of matrices there, reductions go by
@@ -22,28 +26,54 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
-from cascaded_diffusion.networks.execution import platform
+from cascaded_diffusion.networks.execution import PerDevice, platform
 
 # What cuDNN's fused attention takes: heads of at most this many channels, a multiple of 8.
 _MAX_FLASH_CHANNELS = 128
 # Numbers side by side in a reduction.
 _SLICE = 32
+# From so many pixels on a TPU attends block by block; how large a block is. Not measured.
+_MIN_SPLASH_PIXELS, _SPLASH_BLOCK = 1024, 512
 
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, per_device: PerDevice | None = None
+) -> jax.Array:
     """Eq. (1), all [B, N, heads, channels of a head].
 
-    The paper's models attend to 1,024 pixels at most, whose scores fit anywhere.
+    Splash attention cannot be divided among devices by XLA: without `per_device`, see
+    `Execution`, it is not used.
     """
     if platform() == "cpu":
         return _by_heads(q, k, v)
-    channels = q.shape[-1]
+    n, channels = q.shape[1], q.shape[-1]
+    large = n >= _MIN_SPLASH_PIXELS and n % _SPLASH_BLOCK == 0
+    if platform() == "tpu" and q.dtype == jnp.bfloat16 and large and per_device is not None:
+        return per_device(splash)(q, k, v)
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = half and channels <= _MAX_FLASH_CHANNELS and channels % 8 == 0
     fused = fits and platform() == "gpu"
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """Eq. (1) by JAX's Pallas kernel for TPUs; `interpret` runs it anywhere, slowly."""
+    # Pallas takes a second to import.
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    _, n, heads, channels = q.shape
+    block = min(n, _SPLASH_BLOCK)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    kernel = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([splash_attention.FullMask((n, n))] * heads),
+        block_sizes=splash_attention.BlockSizes(**dict.fromkeys(names, block)),
+        interpret=interpret,
+    )
+    scaled = (q.astype(jnp.float32) * channels**-0.5).astype(q.dtype)
+    rows = (x.swapaxes(1, 2) for x in (scaled, k, v))
+    return jax.vmap(kernel)(*rows).swapaxes(1, 2)
 
 
 def _rows(x: jax.Array) -> jax.Array:

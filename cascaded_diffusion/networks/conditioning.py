@@ -99,7 +99,7 @@ class ConditionalNetwork(nn.Module):
     def attention_block(self, h: jax.Array, name: str) -> jax.Array:
         """Self-attention, computed as `execution` says."""
         block = self._executed(layers.AttentionBlock, name, h.shape[1])(
-            self.num_heads, self.dtype, name=name
+            self.num_heads, self.dtype, self.execution.per_device, name=name
         )
         return self.placed(block(h))
 

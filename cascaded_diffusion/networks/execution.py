@@ -14,6 +14,9 @@ import jax
 # -> the parameters as they are needed to compute.
 Gather = Callable[[Any, tuple[str, ...], Any], Any]
 
+# Of a function of arrays [B, ...] -> the same, computed by each device of its own examples.
+PerDevice = Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
+
 _PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
@@ -44,10 +47,12 @@ class Execution:
       gather: called on the parameters of each block right before the block uses them,
         so that whatever is split over devices is whole there for that long only.
       place: called on each feature map [B, H, W, C]; says where it is to be.
+      per_device: for what XLA cannot divide among devices. None where examples may not divide.
       remat_sizes: sizes of the feature maps whose blocks keep their inputs only, and
         are computed anew in the backward pass.
     """
 
     gather: Gather | None = None
     place: Callable[[jax.Array], jax.Array] | None = None
+    per_device: PerDevice | None = None
     remat_sizes: tuple[int, ...] = ()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from cascaded_diffusion.networks import initializers, winograd
 from cascaded_diffusion.networks.attention import attention
+from cascaded_diffusion.networks.execution import PerDevice
 from cascaded_diffusion.networks.norms import GroupNorm
 from cascaded_diffusion.networks.sums import add_to_pixels, multiply_pixels
 
@@ -198,6 +199,7 @@ class AttentionBlock(nn.Module):
 
     num_heads: int
     dtype: jnp.dtype = jnp.float32
+    per_device: PerDevice | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -205,7 +207,8 @@ class AttentionBlock(nn.Module):
         qkv = Conv1x1(3 * c, self.dtype, name="qkv")(GroupNorm(self.dtype, name="norm")(x))
         qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
         # By jnp.split, whose gradient is one concatenation; that of indexing is three padded sums.
-        attended = attention(*(part[:, :, 0] for part in jnp.split(qkv, 3, axis=2)))
+        q, k, v = (part[:, :, 0] for part in jnp.split(qkv, 3, axis=2))
+        attended = attention(q, k, v, self.per_device)
         out = Conv1x1(c, self.dtype, zero_init=True, name="out")
         return x + out(attended.reshape(b, h, w, c))
 

@@ -87,6 +87,8 @@ _OPERATION = re.compile(
 _CALLED = re.compile(r"(?:body|to_apply|called_computations|branch_computations)=\{?%?([\w.\-]+)")
 # The TPU's compiler makes a reduce-scatter as a fusion: an all-reduce of which slices are kept.
 _REDUCE_SCATTER_FUSION = re.compile(r" fusion\(.*calls=%?(all-reduce-scatter[\w.\-]*)")
+# Among one device each: nothing is sent.
+_ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LOOP = re.compile(r" while\(%?(?P<state>[\w.\-]+)\).*condition=%?(?P<condition>[\w.\-]+)")
 _COMPARED = re.compile(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
@@ -130,7 +132,8 @@ def _walk(
     for line in lines:
         found = _OPERATION.search(line)
         if found:
-            yield found["kind"], _size(found), times
+            if not _ALONE.search(found["rest"]):
+                yield found["kind"], _size(found), times
             continue
         fusion = _REDUCE_SCATTER_FUSION.search(line)
         if fusion:

@@ -173,3 +173,16 @@ def make_placer(mesh: Mesh, *, batch_size: int) -> Callable[[jax.Array], jax.Arr
         return jax.lax.with_sharding_constraint(h, NamedSharding(mesh, spec))
 
     return place
+
+
+def per_device(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Returns what makes a function of arrays [B, ...] one that each device computes of its own
+    examples; on one device the function itself."""
+
+    def divided(function: Callable[..., Any]) -> Callable[..., Any]:
+        if mesh.size == 1:
+            return function
+        spec = PartitionSpec(DATA_AXES)
+        return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+    return divided

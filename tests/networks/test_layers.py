@@ -1,5 +1,7 @@
 """The layers that a CPU computes in its own way, against the plain one."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cascaded_diffusion.networks.attention import attention
+from cascaded_diffusion.networks.attention import attention, splash
 from cascaded_diffusion.networks.execution import traced_for
 from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.networks.layers import AttentionBlock, Conv1x1
 from cascaded_diffusion.networks.sums import add_to_pixels, multiply_pixels, sum_pixels
+from cascaded_diffusion.runtime import sharding
 
 
 def _qkv(shape, scale=1.0, dtype=jnp.float32):
@@ -166,3 +169,45 @@ def test_a_shift_of_all_pixels_has_their_sum_as_gradient():
     np.testing.assert_array_equal(dx, dy)
     assert dshift.dtype == jnp.float32
     np.testing.assert_allclose(dshift, np.asarray(dy, np.float64).sum((1, 2)), rtol=1e-5, atol=1e-6)
+
+
+def _tpu_text(n, dtype, per_device):
+    q = jnp.ones((2, n, 2, 64), dtype)
+    with traced_for("tpu"):
+        traced = jax.jit(lambda q: attention(q, q, q, per_device)).trace(q)
+        return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "per_device", "by_blocks"),
+    [
+        (1024, jnp.bfloat16, lambda f: f, True),
+        (256, jnp.bfloat16, lambda f: f, False),  # the paper's models
+        (1100, jnp.bfloat16, lambda f: f, False),
+        (1024, jnp.float32, lambda f: f, False),
+        (1024, jnp.bfloat16, None, False),
+    ],
+)
+def test_on_a_tpu_many_pixels_attend_block_by_block(n, dtype, per_device, by_blocks):
+    assert ("tpu_custom_call" in _tpu_text(n, dtype, per_device)) == by_blocks
+
+
+def test_splash_attention_is_attention():
+    q, k, v, dy = jax.random.normal(jax.random.key(0), (4, 2, 256, 2, 64))
+
+    def run(f):
+        y, back = jax.vjp(f, q, k, v)
+        return y, *back(dy)
+
+    ours, theirs = run(partial(splash, interpret=True)), run(jax.nn.dot_product_attention)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_splash_attention_of_each_devices_own_examples():
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 128, 2, 64))
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    run = sharding.per_device(mesh)(partial(splash, interpret=True))
+    out = jax.jit(run)(*jax.device_put((q, k, v), rows))
+    np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v), atol=1e-5)

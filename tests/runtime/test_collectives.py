@@ -26,6 +26,14 @@ def _program(*lines, before=""):
     return f"HloModule jit_f, num_partitions=8\n{before}\n{entry}"
 
 
+@pytest.mark.parametrize("groups", ["{{0},{1},{2}}", "[8,1]<=[8]"])
+def test_what_a_device_would_send_itself_is_not_counted(groups):
+    line = f"ROOT %r.1 = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to=%s"
+    assert _found(_program(line)) == {}
+    several = line.replace(groups, "[4,2]<=[8]")
+    assert _found(_program(several)) == {"all-reduce": (1, 32)}
+
+
 def test_a_program_without_any():
     assert _found(_program("ROOT %add.1 = f32[8]{0} add(%p, %p)")) == {}
 
