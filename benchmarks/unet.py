@@ -336,7 +336,9 @@ def parts_of(args: argparse.Namespace) -> list[str]:
 def start_pair(argv: Sequence[str]) -> dict[str, Any]:
     """`run_pair` in processes of their own."""
     command = [sys.executable, __file__, *argv, "--pair"]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    # Ours is to ask malloc by itself.
+    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=env)
     if result.returncode:
         sys.exit(result.returncode)
     return json.loads(result.stdout.splitlines()[-1])

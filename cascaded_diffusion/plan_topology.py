@@ -134,7 +134,8 @@ def _kept_bytes(stage_config: StageConfig, remat: tuple[int, ...], batch_size: i
     from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.networks.execution import Execution
 
-    stage = build_stage(stage_config).executed(Execution(remat_sizes=remat))
+    execution = Execution(per_device=lambda function: function, remat_sizes=remat)
+    stage = build_stage(stage_config).executed(execution)
     params = jax.eval_shape(stage.init, jax.random.key(0))
     inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=batch_size))
 

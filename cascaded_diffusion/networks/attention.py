@@ -1,5 +1,5 @@
 r"""Multi-head softmax attention: by cuDNN on a GPU, in an order of its own on a CPU, on a TPU by
-XLA, or, of many pixels, block by block in Pallas ("splash").
+XLA, or, in training on many pixels, block by block in Pallas ("splash").
 
 Per head, with the pixels' queries, keys and values q, k, v [N, C]:
 

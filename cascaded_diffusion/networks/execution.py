@@ -47,7 +47,8 @@ class Execution:
       gather: called on the parameters of each block right before the block uses them,
         so that whatever is split over devices is whole there for that long only.
       place: called on each feature map [B, H, W, C]; says where it is to be.
-      per_device: for what XLA cannot divide among devices. None where examples may not divide.
+      per_device: for what XLA cannot divide among devices, splash attention; without it that is
+        not used. None where examples may not divide, as in sampling.
       remat_sizes: sizes of the feature maps whose blocks keep their inputs only, and
         are computed anew in the backward pass.
     """

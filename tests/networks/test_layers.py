@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cascaded_diffusion.networks import attention as attention_lib
 from cascaded_diffusion.networks.attention import attention, splash
 from cascaded_diffusion.networks.execution import traced_for
 from cascaded_diffusion.networks.flops import count_flops
@@ -192,7 +193,18 @@ def test_on_a_tpu_many_pixels_attend_block_by_block(n, dtype, per_device, by_blo
     assert ("tpu_custom_call" in _tpu_text(n, dtype, per_device)) == by_blocks
 
 
-def test_splash_attention_is_attention():
+def test_a_training_step_on_a_tpu_has_all_of_its_kernels():
+    block = AttentionBlock(2, jnp.bfloat16, lambda f: f)
+    x = jnp.ones((1, 32, 32, 128), jnp.bfloat16)
+    with traced_for("tpu"):
+        params = jax.eval_shape(block.init, jax.random.key(0), x)
+        traced = jax.jit(jax.grad(lambda p: block.apply(p, x).sum())).trace(params)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call(") == 3  # forward, dq, dk and dv
+
+
+def test_splash_attention_is_attention(monkeypatch):
+    monkeypatch.setattr(attention_lib, "_SPLASH_BLOCK", 128)  # two of them
     q, k, v, dy = jax.random.normal(jax.random.key(0), (4, 2, 256, 2, 64))
 
     def run(f):
@@ -206,8 +218,14 @@ def test_splash_attention_is_attention():
 
 def test_splash_attention_of_each_devices_own_examples():
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 128, 2, 64))
+    arrays = jax.random.normal(jax.random.key(0), (4, 4, 128, 2, 64))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    run = sharding.per_device(mesh)(partial(splash, interpret=True))
-    out = jax.jit(run)(*jax.device_put((q, k, v), rows))
-    np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v), atol=1e-5)
+
+    def run(f, q, k, v, dy):
+        y, back = jax.vjp(f, q, k, v)
+        return y, *back(dy)
+
+    ours = partial(run, sharding.per_device(mesh)(partial(splash, interpret=True)))
+    found = jax.jit(ours)(*jax.device_put(tuple(arrays), rows))
+    for a, b in zip(found, run(jax.nn.dot_product_attention, *arrays), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
