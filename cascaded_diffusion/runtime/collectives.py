@@ -87,8 +87,6 @@ _OPERATION = re.compile(
 _CALLED = re.compile(r"(?:body|to_apply|called_computations|branch_computations)=\{?%?([\w.\-]+)")
 # The TPU's compiler makes a reduce-scatter as a fusion: an all-reduce of which slices are kept.
 _REDUCE_SCATTER_FUSION = re.compile(r" fusion\(.*calls=%?(all-reduce-scatter[\w.\-]*)")
-# Among one device each: nothing is sent.
-_ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LOOP = re.compile(r" while\(%?(?P<state>[\w.\-]+)\).*condition=%?(?P<condition>[\w.\-]+)")
 _COMPARED = re.compile(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
@@ -132,7 +130,7 @@ def _walk(
     for line in lines:
         found = _OPERATION.search(line)
         if found:
-            if not _ALONE.search(found["rest"]):
+            if _group_size(found["rest"]) != 1:  # Else nothing is sent.
                 yield found["kind"], _size(found), times
             continue
         fusion = _REDUCE_SCATTER_FUSION.search(line)
@@ -199,7 +197,14 @@ def _size(found: re.Match[str]) -> int:
         parts = _parts(result)
         return _bytes(parts[1 if kind == "all-gather" else 0])
     size = _bytes(result)
-    return size * _group_size(found["rest"]) if kind == "reduce-scatter" else size
+    if kind != "reduce-scatter":
+        return size
+    devices = _group_size(found["rest"])
+    if devices is None:
+        raise ValueError(
+            f"a reduce-scatter that does not say among how many: {found['rest'][:120]}"
+        )
+    return size * devices
 
 
 def _parts(result: str) -> list[str]:
@@ -214,8 +219,8 @@ def _parts(result: str) -> list[str]:
     return parts
 
 
-def _group_size(rest: str) -> int:
-    """Among how many devices a reduce-scatter is."""
+def _group_size(rest: str) -> int | None:
+    """Among how many devices a collective is; None if it does not say."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
         return len(listed[1].split(","))
@@ -226,7 +231,7 @@ def _group_size(rest: str) -> int:
     if named:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
-    raise ValueError(f"a reduce-scatter that does not say among how many: {rest[:120]}")
+    return None
 
 
 def _bytes(shapes: str) -> int:

@@ -175,7 +175,7 @@ def make_placer(mesh: Mesh, *, batch_size: int) -> Callable[[jax.Array], jax.Arr
     return place
 
 
-def per_device(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def make_per_device(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Returns what makes a function of arrays [B, ...] one that each device computes of its own
     examples; on one device the function itself."""
 

@@ -60,7 +60,7 @@ def executed_stage(stage: Stage, config: TrainConfig, mesh: Mesh) -> Stage:
         place=sharding.make_placer(
             mesh, batch_size=config.batch_size // (config.accumulation_steps or 1)
         ),
-        per_device=sharding.per_device(mesh),
+        per_device=sharding.make_per_device(mesh),
         remat_sizes=remat_sizes(config, stage.config),
     )
     return stage.executed(execution)

@@ -172,6 +172,11 @@ def test_a_shift_of_all_pixels_has_their_sum_as_gradient():
     np.testing.assert_allclose(dshift, np.asarray(dy, np.float64).sum((1, 2)), rtol=1e-5, atol=1e-6)
 
 
+def _with_gradients(f, q, k, v, dy):
+    y, back = jax.vjp(f, q, k, v)
+    return y, *back(dy)
+
+
 def _tpu_text(n, dtype, per_device):
     q = jnp.ones((2, n, 2, 64), dtype)
     with traced_for("tpu"):
@@ -205,13 +210,9 @@ def test_a_training_step_on_a_tpu_has_all_of_its_kernels():
 
 def test_splash_attention_is_attention(monkeypatch):
     monkeypatch.setattr(attention_lib, "_SPLASH_BLOCK", 128)  # two of them
-    q, k, v, dy = jax.random.normal(jax.random.key(0), (4, 2, 256, 2, 64))
-
-    def run(f):
-        y, back = jax.vjp(f, q, k, v)
-        return y, *back(dy)
-
-    ours, theirs = run(partial(splash, interpret=True)), run(jax.nn.dot_product_attention)
+    arrays = jax.random.normal(jax.random.key(0), (4, 2, 256, 2, 64))
+    ours = _with_gradients(partial(splash, interpret=True), *arrays)
+    theirs = _with_gradients(jax.nn.dot_product_attention, *arrays)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -220,12 +221,8 @@ def test_splash_attention_of_each_devices_own_examples():
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
     arrays = jax.random.normal(jax.random.key(0), (4, 4, 128, 2, 64))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-
-    def run(f, q, k, v, dy):
-        y, back = jax.vjp(f, q, k, v)
-        return y, *back(dy)
-
-    ours = partial(run, sharding.per_device(mesh)(partial(splash, interpret=True)))
-    found = jax.jit(ours)(*jax.device_put(tuple(arrays), rows))
-    for a, b in zip(found, run(jax.nn.dot_product_attention, *arrays), strict=True):
+    divided = sharding.make_per_device(mesh)(partial(splash, interpret=True))
+    ours = jax.jit(partial(_with_gradients, divided))(*jax.device_put(tuple(arrays), rows))
+    theirs = _with_gradients(jax.nn.dot_product_attention, *arrays)
+    for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
