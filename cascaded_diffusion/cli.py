@@ -11,6 +11,7 @@ import ast
 import ctypes
 import dataclasses
 import hashlib
+import io
 import os
 import pathlib
 import sys
@@ -46,12 +47,19 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a binary's `main(argv)` and exits with what it returns.
 
-    A `UserError` becomes one line on stderr and exit code 2.
+    A `UserError`, and an error of the operating system such as a full disk, becomes one line
+    on stderr and exit code 2. File names that are not UTF-8 are printed with escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv)
-    except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+    except BrokenPipeError:  # whoever read the output, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except (UserError, OSError) as e:
+        print(f"error: {' '.join(_told(e).split())}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
         if isinstance(e, LoneError):
             # At once: JAX would say goodbye to the others first, who do not listen.
@@ -60,11 +68,15 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # whoever read the output, `head` perhaps, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _told(error: UserError | OSError) -> str:
+    if isinstance(error, UserError) or error.strerror is None:
+        return str(error) or type(error).__name__
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{where}{error.strerror}"
 
 
 def define_config(flag_values: flags.FlagValues, argv: Sequence[str], help_text: str) -> None:
