@@ -441,6 +441,7 @@ def test_a_step_that_was_trained_again_is_scored_again(clean, tmp_path):
     # As if step 6 had been lost, and saved anew with other weights.
     shutil.rmtree(folder.checkpoints / "6")
     shutil.copytree(folder.checkpoints / "4", folder.checkpoints / "6")
+    checkpoint.write_manifest(folder.checkpoints / "6", 6)
     assert _scorer(folder, Judge([2.5])).score_new_checkpoints() == 1
     assert folder.chosen().step == 4
     assert _scorer(folder, Judge([])).score_new_checkpoints() == 0
