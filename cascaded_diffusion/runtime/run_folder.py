@@ -307,6 +307,7 @@ class RunFolder:
         stored = read_json(self.data_path, remedy=remedy)
         if not isinstance(stored, dict) or not isinstance(stored.get("splits"), dict):
             raise UserError(f"{self.data_path}: of another version of this program; {remedy}")
+        where = data.path or "FOLDER"
         moved = data.given_anew or stored.get("path") != data.path
         for split, now in data.splits.items():
             before = stored["splits"].get(split)
@@ -327,14 +328,14 @@ class RunFolder:
                 continue
             if not moved:
                 raise UserError(
-                    f"config.data: files of split {split!r} in {data.path} were modified since the"
+                    f"config.data: files of split {split!r} in {where} were modified since the"
                     f" run in {self.path} began, though their names and sizes are the same;"
                     f" {_SAME_IMAGES}; if they are the same, copied or touched, add"
-                    f" --data_path={data.path}, by which their contents are compared"
+                    f" --data_path={where}, by which their contents are compared"
                 )
             if now.content_sample() != before.get("content_sample"):
                 raise UserError(
-                    f"config.data: files of split {split!r} in {data.path} have other contents than"
+                    f"config.data: files of split {split!r} in {where} have other contents than"
                     f" those that the run in {self.path} was started with, though their names and"
                     f" sizes are the same; {_SAME_IMAGES}"
                 )
@@ -603,9 +604,11 @@ class CascadeFolder:
 
     def read_cascade(self) -> dict[str, Any]:
         """The cascade that a sweep wrote, as plain values, to be checked like a new one."""
-        return read_json(
-            self.cascade_path, remedy="have `evaluate --sweep --write_best` write it again"
-        )
+        remedy = "have `evaluate --sweep --write_best` write it again"
+        values = read_json(self.cascade_path, remedy=remedy)
+        if not isinstance(values, dict):
+            raise UserError(f"{self.cascade_path}: not a cascade; {remedy}")
+        return values
 
     def write_cascade(self, config: CascadeConfig) -> None:
         """Stores a cascade's config."""

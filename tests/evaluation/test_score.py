@@ -225,6 +225,7 @@ def test_the_identity_of_a_stage_changes_with_its_config_and_its_weights(clean, 
     folder.best_path.write_text(json.dumps({"step": 4, "ema_decay": 0.995}))
     (folder.checkpoints / "6").rename(folder.checkpoints / "60")
     (folder.checkpoints / "4").rename(folder.checkpoints / "6")
+    checkpoint.write_manifest(folder.checkpoints / "6", 6)
     folder.best_path.write_text(json.dumps({"step": 6, "ema_decay": 0.995}))
     assert load_trained(folder, mesh).identity != first
 
