@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -32,6 +34,23 @@ from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
 MANIFEST = "manifest.json"
 _NEVER_COMPLETED = f"{MANIFEST} is missing: it was never completed"
 _ITEM = "state"
+
+
+# What tensorstore says of an error of the operating system, in the middle of a long line.
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+_MAX_REASON = 200
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a few words."""
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    found = _OS_ERROR.search(text)
+    return os.strerror(int(found[1])) if found else text[:_MAX_REASON]
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    # Orbax logs each error with its stack trace, by several threads, before it raises it.
+    return "/orbax/" not in record.pathname or record.levelno < logging.ERROR
 
 
 def _is_key(leaf: Any) -> bool:
@@ -117,8 +136,7 @@ def _check_opens(folder: pathlib.Path, expected: _Arrays) -> None:
         stored = ocp.PyTreeCheckpointHandler().metadata((folder / _ITEM).absolute()).tree
         found = _described(stored)
     except Exception as e:
-        reason = (str(e) or type(e).__name__).splitlines()[0][:200]
-        raise OSError(f"what was written cannot be opened: {reason}") from e
+        raise OSError(f"what was written cannot be opened: {_reason(e)}") from e
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise OSError(
@@ -148,6 +166,7 @@ class CheckpointWriter:
         self._finisher: threading.Thread | None = None
         self._error: Exception | None = None
         self._max_to_keep = config.max_to_keep
+        logging.getLogger("absl").addFilter(_is_not_of_orbax)
         with self._as_user_error(0):
             # Deleting is done here, not by Orbax: it would do so before the manifest is written.
             self._manager = ocp.CheckpointManager(
@@ -223,10 +242,10 @@ class CheckpointWriter:
     def _save_error(self, step: int, error: BaseException) -> UserError:
         if isinstance(error, UserError):
             return error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return UserError(
             f"{self._folder.checkpoints}: saving a checkpoint failed at or before step {step}"
-            f" ({reason}); the last good one is kept, make room and run the same command again"
+            f" ({_reason(error)}); the last good one is kept; make room and run the same command"
+            " again"
         )
 
     @contextlib.contextmanager
@@ -291,9 +310,8 @@ class CheckpointWriter:
                 step, args=ocp.args.Composite(**{_ITEM: _restore_args(abstract_state)})
             )[_ITEM]
         except Exception as e:
-            reason = (str(e) or type(e).__name__).splitlines()[0]
             raise UserError(
-                f"{self._folder.checkpoints}/{step}: cannot be restored ({reason})"
+                f"{self._folder.checkpoints}/{step}: cannot be restored ({_reason(e)})"
             ) from e
         return _from_storable(stored, abstract_state)
 
@@ -408,8 +426,7 @@ def load_ema_params(folder: RunFolder, step: int, ema_decay: float, abstract_par
             )
     except Exception as e:
         # Intact, yet not what this stage has; or a trainer removed it meanwhile.
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be restored ({reason})") from e
+        raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
     params = restored["ema_params"][name]
     # What a checkpoint lacks, a partial restore passes over in silence.
     if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
