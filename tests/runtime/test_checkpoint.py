@@ -363,3 +363,27 @@ def test_a_folder_that_was_moved_away_is_not_made_again(tmp_path):
             writer.save(2, _state(2))
         writer.close()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_named_without_stack_traces(tmp_path):
+    code = (
+        "import sys, resource\n"
+        "from cascaded_diffusion import cli\n"
+        "from tests.runtime.test_checkpoint import CONFIG, RunFolder, _state, checkpoint\n"
+        "def main(argv):\n"
+        "    writer = checkpoint.CheckpointWriter(RunFolder(argv[1]), CONFIG)\n"
+        "    try:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "        writer.save(1, _state(1))\n"
+        "        writer.wait(1)\n"
+        "    finally:\n"
+        "        writer.close()\n"
+        "cli.run(main)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert "saving a checkpoint failed at or before step 1 (File too large)" in line
