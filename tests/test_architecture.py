@@ -39,17 +39,20 @@ BINARIES = {
     "show_data",
 }
 BINARY_FILES = {f"{name}.py" for name in BINARIES}
-LEAVES = {"config", "config_checks", "types", "errors"}
-_CONFIG = {"config", "config_convert", "stage_checks", "errors"}
+LEAVES = {"config", "config_checks", "paths", "types", "errors"}
+_CONFIG = {"config", "config_convert", "stage_checks", "stage_cost", "paths", "errors"}
 # Who may import whom inside the package, besides itself.
 ALLOWED = {
     "config": set(),
     "config_convert": {"errors"},
+    "paths": {"errors"},
+    "stage_cost": {"config"},
     "stage_checks": _CONFIG,
     "config_checks": _CONFIG,
     "types": set(),
     "resize_weights": set(),
     "errors": set(),
+    "interrupts": set(),
     "diffusion": {"types"},
     "networks": {"types"},
     "cascade": {"resize_weights", "diffusion", "networks", *LEAVES},

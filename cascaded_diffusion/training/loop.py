@@ -13,7 +13,7 @@ from functools import partial
 import jax
 from jax.sharding import Mesh
 
-from cascaded_diffusion.cascade.build import build_stage
+from cascaded_diffusion.cascade.build import build_stage, check_precision
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config import RunConfig, ema_name
 from cascaded_diffusion.config_checks import check_resume
@@ -108,6 +108,7 @@ def train(
     low_res_shape: tuple[int, int, int] | None = None,
     data_identity: Mapping[str, str] | None = None,
     profile_steps: tuple[int, int] | None = None,
+    mesh: Mesh | None = None,
 ) -> Outcome:
     """Trains one stage to its end, going on from the newest checkpoint if there is one.
 
@@ -121,11 +122,14 @@ def train(
       low_res_shape: (h, w, C), where the data has low-res images stored.
       data_identity: which images they are, by split: a run goes on with the same only.
       profile_steps: the first and last step to write a trace of, to RUN/profile.
+      mesh: of all devices; by default what `config.mesh` says, with fsdp 1 where it says None.
 
     Raises:
-      UserError: the folder belongs to another run, to other images or another process, checkpoints
-        are damaged or cannot be written, or the loss is not finite.
+      UserError: JAX computes with 64 bits, the folder belongs to another run, to other images or
+        another process, checkpoints are damaged or cannot be written, or the loss is not finite.
     """
+    check_precision()
+    mesh = mesh_lib.build_mesh(config.mesh) if mesh is None else mesh
     is_first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         with mesh_lib.together():
@@ -144,6 +148,7 @@ def train(
                 outcome = _train(
                     config,
                     folder,
+                    mesh,
                     data_from,
                     image_shape,
                     low_res_shape,
@@ -164,6 +169,7 @@ def train(
 def _train(
     config: RunConfig,
     folder: RunFolder,
+    mesh: Mesh,
     data_from: DataFrom,
     image_shape: tuple[int, int, int],
     low_res_shape: tuple[int, int, int] | None,
@@ -173,7 +179,6 @@ def _train(
     profiler: monitor.StepProfiler,
 ) -> Outcome:
     train_config, total = config.train, config.train.train_steps
-    mesh = mesh_lib.build_mesh(config.mesh)
     stage = build_stage(config.stage)
 
     state = _restore_or_init(stage, config, mesh, checkpoints)
