@@ -36,6 +36,8 @@ from cascaded_diffusion.runtime.run_folder import CascadeFolder
 
 EXIT_BAD_INPUT = 2
 _MAX_LINE = 4000  # characters of an error: values can be long
+# What `data` advises, which knows no flags.
+_OPEN_COMMAND = "prepare --config=..."
 # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on.
 EXIT_PREEMPTED = 75
 
@@ -87,15 +89,11 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 def _one_line(error: UserError | OSError) -> str:
     """What is printed of an error: of limited length, with the command that the user has typed."""
     text = " ".join(_told(error).split())
-    given = [arg for arg in sys.argv[1:] if _is_override(arg)]
-    if (config := _config_argument(sys.argv)) is not None:
-        given.insert(0, f"--config={config}")
-        text = text.replace("prepare --config=...", f"prepare {shlex.join(given)}")
-    return (
-        text
-        if len(text) <= _MAX_LINE
-        else f"{text[: _MAX_LINE // 2]} ... {text[-_MAX_LINE // 2 :]}"
-    )
+    if _OPEN_COMMAND in text:
+        given = [f"--config={_config_argument(sys.argv)}", *overrides_in(sys.argv)]
+        text = text.replace(_OPEN_COMMAND, f"prepare {shlex.join(given)}")
+    half = _MAX_LINE // 2
+    return text if len(text) <= _MAX_LINE else f"{text[:half]} ... {text[-half:]}"
 
 
 def _told(error: UserError | OSError) -> str:

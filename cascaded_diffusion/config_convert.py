@@ -32,7 +32,7 @@ def _shown(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError, MemoryError):  # Python prints no integer of 5,000 digits
-        return f"(a {type(value).__name__} too long to print)"
+        return f"(an {type(value).__name__} too long to print)"
     return text if len(text) <= 200 else f"{text[:150]}...{text[-30:]}"
 
 

@@ -183,6 +183,7 @@ def _train(
 
     state = _restore_or_init(stage, config, mesh, checkpoints)
     first_step = int(state.step)
+    profiler.check(first_step + 1, total)
     is_first_process = jax.process_index() == 0
     if is_first_process:
         print_parameter_overview(state.params)
@@ -209,7 +210,6 @@ def _train(
 
     writer = MetricWriter(folder, resume_step=first_step) if is_first_process else None
     sample_grid = GridSampler(step_lib.sampled_stage(stage, mesh), config, mesh, grid_examples)
-    profiler.check(first_step + 1, total)
     local_batches = data_from(first_step)
     batches = mesh_lib.DeviceBatches(local_batches, mesh)
     progress = Progress(
