@@ -40,12 +40,16 @@ BINARIES = {
     "show_data",
 }
 BINARY_FILES = {f"{name}.py" for name in BINARIES}
-LEAVES = {"config", "config_checks", "types", "errors", "litter", "npz_file", "png_chunks"}
-_CONFIG = {"config", "config_convert", "stage_checks", "errors"}
+LEAVES = {
+    "config", "config_checks", "errors", "litter", "npz_file", "paths", "png_chunks", "types",
+}  # fmt: skip
+_CONFIG = {"config", "config_convert", "stage_checks", "stage_cost", "paths", "errors"}
 # Who may import whom inside the package, besides itself.
 ALLOWED = {
     "config": set(),
     "config_convert": {"errors"},
+    "paths": {"errors"},
+    "stage_cost": {"config"},
     "stage_checks": _CONFIG,
     "config_checks": _CONFIG,
     "types": set(),
@@ -54,6 +58,7 @@ ALLOWED = {
     "litter": set(),
     "npz_file": set(),
     "png_chunks": set(),
+    "interrupts": set(),
     "diffusion": {"types"},
     "networks": {"types"},
     "cascade": {"resize_weights", "diffusion", "networks", *LEAVES},
