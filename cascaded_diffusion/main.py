@@ -12,6 +12,10 @@ On several hosts every process runs the same command. On Slurm (srun) and in GKE
 each other, on a Cloud TPU with --distributed=tpu, elsewhere with --coordinator=HOST:PORT
 --num_processes=N --process_id=I. --workdir is one folder that all of them see.
 
+A run goes on with the images that it began with. If they were moved, copied or touched, say
+where they lie with --data_path=FOLDER. A run whose checkpoints are lost is begun again only
+with --start_over.
+
 --profile_steps=100:105 writes a trace of these steps to WORKDIR/profile.
 """
 
@@ -23,10 +27,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from cascaded_diffusion import cli, plan_topology
+from cascaded_diffusion import cli, plan_topology, run_images
 from cascaded_diffusion.config_checks import check_devices, check_resume, run_config_from
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.runtime.run_folder import RunData, RunFolder
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,16 +46,24 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string(
         "profile_steps", None, "FIRST:LAST step to write a trace of", flag_values=fv
     )
+    flags.DEFINE_bool(
+        "start_over",
+        False,
+        "begin at step 0 where a run is in --workdir but none of its checkpoints is intact",
+        flag_values=fv,
+    )
+    run_images.define_data_path(fv)
     cli.define_cluster(fv)
     cli.parse(fv, argv, __doc__)
     cli.require(fv, "config")
-    config = run_config_from(cli.config_values(fv, argv))
-    name, said = config.stage.name, []
+    as_given = run_config_from(cli.config_values(fv, argv))
+    name, said = as_given.stage.name, []
     if fv.workdir is None:
         fv.workdir = str(pathlib.Path("RUN") / name)
         said.append(f"--workdir was not given: the run goes to {fv.workdir}")
-    cli.check_paths(fv, "workdir")
-    profile_steps = _profile_steps(fv.profile_steps, config.train.train_steps)
+    cli.check_paths(fv, "workdir", "data_path")
+    profile_steps = _profile_steps(fv.profile_steps, as_given.train.train_steps)
+    config = run_images.with_absolute_paths(as_given, fv.data_path)
     folder = RunFolder(fv.workdir)
     folder.check_writable()
     if folder.exists():
@@ -61,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     jax = cli.set_up_jax(cluster)
     from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.data.loader import build_stream, iterate
-    from cascaded_diffusion.data.sources import load_source, spread_examples
+    from cascaded_diffusion.data.sources import load_splits, spread_examples
     from cascaded_diffusion.runtime.mesh import batch_share, build_mesh, together, told_by_first
     from cascaded_diffusion.training.grid import GRID_COLUMNS, GRID_ROWS
     from cascaded_diffusion.training.loop import train
@@ -69,8 +81,9 @@ def main(argv: Sequence[str]) -> int:
     # Whatever may be wrong is found before anything is written.
     build_stage(config.stage)
     with together():
-        source = load_source(config.data, config.data.train_split, config.stage)
-        held_out = load_source(config.data, config.data.eval_split, config.stage)
+        splits = [config.data.train_split, config.data.eval_split]
+        sources = load_splits(config.data, list(dict.fromkeys(splits)), config.stage)
+        source, held_out = (sources[split] for split in splits)
         grid_examples = spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS)
     (memory_mib,) = told_by_first([int(plan_topology.device_bytes() / 2**20)])
     divided, choice = plan_topology.divided(config, jax.device_count(), memory_mib * 2**20)
@@ -96,10 +109,13 @@ def main(argv: Sequence[str]) -> int:
         lambda start_step: iterate(stream, source, config.data, start_step=start_step),
         image_shape=source.image_shape,
         low_res_shape=source.low_res_shape,
-        data_identity={
-            config.data.train_split: source.identity,
-            config.data.eval_split: held_out.identity,
-        },
+        data=RunData(
+            splits=sources,
+            path=config.data.path,
+            path_as_given=fv.data_path or as_given.data.path,
+            given_anew=fv.data_path is not None,
+        ),
+        start_over=fv.start_over,
         grid_examples=grid_examples,
         profile_steps=profile_steps,
         mesh=mesh,
@@ -111,8 +127,8 @@ def main(argv: Sequence[str]) -> int:
         return cli.EXIT_PREEMPTED
     if outcome.reason == "early_stop":
         print(
-            f"{name}: stopped early at step {outcome.step}, as evaluation asked; to go on all the"
-            " same, run it with a larger --config.eval.patience_evals"
+            f"{name}: stopped early at step {outcome.step}, as {folder.early_stop_path} asks; to go"
+            f" on all the same, {folder.how_to_go_on()}"
         )
     else:
         print(f"{name}: finished, {outcome.step} steps ({folder.path})")
