@@ -57,13 +57,13 @@ def main(argv: Sequence[str]) -> int:
     cli.parse(fv, argv, __doc__)
     cli.require(fv, "config")
     as_given = run_config_from(cli.config_values(fv, argv))
-    config = run_images.with_absolute_paths(as_given, fv.data_path)
-    name, said = config.stage.name, []
+    name, said = as_given.stage.name, []
     if fv.workdir is None:
         fv.workdir = str(pathlib.Path("RUN") / name)
         said.append(f"--workdir was not given: the run goes to {fv.workdir}")
     cli.check_paths(fv, "workdir", "data_path")
-    profile_steps = _profile_steps(fv.profile_steps, config.train.train_steps)
+    profile_steps = _profile_steps(fv.profile_steps, as_given.train.train_steps)
+    config = run_images.with_absolute_paths(as_given, fv.data_path)
     folder = RunFolder(fv.workdir)
     folder.check_writable()
     if folder.exists():
@@ -81,9 +81,9 @@ def main(argv: Sequence[str]) -> int:
     # Whatever may be wrong is found before anything is written.
     build_stage(config.stage)
     with together():
-        names = [config.data.train_split, config.data.eval_split]
-        sources = load_splits(config.data, list(dict.fromkeys(names)), config.stage)
-        source, held_out = (sources[name] for name in names)
+        splits = [config.data.train_split, config.data.eval_split]
+        sources = load_splits(config.data, list(dict.fromkeys(splits)), config.stage)
+        source, held_out = (sources[split] for split in splits)
         grid_examples = spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS)
     (memory_mib,) = told_by_first([int(plan_topology.device_bytes() / 2**20)])
     divided, choice = plan_topology.divided(config, jax.device_count(), memory_mib * 2**20)

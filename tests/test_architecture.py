@@ -40,9 +40,7 @@ BINARIES = {
     "show_data",
 }
 BINARY_FILES = {f"{name}.py" for name in BINARIES}
-LEAVES = {
-    "config", "config_checks", "errors", "litter", "npz_file", "paths", "png_chunks", "types",
-}  # fmt: skip
+LEAVES = {"config", "config_checks", "paths", "types", "errors", "litter", "npz_file", "png_chunks"}
 _CONFIG = {"config", "config_convert", "stage_checks", "stage_cost", "paths", "errors"}
 # Who may import whom inside the package, besides itself.
 ALLOWED = {
@@ -55,10 +53,10 @@ ALLOWED = {
     "types": set(),
     "resize_weights": set(),
     "errors": set(),
+    "interrupts": set(),
     "litter": set(),
     "npz_file": set(),
     "png_chunks": set(),
-    "interrupts": set(),
     "diffusion": {"types"},
     "networks": {"types"},
     "cascade": {"resize_weights", "diffusion", "networks", *LEAVES},

@@ -233,11 +233,11 @@ def _train(
     stage = build_stage(config.stage)
 
     state = _restore_or_init(stage, config, mesh, checkpoints, start_over=start_over)
+    first_step = int(state.step)
+    profiler.check(first_step + 1, total)
     if jax.process_index() == 0:
         # Of a shorter run that now goes on; those who follow it wait for the new end.
         folder.complete_path.unlink(missing_ok=True)
-    first_step = int(state.step)
-    profiler.check(first_step + 1, total)
     is_first_process = jax.process_index() == 0
     if is_first_process:
         print_parameter_overview(state.params)
