@@ -124,6 +124,8 @@ def num_samples(fv: flags.FlagValues, samples: StoredImages) -> int:
             f"--num_samples={fv.num_samples}: --samples={samples.path} has {found} images;"
             " expected at least as many"
         )
+    if fv.num_samples is not None and fv.num_samples < found:
+        print(f"samples: the first {fv.num_samples} are measured", file=sys.stderr, flush=True)
     return fv.num_samples or found
 
 

@@ -168,7 +168,7 @@ def _read_npz(path: str, flag: str) -> StoredImages:
         if "arr_0" not in arrays:
             raise ValueError("it has no arr_0")
     except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
+        reason = getattr(e, "strerror", None) or e
         raise UserError(
             f"--{flag}={path}: expected a folder of PNGs, or an .npz with arr_0 (images) that is"
             f" whole ({reason})"
