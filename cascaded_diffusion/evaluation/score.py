@@ -168,7 +168,8 @@ class RunScorer:
         if self._recorded(step, ema_decay, source, metric):
             return
         record = {"step": step, "ema_decay": ema_decay, "metric": metric, "value": value}
-        record |= {"weights": self._weights(step), **self._identity(source), **extra}
+        record |= {"weights": self._weights(step), **self._identity(source), **source.notes}
+        record |= extra
         append_line(self._folder.results_path, record)
         self._curves.add(record)
 
@@ -181,7 +182,7 @@ class RunScorer:
         store: SampleStore,
     ) -> dict[str, float]:
         config, name = self._config, self._config.stage.name
-        about = f"step {step}, EMA {ema_decay:g}, low-res {source.kind}"
+        about = f"step {step}, EMA {ema_decay:g}, low-res {source.about}"
         fill(store, source, params, label=about)
         measurement, agreement, first = measured(self._judge, store, config.stage.num_classes)
         values = {**measurement.distances(self._judge.references["train"]), **measurement.own()}
