@@ -151,8 +151,9 @@ def build_extractor(
     doubt = _doubt(classifier, others)
     if doubt:
         say(
-            f"{stage.name}: {doubt}: the features are those of an all but untrained network; better"
-            " take --config.eval.features=inception --config.eval.resize=legacy, by a call of `main`"
+            f"{stage.name}: {doubt}: the features are those of an all but untrained network; take"
+            " Inception's by a call of `main` with --config.eval.features=inception"
+            " --config.eval.resize=legacy"
         )
     return classifier
 
