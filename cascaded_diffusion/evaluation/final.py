@@ -146,8 +146,8 @@ def _table(record: Mapping[str, Any]) -> str:
         *(f"| {name} | {value:.6g} |" for name, value in record["metrics"].items()),
         "",
         f"Low-res input: {record['low_res']}{of_how_many}; aug_level {record['aug_level']},"
-        f" truncated {record['truncated']}; {record['sampler']['name']}, {record['sampler']['num_steps']}"
-        f" steps; seed {record['seed']}.",
+        f" truncated {record['truncated']}; {record['sampler']['name']},"
+        f" {record['sampler']['num_steps']} steps; seed {record['seed']}.",
         "",
         f"Features: {record['features']}.",
         "",
