@@ -164,9 +164,9 @@ def table(name: str, train: tuple, test: tuple, folder: pathlib.Path) -> list[st
     lines = [
         f"## {name}",
         "",
-        f"{len(real.labels):,} training images, {len(held_out.labels):,} damaged ones. The"
-        f" classifier recognises {100 * classifier.accuracy:.1f} % of the held-out images, the other"
-        f" network tells the rotation of {100 * rotation.accuracy:.1f} %.",
+        f"{len(real.labels):,} training images, {len(held_out.labels):,} held-out ones. The"
+        f" classifier recognises {100 * classifier.accuracy:.1f} % of the latter, the other network"
+        f" tells the rotation of {100 * rotation.accuracy:.1f} %.",
         "",
         "| damage | fd_classifier, none to strongest | fd_rotation | with fd_classifier:"
         f" {' | '.join(others)} | with strength: fd_classifier | fd_rotation |",
