@@ -41,7 +41,6 @@ class Recipe:
       weight_decay: of kernels alone for "sgd".
       crop: "shift" moves images by up to a sixteenth; "resized" cuts out 8 to 100 % of the
         area and enlarges it, as is usual for photos.
-      least_steps: with few images, the epochs are as many more as these take.
     """
 
     epochs: int
@@ -51,7 +50,6 @@ class Recipe:
     optimizer: str
     weight_decay: float
     crop: str
-    least_steps: int = 0
 
 
 RECIPES: dict[str, Recipe] = {
@@ -230,9 +228,7 @@ def train_classifier(
     if batch_size is None:
         batch_size = batch_size_for(recipe, len(images), mesh)
     per_epoch = len(images) // batch_size
-    total = train_steps
-    if total is None:
-        total = max(recipe.epochs * per_epoch, recipe.least_steps)
+    total = recipe.epochs * per_epoch if train_steps is None else train_steps
     optimizer = _optimizer(recipe, total, per_epoch)
     everywhere, split = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
 

@@ -13,7 +13,6 @@ import pytest
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.data.sources import examples
-from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import generate, score, sources
 from cascaded_diffusion.evaluation.final import final_numbers
 from cascaded_diffusion.evaluation.judge import build_judge
