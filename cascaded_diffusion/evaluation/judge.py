@@ -24,6 +24,7 @@ from cascaded_diffusion.evaluation.measure import Measurement
 from cascaded_diffusion.evaluation.real_images import RealSplit
 from cascaded_diffusion.evaluation.reference import (
     Reference,
+    differing_field,
     measure_reference,
     read_reference,
     save_reference,
@@ -257,12 +258,8 @@ def run_reference(
 def _stored_reference(path: pathlib.Path, **wanted: Any) -> Reference:
     """Reads a run's reference. Raises UserError where it is damaged, or not what is wanted."""
     reference = read_reference(str(path), flag="workdir")
-    if reference.fingerprint is None:
-        raise UserError("it does not say which images it is of")
-    found = dataclasses.asdict(reference.fingerprint)
-    for field, value in wanted.items():
-        if found[field] != value:
-            raise UserError(f"its {field} is {found[field]!r}, and now {value!r}")
+    if (why := differing_field(reference, **wanted)) is not None:
+        raise UserError(why)
     return reference
 
 

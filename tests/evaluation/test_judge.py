@@ -98,9 +98,15 @@ def test_a_reference_that_does_not_fit_is_made_anew(tmp_path):
     kept = tmp_path / "kept.npz"
     shutil.copy(path, kept)
     for change, why in (
-        (dict(extractor=Extractor("other")), "its features is 'projection:1', and now 'other:1'"),
-        (dict(split=_split(SOURCE, size=40)), "its num_images is 64, and now 40"),
-        (dict(split=_split(SOURCE, data="photos")), "its data is 'noise', and now 'photos'"),
+        (
+            dict(extractor=Extractor("other")),
+            "its field 'features' is 'projection:1', expected 'other:1'",
+        ),
+        (dict(split=_split(SOURCE, size=40)), "its field 'num_images' is 64, expected 40"),
+        (
+            dict(split=_split(SOURCE, data="photos")),
+            "its field 'data' is 'noise', expected 'photos'",
+        ),
     ):
         made = reference(**change)
         assert said.pop() == f"{path}: {why}; it is made anew"
@@ -118,7 +124,7 @@ def test_a_reference_that_does_not_fit_is_made_anew(tmp_path):
         arrays = dict(stored)
     for change, why in (
         ({"mu": arrays["mu"] + 1}, "its arrays have changed since it was written"),
-        ({"digest": None, "fingerprint": None}, "it does not say which images it is of"),
+        ({"digest": None, "fingerprint": None}, "it has no fingerprint"),
         ({"digest": None, "fingerprint": np.asarray('{"data": "x"}')}, "of another version"),
     ):
         changed = {k: v for k, v in {**arrays, **change}.items() if v is not None}
