@@ -25,7 +25,6 @@ from cascaded_diffusion.data.raw import (
     RawExample,
     RawSource,
     array_source,
-    printable,
 )
 from cascaded_diffusion.data.splits import parse_split
 from cascaded_diffusion.data.transforms import CROPS, resized
@@ -294,7 +293,7 @@ def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
             f"config.stage.channels = {stage.channels}: expected 1 or 3, as images have"
         )
     if raw.passed_over:
-        _say(f"{printable(split)}: {raw.passed_over}", once=True)
+        _say(raw.passed_over, once=True)
     return raw
 
 
