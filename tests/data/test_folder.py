@@ -301,6 +301,7 @@ def test_records_are_cropped_and_shrunk(tmp_path):
         ("none", "val", "folder", "split = 'val': no such folder in .*; there are: train; 'all'"),
         ("none", "train[:0]", "folder", r"'train\[:0\]': holds none of 24 images"),
         ("none", "train[a:]", "folder", "expected a split's name, or a part"),
+        ("none", f"train[{'9' * 5000}:]", "folder", "expected a split's name, or a part"),
         ("no folder", "train", "folder", "config.data.path = .*: no such folder"),
         ("empty class", "train", "folder", "class 'dodo' has no images"),
         (

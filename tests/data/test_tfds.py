@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.data.corruption import CorruptRecord
+from cascaded_diffusion.data.measure import class_counts
 from cascaded_diffusion.data.sources import load_source, load_splits
 from cascaded_diffusion.data.tfds_source import load_tfds
 from cascaded_diffusion.errors import UserError
@@ -203,6 +204,20 @@ def test_a_label_out_of_range_is_named(array_record, monkeypatch):
     monkeypatch.setattr(raw, "read", lambda i: read(i)._replace(label=-1))
     with pytest.raises(UserError, match=r"record 2: label -1 is out of range, expected 0 to 2"):
         source[2]
+    with pytest.raises(UserError, match=r"record 0: label -1 is out of range"):
+        class_counts(source, max_examples=5, say=lambda done: None)
+
+
+def test_a_tfrecord_that_is_cut_while_it_is_read_is_corrupt(tmp_path):
+    folder, path = _copy(tmp_path, TFRECORD)
+    source = load_tfds("tiny_photos", "train", str(folder))
+    source.read(0)
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(CorruptRecord, match="checksum is wrong"):
+        source.read(11)
+    path.unlink()
+    with pytest.raises(CorruptRecord, match="cannot be read .No such file"):
+        source.read(0)
 
 
 def test_a_tfrecord_copy_is_converted(tmp_path, array_record):
