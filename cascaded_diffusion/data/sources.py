@@ -25,7 +25,6 @@ from cascaded_diffusion.data.raw import (
     RawExample,
     RawSource,
     array_source,
-    printable,
 )
 from cascaded_diffusion.data.splits import parse_split
 from cascaded_diffusion.data.transforms import CROPS, resized
@@ -123,12 +122,7 @@ class ProcessingReader:
     def processed(self, example: RawExample, index: int) -> Sized:
         """What `read` returns, of a record that has been read already."""
         image, label = example
-        if self.class_names and not 0 <= label < len(self.class_names):
-            raise UserError(
-                f"{self.describe(index)}: label {label} is out of range, expected 0 to"
-                f" {len(self.class_names) - 1}; take another config.data.train_split or"
-                " eval_split, or --config.stage.num_classes=0 for a model without classes"
-            )
+        self.check_label(label, index)
         pixels = self.decoded(image, index)
         height, width = pixels.shape[:2]
         if min(height, width) < self.image_shape[0]:
@@ -138,6 +132,15 @@ class ProcessingReader:
                 f" {self.image_shape[0]} px; so are others that are smaller",
             )
         return self.sized(pixels, label)
+
+    def check_label(self, label: int, index: int) -> None:
+        """Raises UserError for a label that is none of the classes."""
+        if self.class_names and not 0 <= label < len(self.class_names):
+            raise UserError(
+                f"{self.describe(index)}: label {label} is out of range, expected 0 to"
+                f" {len(self.class_names) - 1}; take another config.data.train_split or"
+                " eval_split, or --config.stage.num_classes=0 for a model without classes"
+            )
 
     def _note(self, kind: str, line: str) -> None:
         self.converted[kind] += 1
@@ -294,7 +297,7 @@ def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
             f"config.stage.channels = {stage.channels}: expected 1 or 3, as images have"
         )
     if raw.passed_over:
-        _say(f"{printable(split)}: {raw.passed_over}", once=True)
+        _say(raw.passed_over, once=True)
     return raw
 
 
