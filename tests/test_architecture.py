@@ -33,6 +33,7 @@ BINARIES = {
     "reference",
     "report",
     "sample",
+    "sample_inputs",
     "plan",
     "plan_topology",
     "prepare",
