@@ -9,24 +9,27 @@ The number of pixels is checked from the header, before anything is decoded. Wha
 - 16 bits per channel: round(v / 257)
 - EXIF orientation is not applied, as TensorFlow, ADM and torchvision do not
 
-Animated files are refused: which frame is meant is nobody's guess.
+Animated files are refused: which frame is meant is nobody's guess. Of the several pictures
+that phones put into one JPEG (MPO), the first is the photo; the others are previews or depth.
+Text, colour profiles and other ancillary chunks of a PNG do not matter, however large.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-import zlib
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from cascaded_diffusion.data.corruption import CorruptRecord
+from cascaded_diffusion.png_chunks import SIGNATURE, essential_png
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp")
+_JPEG_START = b"\xff\xd8"
 _COLORSPACES = {1: "GRAY", 3: "RGB"}
 _PLAIN_JPEG = ("GRAY", "RGB", "YCbCr")
 
@@ -48,7 +51,7 @@ def decode_image(data: bytes, *, channels: int, max_pixels: int) -> tuple[np.nda
     """
     if not data:
         raise CorruptRecord("empty, 0 bytes")
-    if data[:2] == b"\xff\xd8":
+    if data.startswith(_JPEG_START):
         fast = _decode_jpeg(data, channels, max_pixels)
         if fast is not None:
             return fast, None
@@ -81,16 +84,17 @@ def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray | No
 
 def _decode_any(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray, str | None]:
     try:
+        if data.startswith(SIGNATURE):
+            # Checks every chunk's checksum too, which Pillow does not do for the pixels.
+            data = essential_png(data)
         with warnings.catch_warnings():
             # Size is checked here, by our own bound.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = _opened(data)
             _check_size(image.width, image.height, max_pixels)
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
                 raise CorruptRecord(f"animated, {frames} frames: expected a single image")
-            if image.format == "PNG":
-                _check_png(data)
             if image.format == "JPEG" and image.mode in ("L", "RGB"):
                 # Pillow passes over damage that libjpeg can go on after.
                 simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
@@ -105,22 +109,15 @@ def _decode_any(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray
         raise CorruptRecord(f"cannot be read as {', '.join(FORMATS)} ({_one_line(e)})") from e
 
 
+def _opened(data: bytes) -> Image.Image:
+    if data.startswith(_JPEG_START):
+        # Not Image.open, which takes a phone's JPEG of several pictures for an animation.
+        return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
 def _one_line(e: Exception) -> str:
     return " ".join(str(e).split()) or type(e).__name__
-
-
-def _check_png(data: bytes) -> None:
-    """Compares every chunk with its CRC, which Pillow does not do for the pixels."""
-    at = 8
-    while at + 12 <= len(data):
-        length = int.from_bytes(data[at : at + 4], "big")
-        end = at + 8 + length
-        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise CorruptRecord("damaged PNG (a chunk's checksum is wrong)")
-        if data[at + 4 : at + 8] == b"IEND":
-            return
-        at = end + 4
-    raise CorruptRecord("damaged PNG (it ends too early)")
 
 
 def _from_16_bit(data: bytes, channels: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cascaded_diffusion.config import MAX_PIXELS
 from cascaded_diffusion.data.corruption import CorruptRecord
@@ -100,6 +100,51 @@ def test_animations_are_refused(kind):
     data = _encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
     with pytest.raises(CorruptRecord, match="animated, 2 frames"):
         _decode(data)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_of_a_phones_several_pictures_the_first_is_taken(channels):
+    first, preview = _picture(), _picture(30, 35)
+    data = _encoded(first, "MPO", save_all=True, append_images=[preview], quality=95)
+    assert (Image.open(io.BytesIO(data)).format, Image.open(io.BytesIO(data)).n_frames) == (
+        "MPO",
+        2,
+    )
+    pixels, note = _decode(data, channels)
+    expected, _ = _decode(_encoded(first, "JPEG", quality=95), channels)
+    np.testing.assert_array_equal(pixels, expected)
+    assert note is None
+    cmyk = _encoded(first.convert("CMYK"), "MPO", save_all=True, append_images=[preview])
+    assert _decode(cmyk, channels)[1] == "CMYK"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGB", "P", "L", "RGBA", "I;16"])
+def test_ancillary_chunks_of_a_png_do_not_matter(mode, channels):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    text.add_text("prompt", "y" * 3_000_000)
+    image = Image.fromarray(np.arange(0, 64000, 1000, np.uint16).reshape(8, 8))
+    image = image if mode == "I;16" else _picture().convert(mode)
+    plain = _decode(_encoded(image, "PNG"), channels)
+    heavy = _encoded(image, "PNG", pnginfo=text, icc_profile=np.random.bytes(2_000_000))
+    assert len(heavy) > 5_000_000
+    pixels, note = _decode(heavy, channels)
+    np.testing.assert_array_equal(pixels, plain[0])
+    assert note == plain[1]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_large_profiles_and_exif_do_not_matter(kind, channels):
+    plain, _ = _decode(_encoded(_picture(), kind, quality=90), channels)
+    more = {
+        "icc_profile": np.random.bytes(2_000_000),
+        "exif": b"Exif\0\0" + np.random.bytes(60_000),
+    }
+    heavy = _encoded(_picture(), kind, quality=90, **more)
+    assert len(heavy) > 2_000_000
+    np.testing.assert_array_equal(_decode(heavy, channels)[0], plain)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

@@ -1,0 +1,147 @@
+"""Arrays of `.npz` files, whose declared sizes are checked before anything is allocated.
+
+A header of a few bytes can declare petabytes, and three compressed megabytes can inflate to
+three gigabytes. What a file declares is compared with what it holds, an array that is
+stored as it is may be as large as its file, and all arrays together must fit in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Collection
+from typing import IO
+
+import numpy as np
+
+# A compressed array may be as large as this, or so many times the bytes that it was read from.
+_FREE_BYTES, _MAX_INFLATION = 256_000_000, 100
+_MAX_HEADER_BYTES = 10_000
+_ENCRYPTED = 0x1
+# What zipfile raises on one besides ValueError and OSError.
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error, OverflowError,
+    IndexError, KeyError, RuntimeError,
+)  # fmt: skip
+
+
+def read_arrays(
+    path: str | os.PathLike[str],
+    names: Collection[str] | None = None,
+    *,
+    max_bytes: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Reads arrays of an `.npz` file into memory. Nothing is unpickled.
+
+    Args:
+      path: the file.
+      names: of the arrays; those that the file lacks are left out. None for all it has.
+      max_bytes: of the arrays together; None for the memory of this machine.
+
+    Returns:
+      The arrays by name, without ".npy".
+
+    Raises:
+      ValueError: in a few words, without the path: the file is damaged or no `.npz`; an array
+        holds Python objects, is empty, or declares another size than the file holds; or the
+        arrays are larger than they may be.
+      OSError: it cannot be opened.
+    """
+    limit = _memory() if max_bytes is None else max_bytes
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {
+                info.filename.removesuffix(".npy"): info
+                for info in archive.infolist()
+                if info.filename.endswith(".npy")
+            }
+            if names is not None:
+                members = {name: members[name] for name in names if name in members}
+            _check_sizes(members, os.stat(path).st_size, limit)
+            return {name: _read(archive, name, info) for name, info in members.items()}
+    except _DAMAGED as e:
+        raise ValueError(f"damaged, or no .npz: {' '.join(str(e).split())}") from e
+    except MemoryError as e:
+        raise ValueError("its arrays are larger than the memory that is free") from e
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_sizes(members: dict[str, zipfile.ZipInfo], size: int, limit: int) -> None:
+    stored = sum(info.compress_size for info in members.values())
+    if stored > size:
+        raise ValueError(f"damaged: declares {stored:,} bytes of arrays, and is of {size:,}")
+    for name, info in members.items():
+        if info.flag_bits & _ENCRYPTED:
+            raise ValueError(f"{name} is encrypted")
+        if info.compress_type == zipfile.ZIP_STORED:
+            most = info.compress_size
+        elif info.compress_type == zipfile.ZIP_DEFLATED:
+            most = max(_FREE_BYTES, _MAX_INFLATION * info.compress_size)
+        else:
+            raise ValueError(f"{name} is compressed in a way that numpy does not write")
+        if info.file_size > most:
+            raise ValueError(
+                f"{name} declares {info.file_size:,} bytes, which {info.compress_size:,} stored"
+                f" bytes do not make: expected at most {most:,}"
+            )
+    total = sum(info.file_size for info in members.values())
+    if total > limit:
+        raise ValueError(f"holds {total:,} bytes of arrays, expected at most {limit:,}")
+
+
+def _read(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(info) as f:
+        shape, fortran_order, dtype, header_bytes = _header(f, name)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects, expected numbers or text")
+        declared = f"{name} is declared as {dtype} of shape {shape}"
+        if any(n < 1 for n in shape) or not dtype.itemsize:
+            raise ValueError(f"{declared}, which is empty")
+        # Python's own integers: they do not overflow.
+        expected, there = math.prod(shape) * dtype.itemsize, info.file_size - header_bytes
+        if expected != there:
+            raise ValueError(f"{declared}, {expected:,} bytes, and holds {there:,}")
+        array = np.empty(shape, dtype, order="F" if fortran_order else "C")
+        data = memoryview(array.reshape(-1, order="A").view(np.uint8))
+        at = 0
+        while at < expected:
+            count = f.readinto(data[at : at + (1 << 20)])
+            if not count:
+                raise ValueError(f"{name} ends too early")
+            at += count
+        f.read(1)  # zipfile compares the checksum when it comes to the end
+        return array
+
+
+def _header(f: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, whether in Fortran's order, dtype, and how many bytes that took."""
+    start = f.read(8)
+    if len(start) < 8 or start[:6] != b"\x93NUMPY" or start[6] not in (1, 2, 3):
+        raise ValueError(f"{name} is no array as numpy writes it")
+    length_format = "<H" if start[6] == 1 else "<I"
+    length_bytes = f.read(struct.calcsize(length_format))
+    (length,) = struct.unpack(length_format, length_bytes)
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"{name} has a header of {length:,} bytes")
+    header = f.read(length)
+    # 3 is 2 with names of fields in UTF-8, which numpy has no public function for.
+    read = (
+        np.lib.format.read_array_header_1_0
+        if start[6] == 1
+        else np.lib.format.read_array_header_2_0
+    )
+    try:
+        shape, fortran_order, dtype = read(io.BytesIO(length_bytes + header))
+    except Exception as e:  # whatever Python's tokenizer and parser, which numpy asks, raise
+        raise ValueError(f"{name} has a header that cannot be read") from e
+    return shape, fortran_order, dtype, len(start) + len(length_bytes) + length
