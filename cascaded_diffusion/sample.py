@@ -78,11 +78,11 @@ def main(argv: Sequence[str]) -> int:
     request = read_request(fv, argv)
     section, output = request.config.cascade, request.output
     output.check_writable()
-    png_folder = output.path / "png" if fv.png else None
-    if png_folder is not None and png_folder.exists() and any(png_folder.iterdir()):
+    png_folder = output.path / "png"
+    if png_folder.is_dir() and any(png_folder.iterdir()):
         raise UserError(
-            f"--output={output.path}: {png_folder} is there already; move it, or choose another"
-            " --output"
+            f"--output={output.path}: {png_folder} has the images of other samples; move it, or"
+            " choose another --output"
         )
 
     cluster = cli.join_cluster(fv, request.config, "workdir", "output")
@@ -152,10 +152,10 @@ def main(argv: Sequence[str]) -> int:
         if not is_first:
             return 0
         try:
-            _write_npz(request, store)
+            files = _write_npz(request, store)
             picture = _picture(request, store, cascade, params, real, mesh)
             save_png(output.path / "samples.png", picture)
-            if png_folder is not None:
+            if fv.png:
                 _write_pngs(request, store, png_folder)
         except DamagedBatchError as e:
             raise UserError(str(e)) from e
@@ -164,8 +164,8 @@ def main(argv: Sequence[str]) -> int:
         store.remove()
         with contextlib.suppress(OSError):  # another cascade's are in there
             (output.path / ".batches").rmdir()
-    files = ["samples.npz", "samples.png", *(["png/"] if fv.png else [])]
-    print(f"{request.title()}: {output.path}/{', '.join(files)}", flush=True)
+    files += ["samples.png", *(["png/"] if fv.png else [])]
+    print(f"{request.title()}: in {output.path}: {', '.join(files)}", flush=True)
     return 0
 
 
@@ -194,19 +194,20 @@ def _say(trained: Sequence[TrainedStage], store: SampleStore) -> None:
         )
 
 
-def _write_npz(request: Request, store: SampleStore) -> None:
-    """The samples of every stage that was run, an `.npz` each."""
+def _write_npz(request: Request, store: SampleStore) -> list[str]:
+    """The samples of every stage that was run, an `.npz` each. Returns their names."""
     from cascaded_diffusion.runtime.samples import save_sample_batches
 
-    stages = [config.stage for config in request.run_configs]
-    for i, stage in enumerate(stages):
-        name = "samples" if i == len(stages) - 1 else stage.name
+    names = request.npz_names()
+    for i, (name, config) in enumerate(zip(names, request.run_configs, strict=True)):
+        stage = config.stage
         shape = (stage.resolution, stage.resolution, stage.channels)
         save_sample_batches(
-            request.output.path / f"{name}.npz",
+            request.output.path / name,
             (store.num_samples, *shape),
             lambda key=f"images_{i}": ((b[key], b["labels"]) for b in store.batches()),
         )
+    return names
 
 
 def _write_pngs(request: Request, store: SampleStore, folder: pathlib.Path) -> None:

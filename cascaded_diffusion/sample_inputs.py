@@ -15,9 +15,10 @@ from cascaded_diffusion import cli
 from cascaded_diffusion.config import MAX_PIXELS, CascadeConfig, RunConfig, StageConfig, to_dict
 from cascaded_diffusion.config_checks import cascade_config_from, check_chain
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.npz_file import read_arrays
 from cascaded_diffusion.runtime.paths import check_local_path
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
-from cascaded_diffusion.runtime.samples import DAMAGED, open_images
+from cascaded_diffusion.runtime.samples import open_images
 from cascaded_diffusion.stage_checks import check_level, check_sampler
 
 _LABEL_FILES = (".txt", ".npz", ".npy")
@@ -79,6 +80,11 @@ class Request:
         identity["low_res"] = None if self.low_res is None else self.low_res.digest()
         return identity
 
+    def npz_names(self) -> list[str]:
+        """The files of samples that are written, one per stage that is run."""
+        names = [*self.config.cascade.stages[self.first : -1], "samples"]
+        return [f"{name}.npz" for name in names]
+
     def title(self) -> str:
         """What is made, for people."""
         count, stages = self.config.cascade.num_samples, [c.stage for c in self.run_configs]
@@ -90,7 +96,8 @@ class Request:
         if self.chosen:
             found = sorted(set(self.labels[:count].tolist()))
             names = [f"{i} ({self.class_names[i]})" if i in self.class_names else i for i in found]
-            what += f" of class{'es' * (len(found) > 1)} {', '.join(map(str, names[:10]))}{', ...' * (len(found) > 10)}"
+            what += f" of class{'es' * (len(found) > 1)} {', '.join(map(str, names[:10]))}"
+            what += ", ..." * (len(found) > 10)
         section = self.config.cascade
         mode = "truncated" if section.truncated else "non-truncated"
         if self.low_res is not None and section.truncated:
@@ -145,7 +152,8 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> Request:
     enlarging = fv.low_res is not None
     if enlarging and fv.per_class is not None:
         raise UserError(
-            f"--per_class={fv.per_class}: means nothing with --low_res, of whose images"
+            f"--per_class={fv.per_class}: expected none with --low_res, of which every image is"
+            " enlarged once"
         )
     if fv.resize_low_res is not None and not enlarging:
         raise UserError(f"--resize_low_res={fv.resize_low_res}: --low_res is missing")
@@ -180,7 +188,7 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> Request:
         )
     chosen = fv.labels is not None or fv.per_class is not None
     name = "enlarged" if enlarging else "chosen_classes" if chosen else "samples"
-    return Request(
+    request = Request(
         config=dataclasses.replace(config, cascade=dataclasses.replace(section, num_samples=count)),
         folders=folders[first:],
         run_configs=configs[first:],
@@ -191,6 +199,20 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> Request:
         low_res=low_res,
         output=RunFolder(fv.output or pathlib.Path(fv.workdir, name), flag="output"),
     )
+    if enlarging:
+        _check_apart(pathlib.Path(fv.low_res), request)
+    return request
+
+
+def _check_apart(low_res: pathlib.Path, request: Request) -> None:
+    """Raises UserError if what is given would be overwritten, or grow by what is made of it."""
+    given, output = low_res.resolve(), request.output.path.resolve()
+    written = [output / name for name in request.npz_names()]
+    if given in written or (given.is_dir() and output.is_relative_to(given)):
+        raise UserError(
+            f"--output={request.output.path}: the images of --low_res={low_res} are there; choose"
+            " another folder"
+        )
 
 
 def _refuse_number(argv: Sequence[str], flag: str | None) -> None:
@@ -364,16 +386,16 @@ def _number_or_name(item: str) -> int | str:
 
 def _array_of_labels(path: pathlib.Path) -> list[int | str]:
     try:
-        stored = np.load(path, allow_pickle=False)
-        if isinstance(stored, np.ndarray):
-            labels = stored
+        if path.suffix.lower() == ".npz":
+            arrays = read_arrays(path, ("arr_0", "arr_1"))
+            labels = arrays["arr_1" if "arr_1" in arrays else "arr_0"]
         else:
-            with stored:
-                labels = stored["arr_1" if "arr_1" in stored.files else "arr_0"]
-    except DAMAGED as e:
+            # Mapped, an array that the file is too short for is an error, and no memory.
+            labels = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError, KeyError) as e:
         raise UserError(
-            f"--labels={path}: cannot be read, expected an array of labels, arr_1 (or arr_0) of an"
-            f" .npz ({e})"
+            f"--labels={path}: cannot be read, expected an array of labels, in an .npz as arr_1 (or"
+            f" arr_0) ({e})"
         ) from e
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not labels.size:
         raise UserError(

@@ -114,13 +114,14 @@ def fitted(
     if height != width or height not in sizes:
         wanted = " or ".join(f"{size} x {size}" for size in sizes)
         shrinkable = [size for size in sizes if size <= min(height, width)]
-        how = (
-            f"; --resize_low_res={shrinkable[-1]} cuts out the centre square of every image and"
-            " shrinks it"
-        )
+        how = ""
+        if shrinkable:
+            how = (
+                f"; --resize_low_res={shrinkable[-1]} cuts out the centre square of every image"
+                " and shrinks it"
+            )
         raise UserError(
-            f"{flag}: {name} is {_size(image)}, expected {wanted}, as the cascade"
-            f" enlarges{how if shrinkable else ''}"
+            f"{flag}: {name} is {_size(image)}, expected {wanted}, as the cascade enlarges{how}"
         )
     return image
 
