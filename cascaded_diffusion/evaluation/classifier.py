@@ -25,6 +25,7 @@ from cascaded_diffusion.config import MeshConfig
 from cascaded_diffusion.evaluation.classifier_training import train_classifier
 from cascaded_diffusion.evaluation.features import Features, concatenated
 from cascaded_diffusion.networks import classifier as networks
+from cascaded_diffusion.npz_file import read_arrays
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_folder import write_whole
 
@@ -152,10 +153,9 @@ def load_or_train(
     fingerprint = _fingerprint(train, network, seed)
     if path.exists():
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                flat = {name: stored[name] for name in stored.files}
-        except Exception as e:  # whatever a damaged zip makes numpy raise
-            say(f"{path}: cannot be read ({type(e).__name__}); training the classifier again")
+            flat = read_arrays(path)
+        except (OSError, ValueError) as e:
+            say(f"{path}: cannot be read ({e}); training the classifier again")
             flat = {}
         arrays = {k: v for k, v in flat.items() if k not in ("fingerprint", "digest")}
         if flat and str(flat.get("fingerprint")) == fingerprint:

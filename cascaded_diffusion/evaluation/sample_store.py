@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from cascaded_diffusion.npz_file import read_arrays
 from cascaded_diffusion.runtime.run_folder import write_whole
-from cascaded_diffusion.runtime.samples import DAMAGED
 
 # The arrays of a batch: "images" uint8 [b, H, W, C], "labels" int64 [b] and, of an
 # enlargement, "low_res" uint8 [b, h, w, C].
@@ -112,10 +112,9 @@ class SampleStore:
     def read(self, batch: int) -> Arrays | None:
         """A batch; None where its file has been damaged, which then is removed."""
         try:
-            # zipfile compares checksums: a bit that has flipped is noticed.
-            with np.load(self._path(batch), allow_pickle=False) as stored:
-                return {name: stored[name] for name in stored.files}
-        except DAMAGED:
+            # Checksums are compared: a bit that has flipped is noticed.
+            return read_arrays(self._path(batch))
+        except (OSError, ValueError):
             self._path(batch).unlink(missing_ok=True)
             return None
 

@@ -28,7 +28,7 @@ from cascaded_diffusion.evaluation.settings import Setting, with_setting
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.run_folder import append_line, read_lines, write_whole
-from cascaded_diffusion.runtime.samples import read_provenance, save_samples, stored_samples
+from cascaded_diffusion.runtime.samples import save_samples, stored_samples
 
 
 class Sweep:
@@ -179,10 +179,9 @@ class Sweep:
             "seed": self._section.seed,
         }
         path = self._folder / f"{name}.npz"
-        if read_provenance(path) == provenance:
-            images = stored_samples(path)
-            if len(images) >= self._num_samples:
-                return images
+        images = stored_samples(path, provenance)
+        if images is not None and len(images) >= self._num_samples:
+            return images
         cascade = Cascade(
             stages=[t.stage for t in below],
             samplers=self._section.samplers[: len(below)],
