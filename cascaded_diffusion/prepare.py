@@ -5,20 +5,22 @@
 
 What TFDS has not got yet, it downloads and prepares first, in `config.data.path`. The shards
 go to `config.data.prepared_dir`. The same command run again goes on where it stopped, and
-does nothing where all is done; `--verify` compares every shard with its SHA-256.
+does nothing where all is done; `--verify` compares every shard with its SHA-256, and the
+images that it was made of with what they were.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
 import multiprocessing
 import os
 import pathlib
 import shutil
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from absl import flags
 from absl import logging as absl_logging
@@ -29,7 +31,10 @@ from cascaded_diffusion.config_checks import run_config_from
 from cascaded_diffusion.errors import UserError
 
 if TYPE_CHECKING:
+    from cascaded_diffusion.data.prepared import Manifest, Report
     from cascaded_diffusion.data.write_prepared import Plan
+
+T = TypeVar("T")
 
 _POLL_SECS = 0.5
 # Of --dry_run's measurement.
@@ -50,7 +55,10 @@ def main(argv: Sequence[str]) -> int:
         flag_values=fv,
     )  # fmt: skip
     flags.DEFINE_bool("dry_run", False, "say size and time, write nothing", flag_values=fv)
-    flags.DEFINE_bool("verify", False, "compare what is there with its SHA-256", flag_values=fv)
+    flags.DEFINE_bool(
+        "verify", False, "compare shards, and what they were made of, with their SHA-256",
+        flag_values=fv,
+    )  # fmt: skip
     cli.parse(fv, argv, __doc__)
     cli.require(fv, "config")
     config = run_config_from(cli.config_values(fv, argv))
@@ -64,10 +72,13 @@ def main(argv: Sequence[str]) -> int:
     absl_logging.set_verbosity(absl_logging.WARNING)
     splits = fv.splits or list(dict.fromkeys([config.data.train_split, config.data.eval_split]))
     if fv.verify:
-        return _verify(config, splits)
+        for split in splits:
+            _verify(config, split, fv.workers)
+        return 0
     if not _make_available(config, dry_run=fv.dry_run):
         return 0
 
+    from cascaded_diffusion.data.raw import printable
     from cascaded_diffusion.data.write_prepared import plan_split
 
     # All of them before the first is written: a mistake in the last is found at once.
@@ -75,12 +86,27 @@ def main(argv: Sequence[str]) -> int:
         split: plan_split(config.data, split, config.stage, encoding=fv.encoding)
         for split in splits
     }
+    _check_classes(config, plans)
     for split, plan in plans.items():
         if fv.dry_run:
-            _say_cost(split, plan, fv.workers)
+            _say_cost(printable(split), plan, fv.workers)
         else:
-            _prepare(split, plan, fv.workers)
+            _prepare(printable(split), plan, fv.workers)
     return 0
+
+
+def _check_classes(config: RunConfig, plans: dict[str, Plan]) -> None:
+    """Compares the classes of the splits with each other, and with those prepared before."""
+    from cascaded_diffusion.data.prepared import is_there, prepared_folder, read_manifest
+    from cascaded_diffusion.data.sources import check_classes
+
+    names = {split: plan.reader.class_names for split, plan in plans.items()}
+    low_res = config.stage.low_res_resolution if config.data.low_res == "stored" else None
+    for split in (config.data.train_split, config.data.eval_split):
+        if split not in names and is_there(config.data, split, low_res):
+            folder = prepared_folder(config.data, split, low_res_resolution=low_res)
+            names[split] = tuple(read_manifest(folder)["class_names"])
+    check_classes(config.data, config.stage, names)
 
 
 def _make_available(config: RunConfig, *, dry_run: bool) -> bool:
@@ -151,69 +177,112 @@ def _duration(secs: float) -> str:
 
 
 def _prepare(split: str, plan: Plan, workers: int) -> None:
-    from cascaded_diffusion.data.prepared import MANIFEST, check_settings, read_manifest
-    from cascaded_diffusion.data.write_prepared import manifest_of
+    from cascaded_diffusion.data.prepared import (
+        MANIFEST,
+        check_settings,
+        check_source,
+        read_manifest,
+    )
+    from cascaded_diffusion.data.write_prepared import manifest_of, stored_manifest
     from cascaded_diffusion.runtime.run_folder import check_writable, held_lock, write_whole
 
-    folder = plan.folder
+    folder, raw = plan.folder, plan.reader.raw
     check_writable(folder, "config.data.prepared_dir")
     with held_lock(folder, "prepare", "config.data.prepared_dir"):
         if (folder / MANIFEST).exists():
             manifest = read_manifest(folder)
             check_settings(manifest, plan.settings, folder)
-            if manifest["fingerprint"] != plan.fingerprint:
+            if manifest["encoding"] != plan.encoding:
                 raise UserError(
-                    f"{folder}: was prepared of {manifest['identity']!r} as"
-                    f" {manifest['encoding']}, not of {plan.reader.identity!r} as {plan.encoding};"
-                    " remove the folder, or prepare into another config.data.prepared_dir"
+                    f"--encoding={plan.encoding}: the data in {folder} was prepared as"
+                    f" {manifest['encoding']}; set it back, or remove the folder"
                 )
+            check_source(manifest, raw, folder)
             print(f"{split}: is prepared, {_told(manifest, folder)}", flush=True)
+            if manifest["times"] != raw.times:
+                print(
+                    f"{split}: the files were written at other times than those that it was"
+                    " prepared from; a sample of their contents is the same, and --verify compares"
+                    " all of them",
+                    flush=True,
+                )
             return
         start = time.monotonic()
         for leftover in folder.glob(".*.array_record.*"):
             leftover.unlink()  # of a process that was killed; the lock is ours
-        reports = _write_shards(split, plan, workers)
-        manifest = manifest_of(plan, reports)
-        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+        content_sample = raw.content_sample()
+        manifest = manifest_of(plan, _write_shards(split, plan, workers), content_sample)
+        write_whole(folder / MANIFEST, stored_manifest(manifest))
     secs = time.monotonic() - start
     print(f"{split}: {_told(manifest, folder)}, in {_duration(secs)}", flush=True)
 
 
-def _told(manifest: dict[str, Any], folder: pathlib.Path) -> str:
+def _told(manifest: Manifest, folder: pathlib.Path) -> str:
     size = sum(shard["bytes"] for shard in manifest["shards"])
     notes = [f"{len(manifest['skipped'])} corrupt skipped"] if manifest["skipped"] else []
-    notes += [f"{count} converted ({kind})" for kind, count in manifest["converted"].items()]
+    notes += [
+        f"{count} {kind}" if kind == "enlarged" else f"{count} converted ({kind})"
+        for kind, count in manifest["converted"].items()
+    ]
     return (
         f"{manifest['num_examples']:,} images at {manifest['resolution']} px in {folder}:"
         f" {len(manifest['shards'])} shards, {_size(size)}{''.join(f', {n}' for n in notes)}"
     )
 
 
-def _write_shards(split: str, plan: Plan, workers: int) -> list[dict[str, Any]]:
+def _write_shards(split: str, plan: Plan, workers: int) -> list[Report]:
     """Writes the shards that are not there yet. Returns the reports of all, in order."""
-    from cascaded_diffusion.data import write_prepared
     from cascaded_diffusion.data.corruption import CorruptionGuard
-    from cascaded_diffusion.data.workers import worker_pool
-    from cascaded_diffusion.runtime.logging import Progress
+    from cascaded_diffusion.data.write_prepared import finished_shard, write_shard
     from cascaded_diffusion.runtime.run_folder import write_whole
 
-    reports = _finished(plan)
-    missing = [number for number in range(plan.num_shards) if number not in reports]
+    found = {number: finished_shard(plan, number) for number in range(plan.num_shards)}
+    reports = {number: report for number, report in found.items() if report is not None}
+    missing = [number for number in found if number not in reports]
     total = len(plan.reader)
-    done_before = total - sum(len(plan.rows(number)) for number in missing)
     if reports and missing:
         print(
             f"{split}: going on, {len(reports)} of {plan.num_shards} shards are there", flush=True
         )
     guard = CorruptionGuard(plan.config, total)
+
+    def count_skipped(report: Report) -> None:
+        for item in report["skipped"]:
+            # Whoever read it has said it.
+            guard.note(item["index"], item["where"], item["problem"], say=False)
+
+    def done(number: int, report: Report) -> None:
+        reports[number] = report
+        count_skipped(report)
+        # From here on the shard counts as done.
+        write_whole(plan.report_path(number), json.dumps(report).encode())
+
     for report in reports.values():
-        for index, where, problem in report["skipped"]:
-            guard.note(index, where, problem, say=False)
+        count_skipped(report)
+    _in_processes(write_shard, plan, missing, workers, label=f"prepare {split}", done=done)
+    return [reports[number] for number in range(plan.num_shards)]
+
+
+def _in_processes(
+    function: Callable[[int], T],
+    plan: Plan,
+    shards: Sequence[int],
+    workers: int,
+    *,
+    label: str,
+    done: Callable[[int, T], None],
+) -> None:
+    """Calls `function(number)` for shards in worker processes, and `done(number, result)` here."""
+    from cascaded_diffusion.data.workers import worker_pool
+    from cascaded_diffusion.runtime.logging import Progress
+
+    total = len(plan.reader)
+    before = total - sum(len(plan.rows(number)) for number in shards)
     counter = multiprocessing.get_context("spawn").Value("q", 0)
-    progress = Progress(total, unit="images", label=f"prepare {split}", initial=done_before)
-    pool = worker_pool(min(workers, max(1, len(missing))), (plan, counter))
+    progress = Progress(total, unit="images", label=label, initial=before)
+    pool = worker_pool(min(workers, max(1, len(shards))), (plan, counter))
     try:
-        waiting = {pool.submit(write_prepared.write_shard, number): number for number in missing}
+        waiting = {pool.submit(function, number): number for number in shards}
         while waiting:
             finished, _ = concurrent.futures.wait(
                 waiting, timeout=_POLL_SECS, return_when=concurrent.futures.FIRST_COMPLETED
@@ -221,71 +290,86 @@ def _write_shards(split: str, plan: Plan, workers: int) -> list[dict[str, Any]]:
             for future in finished:
                 number = waiting.pop(future)
                 try:
-                    reports[number] = future.result()
+                    result = future.result()
                 except concurrent.futures.process.BrokenProcessPool as e:
                     raise UserError(
                         f"{plan.folder}: a worker process died (out of memory?); run the command"
                         " again to go on, with a smaller --workers"
                     ) from e
-                for index, where, problem in reports[number]["skipped"]:
-                    guard.note(index, where, problem, say=False)  # the worker has said it
-                # From here on the shard counts as done.
-                write_whole(plan.report_path(number), json.dumps(reports[number]).encode())
-            progress.update(min(total, done_before + counter.value))
+                done(number, result)
+            progress.update(min(total, before + counter.value))
     except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
         raise
     finally:
         progress.close()
     pool.shutdown()
-    return [reports[number] for number in range(plan.num_shards)]
 
 
-def _finished(plan: Plan) -> dict[int, dict[str, Any]]:
-    from cascaded_diffusion.data.write_prepared import finished_shard
+def _verify(config: RunConfig, split: str, workers: int) -> None:
+    """Compares the shards of a split, and what they were made of, with the manifest.
 
-    reports = {}
-    for number in range(plan.num_shards):
-        path = plan.report_path(number)
-        if not path.exists():
-            continue
-        try:
-            report = json.loads(path.read_bytes())
-        except ValueError:
-            continue
-        if finished_shard(plan, number, report):
-            reports[number] = report
-    return reports
-
-
-def _verify(config: RunConfig, splits: Sequence[str]) -> int:
+    Raises:
+      UserError: they differ.
+    """
     from cascaded_diffusion.data.prepared import (
         MANIFEST,
-        open_prepared,
+        check_source,
         prepared_folder,
         read_manifest,
     )
-    from cascaded_diffusion.data.write_prepared import file_sha256
+    from cascaded_diffusion.data.raw import DataMissing, printable
+    from cascaded_diffusion.data.sources import load_source
+    from cascaded_diffusion.data.write_prepared import file_sha256, plan_split, source_content
     from cascaded_diffusion.runtime.logging import Progress
 
     low_res = config.stage.low_res_resolution if config.data.low_res == "stored" else None
-    for split in splits:
-        open_prepared(config.data, split, config.stage, low_res_resolution=low_res)
-        folder = prepared_folder(config.data, split, low_res_resolution=low_res)
-        manifest = read_manifest(folder)
-        progress = Progress(len(manifest["shards"]), unit="shards", label=f"verify {split}")
-        for done, shard in enumerate(manifest["shards"], start=1):
-            path = folder / shard["file"]
-            if file_sha256(path) != shard["sha256"]:
-                progress.close()
-                raise UserError(
-                    f"{path}: its SHA-256 is not the manifest's: it is damaged; remove"
-                    f" {folder / MANIFEST} and prepare again: shards that are whole are kept"
-                )
-            progress.update(done)
-        progress.close()
-        print(f"{split}: every shard is as it was written, {_told(manifest, folder)}", flush=True)
-    return 0
+    folder = prepared_folder(config.data, split, low_res_resolution=low_res)
+    load_source(config.data, split, config.stage)  # says what is wrong with it without reading all
+    manifest, name = read_manifest(folder), printable(split)
+    progress = Progress(len(manifest["shards"]), unit="shards", label=f"verify {name}")
+    for count, shard in enumerate(manifest["shards"], start=1):
+        path = folder / shard["file"]
+        if file_sha256(path) != shard["sha256"]:
+            progress.close()
+            raise UserError(
+                f"{path}: its SHA-256 is not the manifest's: it is damaged; remove"
+                f" {folder / MANIFEST} and prepare again: shards that are whole are kept"
+            )
+        progress.update(count)
+    progress.close()
+    print(f"{name}: every shard is as it was written, {_told(manifest, folder)}", flush=True)
+    # Labels that are there may go unused, but were prepared.
+    stage = dataclasses.replace(config.stage, num_classes=manifest["classes"])
+    try:
+        plan = plan_split(config.data, split, stage, encoding=manifest["encoding"])
+    except DataMissing as e:
+        print(
+            f"{name}: only the shards were compared: what they were made of is not there any"
+            f" more ({e})",
+            flush=True,
+        )
+        return
+    check_source(manifest, plan.reader.raw, folder)
+
+    def compare(number: int, content: str) -> None:
+        if content != manifest["shards"][number]["content"]:
+            rows = plan.rows(number)
+            raise UserError(
+                f"{folder}: the images are not those that it was prepared from: one or more of"
+                f" {plan.reader.describe(rows[0])} to {plan.reader.describe(rows[-1])} has other"
+                " contents; remove the folder and prepare again, or bring those images back"
+            )
+
+    _in_processes(
+        source_content,
+        plan,
+        range(min(plan.num_shards, len(manifest["shards"]))),
+        workers,
+        label=f"verify the images of {name}",
+        done=compare,
+    )
+    print(f"{name}: the images are those that it was prepared from", flush=True)
 
 
 if __name__ == "__main__":

@@ -65,10 +65,15 @@ def main(argv: Sequence[str]) -> int:
     jax = cli.set_up_jax()
     from cascaded_diffusion.data.loader import build_stream, iterate
     from cascaded_diffusion.data.measure import measure_loader, measure_parts
-    from cascaded_diffusion.data.sources import load_source
+    from cascaded_diffusion.data.sources import load_splits, prepare_command
     from cascaded_diffusion.runtime.pictures import save_png
 
-    source = load_source(config.data, split, config.stage)
+    source = load_splits(
+        config.data,
+        [split, config.data.train_split, config.data.eval_split],
+        config.stage,
+        command=prepare_command(argv),
+    )[split]
     batch_size = min(config.train.batch_size, len(source))
     stream = build_stream(source, config.data, global_batch_size=batch_size)
     shape = " x ".join(map(str, source.image_shape))
@@ -110,6 +115,7 @@ def _put_secs(jax: Any, images: np.ndarray) -> float:
 
 def _say_counts(source: Source) -> None:
     from cascaded_diffusion.data.measure import class_counts
+    from cascaded_diffusion.data.raw import printable
     from cascaded_diffusion.runtime.logging import Progress
 
     if not source.num_classes:
@@ -125,12 +131,12 @@ def _say_counts(source: Source) -> None:
         flush=True,
     )
     for k in range(min(len(counts), _MAX_CLASSES_LISTED)):
-        print(f"  {k:4d}  {counts[k]:9,}  {source.class_names[k]}", flush=True)
+        print(f"  {k:4d}  {counts[k]:9,}  {printable(source.class_names[k])}", flush=True)
     if len(counts) > _MAX_CLASSES_LISTED:
         print(f"   ...  and {len(counts) - _MAX_CLASSES_LISTED} more", flush=True)
     if of == len(source) and not counts.all():
         empty = int(np.flatnonzero(counts == 0)[0])
-        print(f"class {empty} ({source.class_names[empty]}) has no images", flush=True)
+        print(f"class {empty} ({printable(source.class_names[empty])}) has no images", flush=True)
 
 
 def _say_throughput(
@@ -159,6 +165,7 @@ def _picture(config: RunConfig, source: Source, seen: dict[str, np.ndarray]) -> 
     from cascaded_diffusion.cascade.augment import condition
     from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
+    from cascaded_diffusion.data.raw import printable
     from cascaded_diffusion.runtime.pictures import enlarge_nearest, labelled_rows, with_names
 
     stage = build_stage(config.stage)
@@ -178,7 +185,7 @@ def _picture(config: RunConfig, source: Source, seen: dict[str, np.ndarray]) -> 
     rows = [(caption, enlarge_nearest(row, resolution)) for caption, row in rows]
     picture = labelled_rows(rows, scale=max(1, 96 // resolution))
     if source.class_names and config.stage.num_classes:
-        names = [source.class_names[label] for label in seen["label"]]
+        names = [printable(source.class_names[label]) for label in seen["label"]]
         picture = with_names(picture, names)
     return picture
 

@@ -7,6 +7,7 @@ number of processes and threads, and for a run that goes on.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -69,7 +70,7 @@ class CorruptionGuard:
         if not self._skips:
             raise UserError(
                 f"{where}: {problem}; replace it, or train without such records by"
-                " --config.data.on_corrupt=skip"
+                f" --config.data.on_corrupt=skip{self._cap_that_is_needed()}"
             )
         with self._lock:
             if index in self._found:
@@ -88,6 +89,16 @@ class CorruptionGuard:
             print(f"skipped: {where}: {problem}", file=sys.stderr, flush=True)
         if self._too_many is not None:
             raise UserError(self._too_many)
+
+    def _cap_that_is_needed(self) -> str:
+        """What else to set where even one corrupt record would be too many."""
+        if self._cap * self._num_records >= 1:
+            return ""
+        enough = max(0.01, math.ceil(100 / self._num_records) / 100)
+        return (
+            f" --config.data.max_corrupt_fraction={enough:g} (at {self._cap:g}, one of"
+            f" {self._num_records} is too many)"
+        )
 
     def first_good(
         self, index: int, read: Callable[[int], T], describe: Callable[[int], str]

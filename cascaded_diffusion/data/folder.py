@@ -5,27 +5,37 @@
     PATH/train/1.jpg                               either, for a model without classes
 
 A split is a folder in PATH; `all` is PATH itself. Classes are numbered in order of their
-names. Files are held as one string of names, so that a million of them fit anywhere.
+names. Links are followed, but not back to a folder that they are in. Files are held as one
+string of names, so that a million of them fit anywhere.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import SUFFIXES
-from cascaded_diffusion.data.raw import RawExample
+from cascaded_diffusion.data.raw import (
+    DataMissing,
+    RawExample,
+    digest_of_files,
+    printable,
+    sample_digest,
+)
 from cascaded_diffusion.data.splits import parse_split, part_of
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.litter import is_litter
 
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
+# An image file of more is none; a name of a photo may be that of anything.
+_MAX_FILE_BYTES = 2_000_000_000
 WHOLE = "all"
+_SLASH = os.fsencode(os.sep)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +48,9 @@ class FolderSource:
       ends: int64 [n], where each ends in `names`.
       labels: int32 [n]; 0 where there are no classes.
       class_names: in order of label; empty where there are no classes.
-      identity: what the set is, wherever it lies: a digest of its file names.
+      identity: what the set is, wherever it lies: a digest of its files' names and sizes.
+      times: a digest of when they were written.
+      passed_over: how many files of which kinds are no images; "" for none.
     """
 
     root: bytes
@@ -47,6 +59,8 @@ class FolderSource:
     labels: np.ndarray
     class_names: tuple[str, ...]
     identity: str
+    times: str
+    passed_over: str
 
     fixed_shape = None
 
@@ -65,37 +79,88 @@ class FolderSource:
         """Reads one file. Raises CorruptRecord if that cannot be done."""
         try:
             with open(os.path.join(self.root, self.name(index)), "rb", buffering=0) as f:
+                size = os.fstat(f.fileno()).st_size
+                if size > _MAX_FILE_BYTES:
+                    raise CorruptRecord(f"{size:,} bytes, expected at most {_MAX_FILE_BYTES:,}")
                 return RawExample(f.read(), int(self.labels[index]))
         except OSError as e:
             raise CorruptRecord(f"cannot be read ({e.strerror or e})") from e
 
     def describe(self, index: int) -> str:
         """A record's place, for people."""
-        return os.fsdecode(os.path.join(self.root, self.name(index)))
+        return printable(os.fsdecode(os.path.join(self.root, self.name(index))))
 
     def known_labels(self) -> np.ndarray:
         """All labels: they are known without reading."""
         return self.labels
 
-
-def _scan(folder: bytes, below: bytes, others: collections.Counter[str]) -> Iterator[bytes]:
-    """Image files under a folder, as paths that begin with `below`; counts the other files."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
-            path = os.path.join(below, entry.name)
-            if entry.is_dir(follow_symlinks=False):
-                yield from _scan(entry.path, path, others)
-            elif entry.name.lower().endswith(_SUFFIXES):
-                yield path
-            else:
-                others[os.fsdecode(os.path.splitext(entry.name)[1]) or "no suffix"] += 1
+    def content_sample(self) -> str:
+        """A digest of files spread evenly over the set."""
+        return sample_digest(self)
 
 
-def _subfolders(folder: bytes) -> list[bytes]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(b"."))
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link to itself
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What lies in a folder: (path below it, bytes, time in seconds) of images, and the rest.
+
+    Attributes:
+      folders: those directly in it, but hidden ones.
+      images: see above.
+      others: how many files of which kinds are none.
+    """
+
+    folders: list[bytes] = dataclasses.field(default_factory=list)
+    images: list[tuple[bytes, int, int]] = dataclasses.field(default_factory=list)
+    others: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def scan(self, folder: bytes, below: bytes, on_way: frozenset[tuple[int, int]]) -> None:
+        """Adds what is in a folder.
+
+        Args:
+          folder: its path.
+          below: what its paths begin with: b"", or a path that ends with a slash.
+          on_way: device and inode of the folders that it is in.
+        """
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in on_way:
+            self.others["link to a folder that it is in"] += 1
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if is_litter(name):
+                    self.others["hidden"] += 1
+                elif _is(entry.is_dir):
+                    if not below:
+                        self.folders.append(name)
+                    self.scan(entry.path, below + name + _SLASH, on_way | {here})
+                elif not _is(entry.is_file):
+                    self.others["broken link" if entry.is_symlink() else "no file"] += 1
+                elif name.lower().endswith(_SUFFIXES):
+                    status = entry.stat()
+                    # Of the tuple that a status is, 8 is the time in whole seconds.
+                    self.images.append((below + name, status.st_size, status[8]))
+                else:
+                    suffix = os.path.splitext(name)[1].lower()
+                    self.others[printable(os.fsdecode(suffix)) or "no suffix"] += 1
+
+    def passed_over(self) -> str:
+        """The other files, for people."""
+        count = sum(self.others.values())
+        if not count:
+            return ""
+        kinds = [f"{n:,} {kind}" for kind, n in self.others.most_common(6)]
+        more = ["and more"] if len(self.others) > len(kinds) else []
+        files = "other file" if count == 1 else "other files"
+        return f"{count:,} {files} passed over: {', '.join(kinds + more)}"
 
 
 def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
@@ -107,52 +172,55 @@ def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
       classes: "folder", "file_name", or None for a model without classes.
 
     Raises:
-      UserError: there is no such folder or split, or it holds no images, or a class has none.
+      DataMissing: there is no such folder or split.
+      UserError: it holds no images, or a class has none.
     """
     name, part = parse_split(split)
     if not os.path.isdir(path):
-        raise UserError(
+        raise DataMissing(
             f"config.data.path = {path!r}: no such folder; put the images there, as"
             " SPLIT/CLASS/NAME.jpg, or give another"
         )
     root = os.fsencode(os.path.join(path, name))
-    if not os.path.isdir(root):
-        if name != WHOLE:
-            found = ", ".join(map(os.fsdecode, _subfolders(os.fsencode(path)))) or "none"
-            raise UserError(
-                f"config.data.train_split or eval_split = {split!r}: no such folder in {path};"
-                f" there are: {found}; {WHOLE!r} is all of it, and 'all[:90%]' a part"
-            )
-        root = os.fsencode(path)
     try:
+        if not os.path.isdir(root):
+            if name != WHOLE:
+                with os.scandir(path) as entries:
+                    there = sorted(e.name for e in entries if e.is_dir() and not is_litter(e.name))
+                raise DataMissing(
+                    f"config.data.train_split or eval_split = {split!r}: no such folder in {path};"
+                    f" there are: {', '.join(map(printable, there)) or 'none'}; {WHOLE!r} is all of"
+                    " it, and 'all[:90%]' a part"
+                )
+            root = os.fsencode(path)
         return _listed(root, split, part, classes)
-    except OSError as e:
+    except (OSError, RecursionError) as e:
         raise UserError(f"config.data.path = {path!r}: cannot be listed ({e})") from e
 
 
 def _listed(
     root: bytes, split: str, part: tuple[str | None, str | None] | None, classes: str | None
 ) -> FolderSource:
-    others: collections.Counter[str] = collections.Counter()
-    folders = _subfolders(root)
-    names = [name for below in folders for name in _scan(os.path.join(root, below), below, others)]
-    in_root = list(_scan_flat(root, others))
-    names = sorted(names + in_root)
-    where = os.fsdecode(root)
+    found = _Found()
+    found.scan(root, b"", frozenset())
+    images = sorted(found.images)
+    names = [name for name, _, _ in images]
+    where = printable(os.fsdecode(root))
     if not names:
-        kinds = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(3)) or "none at all"
         raise UserError(
             f"{where}: no images there, expected files that end with {', '.join(SUFFIXES)};"
-            f" other files: {kinds}"
+            f" {found.passed_over() or 'no other files either'}"
         )
     if classes == "folder":
+        in_root = [name for name in names if _SLASH not in name]
         if in_root:
             raise UserError(
                 f"{where}: {len(in_root)} images outside of any class folder, the first"
-                f" {os.fsdecode(in_root[0])}, expected CLASS/NAME.jpg; for a model without classes"
-                " set --config.stage.num_classes=0"
+                f" {printable(os.fsdecode(in_root[0]))}, expected CLASS/NAME.jpg; for a model"
+                " without classes set --config.stage.num_classes=0"
             )
-        class_names, of_name = folders, [name.partition(os.sep.encode())[0] for name in names]
+        class_names = sorted(found.folders)
+        of_name = [name.partition(_SLASH)[0] for name in names]
     elif classes == "file_name":
         of_name = [os.path.basename(name).partition(b"_")[0] for name in names]
         class_names = sorted(set(of_name))
@@ -169,25 +237,16 @@ def _listed(
         )
     chosen = part_of(names, part, split)
     if chosen is not None:
-        names, labels = [names[i] for i in chosen], labels[chosen]
-    blob = b"".join(names)
-    digest = hashlib.sha256(b"\0".join(names)).hexdigest()[:12]
+        images, labels = [images[i] for i in chosen], labels[chosen]
+        names = [name for name, _, _ in images]
+    digest = digest_of_files(names, (size for _, size, _ in images))
     return FolderSource(
         root=root,
-        names=blob,
+        names=b"".join(names),
         ends=np.cumsum([len(name) for name in names], dtype=np.int64),
         labels=labels,
         class_names=tuple(map(os.fsdecode, class_names)),
-        identity=f"folder:{split}:{len(names)} images:{digest}",
+        identity=f"folder:{printable(split)}:{len(names)} images:{digest}",
+        times=digest_of_files(names, (time for _, _, time in images)),
+        passed_over=found.passed_over(),
     )
-
-
-def _scan_flat(root: bytes, others: collections.Counter[str]) -> Iterator[bytes]:
-    with os.scandir(root) as entries:
-        for entry in entries:
-            if entry.name.startswith(b".") or entry.is_dir():
-                continue
-            if entry.name.lower().endswith(_SUFFIXES):
-                yield entry.name
-            else:
-                others[os.fsdecode(os.path.splitext(entry.name)[1]) or "no suffix"] += 1

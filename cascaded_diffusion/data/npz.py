@@ -1,22 +1,21 @@
-"""ADM-style `.npz` files as a data set: `arr_0` uint8 NHWC, `arr_1` labels. Held in memory."""
+"""ADM-style `.npz` files as a data set, held in memory.
+
+arr_0        uint8 [n, height, width, channels]
+arr_1        integer labels [n], for a model with classes
+class_names  text [K], if there are names
+"""
 
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 
 import numpy as np
 
-from cascaded_diffusion.data.raw import ArraySource, array_source
+from cascaded_diffusion.data.raw import ArraySource, DataMissing, array_source
 from cascaded_diffusion.data.splits import parse_split
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.npz_file import read_arrays
 
-# What numpy and zipfile raise on a file that is damaged or something else.
-_DAMAGED = (
-    OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, zlib.error,
-    zipfile.BadZipFile,
-)  # fmt: skip
 WHOLE = "all"
 
 
@@ -29,48 +28,83 @@ def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
       num_classes: labels must be below it, and each there; 0 for data without classes.
 
     Raises:
-      UserError: there is no such file, it is damaged, or its arrays are not as above.
+      DataMissing: there is no such file.
+      UserError: it is damaged, or its arrays are not as above.
     """
     name, _ = parse_split(split)
     if os.path.isdir(path):
         file = os.path.join(path, f"{name}.npz")
         if not os.path.exists(file):
             found = sorted(f.removesuffix(".npz") for f in os.listdir(path) if f.endswith(".npz"))
-            raise UserError(
+            raise DataMissing(
                 f"config.data.train_split or eval_split = {split!r}: no {file}; splits there:"
                 f" {', '.join(found) or 'none'}"
             )
     else:
         file = path
         if not os.path.exists(file):
-            raise UserError(f"config.data.path = {path!r}: no such .npz file, or folder of them")
+            raise DataMissing(f"config.data.path = {path!r}: no such .npz file, or folder of them")
         if name != WHOLE:
             raise UserError(
                 f"config.data.train_split or eval_split = {split!r}: {path} is one file, whose"
                 f" split is {WHOLE!r}, with parts like 'all[:90%]'"
             )
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            images = stored["arr_0"]
-            labels = stored["arr_1"] if "arr_1" in stored.files else None
-    except _DAMAGED as e:
+        stored = read_arrays(file, ("arr_0", "arr_1", "class_names"))
+    except (OSError, ValueError) as e:
         raise UserError(
             f"{file}: cannot be read, expected an .npz with arr_0 (images) that is whole ({e})"
         ) from e
-    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
-        raise UserError(
-            f"{file}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, height, width,"
-            " channels)"
+    if "arr_0" not in stored:
+        raise UserError(f"{file}: no images (arr_0)")
+    images = stored["arr_0"]
+    _check_images(file, images)
+    labels, names = np.zeros(len(images), np.int32), ()
+    if num_classes:
+        labels = _checked_labels(file, stored.get("arr_1"), len(images), num_classes)
+        names = _class_names(file, stored.get("class_names"), num_classes)
+    return array_source("npz", split, images, labels, names)
+
+
+def _check_images(file: str, images: np.ndarray) -> None:
+    shape = images.shape
+    if images.dtype == np.uint8 and images.ndim == 4 and shape[3] in (1, 3):
+        return
+    remedy = ""
+    if images.ndim == 4 and shape[1] in (1, 3):
+        remedy = (
+            ": it looks like (n, channels, height, width); store arr_0.transpose(0, 2, 3, 1)"
+            " instead"
         )
-    if num_classes == 0:
-        labels = np.zeros(len(images), np.int32)
-    else:
-        _check_labels(file, labels, len(images), num_classes)
-    names = tuple(map(str, range(num_classes)))
-    return array_source("npz", split, images, labels.astype(np.int32), names)
+    elif images.ndim == 3:
+        remedy = ": of grey images, store arr_0[..., None] instead"
+    raise UserError(
+        f"{file}: arr_0 is {images.dtype} {shape}, expected uint8 (n, height, width, 1 or 3)"
+        f"{remedy}"
+    )
 
 
-def _check_labels(file: str, labels: np.ndarray | None, count: int, num_classes: int) -> None:
+def _class_names(file: str, names: np.ndarray | None, num_classes: int) -> tuple[str, ...]:
+    if names is None:
+        return tuple(map(str, range(num_classes)))
+    if names.dtype.kind not in "US" or names.shape != (num_classes,):
+        raise UserError(
+            f"{file}: class_names is {names.dtype} {names.shape}, expected {num_classes} texts, as"
+            " config.stage.num_classes says"
+        )
+    try:
+        listed = names.tolist()
+    except ValueError as e:  # numbers that are no characters
+        raise UserError(f"{file}: class_names holds no text ({e})") from e
+    found = tuple(os.fsdecode(name) for name in listed)
+    if len(set(found)) < num_classes:
+        raise UserError(f"{file}: class_names has the same name twice, expected different ones")
+    return found
+
+
+def _checked_labels(
+    file: str, labels: np.ndarray | None, count: int, num_classes: int
+) -> np.ndarray:
     if labels is None:
         raise UserError(
             f"{file}: no labels (arr_1); for a model without classes set"
@@ -85,7 +119,9 @@ def _check_labels(file: str, labels: np.ndarray | None, count: int, num_classes:
             f"{file}: labels from {labels.min()} to {labels.max()}, expected 0 to"
             f" {num_classes - 1} (config.stage.num_classes = {num_classes})"
         )
+    labels = labels.astype(np.int32)
     for k in np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0):
         raise UserError(
             f"{file}: class {k} has no images, of config.stage.num_classes = {num_classes}"
         )
+    return labels

@@ -1,14 +1,39 @@
-"""What every data set gives before anything is done to it: an encoded image and its label."""
+"""What every data set gives before anything is done to it: an encoded image and its label.
+
+Which images a set is of is told by three things, each surer and dearer than the one before:
+its `identity` (names and sizes, or the contents of what is in memory anyway), the `times` at
+which its files were written, and a digest of some contents (`content_sample`) or of all
+(`ContentDigest`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.splits import parse_split, part_of
+from cascaded_diffusion.errors import UserError
+
+_SAMPLE = 256
+# How messages call the command that prepares data, where they do not know it.
+PREPARE = "`python -m cascaded_diffusion.prepare --config=...` of this config"
+
+
+class DataMissing(UserError):
+    """The images are not where the config says, or not prepared as it says."""
+
+
+def printable(text: str) -> str:
+    """Names of files as one line of valid text: what cannot be printed is escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
 
 
 class RawExample(NamedTuple):
@@ -24,12 +49,17 @@ class RawSource(Protocol):
     Attributes:
       class_names: in order of label; empty for data without classes.
       fixed_shape: (H, W, C) where all images have it, else None.
-      identity: what the set is, wherever it lies; other records, another identity.
+      identity: what the set is, wherever it lies: of names and sizes, or of the contents.
+      times: a digest of when its files were written, in whole seconds; "" where the
+        contents are in the identity.
+      passed_over: what lies beside the images and is none, for people; "" for nothing.
     """
 
     class_names: tuple[str, ...]
     fixed_shape: tuple[int, int, int] | None
     identity: str
+    times: str
+    passed_over: str
 
     def __len__(self) -> int: ...
 
@@ -44,6 +74,54 @@ class RawSource(Protocol):
     def known_labels(self) -> np.ndarray | None:
         """int32 [n], where that costs no reading of images; else None."""
         ...
+
+    def content_sample(self) -> str:
+        """`sample_digest`; "" where the contents are in the identity."""
+        ...
+
+
+class ContentDigest:
+    """SHA-256 over images as they are stored, and their labels if asked, while they are read."""
+
+    def __init__(self, *, labels: bool):
+        self._digest, self._labels = hashlib.sha256(), labels
+
+    def read(self, raw: RawSource, index: int) -> RawExample:
+        """Reads a record and adds it. Of one that cannot be read, that is what is added."""
+        try:
+            image, label = example = raw.read(index)
+        except CorruptRecord:
+            self._digest.update(b"unreadable\n")
+            raise
+        if isinstance(image, np.ndarray):
+            self._digest.update(f"{image.shape}\n".encode())
+            image = np.ascontiguousarray(image).tobytes()
+        self._digest.update(f"{label if self._labels else ''} {len(image)}\n".encode())
+        self._digest.update(image)
+        return example
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def sample_digest(raw: RawSource) -> str:
+    """A digest of at most 256 images, spread evenly over a set.
+
+    Without their labels, which a model without classes does not see.
+    """
+    contents, count = ContentDigest(labels=False), min(_SAMPLE, len(raw))
+    for i in range(count):
+        with contextlib.suppress(CorruptRecord):
+            contents.read(raw, i * len(raw) // count)
+    return contents.hexdigest()
+
+
+def digest_of_files(names: Iterable[bytes], numbers: Iterable[int]) -> str:
+    """The first 12 digits of a SHA-256 over names and a number for each, its size for example."""
+    digest = hashlib.sha256(b"\0".join(names))
+    digest.update(b"\0\0")
+    digest.update(np.fromiter(numbers, "<i8").tobytes())
+    return digest.hexdigest()[:12]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +142,9 @@ class ArraySource:
     name: str = "array"
     identity: str = "array"
 
+    times = ""
+    passed_over = ""
+
     @property
     def fixed_shape(self) -> tuple[int, int, int]:
         return self.images.shape[1:]
@@ -79,6 +160,9 @@ class ArraySource:
 
     def known_labels(self) -> np.ndarray:
         return self.labels
+
+    def content_sample(self) -> str:
+        return ""
 
     def __repr__(self) -> str:
         # grain puts this into its error messages; the pixels do not belong there.

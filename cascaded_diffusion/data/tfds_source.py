@@ -7,6 +7,7 @@ as copies that others prepared are. The only home of tensorflow_datasets.
 from __future__ import annotations
 
 import difflib
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -16,7 +17,13 @@ import numpy as np
 
 from cascaded_diffusion.data.array_record_files import ArrayRecordShards, ShardPart, position_in
 from cascaded_diffusion.data.corruption import CorruptRecord
-from cascaded_diffusion.data.raw import RawExample
+from cascaded_diffusion.data.raw import (
+    PREPARE,
+    DataMissing,
+    RawExample,
+    digest_of_files,
+    sample_digest,
+)
 from cascaded_diffusion.data.tfrecord import TfRecordFile
 from cascaded_diffusion.errors import UserError
 
@@ -51,6 +58,8 @@ class _TfRecordShards:
 class TfdsSource:
     """A split of a TFDS image data set; `load_tfds` makes it."""
 
+    passed_over = ""
+
     def __init__(
         self,
         shards: ArrayRecordShards | _TfRecordShards,
@@ -59,10 +68,11 @@ class TfdsSource:
         image_key: str,
         label_key: str | None,
         identity: str,
+        times: str,
     ):
         self._shards, self._features = shards, features
         self._image_key, self._label_key = image_key, label_key
-        self.identity = identity
+        self.identity, self.times = identity, times
         label = features[label_key] if label_key else None
         self.class_names = tuple(label.names) if label else ()
         shape = features[image_key].shape
@@ -95,6 +105,9 @@ class TfdsSource:
 
     def known_labels(self) -> None:
         return None
+
+    def content_sample(self) -> str:
+        return sample_digest(self)
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:
@@ -162,17 +175,16 @@ def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
     """Opens a split of a data set that TFDS has prepared.
 
     Raises:
-      UserError: it is not there (says how to get it), is damaged, has no such split, or is
-        no data set of images.
+      DataMissing: it is not there; says how to get it.
+      UserError: it is damaged, has no such split, or is no data set of images.
     """
     builder = find_builder(name, data_dir)
     if not is_prepared(builder):
         how = manual_instructions(builder)
         by_hand = f"; before that, download by hand: {how}" if how else ""
-        raise UserError(
+        raise DataMissing(
             f"config.data.name = {name!r}: not found in {builder.data_path}; get and prepare it by"
-            " `python -m cascaded_diffusion.prepare --config=...` of this config, or give the"
-            f" folder of a copy as --config.data.path{by_hand}"
+            f" {PREPARE}, or give the folder of a copy as --config.data.path{by_hand}"
         )
     features = builder.info.features
     image_key, label_key = _keys(name, features)
@@ -195,12 +207,17 @@ def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
         raise UserError(
             f"{builder.data_path}: prepared as {file_format}, expected array_record or tfrecord"
         )
+    files = sorted({part.filename for part in parts})
+    found = [os.stat(file) for file in files]
+    names = [os.path.basename(file).encode() for file in files]
+    digest = digest_of_files(names, (status.st_size for status in found))
     return TfdsSource(
         shards,
         features,
         image_key=image_key,
         label_key=label_key,
-        identity=f"{builder.info.full_name}:{split}:{len(shards)} images",
+        identity=f"{builder.info.full_name}:{split}:{len(shards)} images:{digest}",
+        times=digest_of_files(names, (int(status.st_mtime) for status in found)),
     )
 
 

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from cascaded_diffusion.config import DataConfig, StageConfig
 from cascaded_diffusion.data import workers
 from cascaded_diffusion.data.array_record_files import write_array_record
 from cascaded_diffusion.data.corruption import CorruptionGuard, CorruptRecord
-from cascaded_diffusion.data.prepared import digest_of, encode_record, prepared_folder, settings_of
+from cascaded_diffusion.data.prepared import (
+    Manifest,
+    Report,
+    Shard,
+    Skipped,
+    digest_of,
+    encode_record,
+    prepared_folder,
+    problem_of,
+    settings_of,
+    shard_name,
+)
+from cascaded_diffusion.data.raw import ContentDigest
 from cascaded_diffusion.data.sources import ProcessingReader, load_raw
 
 _SHARD_BYTES = 128_000_000
 _MIN_SHARD_EXAMPLES = 256
-ENCODINGS = ("raw", "png")
 _REPORT_EVERY = 32
 
 
@@ -32,7 +45,7 @@ class Plan:
       reader: of the images, at their sizes.
       config: the data section.
       settings: what decides the content of a record, `prepared.settings_of`.
-      encoding: of `ENCODINGS`.
+      encoding: of `prepared.ENCODINGS`.
     """
 
     folder: pathlib.Path
@@ -61,10 +74,11 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides what is in which shard."""
+        """Of all that decides what is in which shard, but for contents replaced in place."""
         return digest_of(
             {
-                "settings": self.settings,
+                # The images may have moved.
+                "settings": {**self.settings, "path": None},
                 "identity": self.reader.identity,
                 "encoding": self.encoding,
                 "shard_examples": self.shard_examples,
@@ -72,7 +86,7 @@ class Plan:
         )
 
     def shard_path(self, number: int) -> pathlib.Path:
-        return self.folder / f"{number:05d}.array_record"
+        return self.folder / shard_name(number)
 
     def report_path(self, number: int) -> pathlib.Path:
         """What is known of a finished shard; where the manifest is lost, others go on by it."""
@@ -103,12 +117,8 @@ def plan_split(config: DataConfig, split: str, stage: StageConfig, *, encoding: 
     )
 
 
-def write_shard(number: int) -> dict[str, Any]:
+def write_shard(number: int) -> Report:
     """Writes a shard, in a worker process that was given the plan and a shared counter.
-
-    Returns:
-      Its report: `file`, `count`, `bytes`, `sha256`, `class_counts`, and the records
-      `skipped` and `converted`.
 
     Raises:
       UserError: a record is corrupt, and the config says to fail.
@@ -116,25 +126,22 @@ def write_shard(number: int) -> dict[str, Any]:
     plan, counter = workers.given()
     guard = CorruptionGuard(plan.config, len(plan.reader))
     labels: Counter[int] = Counter()
-    skipped: list[list[Any]] = []
+    skipped: list[Skipped] = []
     before = Counter(plan.reader.converted)
+    contents = ContentDigest(labels=True)
 
     def records() -> Iterator[bytes]:
-        done = 0
-        for index in plan.rows(number):
+        for index in _counted(plan.rows(number), counter):
             try:
-                record = plan.reader.read(index)
+                example = contents.read(plan.reader.raw, index)
+                record = plan.reader.processed(example, index)
             except CorruptRecord as e:
                 where = plan.reader.describe(index)
                 guard.note(index, where, str(e))
-                skipped.append([index, where, str(e)])
+                skipped.append({"index": index, "where": where, "problem": str(e)})
             else:
                 labels[int(record["label"])] += 1
                 yield encode_record(record, index, png=plan.encoding == "png")
-            done += 1
-            if done % _REPORT_EVERY == 0:
-                _add(counter, _REPORT_EVERY)
-        _add(counter, done % _REPORT_EVERY)
 
     path = plan.shard_path(number)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -152,26 +159,56 @@ def write_shard(number: int) -> dict[str, Any]:
         "count": sum(labels.values()),
         "bytes": size,
         "sha256": digest,
+        "content": contents.hexdigest(),
         "class_counts": [labels[k] for k in range(len(plan.reader.class_names))],
         "skipped": skipped,
         "converted": dict(plan.reader.converted - before),
         "fingerprint": plan.fingerprint,
+        "times": plan.reader.times,
     }
 
 
-def _add(counter: Any, amount: int) -> None:
-    with counter.get_lock():
-        counter.value += amount
+def source_content(number: int) -> str:
+    """The digest of what a shard is of, as it is now, in a worker process as `write_shard`."""
+    plan, counter = workers.given()
+    contents = ContentDigest(labels=True)
+    for index in _counted(plan.rows(number), counter):
+        with contextlib.suppress(CorruptRecord):
+            contents.read(plan.reader.raw, index)
+    return contents.hexdigest()
 
 
-def finished_shard(plan: Plan, number: int, report: Any) -> bool:
-    """Whether a report of an earlier process is of this plan, and its shard is whole."""
+def _counted(rows: range, counter: Any) -> Iterator[int]:
+    """The rows; adds to the shared counter how many are done."""
+    waiting = 0
+    for row in rows:
+        yield row
+        waiting += 1
+        if waiting == _REPORT_EVERY or row == rows[-1]:
+            with counter.get_lock():
+                counter.value += waiting
+            waiting = 0
+
+
+def finished_shard(plan: Plan, number: int) -> Report | None:
+    """The report of a shard that an earlier process finished by the same plan, if it is whole."""
     path = plan.shard_path(number)
-    if not isinstance(report, dict) or report.get("fingerprint") != plan.fingerprint:
-        return False
-    if not path.exists() or path.stat().st_size != report["bytes"]:
-        return False
-    return file_sha256(path) == report["sha256"]
+    try:
+        report = json.loads(plan.report_path(number).read_bytes())
+        if problem_of(report, Report) is not None:
+            return None
+        same = (report["file"], report["fingerprint"], report["times"]) == (
+            path.name, plan.fingerprint, plan.reader.times,
+        )  # fmt: skip
+        counts, skipped = report["class_counts"], report["skipped"]
+        whole = len(counts) == len(plan.reader.class_names) and (
+            report["count"] + len(skipped) == len(plan.rows(number))
+        )
+        if not same or not whole or path.stat().st_size != report["bytes"]:
+            return None
+        return cast(Report, report) if file_sha256(path) == report["sha256"] else None
+    except (OSError, ValueError, RecursionError):
+        return None  # whatever it is, the shard is made anew
 
 
 def file_sha256(path: pathlib.Path) -> str:
@@ -180,31 +217,35 @@ def file_sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def manifest_of(plan: Plan, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest of all shards, with its own digest."""
+def manifest_of(plan: Plan, reports: Sequence[Report], content_sample: str) -> Manifest:
+    """The manifest of all shards, to be stored by `stored_manifest`."""
     skipped = [item for report in reports for item in report["skipped"]]
     converted: Counter[str] = Counter()
     for report in reports:
         converted.update(report["converted"])
     identity = plan.reader.identity
     if skipped:
-        without = hashlib.sha256(str([index for index, _, _ in skipped]).encode()).hexdigest()[:8]
+        without = hashlib.sha256(str([item["index"] for item in skipped]).encode()).hexdigest()[:8]
         identity = f"{identity} but {len(skipped)} corrupt:{without}"
     num_classes = len(plan.reader.class_names)
     manifest = {
         **plan.settings,
         "classes": num_classes,
         "identity": identity,
+        "source_identity": plan.reader.identity,
+        "times": plan.reader.times,
+        "content_sample": content_sample,
         "encoding": plan.encoding,
-        "fingerprint": plan.fingerprint,
         "num_examples": sum(report["count"] for report in reports),
         "class_names": list(plan.reader.class_names),
         "class_counts": [sum(r["class_counts"][k] for r in reports) for k in range(num_classes)],
-        "skipped": [{"index": i, "where": where, "problem": why} for i, where, why in skipped],
+        "skipped": skipped,
         "converted": dict(converted),
-        "shards": [
-            {name: report[name] for name in ("file", "count", "bytes", "sha256")}
-            for report in reports
-        ],
+        "shards": [{name: report[name] for name in Shard.__annotations__} for report in reports],
     }
-    return {**manifest, "digest": digest_of(manifest)}
+    return cast(Manifest, manifest)
+
+
+def stored_manifest(manifest: Manifest) -> bytes:
+    """A manifest as a file, with its own digest."""
+    return json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1).encode() + b"\n"

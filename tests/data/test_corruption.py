@@ -1,4 +1,5 @@
 import itertools
+import os
 import pickle
 
 import numpy as np
@@ -10,7 +11,7 @@ from cascaded_diffusion.errors import UserError
 from tests.data.photos import photo, photo_config, write_tree
 
 # 24 images: of these four, two stand next to each other, and one is the last.
-_BAD = {3: b"", 4: photo(4)[:200], 11: b"no image", 23: None}
+_BAD = {3: b"", 4: photo(4)[:200], 11: b"no image", 23: 3_000_000_000}
 
 
 @pytest.fixture
@@ -18,9 +19,8 @@ def damaged(tmp_path):
     write_tree(tmp_path)
     files = sorted((tmp_path / "train").rglob("*.jpg"))
     for index, data in _BAD.items():
-        if data is None:
-            files[index].unlink()
-            files[index].symlink_to("nowhere")
+        if isinstance(data, int):
+            os.truncate(files[index], data)  # a file with holes, which takes no space
         else:
             files[index].write_bytes(data)
     return tmp_path
@@ -41,8 +41,11 @@ def test_fail_names_the_file(damaged):
     source = load_source(config.data, "train", config.stage)
     with pytest.raises(UserError, match=r"ant/003.jpg: empty, 0 bytes; replace it, or .*=skip"):
         source[3]
-    with pytest.raises(UserError, match=r"cow/007.jpg: cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"cow/007.jpg: 3,000,000,000 bytes, expected at most 2,0"):
         source[23]
+    (damaged / "train" / "cow" / "006.jpg").unlink()
+    with pytest.raises(UserError, match=r"cow/006.jpg: cannot be read \(No such file"):
+        source[22]
     # And so does the loader, through its threads.
     with pytest.raises(UserError, match=r"\.jpg: "):
         _take(config, 3)
