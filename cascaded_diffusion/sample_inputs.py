@@ -286,7 +286,7 @@ def _read_low_res(fv: flags.FlagValues, stages: Sequence[StageConfig], last: Run
             f"--low_res={path}: the model's images have {channels} channels, not 1 or 3"
         )
     if path.endswith(".npz"):
-        stored = open_images(path, flag="low_res")
+        stored = open_images(path, flag="low_res", at_least=1)
         if stored.images.shape[-1] != channels:
             raise UserError(
                 f"--low_res={path}: arr_0 is {tuple(stored.images.shape)}, expected {channels}"
@@ -305,7 +305,8 @@ def _read_low_res(fv: flags.FlagValues, stages: Sequence[StageConfig], last: Run
         max_pixels=last.data.max_pixels or MAX_PIXELS,
         flag="low_res",
     )
-    for note in given.notes:
+    rest = f" ({given.passed_over})" if given.passed_over else ""
+    for note in (f"low_res: {len(given.images)} images{rest}", *given.notes):
         print(note, file=sys.stderr, flush=True)
     return LowRes(given.images, None, given.names)
 

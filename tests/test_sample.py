@@ -188,6 +188,10 @@ def test_what_is_asked_for(runs, tmp_path):
     samples = f"{runs}/samples/samples.npz"
     assert len(_request(runs, f"--labels={samples}").labels) == NUM
     assert _request(runs / "base8").run_configs[0].stage.name == "base8"
+    one, _ = _arrays(runs / "samples" / "base8.npz")
+    np.savez(tmp_path / "one.npz", arr_0=one[:1])
+    request = _request(runs, f"--low_res={tmp_path}/one.npz", "--labels=3")
+    assert (len(request.low_res.images), request.config.cascade.num_samples) == (1, 1)
 
 
 def test_classes_by_name(runs, monkeypatch):

@@ -24,11 +24,13 @@ class GivenImages:
     Attributes:
       images: uint8 [n, h, h, C].
       names: their files' paths, of those in a folder below it.
-      notes: lines for people about what was done to them.
+      passed_over: which other files are there, for people; empty if none.
+      notes: lines for people about what was done to the images.
     """
 
     images: np.ndarray
     names: tuple[str, ...]
+    passed_over: str
     notes: tuple[str, ...]
 
 
@@ -43,7 +45,7 @@ def read_given_images(
 ) -> GivenImages:
     """Reads the image files of a folder and of those in it, or one image file.
 
-    Hidden files, and files that are no images, are passed over.
+    Hidden files, and files that are no images, are passed over; the latter are counted.
 
     Args:
       path: the file or folder.
@@ -58,7 +60,7 @@ def read_given_images(
       UserError: there is no such file or folder, or no image in it; an image cannot be read, or
         is of another size.
     """
-    names, files = _listed(path, flag)
+    names, files, passed_over = _listed(path, flag)
     converted = collections.Counter[str]()
     first: dict[str, str] = {}
     images: list[np.ndarray] = []
@@ -85,7 +87,7 @@ def read_given_images(
         f" {first[kind]}"
         for kind, count in converted.items()
     )
-    return GivenImages(np.stack(images), names, notes)
+    return GivenImages(np.stack(images), names, passed_over, notes)
 
 
 def fitted(
@@ -142,11 +144,12 @@ def output_names(names: Iterable[str]) -> list[str]:
     return [f"{path}.png" for path in paths]
 
 
-def _listed(path: str, flag: str) -> tuple[tuple[str, ...], list[pathlib.Path]]:
+def _listed(path: str, flag: str) -> tuple[tuple[str, ...], list[pathlib.Path], str]:
+    """Names, files, and what was passed over."""
     if os.path.isdir(path):
         found = load_folder(path, ".", classes=None)
         names = tuple(os.fsdecode(found.name(i)) for i in range(len(found)))
-        return names, [pathlib.Path(path, name) for name in names]
+        return names, [pathlib.Path(path, name) for name in names], found.passed_over
     file = pathlib.Path(path)
     if not file.is_file():
         raise UserError(f"--{flag}={path}: no such file or folder")
@@ -155,7 +158,7 @@ def _listed(path: str, flag: str) -> tuple[tuple[str, ...], list[pathlib.Path]]:
             f"--{flag}={path}: expected a folder of images, a file that ends with"
             f" {', '.join(SUFFIXES)}, or an .npz with arr_0 (images)"
         )
-    return (file.name,), [file]
+    return (file.name,), [file], ""
 
 
 def _decoded(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray, str | None]:

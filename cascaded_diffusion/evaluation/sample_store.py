@@ -154,7 +154,13 @@ class SampleStore:
                 files = [f for f in path.parent.iterdir() if f.suffix == ".npz"]
                 made = min(len(files) * settings["batch_size"], settings["num_samples"])
                 size = sum(f.stat().st_size for f in files)
-            except (OSError, ValueError, KeyError, TypeError):  # not ours, or just being removed
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+                RecursionError,
+            ):  # not ours, or just being removed
                 continue
             if path.parent != self._folder and files:
                 found.append(Unfinished(path.parent, settings, made, size))

@@ -43,6 +43,7 @@ def test_a_folder_in_order_of_names_without_what_is_no_image(tmp_path):
     assert found.images.shape == (3, 16, 16, 3)
     np.testing.assert_array_equal(found.images[1], COLOUR[0])
     assert found.notes == ()
+    assert found.passed_over == "3 other files passed over: 2 hidden, 1 .txt"
     assert output_names(found.names) == ["a/z[1].png", "b.png", "c.png"]
 
     alone = _read(tmp_path / "b.png")
