@@ -88,16 +88,17 @@ class Request:
     def title(self) -> str:
         """What is made, for people."""
         count, stages = self.config.cascade.num_samples, [c.stage for c in self.run_configs]
-        what = f"{count} sample{'s' * (count != 1)}"
-        sizes = [f"{stage.resolution} px" for stage in stages]
-        if self.low_res is not None:
-            what = f"{count} image{'s' * (count != 1)} enlarged"
-            sizes.insert(0, f"{stages[0].low_res_resolution} px")
+        what = "sample" if self.low_res is None else "image"
+        what = f"{count} {what}{'s' * (count != 1)}"
         if self.chosen:
             found = sorted(set(self.labels[:count].tolist()))
             names = [f"{i} ({self.class_names[i]})" if i in self.class_names else i for i in found]
             what += f" of class{'es' * (len(found) > 1)} {', '.join(map(str, names[:10]))}"
             what += ", ..." * (len(found) > 10)
+        sizes = [f"{stage.resolution} px" for stage in stages]
+        if self.low_res is not None:
+            what += " enlarged"
+            sizes.insert(0, f"{stages[0].low_res_resolution} px")
         section = self.config.cascade
         mode = "truncated" if section.truncated else "non-truncated"
         if self.low_res is not None and section.truncated:
