@@ -16,7 +16,6 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from absl import flags
@@ -24,7 +23,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from cascaded_diffusion.config import CascadeConfig, StageConfig, to_dict
-from cascaded_diffusion.config_checks import FILE_DATA, cascade_config_from, check_chain
+from cascaded_diffusion.config_checks import cascade_config_from, check_chain
 from cascaded_diffusion.errors import LoneError, UserError
 from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster, meet
 from cascaded_diffusion.runtime.run_folder import CascadeFolder
@@ -274,27 +273,6 @@ def inception_loader(
         )
 
     return load
-
-
-def real_split(config: Any, split: str) -> Any:
-    """A split of a run's data set, for `evaluation`: a `RealSplit`."""
-    from cascaded_diffusion.data.sources import examples, load_source
-    from cascaded_diffusion.evaluation.real_images import RealSplit
-
-    data = config.data
-    source = load_source(data, split, config.stage)
-    resize = (
-        data.resize if data.resize == "area" else f"{data.resize} to {data.resolution} px, area"
-    )
-    return RealSplit(
-        # A name says which images they are; "folder" does not.
-        source.identity if data.name in FILE_DATA else data.name,
-        split,
-        len(source),
-        partial(examples, source),
-        crop=data.crop,
-        resize=resize,
-    )
 
 
 def numbers_in(flag_values: flags.FlagValues, name: str, kind: type) -> list[Any]:

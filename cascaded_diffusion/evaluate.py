@@ -48,10 +48,11 @@ from cascaded_diffusion.evaluate_final import evaluate_final
 from cascaded_diffusion.evaluate_run import evaluate_checkpoints
 from cascaded_diffusion.evaluate_samples import evaluate_cas, evaluate_samples
 from cascaded_diffusion.evaluate_sweep import SWEEP_FLAGS, evaluate_sweep
+from cascaded_diffusion.run_images import define_data_path
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 # The modes, by the flag that asks for each, and the flags that each takes besides
-# --workdir and where Inception's weights are.
+# --workdir, --data_path and where Inception's weights are.
 _MODES: dict[str, tuple[str, ...]] = {
     "sweep": ("config", *SWEEP_FLAGS, "write_best"),
     "bits_per_dim": ("num_images", "num_steps"),
@@ -101,6 +102,7 @@ def _define_flags(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_bool(
         "allow_few_samples", False, "an FID of fewer than 2,048 samples", flag_values=fv
     )
+    define_data_path(fv)
     cli.define_inception(fv)
     flags.DEFINE_bool("cas", False, "classification accuracy score of --samples", flag_values=fv)
     flags.DEFINE_enum(
@@ -141,6 +143,8 @@ def main(argv: Sequence[str]) -> int:
     mode = next(name for name in _MODES if not name or fv[name].value not in (None, False))
     _check_flags(fv, argv, mode)
     if mode == "samples" and fv.workdir is None:
+        if fv.data_path is not None:
+            raise UserError("--data_path: only with --workdir, for the images of a run")
         return evaluate_files(fv)
     if fv.reference is not None or fv.resize is not None:
         raise UserError(

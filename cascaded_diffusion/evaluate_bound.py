@@ -11,6 +11,7 @@ from cascaded_diffusion import cli
 from cascaded_diffusion.config import RunConfig, SamplerConfig, StageConfig, to_dict
 from cascaded_diffusion.config_checks import evaluation_mesh
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.run_images import open_splits, real_split
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
@@ -55,10 +56,12 @@ def evaluate_bound(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -
     from cascaded_diffusion.runtime.mesh import build_mesh
     from cascaded_diffusion.runtime.run_folder import append_line
 
+    names = [fv.bits_per_dim, config.data.train_split]
     try:
-        split = cli.real_split(config, fv.bits_per_dim)
+        sources = open_splits(folder, config, names, data_path=fv.data_path)
     except UserError as e:
         raise UserError(f"--bits_per_dim={fv.bits_per_dim}: {e}") from e
+    split = real_split(config, fv.bits_per_dim, sources[fv.bits_per_dim])
     count = min(len(split), fv.num_images or len(split))
     # Spread over the split, which may be sorted by class.
     images = split.raw([i * len(split) // count for i in range(count)])

@@ -15,8 +15,8 @@ from cascaded_diffusion.evaluate_run import (
     folders_below,
     live_source,
     low_res_samples,
-    splits_of,
 )
+from cascaded_diffusion.run_images import check_same_run_classes, real_splits
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 # Images whose enlargements show how a stage responds to its level.
@@ -35,6 +35,7 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         *below, folder = runs.stage_folders(section)
         config = folder.read_config()
         check_chain(section, [f.read_config().stage for f in (*below, folder)])
+        check_same_run_classes([*below, folder])
         for name in ("low_res_run", "low_res_samples"):
             if fv[name].value:
                 raise UserError(f"--{name}: not with a cascade, which makes its own; leave it out")
@@ -63,12 +64,12 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     from cascaded_diffusion.evaluation.trained import load_trained
     from cascaded_diffusion.runtime.mesh import build_mesh
 
-    splits = splits_of(config)
+    splits = real_splits(folder, config, data_path=fv.data_path)
     settings = config if cascade is None else cascade
     mesh = build_mesh(evaluation_mesh(settings, jax.device_count()))
     seed = config.eval.seed if section is None else section.seed
     with folder.writer_lock("eval"):
-        judge = build_run_judge(fv, config, folder, mesh, ("train", "val"))
+        judge = build_run_judge(fv, config, folder, splits, mesh, ("train", "val"))
         trained = load_trained(folder, mesh)
         stage = trained.stage
         sampler = config.stage.sampler if section is None else section.samplers[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -16,6 +16,7 @@ from cascaded_diffusion.config import (
 )
 from cascaded_diffusion.config_checks import check_chain, check_sample_count, evaluation_mesh
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.run_images import check_same_run_classes, real_splits
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.runtime.samples import StoredImages, open_images
 
@@ -26,13 +27,13 @@ def build_run_judge(
     fv: flags.FlagValues,
     config: RunConfig,
     folder: RunFolder,
+    splits: Mapping[str, Any],
     mesh: Any,
     roles: Sequence[str],
 ) -> Any:
     """The judge of a run, with the references of the roles "train" and "val" that are asked for."""
     from cascaded_diffusion.evaluation.judge import build_extractor, build_judge
 
-    splits = splits_of(config)
     extractor = build_extractor(
         config,
         folder,
@@ -43,12 +44,6 @@ def build_run_judge(
         say=lambda line: print(line, flush=True),
     )
     return build_judge(config, folder, extractor, {role: splits[role] for role in roles})
-
-
-def splits_of(config: RunConfig) -> dict[str, Any]:
-    """The real images by role: "train" and "val"."""
-    names = {"train": config.data.train_split, "val": config.data.eval_split}
-    return {role: cli.real_split(config, split) for role, split in names.items()}
 
 
 def evaluate_checkpoints(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> int:
@@ -67,10 +62,10 @@ def evaluate_checkpoints(fv: flags.FlagValues, folder: RunFolder, config: RunCon
     from cascaded_diffusion.evaluation import score
     from cascaded_diffusion.runtime.mesh import build_mesh
 
-    splits = splits_of(config)
+    splits = real_splits(folder, config, data_path=fv.data_path)
     mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     with folder.writer_lock("eval"):
-        judge = build_run_judge(fv, config, folder, mesh, ("train",))
+        judge = build_run_judge(fv, config, folder, splits, mesh, ("train",))
         sources = _sources(config, splits["val"], below, stored, mesh)
         scorer = score.RunScorer(config, folder, judge, sources, mesh)
         while True:
@@ -167,6 +162,7 @@ def folders_below(fv: flags.FlagValues, config: RunConfig) -> list[RunFolder]:
         check_chain(chain, stages)
     except UserError as e:
         raise UserError(f"{given}: {e}") from e
+    check_same_run_classes([*folders, RunFolder(fv.workdir)])
     for folder in folders:
         folder.chosen()
     return folders

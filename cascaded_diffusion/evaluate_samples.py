@@ -13,7 +13,8 @@ from cascaded_diffusion.config import RunConfig
 from cascaded_diffusion.config_checks import check_sample_count, evaluation_mesh
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluate_files import num_samples
-from cascaded_diffusion.evaluate_run import build_run_judge, splits_of
+from cascaded_diffusion.evaluate_run import build_run_judge
+from cascaded_diffusion.run_images import real_splits
 from cascaded_diffusion.runtime.run_folder import RunFolder, append_line
 from cascaded_diffusion.runtime.samples import load_samples
 
@@ -30,9 +31,10 @@ def evaluate_samples(fv: flags.FlagValues, folder: RunFolder, config: RunConfig)
     from cascaded_diffusion.evaluation import score
     from cascaded_diffusion.runtime.mesh import build_mesh
 
+    splits = real_splits(folder, config, data_path=fv.data_path)
     mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     with folder.writer_lock("eval"):
-        judge = build_run_judge(fv, config, folder, mesh, ("train",))
+        judge = build_run_judge(fv, config, folder, splits, mesh, ("train",))
         labels = None if stored.labels is None else stored.labels[:count]
         record = score.record_for_samples(
             judge,
@@ -62,7 +64,7 @@ def evaluate_cas(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> 
     from cascaded_diffusion.evaluation.classifier import LabelledImages
     from cascaded_diffusion.runtime.mesh import build_mesh
 
-    splits = splits_of(config)
+    splits = real_splits(folder, config, data_path=fv.data_path)
     mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     network = fv.network or ("resnet50" if stage.resolution >= _LARGE else "resnet")
     with folder.writer_lock("eval"):

@@ -13,18 +13,10 @@ from cascaded_diffusion.config_checks import check_sample_count, evaluation_mesh
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluate_run import build_run_judge
 from cascaded_diffusion.evaluation import settings as settings_lib
+from cascaded_diffusion.run_images import check_same_run_classes, real_splits
 from cascaded_diffusion.runtime.run_folder import CascadeFolder
 
 SWEEP_FLAGS = ("stage", "aug_levels", "truncated", "samplers", "num_steps", "guidance_scales")
-
-
-def _truth_values(fv: flags.FlagValues) -> list[bool]:
-    names = {"true": True, "false": False}
-    if not {x.lower() for x in fv.truncated} <= set(names):
-        raise UserError(
-            f"--truncated={','.join(fv.truncated)}: expected true, false, or both between commas"
-        )
-    return [names[x.lower()] for x in fv.truncated]
 
 
 def _truth_values(fv: flags.FlagValues) -> list[bool]:
@@ -78,6 +70,7 @@ def evaluate_sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         except UserError as e:
             given = [f"--{name}" for name in SWEEP_FLAGS if fv[name].value]
             raise UserError(f"{', '.join(given) or '--sweep'}: {e}") from e
+    check_same_run_classes(folders)
     for folder in folders:
         folder.chosen()
     check_sample_count(
@@ -90,10 +83,12 @@ def evaluate_sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     from cascaded_diffusion.evaluation.trained import load_trained
     from cascaded_diffusion.runtime.mesh import build_mesh
 
+    last, last_config = folders[-1], run_configs[-1]
+    splits = real_splits(last, last_config, data_path=fv.data_path)
     mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     with runs.sweep_lock():
-        with folders[-1].writer_lock("eval"):
-            judge = build_run_judge(fv, run_configs[-1], folders[-1], mesh, ("train",))
+        with last.writer_lock("eval"):
+            judge = build_run_judge(fv, last_config, last, splits, mesh, ("train",))
         search = sweep_lib.Sweep(
             section,
             [load_trained(folder, mesh) for folder in folders],

@@ -10,6 +10,10 @@ On several hosts every process runs the same command. On Slurm (srun) and in GKE
 each other, on a Cloud TPU with --distributed=tpu, elsewhere with --coordinator=HOST:PORT
 --num_processes=N --process_id=I. --workdir is one folder that all of them see.
 
+A run goes on with the images that it began with. If they were moved, copied or touched, say
+where they lie with --data_path=FOLDER. A run whose checkpoints are lost is begun again only
+with --start_over.
+
 --profile_steps=100:105 writes a trace of these steps to WORKDIR/profile.
 """
 
@@ -19,10 +23,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from cascaded_diffusion import cli
+from cascaded_diffusion import cli, run_images
 from cascaded_diffusion.config_checks import check_devices, check_resume, run_config_from
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.runtime.run_folder import RunData, RunFolder
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,10 +37,18 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string(
         "profile_steps", None, "FIRST:LAST step to write a trace of", flag_values=fv
     )
+    flags.DEFINE_bool(
+        "start_over",
+        False,
+        "begin at step 0 where a run is in --workdir but none of its checkpoints is intact",
+        flag_values=fv,
+    )
+    run_images.define_data_path(fv)
     cli.define_cluster(fv)
     cli.parse(fv, argv, __doc__)
     cli.require(fv, "config", "workdir")
-    config = run_config_from(cli.config_values(fv, argv))
+    as_given = run_config_from(cli.config_values(fv, argv))
+    config = run_images.with_absolute_paths(as_given, fv.data_path)
     profile_steps = _profile_steps(fv.profile_steps)
     folder = RunFolder(fv.workdir)
     folder.check_writable()
@@ -46,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     cluster = cli.join_cluster(fv, config, "workdir")
     jax = cli.set_up_jax(cluster)
     from cascaded_diffusion.data.loader import build_stream, iterate
-    from cascaded_diffusion.data.sources import load_source, spread_examples
+    from cascaded_diffusion.data.sources import load_splits, spread_examples
     from cascaded_diffusion.runtime.mesh import batch_share, build_mesh, together
     from cascaded_diffusion.training.grid import GRID_COLUMNS, GRID_ROWS
     from cascaded_diffusion.training.loop import train
@@ -54,8 +66,9 @@ def main(argv: Sequence[str]) -> int:
     check_devices(config, jax.device_count())
     index, count = batch_share(build_mesh(config.mesh))
     with together():
-        source = load_source(config.data, config.data.train_split, config.stage)
-        held_out = load_source(config.data, config.data.eval_split, config.stage)
+        names = [config.data.train_split, config.data.eval_split]
+        sources = load_splits(config.data, list(dict.fromkeys(names)), config.stage)
+        source, held_out = (sources[name] for name in names)
         stream = build_stream(
             source,
             config.data,
@@ -70,10 +83,13 @@ def main(argv: Sequence[str]) -> int:
         lambda start_step: iterate(stream, source, config.data, start_step=start_step),
         image_shape=source.image_shape,
         low_res_shape=source.low_res_shape,
-        data_identity={
-            config.data.train_split: source.identity,
-            config.data.eval_split: held_out.identity,
-        },
+        data=RunData(
+            splits=sources,
+            path=config.data.path,
+            path_as_given=fv.data_path or as_given.data.path,
+            given_anew=fv.data_path is not None,
+        ),
+        start_over=fv.start_over,
         grid_examples=grid_examples,
         profile_steps=profile_steps,
     )
@@ -85,8 +101,8 @@ def main(argv: Sequence[str]) -> int:
         return cli.EXIT_PREEMPTED
     if outcome.reason == "early_stop":
         print(
-            f"{name}: stopped early at step {outcome.step}, as evaluation asked; to go on all the"
-            " same, run it with a larger --config.eval.patience_evals"
+            f"{name}: stopped early at step {outcome.step}, as {folder.early_stop_path} asks; to go"
+            f" on all the same, {folder.how_to_go_on()}"
         )
     else:
         print(f"{name}: finished, {outcome.step} steps ({folder.path})")

@@ -57,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
         sections += run_sections(folder)
     name = root.resolve().name
     title = f"{name}: {', '.join(f.read_config().stage.name for f in folders)}"
-    write_whole(output, page(title, sections).encode())
+    # Names that are not UTF-8 are shown with escapes.
+    write_whole(output, page(title, sections).encode(errors="backslashreplace"))
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB", flush=True)
     return 0
 

@@ -31,6 +31,7 @@ BINARIES = {
     "evaluate_samples",
     "evaluate_sweep",
     "reference",
+    "run_images",
     "report",
     "sample",
     "sample_inputs",

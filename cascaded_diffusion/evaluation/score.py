@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from cascaded_diffusion.evaluation.sources import SampleSource, fill
 from cascaded_diffusion.evaluation.trained import abstract_params, checkpoint_digest
 from cascaded_diffusion.runtime import checkpoint, pictures
 from cascaded_diffusion.runtime.logging import ScoreCurves
-from cascaded_diffusion.runtime.run_folder import RunFolder, append_line, read_lines, write_whole
+from cascaded_diffusion.runtime.run_folder import RunFolder, append_line, write_whole
 from cascaded_diffusion.types import Params
 
 _GRID_COLUMNS, _GRID_ROWS = 20, 5
@@ -56,7 +57,14 @@ class RunScorer:
 
     def score_new_checkpoints(self) -> int:
         """Scores what is new; updates best.json and EARLY_STOP. Returns how many were."""
-        scored = sum(self._score(step) for step in checkpoint.finished_steps(self._folder))
+        scored, looked_at = 0, set()
+        # Those that the trainer deleted before their turn came have newer ones in their place.
+        while steps := set(checkpoint.finished_steps(self._folder)) - looked_at:
+            looked_at |= steps
+            outcomes = [self._score(step) for step in sorted(steps)]
+            scored += sum(outcome == "scored" for outcome in outcomes)
+            if scored or "known" in outcomes:
+                break
         best = self._decide()
         if scored and best is not None:
             self.say_best(best)
@@ -84,69 +92,75 @@ class RunScorer:
             "seed": self._config.eval.seed,
         }
 
-    def _score(self, step: int) -> bool:
-        """Scores one checkpoint as far as it has no scores. Whether there were any to add.
+    def _score(self, step: int) -> str:
+        """Scores one checkpoint as far as it has no scores: "scored", "known" or "gone".
 
         A checkpoint that cannot be read, or that makes samples which are not finite,
         is recorded as failed, once, and never chosen.
         """
-        scored = [self._score_ema(step, decay) for decay in self._config.eval.ema_decays]
-        return any(scored)
+        with self._folder.reading(step) as is_there:
+            if not is_there:
+                return self._gone(step)
+            try:
+                weights = checkpoint_digest(self._folder, self._config.stage, step)
+            except OSError:
+                return self._gone(step)
+            outcomes = [
+                self._score_ema(step, decay, weights) for decay in self._config.eval.ema_decays
+            ]
+            if "scored" in outcomes:
+                # While it cannot be deleted: from here on it is kept if it is the best.
+                self._decide()
+        return next((o for o in ("gone", "scored") if o in outcomes), "known")
 
-    def _score_ema(self, step: int, ema_decay: float) -> bool:
-        missing = [s for s in self._sources if not self._recorded(step, ema_decay, s, self._metric)]
+    def _gone(self, step: int) -> str:
+        print(f"{self._config.stage.name} step {step}: gone, the trainer kept newer ones")
+        return "gone"
+
+    def _score_ema(self, step: int, ema_decay: float, weights: str) -> str:
+        missing = [
+            source
+            for source in self._sources
+            if not self._recorded(step, ema_decay, source, self._metric, weights)
+        ]
         if not missing:
-            return False
-        with self._folder.reading(step):
-            weights = str(self._weights(step))
-            params: Params | None = None
-            for source in missing:
+            return "known"
+        params: Params | None = None
+        for source in missing:
+            record = partial(self._record, step, ema_decay, source, weights)
+            try:
+                if params is None:
+                    params = checkpoint.load_ema_params(
+                        self._folder, step, ema_decay, self._abstract_params
+                    )
+                store = self._store(ema_decay, source, weights)
                 try:
-                    if params is None:
-                        params = checkpoint.load_ema_params(
-                            self._folder, step, ema_decay, self._abstract_params
-                        )
-                    store = self._store(ema_decay, source, weights)
-                    try:
-                        values = self._score_source(step, ema_decay, source, params, store)
-                    except DamagedBatchError:  # what was damaged is made again
-                        values = self._score_source(step, ema_decay, source, params, store)
-                except (UserError, ValueError, OSError) as e:
-                    if step not in checkpoint.finished_steps(self._folder):
-                        print(
-                            f"{self._config.stage.name} step {step}: gone, the trainer kept newer"
-                            " ones"
-                        )
-                        return False
-                    if isinstance(e, OSError):  # a full disk, say: not the checkpoint's fault
-                        raise UserError(
-                            f"{self._folder.eval}: {e}; run the same command again"
-                        ) from e
-                    print(f"{self._config.stage.name} step {step}: failed ({e})", flush=True)
-                    self._record(step, ema_decay, source, self._metric, None, failed=str(e))
-                    continue
-                # The metric that says that a source is done comes last: whatever ends this
-                # process before, the others are not lost and none is there twice.
-                for metric in sorted(values, key=lambda name: name == self._metric):
-                    self._record(step, ema_decay, source, metric, values[metric])
-                store.remove()
-            # While it cannot be deleted: from here on it is kept if it is the best.
-            self._decide()
-        return True
+                    values = self._score_source(step, ema_decay, source, params, store)
+                except DamagedBatchError:  # what was damaged is made again
+                    values = self._score_source(step, ema_decay, source, params, store)
+            except (UserError, ValueError, OSError) as e:
+                if not checkpoint.is_finished(self._folder, step):  # somebody removed it
+                    return self._gone(step)
+                if isinstance(e, OSError):  # a full disk, say: not the checkpoint's fault
+                    raise UserError(f"{self._folder.eval}: {e}; run the same command again") from e
+                print(f"{self._config.stage.name} step {step}: failed ({e})", flush=True)
+                record(self._metric, None, failed=str(e))
+                continue
+            # The metric that says that a source is done comes last: whatever ends this
+            # process before, the others are not lost and none is there twice.
+            for metric in sorted(values, key=lambda name: name == self._metric):
+                record(metric, values[metric])
+            store.remove()
+        return "scored"
 
-    def _recorded(self, step: int, ema_decay: float, source: SampleSource, metric: str) -> bool:
+    def _recorded(
+        self, step: int, ema_decay: float, source: SampleSource, metric: str, weights: str
+    ) -> bool:
+        """Whether there is such a score of these weights; a step trained again has others."""
         comparable = early_stopping.series(
-            read_lines(self._folder.results_path), metric, self._identity(source), [ema_decay]
+            self._folder.scores(), metric, self._identity(source), [ema_decay]
         )
-        weights = self._weights(step)
         return any(r["step"] == step and r.get("weights") == weights for r in comparable)
-
-    def _weights(self, step: int) -> str | None:
-        """A digest of a checkpoint: a step that was trained again is scored again."""
-        try:
-            return checkpoint_digest(self._folder, self._config.stage, step)
-        except OSError:  # the trainer has just removed it
-            return None
 
     def _store(self, ema_decay: float, source: SampleSource, weights: str) -> SampleStore:
         return SampleStore(
@@ -161,14 +175,16 @@ class RunScorer:
         step: int,
         ema_decay: float,
         source: SampleSource,
+        weights: str,
         metric: str,
         value: float | None,
         **extra: Any,
     ) -> None:
-        if self._recorded(step, ema_decay, source, metric):
+        if self._recorded(step, ema_decay, source, metric, weights):
             return
+        self._folder.check_held()
         record = {"step": step, "ema_decay": ema_decay, "metric": metric, "value": value}
-        record |= {"weights": self._weights(step), **self._identity(source), **extra}
+        record |= {"weights": weights, **self._identity(source), **extra}
         append_line(self._folder.results_path, record)
         self._curves.add(record)
 
@@ -195,7 +211,7 @@ class RunScorer:
     def _decide(self) -> Mapping[str, Any] | None:
         """best.json, and EARLY_STOP as patience has it, from the committed records."""
         comparable = early_stopping.series(
-            read_lines(self._folder.results_path),
+            self._folder.scores(),
             self._metric,
             self._identity(self._sources[0]),
             self._config.eval.ema_decays,

@@ -41,13 +41,24 @@ class TrainedStage:
 
 
 def load_trained(folder: RunFolder, mesh: Mesh) -> TrainedStage:
-    """The stage of a run at the checkpoint that evaluation chose there."""
+    """The stage of a run at the checkpoint that evaluation chose there.
+
+    Raises:
+      UserError: none was chosen, or it is not there or not intact.
+    """
     stage, chosen = build_stage(folder.read_config().stage), folder.chosen()
-    params = checkpoint.load_ema_params(
-        folder, chosen.step, chosen.ema_decay, abstract_params(stage, mesh)
-    )
-    digest = checkpoint_digest(folder, stage.config, chosen.step)
-    return TrainedStage(stage=stage, params=params, chosen=chosen, digest=digest)
+    while True:
+        with folder.reading(chosen.step) as is_there:
+            # Before it was marked, evaluation may have chosen another, and the trainer deleted it.
+            latest = folder.chosen()
+            if not is_there and latest != chosen:
+                chosen = latest
+                continue
+            params = checkpoint.load_ema_params(
+                folder, chosen.step, chosen.ema_decay, abstract_params(stage, mesh)
+            )
+            digest = checkpoint_digest(folder, stage.config, chosen.step)
+        return TrainedStage(stage=stage, params=params, chosen=chosen, digest=digest)
 
 
 def checkpoint_digest(folder: RunFolder, config: StageConfig, step: int) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cascaded_diffusion.config import to_dict
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.reporting.page import (
     Markup,
     Section,
@@ -42,17 +44,33 @@ def run_sections(folder: RunFolder) -> list[Section]:
         "state": _state(folder, config.train.train_steps),
         "folder": folder.path,
     }
-    records = read_lines(folder.results_path)
+    records = folder.scores(say=_warn)
     return [
         Section(stage.name, [key_values(about)]),
-        Section("Training", _training(folder), 3),
-        Section("Scores over checkpoints", _scores(folder, records), 3),
-        Section("Final numbers", _final(folder), 3),
-        Section("Classification accuracy score", _cas(folder), 3),
-        Section("Bits per dimension", _bits(records), 3),
-        Section("Samples", _samples(folder), 3),
+        Section("Training", _shown(lambda: _training(folder)), 3),
+        Section("Scores over checkpoints", _shown(lambda: _scores(folder, records)), 3),
+        Section("Final numbers", _shown(lambda: _final(folder)), 3),
+        Section("Classification accuracy score", _shown(lambda: _cas(folder)), 3),
+        Section("Bits per dimension", _shown(lambda: _bits(records)), 3),
+        Section("Samples", _shown(lambda: _samples(folder)), 3),
         Section("Config", [_config(config, folder)], 3),
     ]
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _shown(build: Callable[[], list[Markup]]) -> list[Markup]:
+    """A section's parts, or, where a file holds something that no binary writes, a note."""
+    try:
+        return build()
+    except UserError as e:
+        problem = str(e)
+    except (TypeError, ValueError, AttributeError, LookupError) as e:
+        problem = f"a file in the run folder holds what no binary writes ({e})"
+    _warn(problem)
+    return [paragraph(f"Cannot be shown: {problem}.", quiet=True)]
 
 
 def _config(config: Any, folder: RunFolder) -> Markup:
@@ -62,14 +80,10 @@ def _config(config: Any, folder: RunFolder) -> Markup:
 
 
 def _state(folder: RunFolder, train_steps: int) -> str:
-    lines = read_lines(folder.metrics_path)
-    step = max((r.get("step", 0) for r in lines), default=0)
+    step = max((record["step"] for record in folder.metrics(say=_warn)), default=0)
     at = f"at step {step} of {train_steps}"
     if folder.complete_path.exists():
-        try:
-            reason = json.loads(folder.complete_path.read_text())["reason"]
-        except (ValueError, KeyError, TypeError):
-            reason = "complete"
+        reason = (_read_json(folder.complete_path) or {}).get("reason", "complete")
         return "complete" if reason == "complete" else f"stopped early {at}, as evaluation asked"
     if folder.early_stop_path.exists():
         return f"asked to stop {at}"
@@ -85,7 +99,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
 
 
 def _training(folder: RunFolder) -> list[Markup]:
-    lines = read_lines(folder.metrics_path)
+    lines = folder.metrics()
     parts = []
     for name, log_scale in _CURVES.items():
         points = [(r["step"], r[name]) for r in lines if _is_number(r.get(name))]
@@ -119,10 +133,7 @@ def _scores(folder: RunFolder, records: Sequence[Record]) -> list[Markup]:
     if not scores:
         return [paragraph("Not evaluated yet.", quiet=True)]
     parts = []
-    try:
-        best = folder.best()
-    except Exception:
-        best = None
+    best = _best(folder)
     if best is not None:
         parts.append(
             paragraph(
@@ -168,11 +179,19 @@ def _scores(folder: RunFolder, records: Sequence[Record]) -> list[Markup]:
     return parts
 
 
+def _best(folder: RunFolder) -> dict[str, Any] | None:
+    try:
+        return folder.best()
+    except UserError as e:
+        _warn(str(e))
+        return None
+
+
 def _read_json(path: Any) -> dict[str, Any] | None:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_bytes())
         return values if isinstance(values, dict) else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -253,11 +272,7 @@ def _bits(records: Sequence[Record]) -> list[Markup]:
 
 
 def _samples(folder: RunFolder) -> list[Markup]:
-    best = None
-    try:
-        best = folder.best()
-    except Exception:
-        best = None
+    best = _best(folder)
     grids = sorted(
         folder.eval.glob("step_*.png"), key=lambda p: (int(p.stem.split("_")[1]), p.name)
     )

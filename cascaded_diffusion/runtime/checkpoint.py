@@ -2,20 +2,25 @@
 
 Orbax makes a checkpoint appear under its name only when it is whole. It does not
 notice a bit that flips later, a file that goes missing, or a folder that is not
-one of its own. So every checkpoint carries a manifest with the SHA-256 of each of
-its files, written when the checkpoint is complete. Restoring checks it and falls
-back to the newest checkpoint that is intact, saying which it passed over and why.
+one of its own. So every checkpoint carries a manifest with its step and the SHA-256
+of each of its files. The manifest is written after the checkpoint has been opened and
+its arrays compared with those that were saved; only then are older checkpoints deleted,
+so that one whole checkpoint exists at every instant. Restoring compares the manifest and
+falls back to the newest checkpoint that is intact, saying which it passed over and why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
+import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,6 +34,23 @@ from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
 MANIFEST = "manifest.json"
 _NEVER_COMPLETED = f"{MANIFEST} is missing: it was never completed"
 _ITEM = "state"
+
+
+# What tensorstore says of an error of the operating system, in the middle of a long line.
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+_MAX_REASON = 200
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a few words."""
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    found = _OS_ERROR.search(text)
+    return os.strerror(int(found[1])) if found else text[:_MAX_REASON]
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    # Orbax logs each error with its stack trace, by several threads, before it raises it.
+    return "/orbax/" not in record.pathname or record.levelno < logging.ERROR
 
 
 def _is_key(leaf: Any) -> bool:
@@ -66,20 +88,26 @@ def _file_hashes(folder: pathlib.Path) -> dict[str, str]:
     return hashes
 
 
-def write_manifest(folder: pathlib.Path) -> None:
-    """Records the SHA-256 of every file of a finished checkpoint."""
-    write_whole(folder / MANIFEST, json.dumps({"sha256": _file_hashes(folder)}).encode())
+def write_manifest(folder: pathlib.Path, step: int) -> None:
+    """Records the step and the SHA-256 of every file of a finished checkpoint."""
+    manifest = {"step": step, "sha256": _file_hashes(folder)}
+    write_whole(folder / MANIFEST, json.dumps(manifest).encode())
 
 
 def damage(folder: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint folder, in a few words, or None."""
+    """What is wrong with the checkpoint in a folder named by its step, briefly, or None."""
     path = folder / MANIFEST
     if not path.exists():
         return _NEVER_COMPLETED
     try:
-        expected = json.loads(path.read_text())["sha256"]
-    except (ValueError, KeyError, TypeError, OSError):
+        manifest = json.loads(path.read_bytes())
+        expected = dict(manifest["sha256"])
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         return f"{MANIFEST} cannot be read"
+    # The manifests of older versions do not name the step.
+    step = manifest.get("step", int(folder.name))
+    if step != int(folder.name):
+        return f"it is a copy of checkpoint {step}"
     found = _file_hashes(folder)
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
@@ -91,25 +119,40 @@ def damage(folder: pathlib.Path) -> str | None:
     return None
 
 
-class _KeepLatestAndBest:
-    """Orbax preservation policy: the last n, and those that evaluation chose or is reading."""
+# Name, shape and dtype of every array of a state.
+_Arrays = dict[str, tuple[tuple[int, ...], str]]
 
-    def __init__(self, folder: RunFolder, max_to_keep: int):
-        self._folder = folder
-        self._max_to_keep = max_to_keep
 
-    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        del context
-        best = self._folder.best()
-        kept = {None if best is None else best["step"], self._folder.read_step()}
-        newest = len(checkpoints) - self._max_to_keep
-        return [i >= newest or c.step in kept for i, c in enumerate(checkpoints)]
+def _described(tree: Any) -> _Arrays:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (tuple(x.shape), str(x.dtype))
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _check_opens(folder: pathlib.Path, expected: _Arrays) -> None:
+    """Raises OSError unless a checkpoint can be opened and has the arrays that were saved."""
+    try:
+        stored = ocp.PyTreeCheckpointHandler().metadata((folder / _ITEM).absolute()).tree
+        found = _described(stored)
+    except Exception as e:
+        raise OSError(f"what was written cannot be opened: {_reason(e)}") from e
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise OSError(
+                f"what was written is not what was saved: {name} is {found.get(name)}, expected"
+                f" {expected.get(name)}"
+            )
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
 def _steps_on_disk(checkpoints: pathlib.Path) -> list[int]:
     if not checkpoints.is_dir():
         return []
-    return sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal())
+    return sorted(int(p.name) for p in checkpoints.iterdir() if _is_step(p.name))
 
 
 class CheckpointWriter:
@@ -122,56 +165,95 @@ class CheckpointWriter:
         self._say = say
         self._finisher: threading.Thread | None = None
         self._error: Exception | None = None
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=_KeepLatestAndBest(folder, config.max_to_keep),
-            cleanup_tmp_directories=True,
-        )
-        self._manager = ocp.CheckpointManager(
-            folder.checkpoints.absolute(), options=options, item_names=(_ITEM,)
-        )
+        self._max_to_keep = config.max_to_keep
+        logging.getLogger("absl").addFilter(_is_not_of_orbax)
+        with self._as_user_error(0):
+            # Deleting is done here, not by Orbax: it would do so before the manifest is written.
+            self._manager = ocp.CheckpointManager(
+                folder.checkpoints.absolute(),
+                options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
+                item_names=(_ITEM,),
+            )
 
     def save(self, step: int, state: Any) -> None:
         """Starts to save; returns when the state is copied off the devices.
 
         Raises:
-          UserError: this save, or an earlier one that ran in the background, failed.
+          UserError: this save, or an earlier one that ran in the background, failed, or the
+            run folder is not there any more.
         """
         with together():  # the first process's manifest alone may have failed
             self._finish(step)
-        try:
+            if jax.process_index() == 0:
+                self._folder.check_held()
+        storable = _storable(state)
+        with self._as_user_error(step):
             saved = self._manager.save(
-                step, args=ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(_storable(state))})
+                step, args=ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(storable)})
             )
-        except Exception as e:
-            raise self._save_error(step, e) from e
         if not saved:
-            raise UserError(f"{self._folder.checkpoints}/{step}: could not be saved, it exists")
-        self._finisher = threading.Thread(target=self._complete, args=(step,), name="manifest")
+            raise UserError(
+                f"{self._folder.checkpoints}/{step}: could not be saved: a checkpoint of this step"
+                " or a later one is there"
+            )
+        self._finisher = threading.Thread(
+            target=self._complete, args=(step, _described(storable)), name="manifest"
+        )
         self._finisher.start()
 
-    def _complete(self, step: int) -> None:
+    def _complete(self, step: int, arrays: _Arrays) -> None:
         # In a thread of its own: waits for Orbax's rename, then adds the manifest.
         # An error is kept for the trainer: a thread has nobody to tell.
         try:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
-                write_manifest(self._folder.checkpoints / str(step))
+                path = self._folder.checkpoints / str(step)
+                _check_opens(path, arrays)
+                write_manifest(path, step)
+                self._folder.note_saved(step)
+                self._delete_old()
         except Exception as e:
             self._error = e
+
+    def _delete_old(self) -> None:
+        """Deletes all but the latest, the best, and those that evaluation is reading."""
+        best = self._folder.best_step(say=self._say)
+        with self._folder.pins() as pinned:
+            kept = {best, *pinned, *finished_steps(self._folder)[-self._max_to_keep :]}
+            old = [step for step in self.steps() if step not in kept and step < max(self.steps())]
+            for step in old:
+                # Gone for readers in one instant; then file by file.
+                self._deleted.mkdir(exist_ok=True)
+                os.replace(self._folder.checkpoints / str(step), self._deleted / str(step))
+        shutil.rmtree(self._deleted, ignore_errors=True)
+
+    @property
+    def _deleted(self) -> pathlib.Path:
+        return self._folder.path / ".deleted_checkpoints"
 
     def _finish(self, step: int) -> None:
         if self._finisher is not None:
             self._finisher.join()
             self._finisher = None
         if self._error is not None:
-            raise self._save_error(step, self._error) from self._error
+            error, self._error = self._error, None
+            raise self._save_error(step, error) from error
 
     def _save_error(self, step: int, error: BaseException) -> UserError:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, UserError):
+            return error
         return UserError(
             f"{self._folder.checkpoints}: saving a checkpoint failed at or before step {step}"
-            f" ({reason}); the last good one is kept, make room and run the same command again"
+            f" ({_reason(error)}); the last good one is kept; make room and run the same command"
+            " again"
         )
+
+    @contextlib.contextmanager
+    def _as_user_error(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:
+            raise self._save_error(step, e) from e
 
     def wait(self, step: int) -> None:
         """Waits until the save of `step` is durable. Raises UserError if it is not.
@@ -186,46 +268,57 @@ class CheckpointWriter:
                     raise self._save_error(step, OSError(problem))
 
     def close(self) -> None:
-        """Ends the threads, Orbax's too."""
+        """Ends the threads, Orbax's too. Raises nothing: `save` and `wait` tell of failures."""
         if self._finisher is not None:
             self._finisher.join()
-        self._manager.close()
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """Steps that have a folder, ascending. They need not be intact."""
         return _steps_on_disk(self._folder.checkpoints)
 
-    def restore_latest(self, abstract_state: Any) -> Any | None:
-        """The newest intact state, or None where nothing was ever saved.
+    def restore_latest(self, abstract_state: Any, *, start_over: bool = False) -> Any | None:
+        """The newest intact state, or None where the run is to begin at step 0.
 
         Args:
           abstract_state: tree of `jax.ShapeDtypeStruct` with the shardings wanted,
             which need not be those that the state was saved with.
+          start_over: begin at step 0 where no checkpoint is intact, whatever was lost. What the
+            lost run has left is moved to `lost_run_1/`.
 
         Damaged newer checkpoints are moved to `checkpoints_damaged/`.
 
         Raises:
-          UserError: there are checkpoints, but none is intact. Starting again at
-            step 0 would throw the run away, so that is left to the user.
+          UserError: no checkpoint is intact, though there are some, or the rest of the folder
+            shows that there were. Beginning at step 0 would throw the run away, so
+            that is left to the user.
         """
         # Of several processes the first looks, and clears away: all must restore the same.
         step: int | None = None
         with together():
             if jax.process_index() == 0:
-                step = self._newest_intact()
+                step = self._newest_intact(start_over)
         (told,) = told_by_first([-1 if step is None else step])
         step = None if told < 0 else told
         if jax.process_index() > 0:
             self._manager.reload()
         if step is None:
             return None
-        stored = self._manager.restore(
-            step, args=ocp.args.Composite(**{_ITEM: _restore_args(abstract_state)})
-        )[_ITEM]
+        try:
+            stored = self._manager.restore(
+                step, args=ocp.args.Composite(**{_ITEM: _restore_args(abstract_state)})
+            )[_ITEM]
+        except Exception as e:
+            raise UserError(
+                f"{self._folder.checkpoints}/{step}: cannot be restored ({_reason(e)})"
+            ) from e
         return _from_storable(stored, abstract_state)
 
-    def _newest_intact(self) -> int | None:
+    def _newest_intact(self, start_over: bool) -> int | None:
         """The step to restore; what is newer and damaged is set aside."""
+        shutil.rmtree(self._deleted, ignore_errors=True)
+        self._set_aside_misnamed()
         steps = self.steps()
         problems: dict[int, str] = {}
         for step in reversed(steps):
@@ -233,21 +326,50 @@ class CheckpointWriter:
             if problem is None:
                 break
             problems[step] = problem
-        else:
-            only_unfinished = len(steps) == 1 and problems[steps[0]] == _NEVER_COMPLETED
-            if steps and not only_unfinished:
-                raise UserError(
-                    f"{self._folder.checkpoints}: none of the checkpoints {steps} is intact"
-                    f" ({steps[-1]}: {problems[steps[-1]]}); restore the folder from a backup, or"
-                    " choose another --workdir to start again"
-                )
         intact = len(problems) < len(steps)
+        if not intact and not start_over:
+            self._check_nothing_is_lost(problems)
         for bad, problem in problems.items():
             # With none intact, the very first save was cut off: nothing was kept yet.
             remedy = "falling back to the one before" if intact else "starting at step 0"
             self._say(f"checkpoint {bad} is damaged ({problem}); {remedy}")
             self._set_aside(self._folder.checkpoints / str(bad))
+        if not intact and start_over:
+            moved = self._folder.set_lost_run_aside()
+            if moved is not None:
+                self._say(f"starting over at step 0; what the lost run has left is in {moved}")
         return step if intact else None
+
+    def _check_nothing_is_lost(self, problems: dict[int, str]) -> None:
+        """Raises UserError where beginning at step 0 would throw a run away."""
+        remedy = (
+            "restore the folder from a backup, choose another --workdir, or add --start_over to"
+            " begin at step 0 here"
+        )
+        damaged = {k: v for k, v in problems.items() if v != _NEVER_COMPLETED}
+        if damaged:
+            newest = max(damaged)
+            raise UserError(
+                f"{self._folder.checkpoints}: none of the checkpoints {sorted(problems)} is intact"
+                f" ({newest}: {damaged[newest]}); {remedy}"
+            )
+        proof = self._folder.proof_of_steps()
+        if proof is not None:
+            raise UserError(
+                f"{self._folder.checkpoints}: no checkpoint is there that was completed, but"
+                f" {proof}; {remedy}"
+            )
+
+    def _set_aside_misnamed(self) -> None:
+        """Moves away what Orbax may take for a checkpoint though no step is named like it."""
+        if not self._folder.checkpoints.is_dir():
+            return
+        for path in list(self._folder.checkpoints.iterdir()):
+            if path.name.isdecimal() and not _is_step(path.name):
+                self._say(
+                    f"{path}: not named as a checkpoint is; moved to {self._damaged_folder()}"
+                )
+                self._set_aside(path)
 
     def _damaged_folder(self) -> pathlib.Path:
         return self._folder.path / "checkpoints_damaged"
@@ -277,11 +399,12 @@ def manifest_of(folder: RunFolder, step: int) -> bytes:
 
 def finished_steps(folder: RunFolder) -> list[int]:
     """Steps with a complete checkpoint, ascending. For readers beside a live trainer."""
-    return [
-        step
-        for step in _steps_on_disk(folder.checkpoints)
-        if (folder.checkpoints / str(step) / MANIFEST).exists()
-    ]
+    return [step for step in _steps_on_disk(folder.checkpoints) if is_finished(folder, step)]
+
+
+def is_finished(folder: RunFolder, step: int) -> bool:
+    """Whether a step has a complete checkpoint."""
+    return (folder.checkpoints / str(step) / MANIFEST).exists()
 
 
 def load_ema_params(folder: RunFolder, step: int, ema_decay: float, abstract_params: Any) -> Any:
@@ -303,8 +426,7 @@ def load_ema_params(folder: RunFolder, step: int, ema_decay: float, abstract_par
             )
     except Exception as e:
         # Intact, yet not what this stage has; or a trainer removed it meanwhile.
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be restored ({reason})") from e
+        raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
     params = restored["ema_params"][name]
     # What a checkpoint lacks, a partial restore passes over in silence.
     if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):

@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from clu import parameter_overview
 
-from cascaded_diffusion.runtime.run_folder import RunFolder, append_line, read_lines, write_whole
+from cascaded_diffusion.runtime.run_folder import RunFolder, append_line, write_whole
 
 
 def print_parameter_overview(params: Any) -> None:
@@ -36,12 +36,18 @@ class MetricWriter:
 
         self._folder = folder
         if folder.metrics_path.exists():
-            kept = [r for r in read_lines(folder.metrics_path) if r["step"] <= resume_step]
+            lines = folder.metrics(say=print)
+            kept = [record for record in lines if record["step"] <= resume_step]
             write_whole(folder.metrics_path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         self._tensorboard = SummaryWriter(str(folder.path), purge_step=resume_step + 1)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line of JSON (floats exact) and one point per curve."""
+        """One line of JSON (floats exact) and one point per curve.
+
+        Raises:
+          UserError: the run folder is not there any more.
+        """
+        self._folder.check_held()
         append_line(self._folder.metrics_path, {"step": step, **scalars})
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
@@ -71,7 +77,7 @@ class ScoreCurves:
         for path in folder.eval.glob("events.out.tfevents.*"):
             path.unlink()
         self._tensorboard = SummaryWriter(str(folder.eval))
-        for record in read_lines(folder.results_path):
+        for record in folder.scores(say=print):
             self.add(record)
 
     def add(self, record: Mapping[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """The run folder: the contract between the binaries.
 
     RUN/config.json               the resolved config
+    RUN/data.json                 which images it is trained on
     RUN/checkpoints/<step>/       Orbax, with a manifest of checksums
+    RUN/saved.json                the step of the newest checkpoint that was completed
     RUN/metrics.jsonl             one line per logged step
     RUN/events.out.tfevents.*     the same for TensorBoard
     RUN/eval/results.jsonl        one line per score
     RUN/eval/best.json            the step chosen
-    RUN/eval/reading.json         the step that evaluation is reading: not to be deleted
+    RUN/eval/reading/<step>.*     checkpoints that are being read: not to be deleted
     RUN/eval/reference_*.npz      statistics of the real images
     RUN/eval/final_*.json, .md    the final numbers of the chosen checkpoint
     RUN/eval/cas.jsonl            classification accuracy scores
@@ -29,13 +31,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping
-from typing import Any
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from cascaded_diffusion.config import CascadeConfig, CascadeSection, RunConfig, to_dict
 from cascaded_diffusion.config_checks import run_config_from
@@ -76,13 +80,46 @@ def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole JSON lines of a file; what a crash cut off is passed over."""
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-    return records
+    """The JSON objects of a file, one per line; a line that is none is passed over.
+
+    A crash cuts off a line, a damaged disk spoils one: the others are as good as before.
+    """
+    return [record for record in map(_parsed, _lines(path)) if record is not None]
+
+
+def _lines(path: pathlib.Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n") if path.exists() else []
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _records(path: pathlib.Path, types: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """The lines that have values of these types, and the number of the other whole lines."""
+    lines = [line for line in _lines(path) if line.strip()]
+    kept = [record for record in map(_parsed, lines) if record is not None and _has(record, types)]
+    return kept, len(lines) - len(kept)
+
+
+def _has(record: Mapping[str, Any], types: Mapping[str, Any]) -> bool:
+    return all(
+        isinstance(record.get(name), kind) and not isinstance(record.get(name), bool)
+        for name, kind in types.items()
+    )
+
+
+def read_json(path: pathlib.Path, *, remedy: str) -> Any:
+    """A JSON file. Raises UserError, which ends with `remedy`, if it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        reason = e.strerror if isinstance(e, OSError) else " ".join(str(e).split())[:200]
+        raise UserError(f"{path}: cannot be read as JSON ({reason}); {remedy}") from e
 
 
 def check_writable(path: pathlib.Path, flag: str) -> None:
@@ -103,8 +140,8 @@ def check_writable(path: pathlib.Path, flag: str) -> None:
 
 
 @contextlib.contextmanager
-def held_lock(path: pathlib.Path, role: str, flag: str) -> Iterator[None]:
-    """Holds a folder for one writer of a kind.
+def held_lock(path: pathlib.Path, role: str, flag: str) -> Iterator[pathlib.Path]:
+    """Holds a folder for one writer of a kind. Yields the lock's file.
 
     The lock is the operating system's: it ends with the process that holds
     it, however that ends.
@@ -126,7 +163,61 @@ def held_lock(path: pathlib.Path, role: str, flag: str) -> Iterator[None]:
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
-        yield
+        yield path / f".{role}.lock"
+
+
+# What lines must have to count: of metrics.jsonl, of eval/results.jsonl, and best.json.
+_METRICS = {"step": int}
+_CHOSEN = {"step": int, "ema_decay": (int, float)}
+_SCORE = {**_CHOSEN, "metric": str, "value": (int, float, type(None))}
+CONFIG_REMEDY = (
+    "bring it back from a backup, or copy the file that the run's command writes into another"
+    " --workdir"
+)
+
+
+_SAME_IMAGES = "bring those images back, or choose another --workdir"
+_SHOWN_CLASSES = 5
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN_CLASSES} more" if len(names) > _SHOWN_CLASSES else ""
+    return ", ".join(map(repr, names[:_SHOWN_CLASSES])) + more if names else "none"
+
+
+class SplitFacts(Protocol):
+    """What a split of a data set is: a `data.sources.Source`, for one.
+
+    Attributes:
+      identity: what the images are, wherever they lie.
+      times: a digest of their files' times of modification; "" where `identity` has the contents.
+      class_names: in order of label.
+    """
+
+    identity: str
+    times: str
+    class_names: tuple[str, ...]
+
+    def content_sample(self) -> str:
+        """A digest of the contents of some images; "" where `identity` has the contents."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The images that a run is trained on, or is to be scored against.
+
+    Attributes:
+      splits: what they are, by name of the split.
+      path: where they are: absolute, or None for data that is at no path.
+      path_as_given: the same as the user wrote it.
+      given_anew: the user has named the path once more, for images that were moved or touched.
+    """
+
+    splits: Mapping[str, SplitFacts]
+    path: str | None = None
+    path_as_given: str | None = None
+    given_anew: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +239,8 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str], *, flag: str = "workdir"):
         self.path = pathlib.Path(path)
         self._flag = flag
+        # Lock files that this process holds, and their inodes.
+        self._held: dict[pathlib.Path, int] = {}
         self.config_path = self.path / "config.json"
         self.data_path = self.path / "data.json"
         self.checkpoints = self.path / "checkpoints"
@@ -155,7 +248,7 @@ class RunFolder:
         self.eval = self.path / "eval"
         self.results_path = self.eval / "results.jsonl"
         self.best_path = self.eval / "best.json"
-        self.reading_path = self.eval / "reading.json"
+        self.saved_path = self.path / "saved.json"
         self.cas_path = self.eval / "cas.jsonl"
         self.samples = self.eval / "samples"
         self.profile = self.path / "profile"
@@ -183,10 +276,7 @@ class RunFolder:
                 f"--{self._flag}={self.path}: no run there (no config.json); expected a folder that"
                 " `python -m cascaded_diffusion.main --workdir=...` has written"
             )
-        try:
-            values = json.loads(self.config_path.read_text())
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.config_path}: cannot be read as JSON ({e})") from e
+        values = read_json(self.config_path, remedy=CONFIG_REMEDY)
         try:
             return run_config_from(values)
         except UserError as e:
@@ -200,65 +290,226 @@ class RunFolder:
         """Stores the resolved config."""
         write_whole(self.config_path, json.dumps(to_dict(config), indent=2).encode() + b"\n")
 
-    def check_data(self, identity: Mapping[str, str]) -> None:
-        """Checks that a run goes on with the images that it began with.
+    def check_data(self, data: RunData, *, say: Callable[[str], None] = print) -> None:
+        """Checks that images are those that the run began with.
 
-        Args:
-          identity: what the images are, by split.
+        Compared are class names, and of each split the identity (names and sizes of the files)
+        and the times of modification. Where the images lie elsewhere than they did, or are given
+        anew, times may differ, and the contents of up to 256 images are compared instead.
+        `say` is told of that.
 
         Raises:
-          UserError: others, or more or fewer of them.
+          UserError: they are others, or more or fewer.
         """
         if not self.data_path.exists():
             return
-        try:
-            begun_with = json.loads(self.data_path.read_text())
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.data_path}: cannot be read as JSON ({e}); remove it") from e
-        for split, now in identity.items():
-            before = begun_with.get(split, now) if isinstance(begun_with, dict) else now
-            if now != before:
+        remedy = "remove it to go on without comparing the images"
+        stored = read_json(self.data_path, remedy=remedy)
+        if not isinstance(stored, dict) or not isinstance(stored.get("splits"), dict):
+            raise UserError(f"{self.data_path}: of another version of this program; {remedy}")
+        where = data.path or "FOLDER"
+        moved = data.given_anew or stored.get("path") != data.path
+        for split, now in data.splits.items():
+            before = stored["splits"].get(split)
+            names = tuple(stored.get("class_names") or ())
+            if tuple(now.class_names) != names:
                 raise UserError(
-                    f"config.data: split {split!r} is {now!r}, but the run in {self.path} was"
-                    f" started with {before!r}; bring those images back, or choose another"
-                    f" --{self._flag}"
+                    f"config.data: split {split!r} has the classes {_few(now.class_names)}, but the"
+                    f" run in {self.path} was started with {_few(names)}; {_SAME_IMAGES}"
                 )
+            if not isinstance(before, dict):
+                continue  # a split that the run does not use
+            if now.identity != before.get("identity"):
+                raise UserError(
+                    f"config.data: split {split!r} is {now.identity!r}, but the run in {self.path}"
+                    f" was started with {before.get('identity')!r}; {_SAME_IMAGES}"
+                )
+            if now.times == before.get("times"):
+                continue
+            if not moved:
+                raise UserError(
+                    f"config.data: files of split {split!r} in {where} were modified since the"
+                    f" run in {self.path} began, though their names and sizes are the same;"
+                    f" {_SAME_IMAGES}; if they are the same, copied or touched, add"
+                    f" --data_path={where}, by which their contents are compared"
+                )
+            if now.content_sample() != before.get("content_sample"):
+                raise UserError(
+                    f"config.data: files of split {split!r} in {where} have other contents than"
+                    f" those that the run in {self.path} was started with, though their names and"
+                    f" sizes are the same; {_SAME_IMAGES}"
+                )
+            say(
+                f"data: files of split {split!r} have other times of modification than when the"
+                " run began; names, sizes and the contents of up to 256 of them are the same"
+            )
 
-    def write_data(self, identity: Mapping[str, str]) -> None:
-        """Stores which images a run is trained on."""
-        write_whole(self.data_path, json.dumps(dict(identity), indent=2).encode() + b"\n")
+    def write_data(self, data: RunData) -> None:
+        """Stores which images a run is trained on, for `check_data`."""
+        first = next(iter(data.splits.values()))
+        facts = {
+            "path": data.path,
+            "path_as_given": data.path_as_given,
+            "class_names": list(first.class_names),
+            "splits": {
+                name: {
+                    "identity": split.identity,
+                    "times": split.times,
+                    "content_sample": split.content_sample(),
+                }
+                for name, split in data.splits.items()
+            },
+        }
+        write_whole(self.data_path, json.dumps(facts, indent=2).encode() + b"\n")
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes of the images that the run is trained on; None where it is not known."""
+        if not self.data_path.exists():
+            return None
+        stored = read_json(self.data_path, remedy="remove it to go on without it")
+        names = stored.get("class_names") if isinstance(stored, dict) else None
+        return tuple(names) if isinstance(names, list) else None
 
     def best(self) -> dict[str, Any] | None:
         """The record of the checkpoint that evaluation chose, if it has."""
         if not self.best_path.exists():
             return None
+        remedy = f"remove it and run `python -m cascaded_diffusion.evaluate --workdir={self.path}`"
+        record = read_json(self.best_path, remedy=remedy)
+        if not isinstance(record, dict) or not _has(record, _CHOSEN):
+            raise UserError(f"{self.best_path}: not a record of evaluation; {remedy}")
+        return record if record["step"] >= 0 else None
+
+    def best_step(self, *, say: Callable[[str], None] = print) -> int | None:
+        """The step of `best`, for a trainer: a file that cannot be read is set aside."""
         try:
-            record = json.loads(self.best_path.read_text())
-            return record if record["step"] >= 0 and record["ema_decay"] >= 0 else None
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(
-                f"{self.best_path}: not a record of evaluation; remove it and run"
-                f" `python -m cascaded_diffusion.evaluate --workdir={self.path}`"
-            ) from e
+            best = self.best()
+        except UserError as e:
+            aside = self.best_path.with_name("best.json.damaged")
+            say(f"{e}; moved to {aside}")
+            os.replace(self.best_path, aside)
+            return None
+        return None if best is None else best["step"]
 
     @contextlib.contextmanager
-    def reading(self, step: int) -> Iterator[None]:
+    def reading(self, step: int) -> Iterator[bool]:
         """Keeps the trainer from deleting a checkpoint while it is read.
 
-        What a killed reader leaves behind keeps that one checkpoint until the next.
+        Yields whether the checkpoint is there: the trainer may have been faster. The mark is
+        a locked file, so that it ends with the process, however that ends. Where the run
+        folder cannot be written there is no mark.
         """
-        write_whole(self.reading_path, json.dumps({"step": step}).encode() + b"\n")
-        try:
-            yield
-        finally:
-            self.reading_path.unlink(missing_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                with self._pins_lock():
+                    self._pins.mkdir(exist_ok=True)
+                    pin = self._pins / f"{step}.{os.getpid()}.{uuid.uuid4().hex}"
+                    held = stack.enter_context(pin.open("w"))
+                    fcntl.flock(held, fcntl.LOCK_EX)
+                    stack.callback(pin.unlink, missing_ok=True)
+            except OSError as e:
+                if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+            yield (self.checkpoints / str(step) / "manifest.json").exists()
 
-    def read_step(self) -> int | None:
-        """The step that is being read, if any."""
-        try:
-            return int(json.loads(self.reading_path.read_text())["step"])
-        except (OSError, ValueError, KeyError, TypeError):
+    @contextlib.contextmanager
+    def pins(self) -> Iterator[set[int]]:
+        """The steps that are being read. While this is open, no further reader begins."""
+        with self._pins_lock():
+            pinned = set()
+            for pin in self._pins.iterdir() if self._pins.is_dir() else ():
+                with pin.open() as f:
+                    try:
+                        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        pinned.add(int(pin.name.partition(".")[0]))
+                    else:  # its reader was killed
+                        pin.unlink()
+            yield pinned
+
+    @property
+    def _pins(self) -> pathlib.Path:
+        return self.eval / "reading"
+
+    @contextlib.contextmanager
+    def _pins_lock(self) -> Iterator[None]:
+        self.eval.mkdir(exist_ok=True)
+        with (self.eval / ".reading.lock").open("a") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            yield
+
+    def note_saved(self, step: int) -> None:
+        """Records that the checkpoint of a step was completed."""
+        write_whole(self.saved_path, json.dumps({"step": step}).encode() + b"\n")
+
+    def metrics(self, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, each with a `step`. `say` is told of others."""
+        return self._told_records(self.metrics_path, _METRICS, say)
+
+    def scores(self, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+        """The lines of eval/results.jsonl: scores of checkpoints. `say` is told of others."""
+        return self._told_records(self.results_path, _SCORE, say)
+
+    def _told_records(
+        self, path: pathlib.Path, types: Mapping[str, Any], say: Callable[[str], None] | None
+    ) -> list[dict[str, Any]]:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: expected a file; move away what is there")
+        records, others = _records(path, types)
+        if others and say is not None:
+            say(f"{path}: {others} line(s) that are no records of this program were passed over")
+        return records
+
+    def proof_of_steps(self) -> str | None:
+        """What shows that a checkpoint was once completed here, in a few words, or None.
+
+        A run that was killed before its first checkpoint was complete has a log, and no
+        checkpoint to lose.
+        """
+        if self.saved_path.exists():
+            return f"{self.saved_path.name} says that one was"
+        if self.complete_path.exists():
+            return f"{self.complete_path.name} says that the run has ended"
+        for path in (self.results_path, self.best_path):
+            if path.exists():
+                return f"{path.relative_to(self.path)} has scores of checkpoints"
+        logged = max((record["step"] for record in self.metrics()), default=0)
+        if self.exists() and logged > 2 * self.read_config().checkpoint.save_every_steps:
+            return f"{self.metrics_path.name} goes to step {logged}"
+        return None
+
+    def set_lost_run_aside(self) -> pathlib.Path | None:
+        """Moves what a run without checkpoints has left to `lost_run_N`; None if nothing has."""
+        found = [
+            path
+            for path in (
+                self.metrics_path, self.eval, self.saved_path, self.early_stop_path,
+                self.complete_path,
+            )
+            if path.exists()
+        ]  # fmt: skip
+        if not found:
             return None
+        number = 1
+        while (target := self.path / f"lost_run_{number}").exists():
+            number += 1
+        target.mkdir()
+        for path in found:
+            os.replace(path, target / path.name)
+        return target
+
+    def check_held(self) -> None:
+        """Raises UserError if the folder that this process has locked is not there any more."""
+        for path, inode in self._held.items():
+            try:
+                there = path.stat().st_ino == inode
+            except OSError:
+                there = False
+            if not there:
+                raise UserError(
+                    f"--{self._flag}={self.path}: the folder was moved or removed while this"
+                    " process was writing to it; bring it back and run the same command again"
+                )
 
     def ask_to_stop(self, patience_evals: int) -> None:
         """Writes EARLY_STOP, saying which patience ran out."""
@@ -270,13 +521,25 @@ class RunFolder:
 
         A run that goes on with more patience than the file speaks of goes on.
         """
-        try:
-            record = json.loads(self.early_stop_path.read_text())
-            return record["patience_evals"] >= patience_evals
-        except FileNotFoundError:
+        if not self.early_stop_path.exists():
             return False
-        except (ValueError, KeyError, TypeError):
-            return True  # somebody's own file: its being there says enough
+        patience = self._stop_patience()
+        return patience is None or patience >= patience_evals
+
+    def how_to_go_on(self) -> str:
+        """What to do for a run to go on in spite of EARLY_STOP."""
+        if self._stop_patience() is None:  # somebody's own file
+            return f"remove {self.early_stop_path}"
+        return "run it with a larger --config.eval.patience_evals"
+
+    def _stop_patience(self) -> float | None:
+        """The patience that EARLY_STOP speaks of; None if evaluation did not write it."""
+        try:
+            record = json.loads(self.early_stop_path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        known = isinstance(record, dict) and _has(record, {"patience_evals": (int, float)})
+        return record["patience_evals"] if known else None
 
     def chosen(self) -> Chosen:
         """The checkpoint that evaluation chose.
@@ -292,9 +555,15 @@ class RunFolder:
             )
         return Chosen(step=best["step"], ema_decay=best["ema_decay"])
 
-    def writer_lock(self, role: str) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def writer_lock(self, role: str) -> Iterator[None]:
         """Holds the folder for one writer of a kind ("train", "eval"): see `held_lock`."""
-        return held_lock(self.path, role, self._flag)
+        with held_lock(self.path, role, self._flag) as lock:
+            self._held[lock] = lock.stat().st_ino
+            try:
+                yield
+            finally:
+                del self._held[lock]
 
 
 class CascadeFolder:
@@ -335,10 +604,11 @@ class CascadeFolder:
 
     def read_cascade(self) -> dict[str, Any]:
         """The cascade that a sweep wrote, as plain values, to be checked like a new one."""
-        try:
-            return json.loads(self.cascade_path.read_text())
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.cascade_path}: cannot be read as JSON ({e})") from e
+        remedy = "have `evaluate --sweep --write_best` write it again"
+        values = read_json(self.cascade_path, remedy=remedy)
+        if not isinstance(values, dict):
+            raise UserError(f"{self.cascade_path}: not a cascade; {remedy}")
+        return values
 
     def write_cascade(self, config: CascadeConfig) -> None:
         """Stores a cascade's config."""

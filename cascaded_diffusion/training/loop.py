@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -21,12 +21,19 @@ from cascaded_diffusion.errors import LoneError, UserError
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import monitor
 from cascaded_diffusion.runtime.accelerators import accelerator_of
-from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
+from cascaded_diffusion.runtime.checkpoint import CheckpointWriter, finished_steps
 from cascaded_diffusion.runtime.logging import MetricWriter, Progress, print_parameter_overview
-from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
+from cascaded_diffusion.runtime.run_folder import (
+    CONFIG_REMEDY,
+    RunData,
+    RunFolder,
+    read_json,
+    write_whole,
+)
 from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.training.clock import Clock
 from cascaded_diffusion.training.grid import GridSampler, Records
+from cascaded_diffusion.training.optimizer import build_learning_rate
 from cascaded_diffusion.training.preemption import StopRequest
 from cascaded_diffusion.training.state import TrainState
 
@@ -43,54 +50,91 @@ class Outcome:
 
 
 def _restore_or_init(
-    stage: Stage, config: RunConfig, mesh: Mesh, checkpoints: CheckpointWriter
+    stage: Stage,
+    config: RunConfig,
+    mesh: Mesh,
+    checkpoints: CheckpointWriter,
+    *,
+    start_over: bool,
 ) -> TrainState:
     abstract = step_lib.abstract_state(stage, config.train, mesh)
-    restored = checkpoints.restore_latest(abstract)
+    restored = checkpoints.restore_latest(abstract, start_over=start_over)
     if restored is not None:
         return restored
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(step_lib.make_init(stage, config.train), out_shardings=shardings)()
 
 
-def _prepare_folder(folder: RunFolder, config: RunConfig, data: Mapping[str, str]) -> None:
+def _prepare_folder(folder: RunFolder, config: RunConfig, data: RunData | None) -> None:
+    """Checks that a folder's run may go on so, and stores its config and its images' identity.
+
+    Every process checks; the first one writes.
+    """
+    is_first_process = jax.process_index() == 0
     if folder.exists():
-        changed = check_resume(folder.read_config(), config, str(folder.path))
-        if jax.process_index() == 0:
-            for line in changed:
-                print(f"changed since the run began: {line}", flush=True)
-    folder.check_data(data)
-    if jax.process_index() == 0:
+        old = folder.read_config()
+        changed = check_resume(old, config, str(folder.path))
+        stretched = _stretched_schedule(old, config, folder)
+        for line in [*changed, *stretched] if is_first_process else ():
+            print(f"changed since the run began: {line}", flush=True)
+    elif folder.has_checkpoints() or folder.saved_path.exists():
+        raise UserError(
+            f"{folder.config_path}: missing, though a run was begun here; {CONFIG_REMEDY}"
+        )
+    if data is not None:
+        folder.check_data(data)
+    if is_first_process:
         folder.write_config(config)
-        folder.write_data(data)
+        if data is not None:
+            folder.write_data(data)
 
 
-def _finished(folder: RunFolder, config: RunConfig) -> Outcome | None:
-    """The outcome of a run that has nothing left to do."""
+def _stretched_schedule(old: RunConfig, new: RunConfig, folder: RunFolder) -> list[str]:
+    """What another train_steps does to a learning rate whose decay is over train_steps."""
+    before, after = old.train, new.train
+    if before.train_steps == after.train_steps or after.lr_decay == "none":
+        return []
+    step = max(finished_steps(folder), default=0)
+    rates = [float(build_learning_rate(train)(step)) for train in (before, after)]
+    return [
+        f"the {after.lr_decay} decay of the learning rate is now over {after.train_steps} steps:"
+        f" at step {step} the rate goes from {rates[0]:.3g} to {rates[1]:.3g}"
+    ]
+
+
+def _finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outcome | None:
+    """The outcome of a run that has nothing left to do, which no model need be compiled for."""
+    steps = finished_steps(folder)
     if folder.complete_path.exists():
-        try:
-            record = json.loads(folder.complete_path.read_text())
-            reason, step = record["reason"], int(record["step"])
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{folder.complete_path}: not what a trainer writes; remove it") from e
+        remedy = "remove it"
+        record = read_json(folder.complete_path, remedy=remedy)
+        known = isinstance(record, dict) and record.get("reason") in _REASONS
+        if not known or not isinstance(record.get("step"), int):
+            raise UserError(f"{folder.complete_path}: not what a trainer writes; {remedy}")
+        reason, step = record["reason"], record["step"]
         stopped = reason == "early_stop" and folder.asked_to_stop(config.eval.patience_evals)
-        if stopped or step >= config.train.train_steps:
+        if (stopped or step >= config.train.train_steps) and (steps or not start_over):
+            if not steps:
+                raise UserError(
+                    f"{folder.complete_path}: says that step {step} was reached, but no checkpoint"
+                    f" is in {folder.checkpoints}; restore it from a backup, choose another"
+                    " --workdir, or add --start_over to begin at step 0 here"
+                )
             return Outcome(reason=reason, step=step)
+    if folder.asked_to_stop(config.eval.patience_evals) and (steps or not start_over):
+        return Outcome(reason="early_stop", step=max(steps, default=0))
     return None
 
 
 _REASONS = ("complete", "early_stop")
 
 
-def _finished_for_all(folder: RunFolder, config: RunConfig) -> Outcome | None:
+def _finished_for_all(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outcome | None:
     """The same as the first process sees it, in all."""
     outcome = None
     with mesh_lib.together():
         if jax.process_index() == 0:
-            outcome = _finished(folder, config)
-            if outcome is None:
-                # Of a shorter run that now goes on; those who follow it wait for the new end.
-                folder.complete_path.unlink(missing_ok=True)
+            outcome = _finished(folder, config, start_over=start_over)
     told = (-1, 0)
     if outcome is not None:
         told = (_REASONS.index(outcome.reason), outcome.step)
@@ -106,7 +150,8 @@ def train(
     image_shape: tuple[int, int, int],
     grid_examples: Records,
     low_res_shape: tuple[int, int, int] | None = None,
-    data_identity: Mapping[str, str] | None = None,
+    data: RunData | None = None,
+    start_over: bool = False,
     profile_steps: tuple[int, int] | None = None,
 ) -> Outcome:
     """Trains one stage to its end, going on from the newest checkpoint if there is one.
@@ -119,7 +164,9 @@ def train(
       grid_examples: GRID_ROWS * GRID_COLUMNS real examples, whose low-res versions
         the sample grids of a super-resolution stage enlarge.
       low_res_shape: (h, w, C), where the data has low-res images stored.
-      data_identity: which images they are, by split: a run goes on with the same only.
+      data: which images they are: a run goes on with the same only. None: nobody compares.
+      start_over: begin at step 0 where a run is in the folder but none of its checkpoints is
+        intact; without it that is refused.
       profile_steps: the first and last step to write a trace of, to RUN/profile.
 
     Raises:
@@ -133,8 +180,8 @@ def train(
                 stack.enter_context(folder.writer_lock("train"))
         mesh_lib.check_shared(folder.path, "workdir")
         with mesh_lib.together():
-            _prepare_folder(folder, config, data_identity or {})
-        outcome = _finished_for_all(folder, config)
+            _prepare_folder(folder, config, data)
+        outcome = _finished_for_all(folder, config, start_over=start_over)
         if outcome is not None:
             return outcome
         checkpoints = CheckpointWriter(folder, config.checkpoint)
@@ -151,10 +198,12 @@ def train(
                     checkpoints,
                     stop,
                     monitor.StepProfiler(folder.profile, profile_steps),
+                    start_over=start_over,
                 )
         finally:
             checkpoints.close()
         if outcome.reason != "preempted" and is_first_process:
+            folder.check_held()
             write_whole(
                 folder.complete_path, json.dumps(dataclasses.asdict(outcome)).encode() + b"\n"
             )
@@ -171,12 +220,17 @@ def _train(
     checkpoints: CheckpointWriter,
     stop: StopRequest,
     profiler: monitor.StepProfiler,
+    *,
+    start_over: bool,
 ) -> Outcome:
     train_config, total = config.train, config.train.train_steps
     mesh = mesh_lib.build_mesh(config.mesh)
     stage = build_stage(config.stage)
 
-    state = _restore_or_init(stage, config, mesh, checkpoints)
+    state = _restore_or_init(stage, config, mesh, checkpoints, start_over=start_over)
+    if jax.process_index() == 0:
+        # Of a shorter run that now goes on; those who follow it wait for the new end.
+        folder.complete_path.unlink(missing_ok=True)
     first_step = int(state.step)
     is_first_process = jax.process_index() == 0
     if is_first_process:

@@ -225,6 +225,7 @@ def test_the_identity_of_a_stage_changes_with_its_config_and_its_weights(clean, 
     folder.best_path.write_text(json.dumps({"step": 4, "ema_decay": 0.995}))
     (folder.checkpoints / "6").rename(folder.checkpoints / "60")
     (folder.checkpoints / "4").rename(folder.checkpoints / "6")
+    checkpoint.write_manifest(folder.checkpoints / "6", 6)
     folder.best_path.write_text(json.dumps({"step": 6, "ema_decay": 0.995}))
     assert load_trained(folder, mesh).identity != first
 
@@ -441,6 +442,7 @@ def test_a_step_that_was_trained_again_is_scored_again(clean, tmp_path):
     # As if step 6 had been lost, and saved anew with other weights.
     shutil.rmtree(folder.checkpoints / "6")
     shutil.copytree(folder.checkpoints / "4", folder.checkpoints / "6")
+    checkpoint.write_manifest(folder.checkpoints / "6", 6)
     assert _scorer(folder, Judge([2.5])).score_new_checkpoints() == 1
     assert folder.chosen().step == 4
     assert _scorer(folder, Judge([])).score_new_checkpoints() == 0

@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +161,7 @@ def test_a_first_save_that_was_cut_off_is_no_damage(tmp_path):
     folder = RunFolder(tmp_path)
     _save(folder, [1]).close()
     (folder.checkpoints / "1" / "manifest.json").unlink()
+    folder.saved_path.unlink()  # written after the manifest
     restored, said = _restore(folder)
     assert restored is None
     assert "checkpoint 1 is damaged (manifest.json is missing" in said[0]
@@ -195,7 +198,7 @@ def test_a_save_that_fails_is_reported(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     writer = checkpoint.CheckpointWriter(folder, CONFIG)
 
-    def no_space(path):
+    def no_space(path, step):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_manifest", no_space)
@@ -226,3 +229,161 @@ def test_restores_onto_another_mesh(tmp_path):
         )
         assert restored["ema_params"][EMA]["w"].sharding == shardings["ema_params"][EMA]["w"]
     writer.close()
+
+
+def test_the_old_checkpoint_is_deleted_after_the_new_one_has_its_manifest(tmp_path, monkeypatch):
+    config = tiny_base(checkpoint__max_to_keep=1).checkpoint
+    folder = RunFolder(tmp_path)
+    whole = []
+    original = checkpoint.write_manifest
+
+    def watched(path, step):
+        whole.append((checkpoint.finished_steps(folder), "before"))
+        original(path, step)
+        whole.append((checkpoint.finished_steps(folder), "after"))
+
+    monkeypatch.setattr(checkpoint, "write_manifest", watched)
+    writer = checkpoint.CheckpointWriter(folder, config)
+    for step in (1, 2, 3):
+        writer.save(step, _state(step))
+        writer.wait(step)
+        assert checkpoint.finished_steps(folder) == [step]
+    writer.close()
+    assert whole == [
+        ([], "before"), ([1], "after"), ([1], "before"), ([1, 2], "after"), ([2], "before"),
+        ([2, 3], "after"),
+    ]  # fmt: skip
+
+
+def test_what_was_written_is_opened_before_it_counts(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    writer = _save(folder, [1])
+    original = writer._manager.wait_until_finished
+
+    def merge_fails():
+        original()
+        (folder.checkpoints / "2" / "state" / "manifest.ocdbt").unlink(missing_ok=True)
+
+    monkeypatch.setattr(writer._manager, "wait_until_finished", merge_fails)
+    writer.save(2, _state(2))
+    with pytest.raises(UserError, match="saving a checkpoint failed .* cannot be opened"):
+        writer.wait(2)
+    writer.close()
+    assert checkpoint.finished_steps(folder) == [1]
+    assert _restore(folder)[0]["step"] == 1
+
+
+def test_what_was_written_is_compared_with_what_was_saved(saved):
+    arrays = checkpoint._described(checkpoint._storable(_state(3)))
+    checkpoint._check_opens(saved.checkpoints / "3", arrays)
+    name = f"ema_params.{EMA}.w"
+    for other in ({**arrays, name: ((8, 511), "float32")}, {**arrays, "lost": ((), "int32")}):
+        with pytest.raises(OSError, match="not what was saved"):
+            checkpoint._check_opens(saved.checkpoints / "3", other)
+
+
+def test_a_copy_under_another_step_is_damage(saved):
+    shutil.copytree(saved.checkpoints / "3", saved.checkpoints / "999")
+    restored, said = _restore(saved)
+    assert restored["step"] == 3
+    assert said == [
+        "checkpoint 999 is damaged (it is a copy of checkpoint 3); falling back to the one before"
+    ]
+    _save(saved, [4]).close()
+    assert checkpoint.finished_steps(saved) == [2, 3, 4]
+    shutil.rmtree(saved.checkpoints / "4")
+    shutil.copytree(saved.checkpoints / "2", saved.checkpoints / "4")
+    restored, said = _restore(saved)
+    assert restored["step"] == 3
+    assert "checkpoint 4 is damaged (it is a copy of checkpoint 2)" in said[0]
+
+
+@pytest.mark.parametrize("name", ["0070", "\u0667\u0660"])
+def test_folders_that_no_step_is_named_like_are_set_aside(saved, name):
+    shutil.copytree(saved.checkpoints / "3", saved.checkpoints / name)
+    assert checkpoint.finished_steps(saved) == [1, 2, 3]
+    restored, said = _restore(saved)
+    assert restored["step"] == 3
+    assert f"{name}: not named as a checkpoint is" in said[0]
+    assert (saved.path / "checkpoints_damaged" / name).is_dir()
+    _save(saved, [60]).close()
+    assert checkpoint.finished_steps(saved)[-1] == 60
+
+
+def test_lost_checkpoints_are_not_silently_begun_again(saved):
+    shutil.rmtree(saved.checkpoints)
+    with pytest.raises(UserError, match="saved.json says that one was.*--start_over"):
+        _restore(saved)
+    writer = checkpoint.CheckpointWriter(saved, CONFIG, say=lambda line: None)
+    assert writer.restore_latest(_abstract(REPLICATED), start_over=True) is None
+    writer.close()
+    assert (saved.path / "lost_run_1" / "saved.json").exists()
+    assert _restore(saved) == (None, [])
+
+
+def test_an_intact_checkpoint_is_gone_on_from_though_starting_over_is_allowed(saved):
+    writer = checkpoint.CheckpointWriter(saved, CONFIG)
+    assert writer.restore_latest(_abstract(REPLICATED), start_over=True)["step"] == 3
+    writer.close()
+
+
+def test_damaged_json_beside_checkpoints_does_not_stop_a_save(saved):
+    saved.eval.mkdir(exist_ok=True)
+    saved.best_path.write_text("{")
+    _save(saved, [4]).close()
+    assert checkpoint.finished_steps(saved) == [2, 3, 4]
+    assert (saved.eval / "best.json.damaged").exists()
+
+
+def test_the_mark_of_a_killed_reader_is_forgotten(saved):
+    code = (
+        "import sys, os, signal\n"
+        "from cascaded_diffusion.runtime.run_folder import RunFolder\n"
+        "with RunFolder(sys.argv[1]).reading(1) as is_there:\n"
+        "  assert is_there\n"
+        "  os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(saved.path)], timeout=60)
+    assert result.returncode == -9
+    with saved.reading(2) as is_there, saved.pins() as pinned:
+        assert is_there
+        assert pinned == {2}
+    with saved.reading(77) as is_there:
+        assert not is_there
+    _save(saved, [4, 5]).close()
+    assert checkpoint.finished_steps(saved) == [3, 4, 5]
+
+
+def test_a_folder_that_was_moved_away_is_not_made_again(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.writer_lock("train"):
+        writer = _save(folder, [1])
+        os.rename(tmp_path / "run", tmp_path / "elsewhere")
+        with pytest.raises(UserError, match="the folder was moved or removed"):
+            writer.save(2, _state(2))
+        writer.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_named_without_stack_traces(tmp_path):
+    code = (
+        "import sys, resource\n"
+        "from cascaded_diffusion import cli\n"
+        "from tests.runtime.test_checkpoint import CONFIG, RunFolder, _state, checkpoint\n"
+        "def main(argv):\n"
+        "    writer = checkpoint.CheckpointWriter(RunFolder(argv[1]), CONFIG)\n"
+        "    try:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "        writer.save(1, _state(1))\n"
+        "        writer.wait(1)\n"
+        "    finally:\n"
+        "        writer.close()\n"
+        "cli.run(main)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert "saving a checkpoint failed at or before step 1 (File too large)" in line
