@@ -255,12 +255,13 @@ def fill(store: SampleStore, source: SampleSource, params: Params, *, label: str
       ValueError: a sample is not finite.
     """
     missing = store.missing()
-    progress = Progress(store.num_samples, unit="samples", label=label)
-    for done, batch in enumerate(missing, start=1):
+    done = store.num_samples - sum(len(store.rows(batch)) for batch in missing)
+    progress = Progress(store.num_samples, unit="samples", label=label, initial=done)
+    for batch in missing:
         rows = store.rows(batch)
         padded = np.arange(rows[0], rows[0] + store.batch_size) % store.num_samples
         arrays = source.make(params, padded)
         store.write(batch, {name: array[: len(rows)] for name, array in arrays.items()})
-        left = len(missing) - done
-        progress.update(max(0, store.num_samples - left * store.batch_size))
+        done += len(rows)
+        progress.update(done)
     progress.close()

@@ -140,10 +140,11 @@ class Sweep:
                 cascade, levels, seed=seed, mesh=mesh, sample=sample
             )
         else:
-            sampler = generate.make_last_stage_sampler(
+            sampler = generate.make_sampler_above(
                 cascade,
                 levels,
                 self._samples_below(setting.truncated),
+                first=self._index,
                 seed=seed,
                 mesh=mesh,
                 sample=sample,

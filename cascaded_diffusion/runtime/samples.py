@@ -144,25 +144,26 @@ def stored_samples(path: pathlib.Path, provenance: Mapping[str, Any]) -> np.ndar
     return None
 
 
-def open_images(path: str, *, flag: str) -> StoredImages:
+def open_images(path: str, *, flag: str, at_least: int = 2) -> StoredImages:
     """Opens an ADM-style `.npz` (`arr_0` uint8 NHWC, `arr_1` labels if any) or a folder of PNGs.
 
     Says on stderr how many images there are, and what was passed over.
 
     Raises:
-      UserError: it is neither, or does not hold at least two uint8 images of one size.
+      UserError: it is neither, or does not hold uint8 images of one size, or fewer of them than
+        `at_least`; of a folder, two.
     """
     if check_local_path(path, f"--{flag}").is_dir():
         folder = PngFolder(pathlib.Path(path), flag=flag)
         rest = f" ({told(folder.passed_over)})" if folder.passed_over else ""
         print(f"{flag}: {len(folder)} images{rest}", file=sys.stderr, flush=True)
         return StoredImages(path, folder, None)
-    stored = _read_npz(path, flag)
+    stored = _read_npz(path, flag, at_least)
     print(f"{flag}: {len(stored)} images", file=sys.stderr, flush=True)
     return stored
 
 
-def _read_npz(path: str, flag: str) -> StoredImages:
+def _read_npz(path: str, flag: str, at_least: int) -> StoredImages:
     try:
         arrays = read_arrays(path, ("arr_0", "arr_1"))
         if "arr_0" not in arrays:
@@ -179,8 +180,8 @@ def _read_npz(path: str, flag: str) -> StoredImages:
             f"--{flag}={path}: arr_0 is {images.dtype} {images.shape}{_range_of(images)}, expected"
             f" uint8 (n, height, width, 1 or 3), values 0 to 255{_remedy(images.shape)}"
         )
-    if len(images) < 2:
-        raise UserError(f"--{flag}={path}: {len(images)} images, expected at least 2")
+    if len(images) < at_least:
+        raise UserError(f"--{flag}={path}: {len(images)} images, expected at least {at_least}")
     if labels is not None:
         integers = np.issubdtype(labels.dtype, np.integer)
         if labels.shape != (len(images),) or not integers or labels.max() > _INT64_MAX:

@@ -236,8 +236,8 @@ def test_labels_are_balanced():
 
 
 def test_samples_that_are_not_finite_are_an_error():
-    with pytest.raises(ValueError, match="a sample is not finite"):
-        generate._checked_uint8(np.full((1, 2, 2, 1), np.nan, np.float32))
+    with pytest.raises(ValueError, match="a sample of sr32 is not finite"):
+        generate._checked_uint8(np.full((1, 2, 2, 1), np.nan, np.float32), "sr32")
 
 
 def test_real_rows_are_spread_over_a_sorted_set():
