@@ -16,7 +16,7 @@ from cascaded_diffusion.config import MeshConfig
 from cascaded_diffusion.config_checks import check_sample_count
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.npz_file import array_names
-from cascaded_diffusion.runtime.paths import check_local_path
+from cascaded_diffusion.paths import check_local_path
 from cascaded_diffusion.runtime.samples import StoredImages, batches, open_images
 
 _BATCH = 500

@@ -18,8 +18,8 @@ import numpy as np
 from cascaded_diffusion.config import StageConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.npz_file import read_arrays
+from cascaded_diffusion.paths import check_local_path
 from cascaded_diffusion.runtime.image_files import PngFolder, told
-from cascaded_diffusion.runtime.paths import check_local_path
 from cascaded_diffusion.runtime.run_folder import write_whole
 
 _DIGEST_BATCH = 1000
