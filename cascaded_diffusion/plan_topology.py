@@ -340,13 +340,19 @@ def device_bytes() -> float:
     return machine / jax.local_device_count()
 
 
-def _fits_by_far(config: RunConfig, num_devices: int, memory_bytes: float) -> bool:
-    """By arithmetic alone: tracing a network takes seconds."""
+def _rough(config: RunConfig, num_devices: int) -> tuple[float, float]:
+    """Bytes of one device, state and activations, by arithmetic: tracing takes many seconds."""
     cost, train = stage_cost(config.stage), config.train
     shape = _mesh_shape(config, num_devices)
-    images = -(-train.batch_size // (shape["data"] * shape["fsdp"]))
-    state = 4 * (3 + len(train.ema_decays)) * cost.parameters
-    return 2 * state + 4 * 4 * cost.kept_values * images <= memory_bytes / 2
+    images = train.batch_size / (train.accumulation_steps or 1) / (shape["data"] * shape["fsdp"])
+    state = 4 * (3 + len(train.ema_decays)) * cost.parameters / (shape["fsdp"] * shape["tensor"])
+    width = 2 if config.stage.network.dtype == "bfloat16" else 4
+    return state, width * cost.kept_values * images / shape["tensor"]
+
+
+def _fits_by_far(config: RunConfig, num_devices: int, memory_bytes: float) -> bool:
+    state, activations = _rough(config, num_devices)
+    return 2 * state + 4 * activations <= memory_bytes / 2
 
 
 def check_memory(config: RunConfig, num_devices: int, memory_bytes: float) -> str | None:
@@ -365,24 +371,31 @@ def check_memory(config: RunConfig, num_devices: int, memory_bytes: float) -> st
     """
     if _fits_by_far(config, num_devices, memory_bytes):
         return None
+    state, activations = _rough(config, num_devices)
+    least = activations if config.train.remat is None else 0.0
+    if state / 2 + _LEAST / 2 * least > memory_bytes:
+        raise UserError(_too_large(config, state, activations, memory_bytes))
     memory = _memory(config, num_devices)
     state, activations = memory["state_bytes_per_device"], memory["activation_bytes_per_device"]
     if _fits(state + _MARGIN * activations, memory_bytes):
         return None
+    line = _too_large(config, state, activations, memory_bytes)
+    if found := advice(config, num_devices, memory_bytes):
+        line += f"; by estimate it fits with {found}"
+    if state + _LEAST * activations > memory_bytes:
+        raise UserError(line)
+    return f"it may not fit: {line}"
+
+
+def _too_large(config: RunConfig, state: float, activations: float, memory_bytes: float) -> str:
     train = config.train
-    found = advice(config, num_devices, memory_bytes)
-    keys = (
+    return (
         f"config.train.batch_size = {train.batch_size}, config.train.accumulation_steps ="
         f" {train.accumulation_steps}, config.train.remat = {train.remat!r}, config.mesh.fsdp ="
         f" {config.mesh.fsdp_size}: by estimate a device needs {state / 1e9:.3g} GB for the state"
-        f" and {activations / 1e9:.3g} GB for a step, and has {memory_bytes / 1e9:.3g} GB"
+        f" and {activations / 1e9:.3g} GB for a step, and has {memory_bytes / 1e9:.3g} GB;"
+        " expected a smaller batch, more parts, remat = 'everything', a larger fsdp or more devices"
     )
-    remedy = (
-        f"; it would fit with {found}" if found else "; expected a smaller batch or more devices"
-    )
-    if _fits(state + _LEAST * activations, memory_bytes):
-        return f"{keys}, which may not be enough{remedy}"
-    raise UserError(f"{keys}{remedy}")
 
 
 def _total(config: RunConfig, num_devices: int) -> float:
