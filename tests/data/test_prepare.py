@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 
-from cascaded_diffusion import prepare
+from cascaded_diffusion import cli, prepare
 from cascaded_diffusion.config import to_dict
 from cascaded_diffusion.data.prepared import digest_of
-from cascaded_diffusion.data.sources import load_source, load_splits, prepare_command
+from cascaded_diffusion.data.sources import load_source, load_splits
 from cascaded_diffusion.errors import UserError
 from tests.data.photos import photo, photo_config, write_tree
 from tests.tiny import ROOT, round_trip
@@ -456,18 +456,17 @@ def test_a_report_that_leads_elsewhere_is_not_gone_by(tmp_path):
         assert json.loads(path.read_text()) == report
 
 
-def test_the_command_that_prepares_is_told_as_it_is_typed(tmp_path):
+def test_the_command_that_prepares_is_told_as_it_is_typed(tmp_path, monkeypatch):
     argv = ["main", *_args(tmp_path)[1:-2], "--workdir=x", "--config.data.train_split=a b"]
+    monkeypatch.setattr(sys, "argv", argv)
     config = _config(tmp_path)
     with pytest.raises(UserError) as e:
-        load_splits(config.data, ["train"], config.stage, command=prepare_command(argv))
-    command = re.search("run `python -m cascaded_diffusion.prepare (.*)`, or set", str(e.value))[1]
+        load_source(config.data, "train", config.stage)
+    told = cli._one_line(e.value)
+    command = re.search("run `python -m cascaded_diffusion.prepare (.*)` of this", told)[1]
     assert shlex.split(command) == [arg for arg in argv if arg.startswith("--config")]
-    assert prepare_command(["main", "--config", "c.py", "--x"]).endswith("prepare --config c.py")
     for name in ("cifar10", "imagenet2012"):
         config = photo_config(tmp_path, data__name=name)
-        with pytest.raises(UserError, match="get and prepare it by `python -m X`, or give"):
-            load_splits(config.data, ["train"], config.stage, command="python -m X")
         with pytest.raises(UserError, match=r"by `python .*prepare --config=...` of this config"):
             load_splits(config.data, ["train"], config.stage)
 
