@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from cascaded_diffusion import evaluate, main
+from cascaded_diffusion import evaluate, main, report
 from cascaded_diffusion.config import MeshConfig
 from cascaded_diffusion.data.sources import examples
 from cascaded_diffusion.errors import UserError
@@ -191,3 +191,15 @@ def test_photos_without_classes_are_trained_on_and_scored(tmp_path, monkeypatch,
         *(f"{x}_rotation_16" for x in ("fd", "kid", "kid_std", "precision", "recall")),
         "psnr_low_res_16",
     }
+
+    # What else reads a run has no need of classes, or says that it has.
+    final = ["evaluate", f"--workdir={tmp_path}/run", "--final", "--num_samples=16"]
+    assert evaluate.main(final) == 0
+    assert "Low-res input: real (8 images); " in capsys.readouterr().out
+    samples = f"--samples={tmp_path}/run/eval/final_real.npz"
+    assert evaluate.main(["evaluate", f"--workdir={tmp_path}/run", samples]) == 0
+    assert '"fd_rotation_16": ' in capsys.readouterr().out
+    with pytest.raises(UserError, match="--cas: 'sr32' has no classes to tell apart"):
+        evaluate.main(["evaluate", f"--workdir={tmp_path}/run", samples, "--cas"])
+    assert report.main(["report", f"--workdir={tmp_path}/run"]) == 0
+    assert "fd_rotation_16_val" in (tmp_path / "run" / "report.html").read_text()
