@@ -88,8 +88,9 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 def _one_line(error: UserError | OSError) -> str:
     """What is printed of an error: of limited length, with the command that the user has typed."""
     text = " ".join(_told(error).split())
-    if _OPEN_COMMAND in text:
-        given = [f"--config={_config_argument(sys.argv)}", *overrides_in(sys.argv)]
+    config = _config_argument(sys.argv)
+    if _OPEN_COMMAND in text and config:
+        given = [f"--config={config}", *overrides_in(sys.argv)]
         text = text.replace(_OPEN_COMMAND, f"prepare {shlex.join(given)}")
     half = _MAX_LINE // 2
     return text if len(text) <= _MAX_LINE else f"{text[:half]} ... {text[-half:]}"

@@ -204,7 +204,7 @@ class TrainConfig:
 class EvalConfig:
     """`eval`: how checkpoints are scored, and when training may stop."""
 
-    features: str = _one_of("classifier", "resnet", "resnet50", "inception")
+    features: str = _one_of("classifier", "resnet", "resnet50", "rotation", "inception")
     resize: str | None = _one_of("legacy", "clean")  # to the 299 px of inception alone
     num_samples: int = _range(2, _MAX_SAMPLES)  # by which checkpoints are compared
     final_num_samples: int = _range(2, _MAX_SAMPLES)  # of `evaluate --final`

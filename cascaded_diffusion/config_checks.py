@@ -115,6 +115,10 @@ def _check_batch_bytes(key: str, batch_size: int, size_key: str, size: int, chan
         )
 
 
+# Feature extractors that are trained on the real images' labels.
+LABELLED_FEATURES = ("classifier", "resnet", "resnet50")
+
+
 def _check_eval(config: RunConfig) -> None:
     stage, settings, ema_decays = config.stage, config.eval, config.train.ema_decays
     if stage.num_classes:
@@ -139,6 +143,13 @@ def _check_eval(config: RunConfig) -> None:
         if settings.features == "inception":
             expected = "'legacy' (as the original FID and ADM's evaluator) or 'clean' (clean-fid)"
         fail("eval.resize", settings.resize, expected)
+    if settings.features in LABELLED_FEATURES and stage.num_classes < 2:
+        fail(
+            "eval.features",
+            settings.features,
+            "'rotation' or 'inception': a classifier needs at least 2 classes, and"
+            f" config.stage.num_classes is {stage.num_classes}",
+        )
     if settings.features == "inception" and stage.channels not in (1, 3):
         fail(
             "eval.features", settings.features, "another extractor: Inception takes 1 or 3 channels"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import pathlib
+import sys
 from typing import Any
 
 from absl import flags
@@ -12,6 +15,8 @@ from cascaded_diffusion import cli
 from cascaded_diffusion.config import MeshConfig
 from cascaded_diffusion.config_checks import check_sample_count
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.npz_file import array_names
+from cascaded_diffusion.paths import check_local_path
 from cascaded_diffusion.runtime.samples import StoredImages, batches, open_images
 
 _BATCH = 500
@@ -20,13 +25,40 @@ _FOREIGN_RESIZE = "legacy"
 
 
 def evaluate_files(fv: flags.FlagValues) -> int:
-    """Measures --samples against --reference: one JSON line. Returns the exit code.
+    """Measures --samples against --reference. Returns the exit code.
+
+    On stdout there is one JSON line; progress and notes go to stderr.
 
     Raises:
       UserError: a file that cannot be read, images of different sizes, fewer samples
         than asked for, or a reference of another extractor or resolution.
     """
+    with contextlib.redirect_stdout(sys.stderr):
+        record = _record(fv)
+    print(json.dumps(record), flush=True)
+    return 0
+
+
+def check_files(fv: flags.FlagValues, *names: str) -> None:
+    """Checks the paths of some flags and of --inception_weights, as far as they were given.
+
+    Raises:
+      UserError: one cannot be used, or there is no file of weights.
+    """
+    for name in (*names, "inception_weights"):
+        if fv[name].value is not None:
+            check_local_path(fv[name].value, f"--{name}")
+    weights = fv.inception_weights
+    if weights is not None and not pathlib.Path(weights).is_file():
+        raise UserError(
+            f"--inception_weights={weights}: no such file; without this flag the weights are those"
+            " of the cache, or downloaded"
+        )
+
+
+def _record(fv: flags.FlagValues) -> dict[str, Any]:
     cli.require(fv, "reference")
+    check_files(fv, "samples", "reference")
     samples = open_images(fv.samples, flag="samples")
     count = num_samples(fv, samples)
     check_sample_count(count, "inception", allow_few=fv.allow_few_samples)
@@ -36,21 +68,22 @@ def evaluate_files(fv: flags.FlagValues) -> int:
     from cascaded_diffusion.evaluation.judge import Judge
     from cascaded_diffusion.runtime.mesh import build_mesh
 
-    statistics = None
-    if reference_lib.holds_statistics(fv.reference):
+    statistics = images = None
+    if reference_lib.holds_statistics(fv.reference, flag="reference"):
         statistics = reference_lib.read_reference(fv.reference, flag="reference")
+        _check_size(fv, statistics, samples)
+    if statistics is None or (statistics.features is None and "arr_0" in array_names(fv.reference)):
+        images = _reference_images(fv, samples)
+    if statistics is not None:
+        _say_what_is_missing(statistics, images)
     resize = _resize(fv, statistics)
     mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
-    images = None
-    if statistics is None or statistics.features is None:
-        images = _reference_images(fv, samples, required=statistics is None)
-    if statistics is not None:
-        _check_size(fv, statistics, samples)
     extractor = cli.inception_loader(fv, mesh)(resize)
     if statistics is not None:
         reference_lib.check_reference(
             statistics, fv.reference, "reference", features=extractor.identity
         )
+        _check_features(fv, statistics, extractor(samples.images[:1]))
     if images is not None:
         measured = reference_lib.measure_reference(
             batches(images.images, _BATCH),
@@ -68,7 +101,7 @@ def evaluate_files(fv: flags.FlagValues) -> int:
         scores = judge.scores(samples.images, None, count)
     except ValueError as e:  # features of another size, a covariance that is none
         raise UserError(f"--reference={fv.reference}: {e}") from e
-    record = {
+    return {
         "samples": fv.samples,
         "num_samples": count,
         "samples_digest": samples.digest(labels=False),
@@ -77,8 +110,6 @@ def evaluate_files(fv: flags.FlagValues) -> int:
         "features": extractor.identity,
         **scores,
     }
-    print(json.dumps(record), flush=True)
-    return 0
 
 
 def num_samples(fv: flags.FlagValues, samples: StoredImages) -> int:
@@ -93,6 +124,8 @@ def num_samples(fv: flags.FlagValues, samples: StoredImages) -> int:
             f"--num_samples={fv.num_samples}: --samples={samples.path} has {found} images;"
             " expected at least as many"
         )
+    if fv.num_samples is not None and fv.num_samples < found:
+        print(f"samples: the first {fv.num_samples} are measured", file=sys.stderr, flush=True)
     return fv.num_samples or found
 
 
@@ -120,16 +153,8 @@ def _resize(fv: flags.FlagValues, statistics: Any) -> str:
     return resize
 
 
-def _reference_images(
-    fv: flags.FlagValues, samples: StoredImages, *, required: bool
-) -> StoredImages | None:
-    """The images of --reference; None where it has statistics alone."""
-    try:
-        images = open_images(fv.reference, flag="reference")
-    except UserError:
-        if required:
-            raise
-        return None
+def _reference_images(fv: flags.FlagValues, samples: StoredImages) -> StoredImages:
+    images = open_images(fv.reference, flag="reference")
     if tuple(images.images.shape[1:]) != tuple(samples.images.shape[1:]):
         raise UserError(
             f"--reference={fv.reference}: images of {tuple(images.images.shape[1:])}, expected"
@@ -150,6 +175,39 @@ def _check_size(fv: flags.FlagValues, statistics: Any, samples: StoredImages) ->
             raise UserError(
                 f"--reference={fv.reference}: its field {field!r} is {wanted}, expected {found},"
                 f" as --samples={fv.samples} has"
+            )
+
+
+def _say_what_is_missing(statistics: Any, images: StoredImages | None) -> None:
+    """Says which metrics statistics do not allow, before anything is measured."""
+    if statistics.fingerprint is not None:
+        print(f"reference: statistics of {statistics.fingerprint.num_images} images")
+    missing = []
+    if statistics.spatial is None:
+        missing.append("mu_s and sigma_s, so that sFID is left out")
+    if statistics.features is None and images is None:
+        missing.append(
+            "features and images (arr_0), so that KID, precision and recall are left out"
+        )
+    if missing:
+        print(
+            f"reference: it lacks {'; and '.join(missing)}. For all metrics give the real images"
+            " themselves, or what `python -m cascaded_diffusion.reference --images=...` makes of"
+            " them",
+            flush=True,
+        )
+
+
+def _check_features(fv: flags.FlagValues, statistics: Any, features: Any) -> None:
+    """Raises UserError unless statistics are of features of the extractor's sizes."""
+    for name, moments, own in (
+        ("features", statistics.pooled, features.pooled),
+        ("spatial features", statistics.spatial, features.spatial),
+    ):
+        if moments is not None and own is not None and len(moments.mean) != own.shape[1]:
+            raise UserError(
+                f"--reference={fv.reference}: {name} of sizes {own.shape[1]} and"
+                f" {len(moments.mean)} cannot be compared: they come from different extractors"
             )
 
 

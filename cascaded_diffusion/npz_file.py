@@ -72,6 +72,22 @@ def read_arrays(
         raise ValueError("its arrays are larger than the memory that is free") from e
 
 
+def array_names(path: str | os.PathLike[str]) -> set[str]:
+    """The names of a file's arrays, without ".npy", of which none is read.
+
+    Raises:
+      ValueError: in a few words, without the path: it is no `.npz`.
+      OSError: it cannot be opened.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")}
+    except _DAMAGED as e:
+        raise ValueError(f"damaged, or no .npz: {' '.join(str(e).split())}") from e
+
+
 def _memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -23,6 +23,7 @@ from cascaded_diffusion import cli
 from cascaded_diffusion.config import MeshConfig
 from cascaded_diffusion.config_checks import evaluation_mesh, run_config_from
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluate_files import check_files
 from cascaded_diffusion.evaluate_run import build_run_judge
 from cascaded_diffusion.runtime.run_folder import RunFolder, check_writable
 from cascaded_diffusion.runtime.samples import batches, open_images
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     )
     cli.define_inception(fv)
     cli.parse(fv, argv, __doc__)
+    check_files(fv, "workdir", "images", "output")
     if fv.images is not None:
         for name in ("workdir", "config"):
             if fv[name].value is not None:
@@ -85,11 +87,11 @@ def _of_run(fv: flags.FlagValues, argv: Sequence[str]) -> int:
 
 def _of_images(fv: flags.FlagValues) -> int:
     cli.require(fv, "output")
-    images = open_images(fv.images, flag="images")
     output = RunFolder(fv.output, flag="output").path
-    if output.suffix != ".npz":
-        raise UserError(f"--output={fv.output}: expected a name that ends with .npz")
+    if output.suffix != ".npz" or output.is_dir():
+        raise UserError(f"--output={fv.output}: expected a name that ends with .npz, of a file")
     check_writable(output.parent, "output")
+    images = open_images(fv.images, flag="images")
     cli.set_up_jax()
     from cascaded_diffusion.evaluation.reference import measure_reference, save_reference
     from cascaded_diffusion.runtime.mesh import build_mesh

@@ -3,15 +3,34 @@
     python -m cascaded_diffusion.sample --config=configs/mnist_cascade32.py --workdir=RUN
 
 reads the runs RUN/<stage> that the config names (without --config: the cascade that
-`evaluate --sweep --write_best` left in RUN/cascade.json) and writes, below --output
-(default RUN/samples):
+`evaluate --sweep --write_best` left in RUN/cascade.json) and writes, below --output:
 
     samples.npz   arr_0 uint8 [n, H, W, C], arr_1 int64 labels [n] (ADM style)
     <stage>.npz   the same for every earlier stage (if truncated, still noisy and cut)
     samples.png   per class: real, low-res, enlarged real, base and cascade images
+    png/          with --png: every image of samples.npz as a file
 
-Sample i depends on (seed, i) alone: for another batch size, number of devices or of
-hosts it is the same but for float rounding, a grey level or two in a few pixels.
+Which classes, and how many of each (--output is RUN/chosen_classes by default, else
+RUN/samples):
+
+    --labels=3,7        these alone, in turn: numbers, or names of the data's classes
+    --labels=FILE       .txt (one per line), .npz or .npy: one for each sample, or in turn
+    --per_class=8       so many of every class, or of each of --labels
+
+Images of your own are enlarged (--output is RUN/enlarged by default) by
+
+    --low_res=FOLDER --labels=3,7 --png
+
+a folder of images, one image, or an .npz (arr_0, and arr_1 as labels). Their size says
+which stage is the first; --resize_low_res=16 cuts out centre squares and shrinks them.
+cat.jpg becomes png/cat.png. The given images are noised to the aug_level of the first stage,
+in a truncated cascade too. Here --workdir may also be the run of one super-resolution
+stage; its sampler is then that of its config, its level `eval.aug_level`, and
+--config.cascade.aug_levels=(0.2,) or --config.cascade.samplers.1.num_steps=20 set others.
+
+Sample i depends on (seed, i), its label and its low-res image alone: for another batch size,
+number of devices or of hosts it is the same but for float rounding, a grey level or two in a
+few pixels.
 
 Samples are kept batch by batch while they are made: the same command run again goes on
 with the batches that are missing, on however many hosts. Several processes, started as for
@@ -21,157 +40,222 @@ with the batches that are missing, on however many hosts. Several processes, sta
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from absl import flags
 
 from cascaded_diffusion import cli
-from cascaded_diffusion.config import to_dict
-from cascaded_diffusion.config_checks import check_chain, check_devices
+from cascaded_diffusion.config_checks import check_devices
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
+from cascaded_diffusion.run_images import open_splits
+from cascaded_diffusion.sample_inputs import Request, define_inputs, read_request
+
+if TYPE_CHECKING:  # these import JAX, which wants to be set up first
+    from jax.sharding import Mesh
+
+    from cascaded_diffusion.cascade.cascade import Cascade
+    from cascaded_diffusion.evaluation.classifier import LabelledImages
+    from cascaded_diffusion.evaluation.sample_store import SampleStore
+    from cascaded_diffusion.evaluation.trained import TrainedStage
 
 # So many samples, at most, are looked through for those of the picture.
 _SHOWN = 2000
-_POLL_SECS = 0.5
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = flags.FlagValues()
     cli.define_config(fv, argv, "the cascade's config file, e.g. configs/mnist_cascade32.py")
-    flags.DEFINE_string("workdir", None, "folder that holds the stages' runs", flag_values=fv)
-    flags.DEFINE_string("output", None, "where to write; default: WORKDIR/samples", flag_values=fv)
+    define_inputs(fv)
+    flags.DEFINE_bool(
+        "png", False, "write every image as a PNG file too, below OUTPUT/png", flag_values=fv
+    )
     cli.define_cluster(fv)
     cli.parse(fv, argv, __doc__)
     cli.require(fv, "workdir")
-    runs = CascadeFolder(fv.workdir)
-    config = cli.cascade_config(fv, argv, runs)
-    section = config.cascade
-    folders = runs.stage_folders(section)
-    run_configs = [folder.read_config() for folder in folders]
-    check_chain(section, [c.stage for c in run_configs])
-    for folder in folders:
-        folder.chosen()
-    output = RunFolder(fv.output or runs.path / "samples", flag="output")
+    request = read_request(fv, argv)
+    section, output = request.config.cascade, request.output
     output.check_writable()
+    png_folder = output.path / "png"
+    if png_folder.is_dir() and any(png_folder.iterdir()):
+        raise UserError(
+            f"--output={output.path}: {png_folder} has the images of other samples; move it, or"
+            " choose another --output"
+        )
 
-    cluster = cli.join_cluster(fv, config, "workdir", "output")
+    cluster = cli.join_cluster(fv, request.config, "workdir", "output")
     jax = cli.set_up_jax(cluster)
     from cascaded_diffusion.cascade.cascade import Cascade
-    from cascaded_diffusion.data.sources import load_source, spread_examples
     from cascaded_diffusion.evaluation import generate
-    from cascaded_diffusion.evaluation.cascade_picture import cascade_picture
-    from cascaded_diffusion.evaluation.classifier import LabelledImages
     from cascaded_diffusion.evaluation.sample_store import DamagedBatchError, SampleStore
     from cascaded_diffusion.evaluation.trained import load_trained
     from cascaded_diffusion.runtime.mesh import (
         build_mesh,
         check_shared,
-        raise_together,
         together,
         told_by_first,
     )
     from cascaded_diffusion.runtime.pictures import save_png
-    from cascaded_diffusion.runtime.samples import save_sample_batches
 
     # Every process samples by itself, on its own devices: nothing has to meet.
-    check_devices(config, jax.local_device_count())
-    mesh = build_mesh(config.mesh, jax.local_devices())
+    check_devices(request.config, jax.local_device_count())
+    mesh = build_mesh(request.config.mesh, jax.local_devices())
     with together():
-        last = run_configs[-1]
-        held_out = load_source(last.data, last.data.eval_split, last.stage)
-        trained = [load_trained(folder, mesh) for folder in folders]
+        real = None if request.low_res is not None or request.chosen else _real_images(request)
+        trained = [load_trained(folder, mesh) for folder in request.folders]
     check_shared(output.path, "output")
     is_first = jax.process_index() == 0
-    stages, params = [t.stage for t in trained], [t.params for t in trained]
-    cascade = Cascade(stages=stages, samplers=section.samplers, truncated=section.truncated)
-    sampler = generate.make_cascade_sampler(
-        cascade, section.aug_levels, seed=section.seed, mesh=mesh
+    not_run = [None] * request.first
+    cascade = Cascade(
+        stages=[*not_run, *(t.stage for t in trained)],
+        samplers=section.samplers,
+        truncated=section.truncated,
     )
-    how = {**to_dict(section), "stages": [t.identity for t in trained]}
-    # The store's identity has them.
-    del how["num_samples"], how["batch_size"], how["configs"]
-    batches_folder = output.path / ".batches"
-    store = SampleStore(
-        batches_folder,
-        how,
-        num_samples=section.num_samples,
-        batch_size=section.batch_size,
-    )
+    params = [*not_run, *(t.params for t in trained)]
+    how: dict[str, Any] = dict(seed=section.seed, mesh=mesh, labels=request.labels)
+    if request.low_res is None:
+        sampler = generate.make_cascade_sampler(cascade, section.aug_levels, **how)
+    else:
+        sampler = generate.make_sampler_above(
+            cascade, section.aug_levels, request.low_res.images, first=request.first, **how
+        )
+    with together():
+        store = SampleStore(
+            output.path / ".batches",
+            {**request.identity(), "stages": [t.identity for t in trained]},
+            num_samples=section.num_samples,
+            batch_size=min(section.batch_size, section.num_samples),
+        )
     with together():
         if told_by_first([store.number]) != [store.number]:
             raise UserError(
-                f"--workdir={runs.path}: evaluation chose other checkpoints while the processes"
-                " started; run the same command again"
+                f"--workdir={fv.workdir}: the processes found other checkpoints, labels or images"
+                " when they started; run the same command again"
             )
     with contextlib.ExitStack() as stack:
         with together():
             if is_first:
                 stack.enter_context(output.writer_lock("sample"))
                 store.clear_failure()
-                for t in trained:
-                    print(t.name, flush=True)
-        error = None
-        try:
-            generate.fill_cascade(
-                store,
-                sampler,
-                params,
-                num_classes=stages[0].config.num_classes,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-        except ValueError as e:
-            error = UserError(
-                f"{e}: lower config.cascade.samplers.N.guidance_scale, or set its threshold"
-            )
-        except OSError as e:
-            error = UserError(f"--output={output.path}: {e}")
-        if error is not None:
-            store.note_failure()
-        # Hours, perhaps: no collective would wait so long.
-        while store.missing() and not store.has_failed():
-            time.sleep(_POLL_SECS)
-        raise_together(error)
+                _say(trained, store)
+        generate.fill_together(
+            store,
+            sampler,
+            params,
+            labels=request.labels,
+            devices=mesh.size,
+            label="cascade" if request.low_res is None else "enlarging",
+            name=f"--output={output.path}",
+        )
         if not is_first:
             return 0
-        files = [*(f"{name}.npz" for name in section.stages[:-1]), "samples.npz"]
         try:
-            for i, name in enumerate(files):
-                size, channels = stages[i].config.resolution, stages[i].config.channels
-                save_sample_batches(
-                    output.path / name,
-                    (section.num_samples, size, size, channels),
-                    lambda key=f"images_{i}": ((b[key], b["labels"]) for b in store.batches()),
-                )
-            first = store.first(_SHOWN)
+            files = _write_npz(request, store)
+            picture = _picture(request, store, cascade, params, real, mesh)
+            save_png(output.path / "samples.png", picture)
+            if fv.png:
+                _write_pngs(request, store, png_folder)
         except DamagedBatchError as e:
             raise UserError(str(e)) from e
-        spread = spread_examples(held_out, rows=2, columns=10)
-        picture = cascade_picture(
-            cascade,
-            params,
-            section.aug_levels,
-            [first[f"images_{i}"] for i in range(len(stages))],
-            first["labels"],
-            LabelledImages(spread["image"], spread["label"]),
-            seed=section.seed,
-            mesh=mesh,
-        )
-        save_png(output.path / "samples.png", picture)
+        except OSError as e:
+            raise UserError(f"--output={output.path}: cannot be written ({e.strerror or e})") from e
         store.remove()
         with contextlib.suppress(OSError):  # another cascade's are in there
-            batches_folder.rmdir()
-    mode = "truncated" if section.truncated else "non-truncated"
-    sizes = " -> ".join(f"{stage.config.resolution} px" for stage in stages)
-    print(
-        f"{section.num_samples} samples, {sizes}, aug_level {section.aug_levels} {mode}:"
-        f" {output.path}/samples.npz, samples.png",
-        flush=True,
-    )
+            (output.path / ".batches").rmdir()
+    files += ["samples.png", *(["png/"] if fv.png else [])]
+    print(f"{request.title()}: in {output.path}: {', '.join(files)}", flush=True)
     return 0
+
+
+def _real_images(request: Request) -> LabelledImages:
+    """Those of the picture, of the split that was held out of the last stage's training."""
+    from cascaded_diffusion.data.sources import spread_examples
+    from cascaded_diffusion.evaluation.classifier import LabelledImages
+
+    folder, run = request.folders[-1], request.run_configs[-1]
+    name = run.data.eval_split
+    held_out = open_splits(folder, run, [name], data_path=request.data_path)[name]
+    spread = spread_examples(held_out, rows=2, columns=10)
+    return LabelledImages(spread["image"], spread["label"])
+
+
+def _say(trained: Sequence[TrainedStage], store: SampleStore) -> None:
+    """Says what is sampled, and what samples another command left unfinished."""
+    for t in trained:
+        print(t.name, flush=True)
+    for other in store.others():
+        wanted, batch_size = other.settings["num_samples"], other.settings["batch_size"]
+        print(
+            f"{other.folder}: {other.num_samples} of {wanted} samples ({other.num_bytes / 1e6:.1f}"
+            f" MB) that were made with other settings (batches of {batch_size}); that command goes"
+            " on with them; if it will not be run again, remove the folder",
+            flush=True,
+        )
+
+
+def _write_npz(request: Request, store: SampleStore) -> list[str]:
+    """The samples of every stage that was run, an `.npz` each. Returns their names."""
+    from cascaded_diffusion.runtime.samples import save_sample_batches
+
+    names = request.npz_names()
+    for i, (name, config) in enumerate(zip(names, request.run_configs, strict=True)):
+        stage = config.stage
+        shape = (stage.resolution, stage.resolution, stage.channels)
+        save_sample_batches(
+            request.output.path / name,
+            (store.num_samples, *shape),
+            lambda key=f"images_{i}": ((b[key], b["labels"]) for b in store.batches()),
+        )
+    return names
+
+
+def _write_pngs(request: Request, store: SampleStore, folder: pathlib.Path) -> None:
+    """The samples of the last stage, as PNG files."""
+    from cascaded_diffusion.data.given_images import output_names
+    from cascaded_diffusion.runtime.pictures import save_png_folder
+
+    names: Iterable[str] = (f"{i:06d}.png" for i in range(store.num_samples))
+    if request.low_res is not None and request.low_res.names is not None:
+        names = output_names(request.low_res.names)
+    key = f"images_{len(request.run_configs) - 1}"
+    save_png_folder(folder, names, (image for b in store.batches() for image in b[key]))
+
+
+def _picture(
+    request: Request,
+    store: SampleStore,
+    cascade: Cascade,
+    params: Sequence[Any],
+    real: LabelledImages | None,
+    mesh: Mesh,
+) -> np.ndarray:
+    """What `samples.png` shows: uint8 [h, w, 3]."""
+    from cascaded_diffusion.evaluation import cascade_picture
+
+    first, section = store.first(_SHOWN), request.config.cascade
+    images = [first[f"images_{i}"] for i in range(len(request.run_configs))]
+    if request.low_res is not None:
+        return cascade_picture.enlarged_picture(
+            request.low_res.images,
+            images,
+            [config.stage for config in request.run_configs],
+            section.aug_levels[request.first - 1 :],
+        )
+    if real is None:
+        return cascade_picture.classes_picture(images[-1], first["labels"], request.class_names)
+    return cascade_picture.cascade_picture(
+        cascade,
+        params,
+        section.aug_levels,
+        images,
+        first["labels"],
+        real,
+        seed=section.seed,
+        mesh=mesh,
+    )
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.stage.sampler.num_steps = 8
         config.data.update(name="shapes", prepared_dir=None, eval_split="test", resolution=64)
         config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
-        config.eval.update(features="classifier", resize=None, num_samples=20, batch_size=16)
+        config.eval.update(features="rotation", resize=None, num_samples=20, batch_size=16)
         config.eval.update(final_num_samples=20, num_steps=8)
         config.checkpoint.update(save_every_steps=10)
     return config

@@ -34,6 +34,7 @@ BINARIES = {
     "run_images",
     "report",
     "sample",
+    "sample_inputs",
     "plan",
     "plan_topology",
     "prepare",

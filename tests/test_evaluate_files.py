@@ -1,6 +1,8 @@
 """`evaluate --samples --reference` and `reference --images`, with an extractor of no network."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -60,8 +62,8 @@ def files(tmp_path):
 def _record(capsys, path, *argv):
     flags = [x.format(path) for x in argv]
     assert evaluate.main(["evaluate", "--allow_few_samples", *flags]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    return json.loads(lines[-1])
+    (line,) = capsys.readouterr().out.splitlines()  # nothing else on stdout
+    return json.loads(line)
 
 
 def _fid(samples=SAMPLES, real=REAL):
@@ -87,6 +89,8 @@ def test_the_first_samples_of_more(files, capsys):
     record = _record(capsys, files, *flags)
     assert record["fid_30"] == _fid(SAMPLES[:30])
     assert record["num_samples"] == 30
+    evaluate.main(["evaluate", "--allow_few_samples", *(x.format(files) for x in flags)])
+    assert "samples: 40 images\nsamples: the first 30 are measured\n" in capsys.readouterr().err
 
 
 def test_an_adm_reference_gives_its_statistics_and_the_features_of_its_images(files, capsys):
@@ -107,8 +111,105 @@ def test_statistics_made_by_the_reference_command(files, capsys):
     assert record["features"] == "inception:clean:1"  # the statistics' own way
 
 
+def test_what_is_measured_and_passed_over_is_said_on_stderr(files, capsys):
+    plain = _record(capsys, files, "--samples={0}/a.npz", "--reference={0}/b.npz")
+    for name in (".ipynb_checkpoints", ".Trash-0"):
+        for i in range(5):
+            path = files / "png" / name / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(REAL[i]).save(path)
+    flags = ["--allow_few_samples", f"--samples={files}/png", f"--reference={files}/b.npz"]
+    assert evaluate.main(["evaluate", *flags]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["fid_40"] == plain["fid_40"]
+    assert (
+        "samples: 40 images (10 files passed over: 5 in .Trash-0, 5 in .ipynb_checkpoints)"
+        in captured.err
+    )
+    assert "reference: 60 images\n" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("names", "said", "metrics"),
+    [
+        (
+            ("mu", "sigma"),
+            "it lacks mu_s and sigma_s, so that sFID is left out; and features and images (arr_0),"
+            " so that KID, precision and recall are left out",
+            {"fid_40"},
+        ),
+        (
+            ("mu", "sigma", "mu_s", "sigma_s"),
+            "it lacks features and images (arr_0), so that KID, precision and recall are left out",
+            {"fid_40", "sfid_40"},
+        ),
+        (
+            ("mu", "sigma", "arr_0"),
+            "it lacks mu_s and sigma_s, so that sFID is left out.",
+            {"fid_40", "kid_40", "precision_40", "recall_40"},
+        ),
+    ],
+)
+def test_what_a_reference_lacks_is_said_before_anything_is_measured(
+    names, said, metrics, files, capsys, monkeypatch
+):
+    with np.load(files / "adm.npz") as stored:
+        np.savez(files / "some.npz", **{name: stored[name] for name in names})
+    flags = ["--samples={0}/a.npz", "--reference={0}/some.npz", "--resize=legacy"]
+    record = _record(capsys, files, *flags)
+    found = {name for name in record if name.endswith("_40") and "std" not in name}
+    assert found - {"is_40"} == metrics
+    monkeypatch.setattr(Extractor, "__call__", None)  # before any features
+    with pytest.raises(TypeError):
+        _record(capsys, files, *flags)
+    assert f"reference: {said}" in capsys.readouterr().err
+
+
+def test_paths_that_are_not_utf_8_are_measured_and_recorded(files, capsys):
+    folder = os.fsdecode(os.path.join(os.fsencode(files), b"caf\xe9"))
+    os.rename(files / "png", folder)
+    os.rename(files / "b.npz", os.path.join(folder, "\udcff.npz"))
+    flags = [f"--samples={folder}", f"--reference={folder}/\udcff.npz"]
+    record = _record(capsys, files, *flags)
+    assert record["samples"] == folder
+    argv = ["reference", f"--images={folder}/\udcff.npz", f"--output={folder}/r\udcff.npz"]
+    for stream in (sys.stdout, sys.stderr):  # as cli.run does
+        stream.reconfigure(errors="backslashreplace")
+    assert reference.main(argv) == 0
+    assert "caf\\udce9" in capsys.readouterr().out
+    again = _record(capsys, files, f"--samples={folder}", f"--reference={folder}/r\udcff.npz")
+    assert again["fid_40"] == record["fid_40"]
+
+
 BAD = [
     (["--samples={0}/a.npz"], "--reference is missing: "),
+    (["--samples=gs://a/b", "--reference={0}/b.npz"], "--samples=gs://a/b: expected a path on"),
+    (["--samples={0}/a.npz", "--reference=s3://b"], "--reference=s3://b: expected a path on"),
+    (["--samples={0}/[1].npz", "--reference={0}/b.npz"], "--samples={0}/[1].npz: '{0}/[1].npz' "),
+    (
+        ["--samples={0}/a.npz", "--reference={0}/b.npz", "--inception_weights=gs://w.pth"],
+        "--inception_weights=gs://w.pth: expected a path on this machine",
+    ),
+    (
+        ["--samples={0}/a.npz", "--reference={0}/b.npz", "--inception_weights={0}"],
+        "--inception_weights={0}: no such file; without this flag the weights are",
+    ),
+    (
+        ["--allow_few_samples", "--samples={0}/a.npz", "--reference={0}/none.npz"],
+        "--reference={0}/none.npz: expected a folder of PNGs, or an .npz with arr_0 (images) or mu",
+    ),
+    (
+        ["--allow_few_samples", "--samples={0}/a.npz", "--reference={0}/floats.npz"],
+        "--reference={0}/floats.npz: arr_0 is float64 (60, 8, 8, 3) with values from 0 to 1, exp",
+    ),
+    (
+        [
+            "--allow_few_samples",
+            "--samples={0}/a.npz",
+            "--reference={0}/short_s.npz",
+        ],
+        "--reference={0}/short_s.npz: spatial features of sizes 5 and 3 cannot be compared",
+    ),
     (
         ["--reference={0}/b.npz"],
         "--reference does not go with --workdir alone; it is for --sam",
@@ -169,6 +270,10 @@ def test_bad_input_is_named_in_one_line(argv, message, files):
     reference.main(["reference", f"--images={files}/b.npz", f"--output={files}/r.npz"])
     _with_other_features(files / "r.npz", files / "other_r.npz")
     np.savez(files / "short.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with np.load(files / "adm.npz") as stored:
+        adm = dict(stored)
+    np.savez(files / "floats.npz", **{**adm, "arr_0": REAL / 255})
+    np.savez(files / "short_s.npz", **{**adm, "mu_s": np.zeros(3), "sigma_s": np.eye(3)})
     (files / "cut.npz").write_bytes((files / "b.npz").read_bytes()[:2000])
     with pytest.raises(UserError) as error:
         evaluate.main(["evaluate", *(x.format(files) for x in argv)])
@@ -192,6 +297,12 @@ def _with_other_features(path, other):
         ([], "--workdir is missing: "),
         (["--images={0}/b.npz"], "--output is missing: "),
         (["--images={0}/b.npz", "--output={0}/r"], "--output={0}/r: expected a name that ends"),
+        (["--images={0}/b.npz", "--output={0}/d.npz"], "--output={0}/d.npz: expected a name that"),
+        (["--images={0}/b.npz", "--output=gs://r.npz"], "--output=gs://r.npz: expected a path on"),
+        (["--images={0}/b.npz", "--output={0}/a*.npz"], "--output={0}/a*.npz: '{0}/a*.npz' contai"),
+        (["--images=gs://b", "--output={0}/r.npz"], "--images=gs://b: expected a path on this"),
+        (["--workdir=gs://b"], "--workdir=gs://b: expected a path on this"),
+        (["--workdir={0}", "--inception_weights={0}/w"], "--inception_weights={0}/w: no such file"),
         (["--images={0}/b.npz", "--workdir={0}"], "--images does not go with --workdir"),
         (["--workdir={0}", "--resize=clean"], "--resize is only for --images"),
         (["--workdir={0}"], "--workdir={0}: no run there"),
@@ -200,6 +311,7 @@ def _with_other_features(path, other):
     ids=str,
 )
 def test_bad_calls_of_reference(argv, message, files):
+    (files / "d.npz").mkdir()
     with pytest.raises(UserError) as error:
         reference.main(["reference", *(x.format(files) for x in argv)])
     assert str(error.value).startswith(message.format(files))

@@ -23,14 +23,15 @@ class Cascade:
     """N stages, sampled one after the other; one compiled program per stage.
 
     Attributes:
-      stages: in order of resolution.
+      stages: in order of resolution. None for those at the beginning that are never run,
+        because clean images of theirs are always `given`.
       samplers: one per stage.
       truncated: how the low-res input of a stage with an `aug_level` comes to have
         it: True stops the chain below at that level (paper, section 3.2), False lets
         it finish and noises its result (section 3.3).
     """
 
-    stages: Sequence[Stage]
+    stages: Sequence[Stage | None]
     samplers: Sequence[SamplerConfig]
     truncated: bool
 
@@ -63,6 +64,7 @@ class Cascade:
         return (
             self.truncated
             and 0 <= index < len(self.stages) - 1
+            and self.stages[index] is not None
             and self.stages[index + 1].config.has_level
         )
 

@@ -1,8 +1,8 @@
-"""The picture of a cascade: real images and their way through it, and its own samples."""
+"""Pictures of a cascade: real or given images and their way through it, and its own samples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -10,11 +10,16 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.cascade.pixels import float_from_uint8
+from cascaded_diffusion.config import StageConfig
 from cascaded_diffusion.evaluation import generate
 from cascaded_diffusion.evaluation.classifier import LabelledImages
 from cascaded_diffusion.evaluation.real_images import resized
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.types import Params
+
+# At most so many images to a row, and classes to a picture; an image is shown at about so many
+# pixels.
+_COLUMNS, _CLASSES, _CELL = 10, 20, 96
 
 
 def cascade_picture(
@@ -77,6 +82,56 @@ def cascade_picture(
             caption += f" (from the row above, aug_level {aug_levels[i - 1]:g}, {mode})"
         rows.append((caption, _shown(stage_images[chosen], size)))
     return pictures.labelled_rows(rows)
+
+
+def enlarged_picture(
+    low_res: np.ndarray,
+    images: Sequence[np.ndarray],
+    stages: Sequence[StageConfig],
+    aug_levels: Sequence[float],
+) -> np.ndarray:
+    """Given images, and below them what each stage made of them.
+
+    Args:
+      low_res: uint8 [n, h, w, C], of which the first are shown.
+      images: uint8 [n, H, W, C] per stage.
+      stages: that made them.
+      aug_levels: one per stage.
+
+    Returns:
+      uint8 [h, w, 3].
+    """
+    size = stages[-1].resolution
+    rows = [(f"given, {low_res.shape[1]} px", _shown(low_res[:_COLUMNS], size))]
+    for stage, level, enlarged in zip(stages, aug_levels, images, strict=True):
+        caption = f"enlarged by {stage.name}, {stage.resolution} px, aug_level {level:g}"
+        rows.append((caption, _shown(enlarged[:_COLUMNS], size)))
+    return pictures.labelled_rows(rows, scale=_scale(size))
+
+
+def classes_picture(
+    images: np.ndarray, labels: np.ndarray, class_names: Mapping[int, str]
+) -> np.ndarray:
+    """A row of samples per class, of the first classes.
+
+    Args:
+      images: uint8 [n, H, W, C].
+      labels: of them, [n].
+      class_names: those that are known.
+
+    Returns:
+      uint8 [h, w, 3].
+    """
+    rows = []
+    for label in sorted(set(labels.tolist()))[:_CLASSES]:
+        name = f" ({class_names[label]})" if label in class_names else ""
+        rows.append((f"class {label}{name}", images[labels == label][:_COLUMNS]))
+    return pictures.labelled_rows(rows, scale=_scale(images.shape[1]))
+
+
+def _scale(size: int) -> int:
+    """Small images are shown enlarged, pixel by pixel."""
+    return max(1, _CELL // size)
 
 
 def _shown(images: np.ndarray, size: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import http.client
 import io
 import os
 import pathlib
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -23,17 +24,25 @@ import numpy as np
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.torch_file import read_tensors
-from cascaded_diffusion.networks.inception import UNITS, checkpoint_tensors, params_from_checkpoint
+from cascaded_diffusion.networks.inception import (
+    NUM_FEATURES,
+    NUM_LOGITS,
+    UNITS,
+    checkpoint_tensors,
+    params_from_checkpoint,
+)
+from cascaded_diffusion.npz_file import read_arrays
+from cascaded_diffusion.paths import check_local_path
 from cascaded_diffusion.runtime.run_folder import write_whole
-from cascaded_diffusion.runtime.samples import DAMAGED
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 NUM_BYTES = 95_628_359
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
-_FLAG = "--inception_weights"
+_FLAG, _CACHE_VARIABLE = "--inception_weights", "CASCADED_DIFFUSION_CACHE"
 _TIMEOUT_SECS = 60
 _BLOCK = 1 << 20
+_MAX_CONVERTED_BYTES = 1 << 28  # two and a half times what they take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +55,9 @@ class InceptionWeights:
 
 def cache_folder() -> pathlib.Path:
     """Where converted weights are kept: CASCADED_DIFFUSION_CACHE, else in the home folder."""
-    root = os.environ.get("CASCADED_DIFFUSION_CACHE")
-    base = pathlib.Path(root) if root else pathlib.Path.home() / ".cache" / "cascaded_diffusion"
-    return base / "inception"
+    root = os.environ.get(_CACHE_VARIABLE)
+    base = pathlib.Path.home() / ".cache" / "cascaded_diffusion"
+    return (check_local_path(root, _CACHE_VARIABLE) if root else base) / "inception"
 
 
 def load_weights(
@@ -69,8 +78,8 @@ def load_weights(
     cache = cache_folder() if cache is None else cache
     kept = cache / f"{pathlib.Path(FILE).stem}.npz"
     if path is None:
-        if kept.exists():
-            return _read_converted(kept)
+        if (weights := _kept(kept)) is not None:
+            return weights
         path = str(download(cache / FILE))
         weights = _read_public(pathlib.Path(path), allow_other=False)
         _keep(kept, weights)
@@ -80,13 +89,16 @@ def load_weights(
     if not file.is_file():
         raise UserError(f"{_FLAG}={path}: no such file; expected {FILE}, from {URL}")
     if file.suffix == ".npz":
-        weights = _read_converted(file)
+        try:
+            weights = _read_converted(file)
+        except ValueError as e:
+            raise UserError(f"{_FLAG}={path}: {e}; give {FILE} itself, from {URL}") from e
         if weights.sha256 != SHA256 and not allow_other:
             _refuse_other(path, weights.sha256)
         return weights
     digest = _sha256(file)
-    if digest == SHA256 and kept.exists():
-        return _read_converted(kept)
+    if digest == SHA256 and (weights := _kept(kept)) is not None:
+        return weights
     weights = _read_public(file, allow_other=allow_other, digest=digest)
     if digest == SHA256:
         _keep(kept, weights)
@@ -173,31 +185,55 @@ def _keep(path: pathlib.Path, weights: InceptionWeights) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_whole(path, data.getvalue())
     except OSError as e:  # it saves time, no more
-        print(f"{path}: cannot be kept ({e.strerror}); weights are read again each time")
+        print(
+            f"{path}: cannot be kept ({e.strerror}); weights are read again each time",
+            file=sys.stderr,
+        )
+
+
+def _kept(path: pathlib.Path) -> InceptionWeights | None:
+    """The converted weights of the cache; None where they are to be made, or made anew."""
+    if not path.exists():
+        return None
+    try:
+        weights = _read_converted(path)
+        if weights.sha256 != SHA256:
+            raise ValueError("converted from another file")
+    except ValueError as e:
+        print(f"{path}: {e}; the weights are converted anew", file=sys.stderr, flush=True)
+        return None
+    return weights
+
+
+def _converted_shapes() -> dict[str, tuple[int, ...]]:
+    """Of every array that `_keep` writes."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc/kernel": (NUM_FEATURES, NUM_LOGITS),
+        "fc/bias": (NUM_LOGITS,),
+    }
+    for name, unit in UNITS.items():
+        shapes[f"{name}/kernel"] = (*unit.kernel, unit.channels_in, unit.channels_out)
+        shapes[f"{name}/bias"] = (unit.channels_out,)
+    return shapes
 
 
 def _read_converted(path: pathlib.Path) -> InceptionWeights:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays: dict[str, Any] = {name: stored[name] for name in stored.files}
-        sha256, digest = str(arrays.pop("sha256")), str(arrays.pop("digest"))
-        good = digest == _digest(arrays, sha256)
-    except DAMAGED as e:
-        raise UserError(
-            f"{path}: cannot be read as converted Inception weights ({e}); remove it, and give"
-            f" {_FLAG}=PATH of {FILE}, if it cannot be downloaded again"
-        ) from e
-    if not good:
-        raise UserError(
-            f"{path}: its arrays have changed since it was written; remove it, and give"
-            f" {_FLAG}=PATH of {FILE}, if it cannot be downloaded again"
-        )
+    """What `_keep` has written.
+
+    Raises:
+      ValueError: it is damaged or something else; in a few words.
+    """
+    arrays = read_arrays(path, max_bytes=_MAX_CONVERTED_BYTES)
+    sha256, digest = (str(arrays.pop(name, "")) for name in ("sha256", "digest"))
+    if digest != _digest(arrays, sha256):
+        raise ValueError("its arrays have changed since it was written, or it is another file")
+    shapes = {name: array.shape for name, array in arrays.items() if array.dtype == np.float32}
+    if shapes != _converted_shapes() or not all(np.isfinite(a).all() for a in arrays.values()):
+        raise ValueError("not the converted weights of FID's Inception")
     params: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
         unit, part = name.split("/")
         params.setdefault(unit, {})[part] = array
-    if set(params) != {*UNITS, "fc"}:
-        raise UserError(f"{path}: not the weights of FID's Inception; remove it")
     return InceptionWeights(params, sha256)
 
 
@@ -237,7 +273,7 @@ def download(
         if not url.startswith("https://"):
             raise UserError(f"{url}: expected https")
         opener = urllib.request.build_opener(_HttpsOnly)
-    print(f"downloading {url} ({num_bytes / 1e6:.0f} MB)", flush=True)
+    print(f"downloading {url} ({num_bytes / 1e6:.0f} MB)", file=sys.stderr, flush=True)
     data = io.BytesIO()
     try:
         with opener.open(url, timeout=_TIMEOUT_SECS) as response:

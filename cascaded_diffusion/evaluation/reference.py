@@ -25,12 +25,16 @@ import numpy as np
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features import FeatureExtractor
 from cascaded_diffusion.evaluation.frechet import FeatureStatistics, Moments
+from cascaded_diffusion.npz_file import array_names, read_arrays
 from cascaded_diffusion.runtime.logging import Progress
 from cascaded_diffusion.runtime.run_folder import write_whole
-from cascaded_diffusion.runtime.samples import DAMAGED
 
 # Features that are kept for KID, precision and recall: of images spread over the set.
 _KEPT_FEATURES = 10_000
+# Of a file's statistics together, of which Inception's take some 150 MB.
+_MAX_BYTES = 1 << 31
+# Of a covariance that was stored in float32, relative to its largest number.
+_ASYMMETRY = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,9 @@ class Fingerprint:
             f"{where}:{self.num_images}:{self.resolution}px:crop {self.crop}:resize {self.resize}"
             f":{self.pixels}"
         )
+
+
+_FIELDS = dataclasses.fields(Fingerprint)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,13 +217,22 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def holds_statistics(path: str) -> bool:
-    """Whether a file has statistics in it, besides or instead of images."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return "mu" in stored.files
-    except DAMAGED:
+def holds_statistics(path: str, *, flag: str) -> bool:
+    """Whether a file has statistics in it, besides or instead of images; a folder has none.
+
+    Raises:
+      UserError: there is neither a folder nor an `.npz` that can be read.
+    """
+    if pathlib.Path(path).is_dir():
         return False
+    try:
+        return "mu" in array_names(path)
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(
+            f"--{flag}={path}: expected a folder of PNGs, or an .npz with arr_0 (images) or mu and"
+            f" sigma (statistics) that is whole ({reason})"
+        ) from e
 
 
 def read_reference(path: str, *, flag: str) -> Reference:
@@ -226,64 +242,108 @@ def read_reference(path: str, *, flag: str) -> Reference:
       UserError: the file cannot be read, is damaged, or has no statistics.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files if not name.startswith("arr_")}
-    except DAMAGED as e:
-        raise UserError(f"--{flag}={path}: cannot be read as .npz ({e})") from e
-    if not {"mu", "sigma"} <= set(arrays):
-        raise UserError(f"--{flag}={path}: expected statistics, mu and sigma, in it")
+        names = [name for name in array_names(path) if not name.startswith("arr_")]
+        arrays = read_arrays(path, names, max_bytes=_MAX_BYTES)
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"--{flag}={path}: cannot be read as .npz ({reason})") from e
     recorded = arrays.pop("digest", None)
     if recorded is not None and str(recorded) != _digest(arrays):
         raise UserError(
             f"--{flag}={path}: its arrays have changed since it was written; make it anew"
         )
-    fingerprint = None
+    try:
+        return _reference_of(arrays, pathlib.Path(path).name)
+    except ValueError as e:
+        raise UserError(f"--{flag}={path}: {e}") from e
+
+
+def _reference_of(arrays: Mapping[str, np.ndarray], name: str) -> Reference:
+    """Raises ValueError where the arrays of a file called `name` are not what they should be."""
+    if not {"mu", "sigma"} <= set(arrays):
+        raise ValueError("expected statistics, mu and sigma, in it")
+    if ("mu_s" in arrays) != ("sigma_s" in arrays):
+        raise ValueError("of mu_s and sigma_s it has one, expected both or none")
+    fingerprint = pixels = None
     if "fingerprint" in arrays:
-        try:
-            fingerprint = Fingerprint(**json.loads(str(arrays["fingerprint"])))
-        except (ValueError, TypeError) as e:
-            raise UserError(f"--{flag}={path}: its fingerprint is of another version ({e})") from e
-    pixels = None
-    if "pixels" in arrays:
-        count, total, squares = arrays["pixels"]
-        pixels = PixelStatistics(int(count[0]), total, squares)
-    name = str(fingerprint) if fingerprint else f"{pathlib.Path(path).name}:{_digest(arrays)[:12]}"
+        fingerprint = _fingerprint_of(str(arrays["fingerprint"]))
+        name = str(fingerprint)
+    else:
+        name = f"{name}:{_digest(arrays)[:12]}"
+    pooled = _moments(arrays["mu"], arrays["sigma"])
+    if (features := arrays.get("features")) is not None:
+        size = len(pooled.mean)
+        if features.ndim != 2 or features.shape[1] != size or not _finite_numbers(features):
+            raise ValueError(
+                f"features are {features.dtype} {features.shape}, expected finite numbers"
+                f" (n, {size})"
+            )
+    if (sums := arrays.get("pixels")) is not None:
+        if sums.ndim != 2 or len(sums) != 3 or not _finite_numbers(sums) or sums[0, 0] < 1:
+            raise ValueError(
+                f"pixels are {sums.dtype} {sums.shape}, expected count, sum and sum of squares"
+                " of every channel"
+            )
+        pixels = PixelStatistics(int(sums[0, 0]), sums[1], sums[2])
     return Reference(
         name=name,
         fingerprint=fingerprint,
-        pooled=_moments(arrays["mu"], arrays["sigma"], path, flag),
-        spatial=_moments(arrays["mu_s"], arrays["sigma_s"], path, flag)
-        if "mu_s" in arrays
-        else None,
-        features=arrays.get("features"),
+        pooled=pooled,
+        spatial=_moments(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None,
+        features=features,
         pixels=pixels,
     )
 
 
-def _moments(mean: np.ndarray, covariance: np.ndarray, path: str, flag: str) -> Moments:
-    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
-    good = mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
-    if not good or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(
-            f"--{flag}={path}: a mean of {mean.shape} and a covariance of {covariance.shape},"
-            " expected [F] and [F, F], finite"
+def _fingerprint_of(text: str) -> Fingerprint:
+    types = {field.name: str if field.type == "str" else int for field in _FIELDS}
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError("its fingerprint is no JSON; make it anew") from e
+    if not isinstance(values, dict) or {k: type(v) for k, v in values.items()} != types:
+        raise ValueError(
+            f"its fingerprint is of another version, expected the fields {', '.join(types)}; make"
+            " it anew"
         )
-    return Moments(mean, covariance)
+    return Fingerprint(**values)
+
+
+def _finite_numbers(array: np.ndarray) -> bool:
+    return array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
+
+
+def _moments(mean: np.ndarray, covariance: np.ndarray) -> Moments:
+    square = mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
+    if not square or not (_finite_numbers(mean) and _finite_numbers(covariance)):
+        raise ValueError(
+            f"a mean of {mean.dtype} {mean.shape} and a covariance of {covariance.dtype}"
+            f" {covariance.shape}, expected [F] and [F, F], finite numbers"
+        )
+    asymmetry, largest = np.abs(covariance - covariance.T).max(), np.abs(covariance).max()
+    if asymmetry > _ASYMMETRY * largest or covariance.diagonal().min() < -_ASYMMETRY * largest:
+        raise ValueError("its covariance is none: not symmetric, or with negative variances")
+    return Moments(mean.astype(np.float64), covariance.astype(np.float64))
+
+
+def differing_field(reference: Reference, **wanted: Any) -> str | None:
+    """What of a reference's fingerprint is not as wanted, in a few words; None if all is."""
+    if reference.fingerprint is None:
+        return "it has no fingerprint"
+    for field, value in wanted.items():
+        found = getattr(reference.fingerprint, field)
+        if found != value:
+            return f"its field {field!r} is {found!r}, expected {value!r}"
+    return None
 
 
 def check_reference(reference: Reference, path: str, flag: str, **wanted: Any) -> None:
-    """Checks fields of a reference's fingerprint.
+    """Checks fields of a reference's fingerprint, if it has one.
 
     Raises:
       UserError: a field has another value than wanted; names it and both values.
     """
-    if reference.fingerprint is None:
-        return
-    for field, value in wanted.items():
-        found = getattr(reference.fingerprint, field)
-        if found != value:
-            raise UserError(
-                f"--{flag}={path}: its field {field!r} is {found!r}, expected {value!r}; make it"
-                " anew with `python -m cascaded_diffusion.reference`, of a run after removing the"
-                " file"
-            )
+    if reference.fingerprint is not None and (why := differing_field(reference, **wanted)):
+        raise UserError(
+            f"--{flag}={path}: {why}; make it anew with `python -m cascaded_diffusion.reference`"
+        )

@@ -11,6 +11,7 @@ value that an unbroken job gives it, since batches begin where they always begin
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,12 +22,29 @@ from typing import Any
 
 import numpy as np
 
+from cascaded_diffusion.npz_file import read_arrays
 from cascaded_diffusion.runtime.run_folder import write_whole
-from cascaded_diffusion.runtime.samples import DAMAGED
 
 # The arrays of a batch: "images" uint8 [b, H, W, C], "labels" int64 [b] and, of an
 # enlargement, "low_res" uint8 [b, h, w, C].
 Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfinished:
+    """What a command with other settings left of its samples.
+
+    Attributes:
+      folder: the store.
+      settings: what the store says of itself: its identity.
+      num_samples: how many there are.
+      num_bytes: on disk.
+    """
+
+    folder: pathlib.Path
+    settings: Mapping[str, Any]
+    num_samples: int
+    num_bytes: int
 
 
 class DamagedBatchError(Exception):
@@ -94,10 +112,9 @@ class SampleStore:
     def read(self, batch: int) -> Arrays | None:
         """A batch; None where its file has been damaged, which then is removed."""
         try:
-            # zipfile compares checksums: a bit that has flipped is noticed.
-            with np.load(self._path(batch), allow_pickle=False) as stored:
-                return {name: stored[name] for name in stored.files}
-        except DAMAGED:
+            # Checksums are compared: a bit that has flipped is noticed.
+            return read_arrays(self._path(batch))
+        except (OSError, ValueError):
             self._path(batch).unlink(missing_ok=True)
             return None
 
@@ -127,6 +144,27 @@ class SampleStore:
             if sum(len(a["labels"]) for a in found) >= count:
                 break
         return {name: np.concatenate([a[name] for a in found])[:count] for name in found[0]}
+
+    def others(self) -> list[Unfinished]:
+        """The stores beside this one, of samples with another identity."""
+        found = []
+        for path in sorted(self._folder.parent.glob("*/identity.json")):
+            try:
+                settings = json.loads(path.read_text())
+                files = [f for f in path.parent.iterdir() if f.suffix == ".npz"]
+                made = min(len(files) * settings["batch_size"], settings["num_samples"])
+                size = sum(f.stat().st_size for f in files)
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+                RecursionError,
+            ):  # not ours, or just being removed
+                continue
+            if path.parent != self._folder and files:
+                found.append(Unfinished(path.parent, settings, made, size))
+        return found
 
     def note_failure(self) -> None:
         """Tells the other processes that this one gives up."""

@@ -28,7 +28,7 @@ from cascaded_diffusion.evaluation.settings import Setting, with_setting
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.run_folder import append_line, read_lines, write_whole
-from cascaded_diffusion.runtime.samples import read_provenance, save_samples, stored_samples
+from cascaded_diffusion.runtime.samples import save_samples, stored_samples
 
 
 class Sweep:
@@ -45,6 +45,9 @@ class Sweep:
 
     Attributes:
       metric: the name of the metric by which settings are compared.
+
+    Raises:
+      UserError: a single sample per setting, of which no metric is.
     """
 
     def __init__(
@@ -58,6 +61,11 @@ class Sweep:
         num_samples: int,
         batch_size: int,
     ):
+        if num_samples < 2:
+            raise UserError(
+                f"config.cascade.num_samples = {num_samples}: expected at least 2 to compare"
+                " settings by"
+            )
         self._section, self._trained, self._judge, self._mesh = section, trained, judge, mesh
         self._folder, self._num_samples, self._batch_size = folder, num_samples, batch_size
         self._index = len(trained) - 1
@@ -132,10 +140,11 @@ class Sweep:
                 cascade, levels, seed=seed, mesh=mesh, sample=sample
             )
         else:
-            sampler = generate.make_last_stage_sampler(
+            sampler = generate.make_sampler_above(
                 cascade,
                 levels,
                 self._samples_below(setting.truncated),
+                first=self._index,
                 seed=seed,
                 mesh=mesh,
                 sample=sample,
@@ -178,10 +187,9 @@ class Sweep:
             "seed": self._section.seed,
         }
         path = self._folder / f"{name}.npz"
-        if read_provenance(path) == provenance:
-            images = stored_samples(path)
-            if len(images) >= self._num_samples:
-                return images
+        images = stored_samples(path, provenance)
+        if images is not None and len(images) >= self._num_samples:
+            return images
         cascade = Cascade(
             stages=[t.stage for t in below],
             samplers=self._section.samplers[: len(below)],

@@ -8,17 +8,22 @@ Any other opcode, and any other name, is refused. Both layouts of `torch.save` a
     before 1.6   four pickles (magic number, protocol, system, state dict), the pickled
                  list of storage keys, then per storage its count (int64) and its numbers
     since 1.6    a zip with data.pkl, and one file of numbers per storage
+
+What a file declares is compared with its size before anything is allocated: numbers are
+stored as they are, so that neither its storages nor its tensors can be larger than it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import pathlib
 import pickletools
+import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -28,6 +33,10 @@ _PROTOCOL = 1001
 _STORAGES = {"torch FloatStorage": np.dtype("<f4"), "torch LongStorage": np.dtype("<i8")}
 _DICT, _TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
 _NAMES = {*_STORAGES, _DICT, _TENSOR}
+# Far beyond any network that features are taken of. A state dict has some 40 opcodes a tensor.
+_MAX_BYTES = 1 << 30
+_MAX_OPCODES = 200_000
+_MAX_DIMENSIONS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,10 @@ class _Storage:
     dtype: np.dtype
     count: int
 
+    @property
+    def num_bytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
@@ -51,9 +64,17 @@ class _Tensor:
     shape: tuple[int, ...]
 
     def __post_init__(self):
-        count = int(np.prod(self.shape, dtype=np.int64))
-        if min(self.offset, *self.shape, 0) < 0 or self.offset + count > self.storage.count:
+        outside = self.offset + self.count > self.storage.count
+        if min(self.offset, *self.shape, 0) < 0 or outside:
             raise ValueError(f"a tensor of {self.shape} lies outside of its storage")
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.count * self.storage.dtype.itemsize
 
 
 class _Mark:
@@ -71,6 +92,8 @@ def _reduced(function: Any, arguments: Any) -> Any:
         for numbers in (shape, strides):
             if not isinstance(numbers, tuple) or not all(isinstance(x, int) for x in numbers):
                 raise ValueError("a tensor whose shape is no tuple of integers")
+            if len(numbers) > _MAX_DIMENSIONS or any(abs(x) >= 1 << 63 for x in numbers):
+                raise ValueError("a tensor whose shape is none that memory can hold")
         steps = [1]
         for size in reversed(shape):
             steps.append(steps[-1] * size)
@@ -88,8 +111,8 @@ def _storage_of(reference: Any) -> _Storage:
         raise ValueError("a reference that is not to a storage")
     _, kind, key, _, count = reference[:5]
     if not isinstance(kind, _Name) or kind.name not in _STORAGES:
-        raise ValueError(f"a storage of {kind}")
-    if not isinstance(key, str) or not isinstance(count, int) or count < 0:
+        raise ValueError("a storage of something else than float32 or int64")
+    if not isinstance(key, str) or not isinstance(count, int) or not 0 <= count < 1 << 63:
         raise ValueError("a storage without a key or a count")
     if len(reference) > 5 and reference[5] is not None:
         raise ValueError("a view of a storage")
@@ -122,8 +145,10 @@ def _evaluated(stream: BinaryIO) -> Any:
             raise ValueError("items of something that is no dict of names")
         target.update(zip(items[::2], items[1::2], strict=True))
 
-    for opcode, argument, _ in pickletools.genops(stream):
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         name = opcode.name
+        if number >= _MAX_OPCODES:
+            raise ValueError(f"more than {_MAX_OPCODES} opcodes, which no state dict needs")
         if name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
         elif name in _VALUES:
@@ -132,7 +157,9 @@ def _evaluated(stream: BinaryIO) -> Any:
             pass
         elif name == "GLOBAL":
             if argument not in _NAMES:
-                raise ValueError(f"the name {argument!r}, which no state dict of tensors needs")
+                raise ValueError(
+                    f"the name {argument[:80]!r}, which no state dict of tensors needs"
+                )
             stack.append(_Name(argument))
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
@@ -169,30 +196,53 @@ def _evaluated(stream: BinaryIO) -> Any:
     raise ValueError("it ends in the middle")
 
 
-def _tensors(state: Any, read: Callable[[_Storage], np.ndarray]) -> dict[str, np.ndarray]:
+def _checked(state: Any, file_bytes: int) -> Mapping[str, _Tensor]:
+    """The state dict, if it is one that a file of so many bytes can hold."""
     if not isinstance(state, Mapping) or not all(isinstance(x, _Tensor) for x in state.values()):
         raise ValueError("it holds something else than a dict of tensors")
+    storages = {tensor.storage for tensor in state.values()}
+    if len({storage.key for storage in storages}) < len(storages):
+        raise ValueError("it has two storages of one key")
+    # Tensors that share a storage are copied apart, and each copy counts.
+    for kind, parts in (("storages", storages), ("tensors", state.values())):
+        declared = sum(part.num_bytes for part in parts)
+        if declared > file_bytes:
+            raise ValueError(f"its {kind} would take {declared} bytes, and it has {file_bytes}")
+    return state
+
+
+def _arrays(
+    state: Mapping[str, _Tensor], numbers: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Tensors cut out of the numbers of their storages, by key."""
     arrays = {}
     for name, tensor in state.items():
-        numbers = read(tensor.storage)
-        count = int(np.prod(tensor.shape, dtype=np.int64))
-        arrays[name] = numbers[tensor.offset : tensor.offset + count].reshape(tensor.shape).copy()
+        part = numbers[tensor.storage.key][tensor.offset : tensor.offset + tensor.count]
+        arrays[name] = part.reshape(tensor.shape).copy()
     return arrays
 
 
 def _read_zip(data: bytes) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        (pickled,) = [n for n in archive.namelist() if n.split("/")[1:] == ["data.pkl"]]
-        folder = pickled.split("/")[0]
-        state = _evaluated(io.BytesIO(archive.read(pickled)))
-
-        def read(storage: _Storage) -> np.ndarray:
-            numbers = np.frombuffer(archive.read(f"{folder}/data/{storage.key}"), storage.dtype)
-            if len(numbers) != storage.count:
-                raise ValueError(f"storage {storage.key} has {len(numbers)} numbers")
-            return numbers
-
-        return _tensors(state, read)
+        # torch.save compresses nothing: what would have to be inflated is not its file.
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("its parts are compressed, as torch.save leaves none")
+        names = archive.namelist()
+        pickles = [name for name in names if name.split("/")[1:] == ["data.pkl"]]
+        if len(pickles) != 1:
+            raise ValueError(f"it has {len(pickles)} data.pkl, expected one")
+        folder = pickles[0].split("/")[0]
+        order = f"{folder}/byteorder"
+        if order in names and archive.read(order) != b"little":
+            raise ValueError("it was not written on a little-endian machine")
+        state = _checked(_evaluated(io.BytesIO(archive.read(pickles[0]))), len(data))
+        numbers = {}
+        for storage in {tensor.storage for tensor in state.values()}:
+            member = f"{folder}/data/{storage.key}"
+            if archive.getinfo(member).file_size != storage.num_bytes:
+                raise ValueError(f"storage {storage.key[:80]!r} is not of the size it declares")
+            numbers[storage.key] = np.frombuffer(archive.read(member), storage.dtype)
+    return _arrays(state, numbers)
 
 
 def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
@@ -201,35 +251,41 @@ def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
         raise ValueError("it is not a file of torch.save")
     if _evaluated(stream).get("little_endian") is not True:
         raise ValueError("it was not written on a little-endian machine")
-    state, keys = _evaluated(stream), _evaluated(stream)
-    if not isinstance(state, Mapping) or not all(isinstance(x, _Tensor) for x in state.values()):
-        raise ValueError("it holds something else than a dict of tensors")
+    state, keys = _checked(_evaluated(stream), len(data)), _evaluated(stream)
     storages = {tensor.storage.key: tensor.storage for tensor in state.values()}
-    found = {}
+    # Before they are looked up: the hash of nested tuples can take forever.
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError("its list of storages is none of names")
+    numbers = {}
     for key in keys:
         storage = storages[key]
         count = int.from_bytes(stream.read(8), "little", signed=True)
-        numbers = stream.read(storage.count * storage.dtype.itemsize)
-        if count != storage.count or len(numbers) != storage.count * storage.dtype.itemsize:
-            raise ValueError(f"storage {key} is cut off")
-        found[key] = np.frombuffer(numbers, storage.dtype)
+        stored = stream.read(storage.num_bytes)
+        if count != storage.count or len(stored) != storage.num_bytes:
+            raise ValueError(f"storage {key[:80]!r} is cut off")
+        numbers[key] = np.frombuffer(stored, storage.dtype)
     if stream.read(1):
         raise ValueError("there is something after its end")
-    return _tensors(state, lambda storage: found[storage.key])
+    return _arrays(state, numbers)
 
 
 def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of a state dict, float32 and int64, by name.
 
     Raises:
-      ValueError: the file is no state dict of such tensors, or is damaged; in a few words.
+      ValueError: the file is no state dict of such tensors, declares more than it can hold,
+        or is damaged; in a few words.
     """
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise ValueError(f"{size} bytes, expected at most {_MAX_BYTES}")
     data = path.read_bytes()
     try:
         return _read_zip(data) if data[:4] == b"PK\x03\x04" else _read_legacy(data)
     except ValueError:
         raise
     except (LookupError, TypeError, AttributeError, OverflowError, EOFError, OSError) as e:
-        raise ValueError(f"not a whole state dict of tensors ({type(e).__name__}: {e})") from e
-    except (zipfile.BadZipFile, zlib.error, RuntimeError) as e:
+        reason = f"{type(e).__name__}: {e}"[:120]
+        raise ValueError(f"not a whole state dict of tensors ({reason})") from e
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, struct.error) as e:
         raise ValueError(f"a damaged zip ({e})") from e

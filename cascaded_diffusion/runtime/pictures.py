@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cascaded_diffusion.runtime.run_folder import write_whole
+
+_WHITE = (255, 255, 255)
 
 
 def _rgb(images: np.ndarray) -> np.ndarray:
@@ -51,23 +56,54 @@ def save_png(path: pathlib.Path, picture: np.ndarray, *, scale: int = 1) -> None
 def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, scale: int = 2) -> np.ndarray:
     """Rows of images with a caption above each: [(caption, uint8 [n, H, W, C])] -> [h, w, 3].
 
-    All rows have the same number of images of the same size.
+    All images have the same size. The picture is as wide as its longest row or caption.
     """
+    font = ImageFont.load_default(size=12)
     strips = []
     for caption, images in rows:
         strip = grid(images, columns=len(images)).repeat(scale, axis=0).repeat(scale, axis=1)
-        header = Image.new("RGB", (strip.shape[1], 18), (255, 255, 255))
-        ImageDraw.Draw(header).text(
-            (4, 2), caption, fill=(0, 0, 0), font=ImageFont.load_default(size=12)
-        )
+        header = Image.new("RGB", (max(strip.shape[1], _text_width(caption, font) + 8), 18), _WHITE)
+        ImageDraw.Draw(header).text((4, 2), caption, fill=(0, 0, 0), font=font)
         strips += [np.asarray(header), strip]
-    return np.concatenate(strips, axis=0)
+    width = max(strip.shape[1] for strip in strips)
+    return np.concatenate(
+        [np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in strips]
+    )
+
+
+def _text_width(text: str, font: ImageFont.FreeTypeFont) -> int:
+    return math.ceil(font.getlength(text))
+
+
+def save_png_folder(
+    folder: pathlib.Path, names: Iterable[str], images: Iterable[np.ndarray]
+) -> None:
+    """Writes images uint8 [H, W, 1 or 3] as PNG files below a folder that has none yet.
+
+    The folder appears by a rename, when all of them are there.
+
+    Args:
+      folder: where; nothing, or an empty folder, is there.
+      names: their paths below it.
+      images: as many as there are names.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir(parents=True)
+    for name, image in zip(names, images, strict=True):
+        path = part / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
+    os.replace(part, folder)
 
 
 def with_names(picture: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """A picture [h, w, 3] with a line of names above it, one per column of equal width."""
     width = picture.shape[1] // len(names)
-    header = Image.new("RGB", (picture.shape[1], 18), (255, 255, 255))
+    header = Image.new("RGB", (picture.shape[1], 18), _WHITE)
     draw, font = ImageDraw.Draw(header), ImageFont.load_default(size=11)
     for i, name in enumerate(names):
         while len(name) > 1 and draw.textlength(name, font=font) > width - 4:

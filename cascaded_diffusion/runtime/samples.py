@@ -8,8 +8,8 @@ import io
 import json
 import os
 import pathlib
+import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -17,22 +17,14 @@ import numpy as np
 
 from cascaded_diffusion.config import StageConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.image_files import PngFolder
+from cascaded_diffusion.npz_file import read_arrays
+from cascaded_diffusion.paths import check_local_path
+from cascaded_diffusion.runtime.image_files import PngFolder, told
 from cascaded_diffusion.runtime.run_folder import write_whole
 
-# What numpy and zipfile raise on a file that is damaged or something else; a TypeError is
-# that of a bare array, as in a .npy file, used as an archive.
-DAMAGED = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    TypeError,
-    RuntimeError,  # what seems encrypted, or of an unknown compression
-    zlib.error,
-    zipfile.BadZipFile,
-)
 _DIGEST_BATCH = 1000
+_MAX_PROVENANCE_BYTES = 1 << 24
+_INT64_MAX = np.iinfo(np.int64).max
 
 
 class Images(Protocol):
@@ -52,7 +44,7 @@ class StoredImages:
     Attributes:
       path: where they are from.
       images: uint8 [n, H, W, C].
-      labels: int [n], or None where the file says nothing of them.
+      labels: int64 [n], or None where the file says nothing of them.
     """
 
     path: str
@@ -138,53 +130,76 @@ def save_sample_batches(
         temporary.unlink(missing_ok=True)
 
 
-def read_provenance(path: pathlib.Path) -> Mapping[str, Any] | None:
-    """What `save_samples` was told of the samples' origin; None without file or origin."""
+def stored_samples(path: pathlib.Path, provenance: Mapping[str, Any]) -> np.ndarray | None:
+    """The images of a file of `save_samples`.
+
+    None where there is no file, it is damaged, or its samples are of another origin.
+    """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            return json.loads(str(stored["provenance"]))
-    except DAMAGED:
-        return None
+        about = read_arrays(path, ("provenance",), max_bytes=_MAX_PROVENANCE_BYTES)
+        if json.loads(str(about["provenance"])) == provenance:
+            return read_arrays(path, ("arr_0",))["arr_0"]
+    except (OSError, ValueError, KeyError, RecursionError):
+        pass
+    return None
 
 
-def stored_samples(path: pathlib.Path) -> np.ndarray:
-    """The images of a file whose provenance has been read."""
-    with np.load(path, allow_pickle=False) as stored:
-        return stored["arr_0"]
-
-
-def open_images(path: str, *, flag: str) -> StoredImages:
+def open_images(path: str, *, flag: str, at_least: int = 2) -> StoredImages:
     """Opens an ADM-style `.npz` (`arr_0` uint8 NHWC, `arr_1` labels if any) or a folder of PNGs.
 
+    Says on stderr how many images there are, and what was passed over.
+
     Raises:
-      UserError: it is neither, or does not hold at least two uint8 images of one size.
+      UserError: it is neither, or does not hold uint8 images of one size, or fewer of them than
+        `at_least`; of a folder, two.
     """
-    if pathlib.Path(path).is_dir():
-        return StoredImages(path, PngFolder(pathlib.Path(path), flag=flag), None)
+    if check_local_path(path, f"--{flag}").is_dir():
+        folder = PngFolder(pathlib.Path(path), flag=flag)
+        rest = f" ({told(folder.passed_over)})" if folder.passed_over else ""
+        print(f"{flag}: {len(folder)} images{rest}", file=sys.stderr, flush=True)
+        return StoredImages(path, folder, None)
+    stored = _read_npz(path, flag, at_least)
+    print(f"{flag}: {len(stored)} images", file=sys.stderr, flush=True)
+    return stored
+
+
+def _read_npz(path: str, flag: str, at_least: int) -> StoredImages:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            images = stored["arr_0"]
-            labels = stored["arr_1"] if "arr_1" in stored.files else None
-    except DAMAGED as e:
+        arrays = read_arrays(path, ("arr_0", "arr_1"))
+        if "arr_0" not in arrays:
+            raise ValueError("it has no arr_0")
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
         raise UserError(
             f"--{flag}={path}: expected a folder of PNGs, or an .npz with arr_0 (images) that is"
-            f" whole ({e})"
+            f" whole ({reason})"
         ) from e
+    images, labels = arrays["arr_0"], arrays.get("arr_1")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise UserError(
             f"--{flag}={path}: arr_0 is {images.dtype} {images.shape}{_range_of(images)}, expected"
-            " uint8 (n, height, width, 1 or 3), values 0 to 255"
+            f" uint8 (n, height, width, 1 or 3), values 0 to 255{_remedy(images.shape)}"
         )
-    if len(images) < 2:
-        raise UserError(f"--{flag}={path}: {len(images)} images, expected at least 2")
-    if labels is not None and (
-        labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer)
-    ):
-        raise UserError(
-            f"--{flag}={path}: arr_1 is {labels.dtype} {labels.shape}, expected {len(images)}"
-            " integer labels"
-        )
+    if len(images) < at_least:
+        raise UserError(f"--{flag}={path}: {len(images)} images, expected at least {at_least}")
+    if labels is not None:
+        integers = np.issubdtype(labels.dtype, np.integer)
+        if labels.shape != (len(images),) or not integers or labels.max() > _INT64_MAX:
+            raise UserError(
+                f"--{flag}={path}: arr_1 is {labels.dtype} {labels.shape}, expected {len(images)}"
+                " integer labels"
+            )
+        labels = labels.astype(np.int64)
     return StoredImages(path, images, labels)
+
+
+def _remedy(shape: tuple[int, ...]) -> str:
+    if len(shape) == 4 and shape[1] in (1, 3) and shape[-1] not in (1, 3):
+        return (
+            "; this looks like (n, channels, height, width): write it by"
+            " arr_0.transpose(0, 2, 3, 1)"
+        )
+    return ""
 
 
 def _range_of(images: np.ndarray) -> str:
@@ -208,6 +223,13 @@ def check_made_by(stored: StoredImages, stage: StageConfig, *, flag: str) -> Non
         raise UserError(
             f"--{flag}={stored.path}: no labels; {stage.name!r} has {stage.num_classes} classes,"
             " so that an .npz with arr_1 is needed"
+        )
+    if stage.num_classes and not 0 <= stored.labels.min() <= stored.labels.max() < (
+        stage.num_classes
+    ):
+        raise UserError(
+            f"--{flag}={stored.path}: labels from {stored.labels.min()} to {stored.labels.max()},"
+            f" expected 0 to {stage.num_classes - 1}, as {stage.name!r} has"
         )
 
 

@@ -206,13 +206,14 @@ def test_real_tensors_survive_the_layout(tmp_path):
         assert (str(array.dtype), array.shape) == expected[name]
 
 
-def test_weights_are_converted_once_and_checked(as_public, tensors, tmp_path):
+def test_weights_are_converted_once_and_checked(as_public, tensors, tmp_path, monkeypatch, capsys):
     weights = lib.load_weights(str(as_public), cache=tmp_path)
     for name, parts in params_from_checkpoint(tensors).items():
         for part, array in parts.items():
             np.testing.assert_array_equal(weights.params[name][part], array)
     (kept,) = tmp_path.iterdir()
     assert kept.suffix == ".npz"
+    capsys.readouterr()
     # Without a path, and by the path of the kept file.
     for path in (None, str(kept)):
         again = lib.load_weights(path, cache=tmp_path)
@@ -221,9 +222,51 @@ def test_weights_are_converted_once_and_checked(as_public, tensors, tmp_path):
 
     data = bytearray(kept.read_bytes())
     data[len(data) // 2] ^= 1
-    kept.write_bytes(data)
-    with pytest.raises(UserError, match="remove it, and give --inception_weights=PATH"):
-        lib.load_weights(None, cache=tmp_path)
+    with pytest.raises(UserError, match="give pt_inception-2015-12-05-6726825d.pth itself"):
+        (tmp_path / "other.npz").write_bytes(data)
+        lib.load_weights(str(tmp_path / "other.npz"), cache=tmp_path)
+
+    # What was kept is made anew, from the file or the net, and that is said.
+    monkeypatch.setattr(lib, "download", lambda path: shutil.copy(as_public, path))
+    for path in (str(as_public), None):
+        kept.write_bytes(data)
+        again = lib.load_weights(path, cache=tmp_path)
+        np.testing.assert_array_equal(again.params["fc"]["bias"], weights.params["fc"]["bias"])
+        assert "the weights are converted anew" in capsys.readouterr().err
+        assert kept.read_bytes() != data
+        assert lib.load_weights(None, cache=tmp_path).sha256 == weights.sha256
+        assert capsys.readouterr().err == ""
+
+
+def _renamed(arrays):
+    arrays["fc/bias/more"] = arrays.pop("fc/bias")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _renamed,
+        lambda a: a.pop("fc/bias"),
+        lambda a: a.update({"fc/bias": np.zeros(3, np.float32)}),
+        lambda a: a.update({"fc/bias": np.zeros(1008, ">f8")}),
+        lambda a: a.update({"fc/bias": np.full(1008, np.nan, np.float32)}),
+    ],
+    ids=["name", "missing", "shape", "dtype", "NaN"],
+)
+def test_an_npz_of_other_arrays_is_refused_though_its_digest_is_right(change, tensors, tmp_path):
+    weights = lib.InceptionWeights(params_from_checkpoint(tensors), lib.SHA256)
+    arrays = lib._arrays_of(weights)
+    change(arrays)
+    path = tmp_path / "w.npz"
+    np.savez(path, **arrays, sha256=lib.SHA256, digest=lib._digest(arrays, lib.SHA256))
+    with pytest.raises(UserError, match="not the converted weights of FID's Inception"):
+        lib.load_weights(str(path), cache=tmp_path)
+
+
+def test_a_cache_that_is_no_local_folder_is_refused(monkeypatch):
+    monkeypatch.setenv("CASCADED_DIFFUSION_CACHE", "gs://bucket/cache")
+    with pytest.raises(UserError, match="CASCADED_DIFFUSION_CACHE=gs://bucket/cache: expected"):
+        lib.load_weights(None)
 
 
 def test_a_folded_unit_is_convolution_and_normalization(tensors):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cascaded_diffusion.evaluation import generate, sources
 from cascaded_diffusion.evaluation.sample_store import DamagedBatchError, SampleStore
 from cascaded_diffusion.evaluation.sources import SampleSource, fill
 
@@ -68,3 +69,63 @@ def test_a_batch_of_the_wrong_size_is_refused(tmp_path):
     store = _store(tmp_path)
     with pytest.raises(ValueError, match="batch 4: 5 images, expected 3"):
         store.write(4, {"images": np.zeros((5, 2, 2, 1), np.uint8)})
+
+
+def test_progress_counts_samples_that_are_kept(tmp_path, monkeypatch):
+    seen = []
+
+    class Progress:
+        def __init__(self, total, *, initial=0, **kwargs):
+            seen.append((initial, total))
+
+        def update(self, position):
+            seen.append(position)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(sources, "Progress", Progress)
+    monkeypatch.setattr(generate, "Progress", Progress)
+    store = _store(tmp_path)
+    fill(store, _source([]), 3, label="")
+    assert seen == [(0, 23), 5, 10, 15, 20, 23]
+    for batch in (1, 4):
+        (path,) = tmp_path.rglob(f"{batch:06d}.npz")
+        path.unlink()
+    seen.clear()
+    fill(store, _source([]), 3, label="")
+    assert seen == [(15, 23), 20, 23]
+
+    # Of two processes, each counts its own; batches are filled up for the devices alone.
+    store, made, seen[:] = _store(tmp_path, cascade=True), [], []
+
+    def sample(params, indices):
+        made.append(indices)
+        return [np.zeros((len(indices), 2, 2, 1), np.uint8)]
+
+    for process in range(2):
+        generate.fill_cascade(
+            store,
+            sample,
+            [],
+            labels=np.asarray([7, 3]),
+            devices=4,
+            label="",
+            process_index=process,
+            process_count=2,
+        )
+    assert seen == [(0, 13), 5, 10, 13, (0, 10), 5, 10]
+    assert {len(indices) for indices in made} == {8}
+    labels = np.concatenate([b["labels"] for b in store.batches()])
+    np.testing.assert_array_equal(labels, np.resize([7, 3], NUM))
+
+
+def test_stores_of_other_samples_are_found(tmp_path):
+    fill(_store(tmp_path, step=1), _source([]), 0, label="")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "identity.json").write_text("[" * 100_000)
+    _store(tmp_path, step=3)  # nothing is made of it
+    (other,) = _store(tmp_path, step=2).others()
+    assert (other.settings["step"], other.num_samples) == (1, NUM)
+    assert other.num_bytes > 0
+    assert _store(tmp_path, step=1).others() == []

@@ -18,9 +18,9 @@ from cascaded_diffusion.evaluation.settings import (
 )
 from cascaded_diffusion.evaluation.sweep import Sweep, best_setting
 from cascaded_diffusion.evaluation.trained import load_trained
+from cascaded_diffusion.npz_file import read_arrays
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder
-from cascaded_diffusion.runtime.samples import read_provenance, stored_samples
 from tests.evaluation.stubs import Judge
 from tests.tiny import config_values, tiny_base, tiny_sr
 from tests.training.test_training import _train
@@ -87,7 +87,7 @@ def test_every_setting_gives_what_sampling_the_cascade_with_it_gives(trained, tm
         np.testing.assert_array_equal(labels, np.arange(NUM_SAMPLES) % 10)
         if not setting.truncated:
             # The stored base samples are the very ones that the cascade hands on.
-            np.testing.assert_array_equal(stored_samples(tmp_path / "base16.npz"), alone[0])
+            np.testing.assert_array_equal(read_arrays(tmp_path / "base16.npz")["arr_0"], alone[0])
 
     table = (tmp_path / "sr32.md").read_text()
     assert "| 0.6 | False | ddim | 2 | 1.0 | 2 | 2.000 | 0.500 |" in table
@@ -113,7 +113,8 @@ def test_what_is_scored_is_not_scored_again_and_base_samples_are_made_once(train
     other = dataclasses.replace(section, seed=7)
     rows = _sweep(other, trained, Judge([9.0]), tmp_path, mesh).run(first)
     assert rows[0][METRIC] == 9.0
-    assert read_provenance(tmp_path / "base16.npz")["seed"] == 7
+    about = read_arrays(tmp_path / "base16.npz")["provenance"]
+    assert json.loads(str(about))["seed"] == 7
 
 
 def test_a_base_model_is_swept_over_steps_and_samplers(trained, tmp_path, mesh):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascaded_diffusion.runtime.pictures import line_plot
+from cascaded_diffusion.runtime.pictures import labelled_rows, line_plot, save_png_folder
 
 LABELS = {"x_label": "step", "y_label": "FID", "title": "FID by step"}
 SERIES = {
@@ -46,3 +46,28 @@ def test_line_plot_has_a_legend(tmp_path):
 def test_line_plot_of_little_data_does_not_warn(tmp_path, series):
     line_plot(tmp_path / "plot.png", series, **LABELS)
     assert _pixels(tmp_path / "plot.png").shape == (600, 960, 3)
+
+
+def test_captions_are_whole_and_rows_may_differ_in_length():
+    one = np.full((1, 8, 8, 1), 200, np.uint8)
+    three = np.full((3, 8, 8, 1), 100, np.uint8)
+    narrow = labelled_rows([("a", one), ("b", three)])
+    wide = labelled_rows([("a caption that is longer than its images are wide", one)])
+    assert narrow.shape[1] == 2 * (3 * 9 + 1)
+    assert (narrow[30, -1] == 255).all()  # beside the row of one
+    ink = np.flatnonzero((wide[:18] < 128).any(axis=(0, 2)))
+    assert ink.max() < wide.shape[1] - 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_of_pngs_is_whole_or_not_there(tmp_path, channels):
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 5, channels), np.uint8)
+    folder, names = tmp_path / "new" / "png", ["a.png", "deep/b.png", "c.png"]
+    with pytest.raises(ValueError, match="shorter"):
+        save_png_folder(folder, names, images[:2])
+    assert not folder.exists()
+    save_png_folder(folder, names, images)
+    assert [p.name for p in folder.parent.iterdir()] == ["png"]
+    for name, image in zip(names, images, strict=True):
+        with Image.open(folder / name) as stored:
+            np.testing.assert_array_equal(np.asarray(stored).reshape(image.shape), image)
