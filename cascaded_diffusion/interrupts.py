@@ -54,7 +54,8 @@ INTERRUPTS = Interrupts()
 
 
 def end_interrupted() -> None:
-    """Ends the process, saying so."""
+    """Ends the process, saying so once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.write(2, b"interrupted\n")
     os._exit(EXIT_INTERRUPTED)
 

@@ -312,36 +312,42 @@ def test_paths_of_flags_are_checked_by_name():
         cli.check_paths(fv, "workdir", "low_res_run")
 
 
-def _interrupted(command, tmp_path, secs, times=1):
-    """What a binary says that is sent SIGINT after a while."""
+def _interrupted(args, tmp_path, *, begun, secs, times=1):
+    """What Python says that is sent SIGINT some time after it said `begun`, imports left out."""
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-X", "importtime", *args],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
+        for line in process.stderr:
+            if begun in line:
+                break
         time.sleep(secs)
         for _ in range(times):
             process.send_signal(signal.SIGINT)
             time.sleep(0.01)
-        _, err = process.communicate(timeout=60)
+        said = [line for line in process.stderr if not line.startswith("import time:")]
+        process.wait(timeout=60)
     finally:
         process.kill()
-    return process.returncode, err
+    return process.returncode, said
 
 
 # From the package's first line on: before it, the interpreter answers by itself.
-@pytest.mark.parametrize(("secs", "times"), [(0.3, 1), (0.6, 3), (1.0, 1), (1.5, 2)])
+@pytest.mark.parametrize(("secs", "times"), [(0.0, 1), (0.1, 3), (0.3, 1), (0.8, 2), (1.5, 3)])
 def test_ctrl_c_ends_a_binary_that_is_starting(secs, times, tmp_path):
-    command = [sys.executable, "-m", "cascaded_diffusion.main", BASE]
-    assert _interrupted(command, tmp_path, secs, times) == (130, "interrupted\n")
+    args = ["-m", "cascaded_diffusion.main", BASE]
+    found = _interrupted(
+        args, tmp_path, begun="cascaded_diffusion.interrupts", secs=secs + 0.01, times=times
+    )
+    assert found == (130, ["interrupted\n"])
 
 
 _SWALLOWS = """
-import time
+import sys, time
 from cascaded_diffusion import cli
 from cascaded_diffusion.interrupts import INTERRUPTS
 
@@ -351,13 +357,14 @@ class Slow:
 
 def main(argv):
     INTERRUPTS.at_once = False  # as after set_up_jax
+    print("it begins", file=sys.stderr, flush=True)
     {body}
     return 0
 
 cli.run(main)
 """
 _BODIES = {
-    "in a destructor": "s = Slow(); print(flush=True); del s",
+    "in a destructor": "s = Slow(); del s",
     "made another error": """
     try:
         time.sleep(30)
@@ -369,8 +376,9 @@ _BODIES = {
 
 @pytest.mark.parametrize("body", _BODIES)
 def test_ctrl_c_is_not_swallowed(body, tmp_path):
-    command = [sys.executable, "-c", _SWALLOWS.replace("{body}", _BODIES[body])]
-    assert _interrupted(command, tmp_path, 1.5) == (130, "interrupted\n")
+    args = ["-c", _SWALLOWS.replace("{body}", _BODIES[body])]
+    found = _interrupted(args, tmp_path, begun="it begins", secs=0.5)
+    assert found == (130, ["interrupted\n"])
 
 
 def test_importing_the_package_leaves_signals_alone():
