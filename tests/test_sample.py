@@ -39,7 +39,7 @@ def _write_run(path, config):
     writer.save(1, {"ema_params": {ema_name(decay): params}})
     writer.wait(1)
     writer.close()
-    folder.eval.mkdir()
+    folder.eval.mkdir(exist_ok=True)
     folder.best_path.write_text(json.dumps({"step": 1, "ema_decay": decay}))
 
 
