@@ -30,7 +30,8 @@ def plan(model: str, topology: str, *, compiles: bool) -> dict[str, Any]:
     """The JSON of one plan."""
     command = [sys.executable, "-m", "cascaded_diffusion.plan", "--json"]
     command += ["--compile" if compiles else "--nocompile"]
-    command += [f"--config=configs/{model}.py", f"--topology={topology}"]
+    # One division for all, to be compared; left open, it would be the smallest that fits.
+    command += [f"--config=configs/{model}.py", f"--topology={topology}", "--config.mesh.fsdp=8"]
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if result.returncode not in (0, 1):  # 1: does not fit
         raise SystemExit(f"{' '.join(command)}: exit code {result.returncode}")

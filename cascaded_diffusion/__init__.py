@@ -5,7 +5,14 @@ and touches no device.
 """
 
 import importlib
+import sys
 from typing import Any
+
+if sys.argv[:1] == ["-m"] and any("cascaded_diffusion." in arg for arg in sys.orig_argv):
+    # `python -m cascaded_diffusion.main` begins here: Ctrl-C counts from now on.
+    from cascaded_diffusion.interrupts import INTERRUPTS
+
+    INTERRUPTS.install()
 
 _HOMES = {
     "Batch": "types",

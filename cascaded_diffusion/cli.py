@@ -8,27 +8,35 @@ have been found good, so a mistake is answered in a second.
 from __future__ import annotations
 
 import ast
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
 import io
 import os
 import pathlib
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from cascaded_diffusion.config import CascadeConfig, StageConfig, to_dict
+from cascaded_diffusion.config import CascadeConfig, RunConfig, StageConfig, to_dict
 from cascaded_diffusion.config_checks import cascade_config_from, check_chain
+from cascaded_diffusion.config_convert import takes_text
 from cascaded_diffusion.errors import LoneError, UserError
+from cascaded_diffusion.interrupts import EXIT_INTERRUPTED, INTERRUPTS
+from cascaded_diffusion.paths import check_local_path
 from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster, meet
 from cascaded_diffusion.runtime.run_folder import CascadeFolder
 
 EXIT_BAD_INPUT = 2
+_MAX_LINE = 4000  # characters of an error: values can be long
+# What `data` advises, which knows no flags.
+_OPEN_COMMAND = "prepare --config=..."
 # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on.
 EXIT_PREEMPTED = 75
 
@@ -47,8 +55,10 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a binary's `main(argv)` and exits with what it returns.
 
     A `UserError`, and an error of the operating system such as a full disk, becomes one line
-    on stderr and exit code 2. File names that are not UTF-8 are printed with escapes.
+    on stderr and exit code 2; Ctrl-C one line and exit code 130. File names that are not UTF-8
+    are printed with escapes.
     """
+    INTERRUPTS.install()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -58,17 +68,32 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except (UserError, OSError) as e:
-        print(f"error: {' '.join(_told(e).split())}", file=sys.stderr, flush=True)
+        print(f"error: {_one_line(e)}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
         if isinstance(e, LoneError):
             # At once: JAX would say goodbye to the others first, who do not listen.
             sys.stdout.flush()
             os._exit(code)
-    except KeyboardInterrupt:
+    except BaseException as e:
+        # A library may have made another error of it.
+        if not (isinstance(e, KeyboardInterrupt) or INTERRUPTS.seen):
+            raise
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = EXIT_INTERRUPTED
+    INTERRUPTS.at_once = True
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _one_line(error: UserError | OSError) -> str:
+    """What is printed of an error: of limited length, with the command that the user has typed."""
+    text = " ".join(_told(error).split())
+    config = _config_argument(sys.argv)
+    if _OPEN_COMMAND in text and config:
+        given = [f"--config={config}", *overrides_in(sys.argv)]
+        text = text.replace(_OPEN_COMMAND, f"prepare {shlex.join(given)}")
+    half = _MAX_LINE // 2
+    return text if len(text) <= _MAX_LINE else f"{text[:half]} ... {text[-half:]}"
 
 
 def _told(error: UserError | OSError) -> str:
@@ -95,7 +120,8 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> Non
     flags.DEFINE_bool("help", False, "show this help", flag_values=flag_values)
     config_arg = _config_argument(argv)
     try:
-        rest = flag_values(_without_overrides(argv))
+        with _importing_from(config_arg):
+            rest = flag_values(_without_overrides(argv))
     except flags.Error as e:
         raise UserError(str(e)) from e
     except UserError:
@@ -108,6 +134,42 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> Non
         sys.exit(0)
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag: flags look like --name=value")
+    for name in flag_values:
+        _check_number(f"--{name}", flag_values[name].value)
+
+
+# Of the numbers of flags: each has its own reason to be smaller, none to be larger.
+_MAX_NUMBER = 10**9
+
+
+def _check_number(flag: str, value: Any) -> None:
+    if isinstance(value, (int, float)) and not abs(value) <= _MAX_NUMBER:  # nan neither
+        raise UserError(f"{flag}={value:.4g}: expected a number of at most {_MAX_NUMBER:.0e}")
+
+
+@contextlib.contextmanager
+def _importing_from(config_arg: str | None) -> Iterator[None]:
+    """While a config file is read, it can import what lies beside it; afterwards nobody can.
+
+    What was imported from there is forgotten, for another config's folder may have a module of
+    the same name.
+    """
+    if config_arg is None:
+        yield
+        return
+    folder = pathlib.Path(config_arg.partition(":")[0]).resolve().parent
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            root = name.partition(".")[0]
+            beside = (folder / f"{root}.py").exists() or (folder / root).is_dir()
+            if beside and root not in before:
+                del sys.modules[name]
 
 
 def config_values(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[str, Any]:
@@ -119,7 +181,10 @@ def config_values(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[st
     config = flag_values["config"].value
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: get_config() returned {config!r:.40}, expected a ConfigDict")
-    return with_overrides(config.to_dict(), argv)
+    try:
+        return with_overrides(config.to_dict(), argv)
+    except RecursionError as e:
+        raise UserError(f"--config={_config_argument(argv)}: nested too deeply") from e
 
 
 def with_overrides(values: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
@@ -140,7 +205,12 @@ def with_overrides(values: dict[str, Any], argv: Sequence[str]) -> dict[str, Any
             node = _entered(node, section, arg)
         if not isinstance(node, dict):
             raise UserError(f"{arg}: {sections[-1]!r} has no keys by name; give it as a whole")
-        node[name] = _parse_value(text)
+        root = CascadeConfig if "cascade" in values else RunConfig
+        is_text, optional = takes_text(root, [*sections, name])
+        if is_text:
+            node[name] = None if optional and text == "None" else _unquoted(text)
+        else:
+            node[name] = _parse_value(text)
     return values
 
 
@@ -156,12 +226,13 @@ def _unshared(node: Any) -> Any:
 def _entered(node: Any, section: str, arg: str) -> Any:
     """The section of `node`, made if missing; tuples become lists that can be changed."""
     if isinstance(node, list):
-        if not section.isdecimal() or int(section) >= len(node):
+        if section not in map(str, range(len(node))):
             raise UserError(f"{arg}: expected a number below {len(node)} for {section!r}")
-        return node[int(section)]
-    if isinstance(node.get(section), tuple):
-        node[section] = list(node[section])
-    child = node.setdefault(section, {})
+        child = node[int(section)]
+    else:
+        if isinstance(node.get(section), tuple):
+            node[section] = list(node[section])
+        child = node.setdefault(section, {})
     if not isinstance(child, (dict, list)):
         raise UserError(f"{arg}: config key {section!r} is not a section")
     return child
@@ -174,8 +245,17 @@ def _parse_value(text: str) -> Any:
     for read in (ast.literal_eval, float):
         try:
             return read(text)
-        except (ValueError, SyntaxError, TypeError):
+        # The last two: of thousands of brackets.
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
+    return text
+
+
+def _unquoted(text: str) -> str:
+    """The text itself; of a quoted string of Python, what it quotes."""
+    if text[:1] in ("'", '"'):
+        value = _parse_value(text)
+        return value if isinstance(value, str) else text
     return text
 
 
@@ -233,6 +313,15 @@ def _config_argument(argv: Sequence[str]) -> str | None:
     return None
 
 
+def check_paths(flag_values: flags.FlagValues, *names: str) -> None:
+    """Checks the paths that flags name, if they were given: see `check_local_path`."""
+    for name in names:
+        value = flag_values[name].value
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None:
+                check_local_path(path, f"--{name}")
+
+
 def require(flag_values: flags.FlagValues, *names: str) -> None:
     """Raises UserError unless each of the flags was given."""
     for name in names:
@@ -278,12 +367,15 @@ def inception_loader(
 def numbers_in(flag_values: flags.FlagValues, name: str, kind: type) -> list[Any]:
     """The numbers of a list flag. Raises UserError for what is none."""
     try:
-        return [kind(x) for x in flag_values[name].value]
+        numbers = [kind(x) for x in flag_values[name].value]
     except ValueError as e:
         wanted = "integers" if kind is int else "numbers"
         raise UserError(
             f"--{name}={','.join(flag_values[name].value)}: expected {wanted} between commas"
         ) from e
+    for number in numbers:
+        _check_number(f"--{name}", number)
+    return numbers
 
 
 def _compilation_cache() -> pathlib.Path:
@@ -325,8 +417,12 @@ def set_up_jax(cluster: Cluster | None = None, *, platform: str | None = None) -
       in the thread that calls them, so that only one step's hundreds of MB are allocated at a
       time, and malloc keeps and reuses them. What `XLA_FLAGS`, `JAX_CPU_ENABLE_ASYNC_DISPATCH`
       and `GLIBC_TUNABLES` already say stays.
+    - Numbers are of 32 bits, whatever `JAX_ENABLE_X64` says.
     - Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR`, by default
       `~/.cache/cascaded_diffusion/xla/<N>cpus`: the second start of a run is quick.
+
+    Raises:
+      UserError: there is no device of the kind that `JAX_PLATFORMS` asks for.
     """
     from importlib.metadata import version
 
@@ -342,6 +438,8 @@ def set_up_jax(cluster: Cluster | None = None, *, platform: str | None = None) -
 
     import jax
 
+    # Whatever JAX_ENABLE_X64 says: checkpoints, and what was tested, are of float32.
+    jax.config.update("jax_enable_x64", False)
     if platform is not None:
         jax.config.update("jax_platforms", platform)
     if jax.config.jax_compilation_cache_dir is None:
@@ -359,9 +457,26 @@ def set_up_jax(cluster: Cluster | None = None, *, platform: str | None = None) -
             # On that address alone: JAX's default is every one that the machine has.
             coordinator_bind_address=cluster.coordinator,
         )
-    if jax.default_backend() == "cpu":
+    try:
+        backend = jax.default_backend()
+    except (RuntimeError, AssertionError) as e:  # the latter of CUDA without a GPU, with no text
+        asked = jax.config.jax_platforms or ""
+        reason = (str(e).splitlines() or ["JAX finds no such device"])[0].strip()
+        error = f"JAX_PLATFORMS={asked}: {reason}; here there is {_platforms_here(jax)}"
+        raise (UserError if cluster is None else LoneError)(error) from e
+    if backend == "cpu":
         _keep_freed_memory()
+    INTERRUPTS.at_once = False
     return jax
+
+
+def _platforms_here(jax: Any) -> str:
+    """The platforms that JAX finds if it may choose, for a message."""
+    jax.config.update("jax_platforms", "")
+    try:
+        return " and ".join(sorted({"cpu", jax.default_backend()}))
+    except (RuntimeError, AssertionError):
+        return "none that works"
 
 
 def define_cluster(flag_values: flags.FlagValues) -> None:

@@ -14,17 +14,23 @@ import dataclasses
 import json
 from typing import Any
 
+# Far above what anybody means, and below what breaks JAX, NumPy or a machine. What several values
+# make together is for `stage_checks` to bound.
+MAX_SIZE = 16_384  # pixels of an image's side
+_MAX_STEPS = 10**9  # the step is an int32
+_MAX_SEED = 2**32 - 1  # JAX takes the lower 32 bits
+_MAX_BATCH = 2**20
+_MAX_SAMPLES = 10**8
+_MAX_DEVICES = 2**20
 
-def _at_least(minimum: float) -> Any:
-    return dataclasses.field(metadata={"minimum": minimum})
 
-
-def _above(bound: float) -> Any:
-    return dataclasses.field(metadata={"above": bound})
-
-
-def _between(minimum: float, maximum: float) -> Any:
+def _range(minimum: float, maximum: float) -> Any:
+    """Of a number, or of each one of a tuple."""
     return dataclasses.field(metadata={"minimum": minimum, "maximum": maximum})
+
+
+def _above(bound: float, maximum: float) -> Any:
+    return dataclasses.field(metadata={"above": bound, "maximum": maximum})
 
 
 def _one_of(*choices: str) -> Any:
@@ -39,12 +45,12 @@ class ScheduleConfig:
     """
 
     name: str = _one_of("cosine", "linear", "shifted_cosine")
-    num_timesteps: int | None = _at_least(2)  # T; None is continuous time
+    num_timesteps: int | None = _range(2, 10**6)  # T; None is continuous time
     # Of T steps: "discrete" knows those alone; "continuous" draws between neighbours.
     noise_levels: str = _one_of("discrete", "continuous")
-    cosine_offset: float | None = _between(0.0, 1.0)
-    linear_betas: tuple[float, ...] | None = _between(1e-8, 0.999)  # first, last, of 1000 steps
-    reference_resolution: int | None = _at_least(1)  # where "shifted_cosine" is not shifted
+    cosine_offset: float | None = _range(0.0, 1.0)
+    linear_betas: tuple[float, ...] | None = _range(1e-8, 0.999)  # first, last, of 1000 steps
+    reference_resolution: int | None = _range(1, MAX_SIZE)  # where "shifted_cosine" is not shifted
 
     @property
     def discrete_timesteps(self) -> int | None:
@@ -57,13 +63,13 @@ class NetworkConfig:
     """`stage.network`: see `networks.conditioning.ConditionalNetwork` for the meaning."""
 
     name: str = _one_of("unet", "efficient_unet")
-    channels: int = _at_least(2)
-    channel_mults: tuple[int, ...] = _at_least(1)
-    num_res_blocks: tuple[int, ...] = _at_least(1)  # per level
-    attention_resolutions: tuple[int, ...] = _at_least(1)
-    num_heads: int = _at_least(1)
-    dropout_rate: float = _between(0.0, 0.99)
-    patch_size: int = _at_least(1)
+    channels: int = _range(2, 65_536)
+    channel_mults: tuple[int, ...] = _range(1, 1024)
+    num_res_blocks: tuple[int, ...] = _range(1, 256)  # per level
+    attention_resolutions: tuple[int, ...] = _range(1, MAX_SIZE)
+    num_heads: int = _range(1, 1024)
+    dropout_rate: float = _range(0.0, 0.99)
+    patch_size: int = _range(1, 256)
     resample: str = _one_of("conv", "pool", "biggan")
     scale_shift: bool
     scale_skips: bool
@@ -79,9 +85,9 @@ class DiffusionConfig:
     parameterization: str = _one_of("eps", "x0", "v")
     variance: str = _one_of("fixed", "learned")
     loss: str = _one_of("simple", "vlb", "hybrid")
-    vlb_weight: float | None = _above(0.0)  # of "hybrid"
+    vlb_weight: float | None = _above(0.0, 1e6)  # of "hybrid"
     weighting: str = _one_of("none", "snr", "truncated_snr", "min_snr", "sigmoid")
-    label_dropout_prob: float = _between(0.0, 0.99)  # > 0 allows guidance
+    label_dropout_prob: float = _range(0.0, 0.99)  # > 0 allows guidance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,10 +95,10 @@ class AugmentConfig:
     """`stage.augment`: conditioning augmentation of a super-resolution stage."""
 
     name: str = _one_of("none", "gaussian", "blur")
-    max_level: float | None = _between(1e-6, 1.0)  # gaussian: levels are drawn from (0, max_level]
-    blur_kernel_size: int | None = _at_least(3)
-    blur_sigmas: tuple[float, ...] | None = _above(0.0)  # pixels: lowest, highest
-    blur_prob: float | None = _between(0.0, 1.0)
+    max_level: float | None = _range(1e-6, 1.0)  # gaussian: levels are drawn from (0, max_level]
+    blur_kernel_size: int | None = _range(3, 255)
+    blur_sigmas: tuple[float, ...] | None = _above(0.0, 1000.0)  # pixels: lowest, highest
+    blur_prob: float | None = _range(0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,16 +106,16 @@ class SamplerConfig:
     """`stage.sampler`, `cascade.samplers[i]`: how a stage is sampled. Free after training."""
 
     name: str = _one_of("ancestral", "ddim", "dpmpp_2m", "heun")
-    num_steps: int = _at_least(1)
+    num_steps: int = _range(1, 10**6)
     grid: str = _one_of("uniform", "quadratic", "logsnr")
     # ancestral alone; "interpolated" is log-linear, 0 is small and 1 is large.
     variance: str | None = _one_of("small", "large", "interpolated", "learned")
-    variance_interpolation: float | None = _between(0.0, 1.0)
-    eta: float | None = _between(0.0, 1.0)  # ddim alone; 0 is deterministic
-    guidance_scale: float = _at_least(0.0)  # 1 is no guidance
-    guidance_interval: tuple[float, ...] = _between(0.0, 1.0)  # times t, low and high
+    variance_interpolation: float | None = _range(0.0, 1.0)
+    eta: float | None = _range(0.0, 1.0)  # ddim alone; 0 is deterministic
+    guidance_scale: float = _range(0.0, 1000.0)  # 1 is no guidance
+    guidance_interval: tuple[float, ...] = _range(0.0, 1.0)  # times t, low and high
     threshold: str = _one_of("none", "static", "dynamic")
-    threshold_percentile: float | None = _between(0.5, 1.0)  # dynamic alone
+    threshold_percentile: float | None = _range(0.5, 1.0)  # dynamic alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,10 +124,10 @@ class StageConfig:
 
     name: str
     kind: str = _one_of("base", "super_resolution")
-    resolution: int = _at_least(1)
-    channels: int = _at_least(1)
-    num_classes: int = _at_least(0)
-    low_res_resolution: int | None = _at_least(1)
+    resolution: int = _range(1, MAX_SIZE)
+    channels: int = _range(1, 1024)
+    num_classes: int = _range(0, 10**6)
+    low_res_resolution: int | None = _range(1, MAX_SIZE)
     network: NetworkConfig
     schedule: ScheduleConfig
     diffusion: DiffusionConfig
@@ -158,64 +164,71 @@ class DataConfig:
     prepared_dir: str | None  # where `prepare` writes; None: each image is decoded when read
     train_split: str
     eval_split: str
-    resolution: int = _at_least(1)
+    resolution: int = _range(1, MAX_SIZE)
     crop: str = _one_of("center", "none")  # "none": images are square already
     resize: str = _one_of("area", "bilinear")
     low_res: str = _one_of("derived", "stored")  # from the high-res image, or from the crop itself
     random_flip: bool
-    shuffle_seed: int = _at_least(0)
+    shuffle_seed: int = _range(0, _MAX_SEED)
     on_corrupt: str = _one_of("fail", "skip")
-    max_corrupt_fraction: float | None = _between(0.0, 1.0)  # None: MAX_CORRUPT_FRACTION
-    max_pixels: int | None = _at_least(1)  # of an encoded image; None: MAX_PIXELS
-    read_threads: int = _between(0, 1024)
-    read_workers: int | None = _between(0, 1024)  # processes that read; None: this one's threads
+    max_corrupt_fraction: float | None = _range(0.0, 1.0)  # None: MAX_CORRUPT_FRACTION
+    max_pixels: int | None = _range(1, 10**11)  # of an encoded image; None: MAX_PIXELS
+    read_threads: int = _range(0, 1024)
+    read_workers: int | None = _range(0, 1024)  # processes that read; None: this one's threads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """`train`: the optimization."""
 
-    seed: int = _at_least(0)
-    batch_size: int = _at_least(1)  # global
-    train_steps: int = _at_least(1)
-    learning_rate: float = _above(0.0)
+    seed: int = _range(0, _MAX_SEED)
+    batch_size: int = _range(1, _MAX_BATCH)  # global
+    train_steps: int = _range(1, _MAX_STEPS)
+    learning_rate: float = _above(0.0, 1000.0)
     lr_decay: str = _one_of("none", "cosine")
-    warmup_steps: int = _at_least(0)
-    adam_b2: float = _between(0.0, 0.99999)
-    grad_clip_norm: float = _above(0.0)
-    ema_decays: tuple[float, ...] = _between(0.0, 0.999999)
-    accumulation_steps: int | None = _at_least(1)  # parts a batch is computed in; None: one
+    warmup_steps: int = _range(0, _MAX_STEPS)
+    adam_b2: float = _range(0.0, 0.99999)
+    grad_clip_norm: float = _above(0.0, 1e12)
+    ema_decays: tuple[float, ...] = _range(0.0, 0.999999)
+    accumulation_steps: int | None = _range(
+        1, _MAX_BATCH
+    )  # parts a batch is computed in; None: one
     # What is computed anew in the backward pass, to save memory; None: nothing.
     remat: str | None = _one_of("resolutions", "everything")
-    remat_resolutions: tuple[int, ...] | None = _at_least(1)  # sizes of feature maps
-    log_every_steps: int = _at_least(1)
-    sample_every_steps: int = _at_least(1)  # grids of EMA samples for TensorBoard
+    remat_resolutions: tuple[int, ...] | None = _range(1, MAX_SIZE)  # sizes of feature maps
+    log_every_steps: int = _range(1, _MAX_STEPS)
+    sample_every_steps: int = _range(1, _MAX_STEPS)  # grids of EMA samples for TensorBoard
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """`eval`: how checkpoints are scored, and when training may stop."""
 
-    features: str = _one_of("classifier", "resnet", "resnet50", "inception")
+    features: str = _one_of("classifier", "resnet", "resnet50", "rotation", "inception")
     resize: str | None = _one_of("legacy", "clean")  # to the 299 px of inception alone
-    num_samples: int = _at_least(2)  # by which checkpoints are compared
-    final_num_samples: int = _at_least(2)  # of `evaluate --final`
+    num_samples: int = _range(2, _MAX_SAMPLES)  # by which checkpoints are compared
+    final_num_samples: int = _range(2, _MAX_SAMPLES)  # of `evaluate --final`
     sampler: str | None = _one_of("ancestral", "ddim", "dpmpp_2m", "heun")  # None: the stage's
-    num_steps: int | None = _at_least(1)  # to score a checkpoint; None: the stage's sampler's
-    batch_size: int = _at_least(1)
-    seed: int = _at_least(0)
-    aug_level: float = _between(0.0, 1.0)
-    ema_decays: tuple[float, ...] = _between(0.0, 0.999999)  # of train.ema_decays: those to score
-    patience_evals: int = _at_least(1)  # scores without a new best before EARLY_STOP
+    num_steps: int | None = _range(1, 10**6)  # to score a checkpoint; None: the stage's sampler's
+    batch_size: int = _range(1, _MAX_BATCH)
+    seed: int = _range(0, _MAX_SEED)
+    aug_level: float = _range(0.0, 1.0)
+    ema_decays: tuple[float, ...] = _range(0.0, 0.999999)  # of train.ema_decays: those to score
+    patience_evals: int = _range(1, 10**6)  # scores without a new best before EARLY_STOP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """`mesh`: devices along each axis; `data` = -1 takes what the others leave."""
 
-    data: int = _at_least(-1)  # a batch is split over it
-    fsdp: int = _at_least(1)  # a batch and all parameters are
-    tensor: int | None = _at_least(1)  # the widest layers' channels are; None: 1
+    data: int = _range(-1, _MAX_DEVICES)  # a batch is split over it
+    fsdp: int | None = _range(1, _MAX_DEVICES)  # and all parameters; None: what fits, or 1
+    tensor: int | None = _range(1, _MAX_DEVICES)  # the widest layers' channels are; None: 1
+
+    @property
+    def fsdp_size(self) -> int:
+        """Devices along `fsdp`: 1 as long as nobody has looked what fits."""
+        return self.fsdp or 1
 
     @property
     def tensor_size(self) -> int:
@@ -227,8 +240,8 @@ class MeshConfig:
 class CheckpointConfig:
     """`checkpoint`: when to save, and how many of the latest to keep (and the best)."""
 
-    save_every_steps: int = _at_least(1)
-    max_to_keep: int = _at_least(1)
+    save_every_steps: int = _range(1, _MAX_STEPS)
+    max_to_keep: int = _range(1, 10**6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,12 +265,12 @@ class CascadeSection:
 
     stages: tuple[str, ...]  # names of run folders
     configs: tuple[str, ...]  # config files of the stages, beside the cascade's own
-    aug_levels: tuple[float, ...] = _between(0.0, 1.0)
+    aug_levels: tuple[float, ...] = _range(0.0, 1.0)
     truncated: bool
     samplers: tuple[SamplerConfig, ...]
-    num_samples: int = _at_least(1)
-    batch_size: int = _at_least(1)
-    seed: int = _at_least(0)
+    num_samples: int = _range(1, _MAX_SAMPLES)
+    batch_size: int = _range(1, _MAX_BATCH)
+    seed: int = _range(0, _MAX_SEED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from cascaded_diffusion.config import (
 )
 from cascaded_diffusion.config_convert import convert, fail
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.paths import check_local_path
 from cascaded_diffusion.stage_checks import (
     check_level,
     check_sampler,
@@ -26,6 +27,7 @@ from cascaded_diffusion.stage_checks import (
     feature_map_sizes,
     rounded_level,
 )
+from cascaded_diffusion.stage_cost import stage_cost
 
 
 def run_config_from(values: Mapping[str, Any]) -> RunConfig:
@@ -50,6 +52,7 @@ def run_config_from(values: Mapping[str, Any]) -> RunConfig:
     if not train.ema_decays:
         fail("train.ema_decays", train.ema_decays, "at least one decay")
     _check_eval(config)
+    _check_work(config)
     if train.warmup_steps >= train.train_steps:
         fail(
             "train.warmup_steps",
@@ -70,8 +73,50 @@ def _check_data(config: RunConfig) -> None:
         fail("data.path", data.path, f"where the images of config.data.name = {data.name!r} are")
     if data.name in BUILTIN_DATA and data.path is not None:
         fail("data.path", data.path, f"None: {data.name!r} comes with the package")
+    for key in ("path", "prepared_dir"):
+        if (path := getattr(data, key)) is not None:
+            check_local_path(path, f"config.data.{key}")
     if data.low_res == "stored" and stage.low_res_resolution is None:
         fail("data.low_res", data.low_res, "'derived': this stage has no low-res input")
+
+
+# A batch on a host, and a training: all computers of the world would take years for it.
+_MAX_BATCH_BYTES = 10**12
+_MAX_TRAINING_FLOPS = 10**30
+
+
+def _check_work(config: RunConfig) -> None:
+    stage, data, train = config.stage, config.data, config.train
+    batches = (
+        ("train.batch_size", train.batch_size, "data.resolution", data.resolution),
+        ("eval.batch_size", config.eval.batch_size, "stage.resolution", stage.resolution),
+    )
+    for key, batch_size, size_key, size in batches:
+        _check_batch_bytes(key, batch_size, size_key, size, stage.channels)
+    flops = 3 * stage_cost(stage).flops * train.batch_size * train.train_steps
+    if flops > _MAX_TRAINING_FLOPS:
+        fail(
+            "train.train_steps",
+            train.train_steps,
+            f"fewer, or smaller batches: with config.train.batch_size = {train.batch_size} it"
+            f" would be about {flops:.1e} FLOPs, expected at most {_MAX_TRAINING_FLOPS:.0e}",
+        )
+
+
+def _check_batch_bytes(key: str, batch_size: int, size_key: str, size: int, channels: int) -> None:
+    count = 4 * batch_size * size**2 * channels
+    if count > _MAX_BATCH_BYTES:
+        fail(
+            key,
+            batch_size,
+            f"a smaller batch: images of config.{size_key} = {size} with"
+            f" config.stage.channels = {channels} would take {count:.1e} bytes, expected at most"
+            f" {_MAX_BATCH_BYTES:.0e}",
+        )
+
+
+# Feature extractors that are trained on the real images' labels.
+LABELLED_FEATURES = ("classifier", "resnet", "resnet50")
 
 
 def _check_eval(config: RunConfig) -> None:
@@ -98,6 +143,13 @@ def _check_eval(config: RunConfig) -> None:
         if settings.features == "inception":
             expected = "'legacy' (as the original FID and ADM's evaluator) or 'clean' (clean-fid)"
         fail("eval.resize", settings.resize, expected)
+    if settings.features in LABELLED_FEATURES and stage.num_classes < 2:
+        fail(
+            "eval.features",
+            settings.features,
+            "'rotation' or 'inception': a classifier needs at least 2 classes, and"
+            f" config.stage.num_classes is {stage.num_classes}",
+        )
     if settings.features == "inception" and stage.channels not in (1, 3):
         fail(
             "eval.features", settings.features, "another extractor: Inception takes 1 or 3 channels"
@@ -141,9 +193,9 @@ def _check_batch(
 ) -> None:
     if mesh.data == 0:
         fail("mesh.data", mesh.data, "-1 (all devices) or a value of at least 1")
-    others = mesh.fsdp * mesh.tensor_size
+    others = mesh.fsdp_size * mesh.tensor_size
     data = mesh.data if mesh.data > 0 else max(1, num_devices // others)
-    shards = data * mesh.fsdp
+    shards = data * mesh.fsdp_size
     if batch_size % (shards * parts):
         in_parts = "" if parts == 1 else f", times config.train.accumulation_steps = {parts}"
         hint = ""
@@ -153,23 +205,23 @@ def _check_batch(
             key,
             batch_size,
             f"a multiple of {shards * parts}, the devices of config.mesh that a batch is split"
-            f" over (data {data} x fsdp {mesh.fsdp}){in_parts}{hint}",
+            f" over (data {data} x fsdp {mesh.fsdp_size}){in_parts}{hint}",
         )
 
 
 def check_devices(config: RunConfig | CascadeConfig, num_devices: int) -> None:
     """Checks the mesh and the batches against the number of devices there are."""
     mesh = config.mesh
-    others = mesh.fsdp * mesh.tensor_size
+    others = mesh.fsdp_size * mesh.tensor_size
     if mesh.data > 0 and mesh.data * others != num_devices:
         fail(
             "mesh.data",
             mesh.data,
-            f"data x fsdp {mesh.fsdp} x tensor {mesh.tensor_size} to be the {num_devices} devices"
-            " found, or -1 to take what there is",
+            f"data x fsdp {mesh.fsdp_size} x tensor {mesh.tensor_size} to be the {num_devices}"
+            " devices found, or -1 to take what there is",
         )
     if others > num_devices or num_devices % others:
-        key = "fsdp" if mesh.fsdp > 1 or mesh.tensor is None else "tensor"
+        key = "fsdp" if mesh.fsdp_size > 1 or mesh.tensor is None else "tensor"
         product = "" if mesh.tensor_size == 1 or key == "tensor" else ", times config.mesh.tensor,"
         fail(
             f"mesh.{key}",
@@ -233,6 +285,13 @@ def check_chain(cascade: CascadeSection, stages: typing.Sequence[StageConfig]) -
         fail("cascade.stages", cascade.stages, f"a base model first; {stages[0].name!r} is none")
     for i, stage in enumerate(stages):
         check_sampler(f"cascade.samplers[{i}]", cascade.samplers[i], stage)
+        _check_batch_bytes(
+            "cascade.batch_size",
+            cascade.batch_size,
+            "stage.resolution",
+            stage.resolution,
+            stage.channels,
+        )
     for i, (below, stage) in enumerate(itertools.pairwise(stages)):
         if stage.low_res_resolution != below.resolution:
             fail(

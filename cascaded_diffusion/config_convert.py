@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -18,10 +19,21 @@ from cascaded_diffusion.errors import UserError
 
 T = TypeVar("T")
 
+_MAX_ITEMS = 16  # of a tuple
+_MAX_TEXT = 4096  # bytes of a string: the longest path there is on Linux
+
 
 def fail(key: str, value: Any, expected: str) -> typing.NoReturn:
     """Raises the UserError of a config key with a value that cannot be."""
-    raise UserError(f"config.{key} = {value!r}: expected {expected}")
+    raise UserError(f"config.{key} = {_shown(value)}: expected {expected}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError, MemoryError):  # Python prints no integer of 5,000 digits
+        return f"(an {type(value).__name__} too long to print)"
+    return text if len(text) <= 200 else f"{text[:150]}...{text[-30:]}"
 
 
 def _describe(hint: Any) -> str:
@@ -40,29 +52,43 @@ def _may_be_none(hint: Any) -> bool:
     return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
 
 
-def _convert_value(hint: Any, value: Any, key: str) -> Any:
+def _convert_value(hint: Any, value: Any, key: str, expected: str | None = None) -> Any:
     """`value` as the type `hint`, or UserError. Nothing is silently rounded or cast."""
+    expected = expected or _describe(hint)
     if dataclasses.is_dataclass(hint):
         return convert(hint, value, f"{key}.")
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
         (inner,) = (h for h in typing.get_args(hint) if h is not type(None))
-        try:
-            return _convert_value(inner, value, key)
-        except UserError:
-            if dataclasses.is_dataclass(inner):
-                raise
-    elif typing.get_origin(hint) is tuple:
+        return _convert_value(inner, value, key, expected)
+    if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)[0]
         if isinstance(value, (tuple, list)):
+            if len(value) > _MAX_ITEMS:
+                fail(key, value, f"at most {_MAX_ITEMS} values")
             return tuple(_convert_value(inner, v, f"{key}[{i}]") for i, v in enumerate(value))
     elif hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:  # an integer above 1e308
+                fail(key, value, "a finite number")
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        if hint is str:
+            _check_text(key, value)
         return value
-    fail(key, value, _describe(hint))
+    fail(key, value, expected)
+
+
+def _check_text(key: str, text: str) -> None:
+    """Any text may name something in the file system, if the file system takes it."""
+    try:
+        size = len(os.fsencode(text))
+    except UnicodeEncodeError:
+        fail(key, text, "text that can be encoded in UTF-8")
+    if "\0" in text or size > _MAX_TEXT:
+        fail(key, text, f"text of at most {_MAX_TEXT} bytes, without NUL characters")
 
 
 def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
@@ -78,12 +104,10 @@ def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
         close = difflib.get_close_matches(str(value), metadata["choices"], n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         fail(key, value, f"one of {', '.join(map(repr, metadata['choices']))}{hint}")
-    if "maximum" in metadata and not metadata["minimum"] <= value <= metadata["maximum"]:
+    if "minimum" in metadata and not metadata["minimum"] <= value <= metadata["maximum"]:
         fail(key, value, f"a value from {metadata['minimum']} to {metadata['maximum']}")
-    if "minimum" in metadata and not value >= metadata["minimum"]:
-        fail(key, value, f"a value of at least {metadata['minimum']}")
-    if "above" in metadata and not value > metadata["above"]:
-        fail(key, value, f"a value above {metadata['above']}")
+    if "above" in metadata and not metadata["above"] < value <= metadata["maximum"]:
+        fail(key, value, f"a value above {metadata['above']}, at most {metadata['maximum']}")
 
 
 def convert(cls: type[T], values: Any, prefix: str = "") -> T:
@@ -94,7 +118,10 @@ def convert(cls: type[T], values: Any, prefix: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise UserError(f"config.{prefix}{key} is not a config key{nearest_key(key, fields)}")
+            shown = _shown(key).strip("'\"")
+            raise UserError(
+                f"config.{prefix}{shown} is not a config key{nearest_key(shown, fields)}"
+            )
     converted = {}
     for name, field in fields.items():
         key = prefix + name
@@ -103,6 +130,22 @@ def convert(cls: type[T], values: Any, prefix: str = "") -> T:
         converted[name] = _convert_value(hints[name], values.get(name), key)
         _check_bounds(converted[name], field.metadata, key)
     return cls(**converted)
+
+
+def takes_text(cls: type[Any], path: typing.Sequence[str]) -> tuple[bool, bool]:
+    """Of the key that `path` leads to from a config dataclass: is it text, and may it be None?
+
+    A number in the path counts in a tuple. What is no key is no text.
+    """
+    hint: Any = cls
+    for name in path:
+        if isinstance(hint, types.UnionType):
+            hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        if typing.get_origin(hint) is tuple and name.isdecimal():
+            hint = typing.get_args(hint)[0]
+        else:
+            hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    return hint in (str, str | None), _may_be_none(hint)
 
 
 def nearest_key(key: str, known: typing.Iterable[str]) -> str:

@@ -139,6 +139,10 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = _define_flags(argv)
     cli.parse(fv, argv, __doc__)
+    cli.check_paths(
+        fv, "workdir", "samples", "reference", "low_res_run", "low_res_samples", "data_path",
+        "inception_weights",
+    )  # fmt: skip
     cli.refuse_cluster(fv)
     mode = next(name for name in _MODES if not name or fv[name].value not in (None, False))
     _check_flags(fv, argv, mode)

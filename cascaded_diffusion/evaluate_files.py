@@ -16,7 +16,7 @@ from cascaded_diffusion.config import MeshConfig
 from cascaded_diffusion.config_checks import check_sample_count
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.npz_file import array_names
-from cascaded_diffusion.runtime.paths import check_local_path
+from cascaded_diffusion.paths import check_local_path
 from cascaded_diffusion.runtime.samples import StoredImages, batches, open_images
 
 _BATCH = 500
@@ -124,6 +124,8 @@ def num_samples(fv: flags.FlagValues, samples: StoredImages) -> int:
             f"--num_samples={fv.num_samples}: --samples={samples.path} has {found} images;"
             " expected at least as many"
         )
+    if fv.num_samples is not None and fv.num_samples < found:
+        print(f"samples: the first {fv.num_samples} are measured", file=sys.stderr, flush=True)
     return fv.num_samples or found
 
 

@@ -2,6 +2,8 @@
 
     python -m cascaded_diffusion.main --config=configs/mnist_base16.py --workdir=RUN/base16
 
+Without --workdir the run goes to RUN/<name of the stage>.
+
 The same command run again goes on where the run stopped. Exit codes: 0 finished
 (or stopped early, as evaluation asked), 2 bad input, 75 stopped by SIGTERM or
 SIGINT after saving.
@@ -19,11 +21,13 @@ with --start_over.
 
 from __future__ import annotations
 
+import pathlib
+import re
 from collections.abc import Sequence
 
 from absl import flags
 
-from cascaded_diffusion import cli, run_images
+from cascaded_diffusion import cli, plan_topology, run_images
 from cascaded_diffusion.config_checks import check_devices, check_resume, run_config_from
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunData, RunFolder
@@ -33,7 +37,12 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = flags.FlagValues()
     cli.define_config(fv, argv, "the stage's config file, e.g. configs/mnist_base16.py")
-    flags.DEFINE_string("workdir", None, "folder of the run; made if missing", flag_values=fv)
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "folder of the run, made if missing; default: RUN/<name of the stage>",
+        flag_values=fv,
+    )
     flags.DEFINE_string(
         "profile_steps", None, "FIRST:LAST step to write a trace of", flag_values=fv
     )
@@ -46,10 +55,15 @@ def main(argv: Sequence[str]) -> int:
     run_images.define_data_path(fv)
     cli.define_cluster(fv)
     cli.parse(fv, argv, __doc__)
-    cli.require(fv, "config", "workdir")
+    cli.require(fv, "config")
     as_given = run_config_from(cli.config_values(fv, argv))
+    name, said = as_given.stage.name, []
+    if fv.workdir is None:
+        fv.workdir = str(pathlib.Path("RUN") / name)
+        said.append(f"--workdir was not given: the run goes to {fv.workdir}")
+    cli.check_paths(fv, "workdir", "data_path")
+    profile_steps = _profile_steps(fv.profile_steps, as_given.train.train_steps)
     config = run_images.with_absolute_paths(as_given, fv.data_path)
-    profile_steps = _profile_steps(fv.profile_steps)
     folder = RunFolder(fv.workdir)
     folder.check_writable()
     if folder.exists():
@@ -57,18 +71,27 @@ def main(argv: Sequence[str]) -> int:
 
     cluster = cli.join_cluster(fv, config, "workdir")
     jax = cli.set_up_jax(cluster)
+    from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.data.loader import build_stream, iterate
     from cascaded_diffusion.data.sources import load_splits, spread_examples
-    from cascaded_diffusion.runtime.mesh import batch_share, build_mesh, together
+    from cascaded_diffusion.runtime.mesh import batch_share, build_mesh, together, told_by_first
     from cascaded_diffusion.training.grid import GRID_COLUMNS, GRID_ROWS
     from cascaded_diffusion.training.loop import train
 
-    check_devices(config, jax.device_count())
-    index, count = batch_share(build_mesh(config.mesh))
+    # Whatever may be wrong is found before anything is written.
+    build_stage(config.stage)
     with together():
-        names = [config.data.train_split, config.data.eval_split]
-        sources = load_splits(config.data, list(dict.fromkeys(names)), config.stage)
-        source, held_out = (sources[name] for name in names)
+        splits = [config.data.train_split, config.data.eval_split]
+        sources = load_splits(config.data, list(dict.fromkeys(splits)), config.stage)
+        source, held_out = (sources[split] for split in splits)
+        grid_examples = spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS)
+    (memory_mib,) = told_by_first([int(plan_topology.device_bytes() / 2**20)])
+    divided, choice = plan_topology.divided(config, jax.device_count(), memory_mib * 2**20)
+    check_devices(divided, jax.device_count())
+    warning = plan_topology.check_memory(divided, jax.device_count(), memory_mib * 2**20)
+    mesh = build_mesh(divided.mesh)
+    index, count = batch_share(mesh)
+    with together():
         stream = build_stream(
             source,
             config.data,
@@ -76,7 +99,10 @@ def main(argv: Sequence[str]) -> int:
             process_index=index,
             process_count=count,
         )
-        grid_examples = spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS)
+    if jax.process_index() == 0:
+        for line in [*said, choice, warning and f"warning: {warning}"]:
+            if line:
+                print(f"{name}: {line}", flush=True)
     outcome = train(
         config,
         folder,
@@ -92,10 +118,10 @@ def main(argv: Sequence[str]) -> int:
         start_over=fv.start_over,
         grid_examples=grid_examples,
         profile_steps=profile_steps,
+        mesh=mesh,
     )
     if jax.process_index() > 0:  # one of them speaks for all
         return cli.EXIT_PREEMPTED if outcome.reason == "preempted" else 0
-    name = config.stage.name
     if outcome.reason == "preempted":
         print(f"{name}: stopped by a signal at step {outcome.step}, saved; run it again to go on")
         return cli.EXIT_PREEMPTED
@@ -109,13 +135,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _profile_steps(text: str | None) -> tuple[int, int] | None:
+def _profile_steps(text: str | None, train_steps: int) -> tuple[int, int] | None:
     if text is None:
         return None
-    first, colon, last = text.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise UserError(f"--profile_steps={text}: expected FIRST:LAST, steps from 1 on, as 100:105")
-    return int(first), int(last)
+    found = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]) <= train_steps:
+        raise UserError(
+            f"--profile_steps={text}: expected FIRST:LAST, as 100:105, steps from 1 to"
+            f" config.train.train_steps = {train_steps}"
+        )
+    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

@@ -92,11 +92,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _topology(fv: flags.FlagValues) -> Topology | None:
+    if not 0.001 <= fv.efficiency <= 1:
+        raise UserError(f"--efficiency={fv.efficiency:g}: expected a share of the peak, 0.001 to 1")
     if fv.topology is None:
         return None
     topology = parse_topology(fv.topology)
-    if not 0 < fv.efficiency <= 1:
-        raise UserError(f"--efficiency={fv.efficiency:g}: expected a share of the peak, 0 to 1")
     if fv.compile and not topology.is_tpu:
         raise UserError(
             f"--compile: expected a TPU's --topology, not {topology.name}: no compiler for others"
@@ -112,9 +112,12 @@ def _topology(fv: flags.FlagValues) -> Topology | None:
 def _on_topology(
     config: RunConfig, plan: dict[str, Any], topology: Topology, fv: flags.FlagValues
 ) -> dict[str, Any]:
+    memory = topology.accelerator.memory_bytes
+    config, choice = plan_topology.divided(config, topology.num_devices, memory)
     found = plan_topology.topology_plan(
         config, topology, efficiency=fv.efficiency, flops_per_image=plan["flops_per_image"]
     )
+    found["mesh_choice"] = choice
     used = None
     if topology.is_tpu and fv.compile is not False and plan_topology.has_tpu_compiler():
         name = config.stage.name
@@ -122,7 +125,7 @@ def _on_topology(
         found["compiled"] = plan_topology.compiled_plan(config, topology)
         found["fits"], used = found["compiled"]["fits"], found["compiled"].get("used_bytes")
     if not found["fits"]:
-        found["advice"] = plan_topology.advice(config, topology, used)
+        found["advice"] = plan_topology.advice(config, topology.num_devices, memory, used)
     return found
 
 
@@ -131,7 +134,8 @@ def _describe(plan: dict[str, Any]) -> str:
     on = plan["on_topology"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in on["mesh"].items())
     compiled = on.get("compiled")
-    lines = [
+    lines = [on["mesh_choice"]] if on["mesh_choice"] else []
+    lines += [
         f"{plan['name']} on {on['topology']}: {on['devices']} devices, {mesh}, batch"
         f" {on['batch_size']} ({on['batch_size'] / on['devices']:g} a device), remat"
         f" {on['remat'] or 'none'}, {on['accumulation_steps']} part(s) a step",

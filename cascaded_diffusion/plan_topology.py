@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,9 @@ from typing import Any
 from cascaded_diffusion.config import RunConfig, StageConfig, TrainConfig
 from cascaded_diffusion.config_checks import check_devices, remat_sizes
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.accelerators import accelerator_of
 from cascaded_diffusion.runtime.topologies import Topology, tpu_devices
+from cascaded_diffusion.stage_cost import stage_cost
 
 # Less effort of the compiler: a third of its time, and as far as seen the same memory.
 _COMPILER_OPTIONS = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
@@ -30,6 +33,8 @@ _MAX_FSDP = 64
 # A compiled step has copies and buffers besides what is kept: of the paper's models it needs 0.9
 # to 2.4 times the estimate (benchmarks/results/tpu_plan.md).
 _MARGIN = 2.0
+# Less than this part of the estimate no compiler has needed.
+_LEAST = 0.5
 
 
 def has_tpu_compiler() -> bool:
@@ -77,18 +82,18 @@ def topology_plan(
         "days": total_secs / 86400,
         "chip_hours": total_secs / 3600 * topology.num_devices,
     }
-    plan["fits"] = _fits(_total(config, topology), topology)
+    plan["fits"] = _fits(_total(config, topology.num_devices), accelerator.memory_bytes)
     return plan
 
 
-def _fits(size: float, topology: Topology) -> bool:
-    return size <= _USABLE * topology.accelerator.memory_bytes
+def _fits(size: float, memory_bytes: float) -> bool:
+    return size <= _USABLE * memory_bytes
 
 
 def _mesh_shape(config: RunConfig, num_devices: int) -> dict[str, int]:
     mesh = config.mesh
-    data = num_devices // (mesh.fsdp * mesh.tensor_size) if mesh.data == -1 else mesh.data
-    return {"data": data, "fsdp": mesh.fsdp, "tensor": mesh.tensor_size}
+    data = num_devices // (mesh.fsdp_size * mesh.tensor_size) if mesh.data == -1 else mesh.data
+    return {"data": data, "fsdp": mesh.fsdp_size, "tensor": mesh.tensor_size}
 
 
 @functools.cache
@@ -127,8 +132,8 @@ def _abstract(config: RunConfig, num_devices: int) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _kept_bytes(stage_config: StageConfig, remat: tuple[int, ...], batch_size: int) -> int:
-    """What a step on one device keeps for its backward pass, but for the parameters."""
+def _kept_bytes(stage_config: StageConfig, remat: tuple[int, ...]) -> int:
+    """What a step keeps of one image for its backward pass."""
     import jax
 
     from cascaded_diffusion.cascade.build import build_stage
@@ -137,7 +142,7 @@ def _kept_bytes(stage_config: StageConfig, remat: tuple[int, ...], batch_size: i
     execution = Execution(per_device=lambda function: function, remat_sizes=remat)
     stage = build_stage(stage_config).executed(execution)
     params = jax.eval_shape(stage.init, jax.random.key(0))
-    inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=batch_size))
+    inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=1))
 
     def kept(params: Any, xt: Any, logsnr: Any, cond: Any) -> Any:
         return jax.vjp(lambda p: stage.network.apply(p, xt, logsnr, cond), params)[1]
@@ -160,7 +165,7 @@ def _memory(config: RunConfig, num_devices: int) -> dict[str, int]:
     parts = config.train.accumulation_steps or 1
     batch = config.train.batch_size / parts / (mesh.shape["data"] * mesh.shape["fsdp"])
     remat = remat_sizes(config.train, config.stage)
-    activations = _kept_bytes(config.stage, remat, max(1, round(batch)))
+    activations = _kept_bytes(config.stage, remat) * max(1.0, batch)
     share = min(1.0, config.train.batch_size / parts / num_devices) if batch <= 1 else 1.0
     gathered = 0
     if mesh.shape["fsdp"] > 1 and config.train.remat != "everything":
@@ -236,7 +241,7 @@ def compiled_plan(config: RunConfig, topology: Topology) -> dict[str, Any]:
         - memory.alias_size_in_bytes
     )
     found = {
-        "fits": _fits(used, topology),
+        "fits": _fits(used, topology.accelerator.memory_bytes),
         "compile_secs": time.monotonic() - start,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
@@ -251,41 +256,163 @@ def compiled_plan(config: RunConfig, topology: Topology) -> dict[str, Any]:
     return found
 
 
-def advice(config: RunConfig, topology: Topology, used: float | None) -> str | None:
+def advice(
+    config: RunConfig, num_devices: int, memory_bytes: float, used: float | None = None
+) -> str | None:
     """Which keys to change for a step to fit, or None if nothing that is tried helps.
 
     Args:
       config: of a step that does not fit.
-      topology: where it shall run.
+      num_devices: there are.
+      memory_bytes: of one device.
       used: bytes per device by the compiler, where it says; the estimate is scaled to it.
     """
-    here = _total(config, topology)
+    here = _total(config, num_devices)
     scale = 1.0 if used is None else used / here
     for changes, changed in _changes(config):
         try:
-            check_devices(changed, topology.num_devices)
+            check_devices(changed, num_devices)
         except UserError:
             continue
-        if _fits(scale * _total(changed, topology), topology):
+        if _fits(scale * _total(changed, num_devices), memory_bytes):
             return ", ".join(f"--config.{key}={value}" for key, value in changes.items())
     return None
 
 
-def _total(config: RunConfig, topology: Topology) -> float:
+def divided(
+    config: RunConfig, num_devices: int, memory_bytes: float
+) -> tuple[RunConfig, str | None]:
+    """A run's config with the smallest `mesh.fsdp` whose estimate fits, where it is None.
+
+    Args:
+      config: the run's.
+      num_devices: there are, of all processes.
+      memory_bytes: of one device.
+
+    Returns:
+      The config, and a line that says so where there was something to choose.
+    """
+    mesh, rest = config.mesh, num_devices // config.mesh.tensor_size
+    if mesh.fsdp is not None:
+        return config, None
+
+    def of(fsdp: int) -> RunConfig:
+        return dataclasses.replace(config, mesh=dataclasses.replace(mesh, fsdp=fsdp))
+
+    sizes = [d for d in range(1, min(rest, _MAX_FSDP) + 1) if rest % d == 0]
+    if mesh.data > 0:
+        sizes = [d for d in sizes if mesh.data * d == rest]
+    try:
+        for fsdp in sizes:
+            check_devices(of(fsdp), num_devices)
+    except UserError:
+        sizes = []
+    if not sizes or num_devices == 1:
+        return of(1), None  # and `check_devices` says what is wrong, if anything is
+    if sizes[0] == 1 and _fits_by_far(config, num_devices, memory_bytes):
+        return of(1), "config.mesh.fsdp = 1: the state and a step fit on each device by far"
+    totals = {}
+    for fsdp in sizes:
+        totals[fsdp] = _total(of(fsdp), num_devices)
+        if _fits(totals[fsdp], memory_bytes):
+            return of(fsdp), (
+                f"config.mesh.fsdp = {fsdp}: the smallest division whose estimated"
+                f" {totals[fsdp] / 1e9:.3g} GB per device fits in {memory_bytes / 1e9:.3g} GB"
+            )
+    fsdp = min(totals, key=totals.__getitem__)
+    return of(fsdp), (
+        f"config.mesh.fsdp = {fsdp}: no division fits by estimate; with this one a device needs"
+        f" {totals[fsdp] / 1e9:.3g} of {memory_bytes / 1e9:.3g} GB"
+    )
+
+
+def device_bytes() -> float:
+    """The memory of one of this process's devices; a CPU's devices share the machine's."""
+    import jax
+
+    device = jax.local_devices()[0]
+    stats, accelerator = device.memory_stats() or {}, accelerator_of(device.device_kind)
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    if accelerator is not None:
+        return accelerator.memory_bytes
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine / jax.local_device_count()
+
+
+def _rough(config: RunConfig, num_devices: int) -> tuple[float, float]:
+    """Bytes of one device, state and activations, by arithmetic: tracing takes many seconds."""
+    cost, train = stage_cost(config.stage), config.train
+    shape = _mesh_shape(config, num_devices)
+    images = train.batch_size / (train.accumulation_steps or 1) / (shape["data"] * shape["fsdp"])
+    state = 4 * (3 + len(train.ema_decays)) * cost.parameters / (shape["fsdp"] * shape["tensor"])
+    width = 2 if config.stage.network.dtype == "bfloat16" else 4
+    return state, width * cost.kept_values * images / shape["tensor"]
+
+
+def _fits_by_far(config: RunConfig, num_devices: int, memory_bytes: float) -> bool:
+    state, activations = _rough(config, num_devices)
+    return 2 * state + 4 * activations <= memory_bytes / 2
+
+
+def check_memory(config: RunConfig, num_devices: int, memory_bytes: float) -> str | None:
+    """Looks whether a training step can fit, before anything is compiled.
+
+    Args:
+      config: the run's, whose mesh fits the devices.
+      num_devices: there are, of all processes.
+      memory_bytes: of one device.
+
+    Returns:
+      A line of warning if it may well not fit; what the compiler makes of it varies.
+
+    Raises:
+      UserError: it cannot fit.
+    """
+    if _fits_by_far(config, num_devices, memory_bytes):
+        return None
+    state, activations = _rough(config, num_devices)
+    least = activations if config.train.remat is None else 0.0
+    if state / 2 + _LEAST / 2 * least > memory_bytes:
+        raise UserError(_too_large(config, state, activations, memory_bytes))
+    memory = _memory(config, num_devices)
+    state, activations = memory["state_bytes_per_device"], memory["activation_bytes_per_device"]
+    if _fits(state + _MARGIN * activations, memory_bytes):
+        return None
+    line = _too_large(config, state, activations, memory_bytes)
+    if found := advice(config, num_devices, memory_bytes):
+        line += f"; by estimate it fits with {found}"
+    if state + _LEAST * activations > memory_bytes:
+        raise UserError(line)
+    return f"it may not fit: {line}"
+
+
+def _too_large(config: RunConfig, state: float, activations: float, memory_bytes: float) -> str:
+    train = config.train
+    return (
+        f"config.train.batch_size = {train.batch_size}, config.train.accumulation_steps ="
+        f" {train.accumulation_steps}, config.train.remat = {train.remat!r}, config.mesh.fsdp ="
+        f" {config.mesh.fsdp_size}: by estimate a device needs {state / 1e9:.3g} GB for the state"
+        f" and {activations / 1e9:.3g} GB for a step, and has {memory_bytes / 1e9:.3g} GB;"
+        " expected a smaller batch, more parts, remat = 'everything', a larger fsdp or more devices"
+    )
+
+
+def _total(config: RunConfig, num_devices: int) -> float:
     """Bytes of one device, on the safe side."""
-    memory = _memory(config, topology.num_devices)
+    memory = _memory(config, num_devices)
     return memory["state_bytes_per_device"] + _MARGIN * memory["activation_bytes_per_device"]
 
 
 def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     """Ways to need less memory: the cheapest in time first."""
     train, mesh = config.train, config.mesh
-    fsdps = [mesh.fsdp * 2**i for i in range(7) if mesh.fsdp * 2**i <= _MAX_FSDP]
+    fsdps = [mesh.fsdp_size * 2**i for i in range(7) if mesh.fsdp_size * 2**i <= _MAX_FSDP]
     for parts in (1, 2, 4, 8, 16):
         for remat in (None, "everything") if train.remat != "everything" else (None,):
             for fsdp in fsdps:
                 changes: dict[str, Any] = {}
-                if fsdp != mesh.fsdp:
+                if fsdp != mesh.fsdp_size:
                     changes["mesh.fsdp"] = fsdp
                 if remat is not None:
                     changes["train.remat"] = remat

@@ -76,10 +76,16 @@ def open_splits(
       UserError: they cannot be read, the splits differ in classes, or they are not the images
         that the run was trained on.
     """
+    from cascaded_diffusion.data.raw import DataMissing
     from cascaded_diffusion.data.sources import load_splits
 
     whole = with_absolute_paths(config, data_path)
-    sources = load_splits(whole.data, list(dict.fromkeys(splits)), whole.stage)
+    try:
+        sources = load_splits(whole.data, splits, whole.stage)
+    except DataMissing as e:
+        if whole.data.path is None or data_path is not None:
+            raise
+        raise DataMissing(f"{e}; if they were moved, say where they lie by --data_path") from e
     folder.check_data(
         RunData(splits=sources, path=whole.data.path, given_anew=data_path is not None)
     )

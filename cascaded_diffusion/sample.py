@@ -50,6 +50,7 @@ from absl import flags
 from cascaded_diffusion import cli
 from cascaded_diffusion.config_checks import check_devices
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.run_images import open_splits
 from cascaded_diffusion.sample_inputs import Request, define_inputs, read_request
 
 if TYPE_CHECKING:  # these import JAX, which wants to be set up first
@@ -171,11 +172,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _real_images(request: Request) -> LabelledImages:
     """Those of the picture, of the split that was held out of the last stage's training."""
-    from cascaded_diffusion.data.sources import load_source, spread_examples
+    from cascaded_diffusion.data.sources import spread_examples
     from cascaded_diffusion.evaluation.classifier import LabelledImages
 
-    run = request.run_configs[-1]
-    held_out = load_source(run.data, run.data.eval_split, run.stage)
+    folder, run = request.folders[-1], request.run_configs[-1]
+    name = run.data.eval_split
+    held_out = open_splits(folder, run, [name], data_path=request.data_path)[name]
     spread = spread_examples(held_out, rows=2, columns=10)
     return LabelledImages(spread["image"], spread["label"])
 

@@ -16,7 +16,8 @@ from cascaded_diffusion.config import MAX_PIXELS, CascadeConfig, RunConfig, Stag
 from cascaded_diffusion.config_checks import cascade_config_from, check_chain
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.npz_file import read_arrays
-from cascaded_diffusion.runtime.paths import check_local_path
+from cascaded_diffusion.paths import check_local_path
+from cascaded_diffusion.run_images import check_same_run_classes, define_data_path
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 from cascaded_diffusion.runtime.samples import open_images
 from cascaded_diffusion.stage_checks import check_level, check_sampler
@@ -59,6 +60,7 @@ class Request:
       chosen: whether classes were chosen.
       low_res: what is to be enlarged, if `first` is not 0.
       output: where to write.
+      data_path: where the last run's images lie now, if they were moved.
     """
 
     config: CascadeConfig
@@ -70,6 +72,7 @@ class Request:
     chosen: bool
     low_res: LowRes | None
     output: RunFolder
+    data_path: str | None
 
     def identity(self) -> dict[str, object]:
         """All that the samples are a function of besides the stages' checkpoints, for JSON."""
@@ -125,6 +128,7 @@ def define_inputs(flag_values: flags.FlagValues) -> None:
         ),
     ):
         flags.DEFINE_string(name, None, text, flag_values=flag_values)
+    define_data_path(flag_values)
     flags.DEFINE_integer(
         "per_class",
         None,
@@ -147,9 +151,7 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> Request:
     Raises:
       UserError: something does not go together, or is not there.
     """
-    for name in ("workdir", "output", "low_res"):
-        if fv[name].value is not None:
-            check_local_path(fv[name].value, f"--{name}")
+    cli.check_paths(fv, "workdir", "output", "low_res", "data_path")
     enlarging = fv.low_res is not None
     if enlarging and fv.per_class is not None:
         raise UserError(
@@ -174,7 +176,8 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> Request:
         )
     for folder in folders[first:]:
         folder.chosen()
-    labels, class_names = _labels(fv, last, low_res)
+    check_same_run_classes(folders[first:])
+    labels, class_names = _labels(fv, folders[-1], last, low_res)
     count = section.num_samples
     if low_res is not None:
         count = len(low_res.images)
@@ -199,6 +202,7 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> Request:
         chosen=chosen,
         low_res=low_res,
         output=RunFolder(fv.output or pathlib.Path(fv.workdir, name), flag="output"),
+        data_path=fv.data_path,
     )
     if enlarging:
         _check_apart(pathlib.Path(fv.low_res), request)
@@ -313,7 +317,7 @@ def _read_low_res(fv: flags.FlagValues, stages: Sequence[StageConfig], last: Run
 
 
 def _labels(
-    fv: flags.FlagValues, run: RunConfig, low_res: LowRes | None
+    fv: flags.FlagValues, folder: RunFolder, run: RunConfig, low_res: LowRes | None
 ) -> tuple[np.ndarray, dict[int, str]]:
     """The labels, in turn, and the names of those that were given by name."""
     num_classes = run.stage.num_classes
@@ -328,7 +332,7 @@ def _labels(
         items = _label_items(fv.labels)
         names = dict[str, int]()
         if any(isinstance(item, str) for item in items):
-            names = {name: i for i, name in enumerate(_class_names(fv.labels, run))}
+            names = {name: i for i, name in enumerate(_class_names(fv.labels, folder))}
         labels, named = [], {}
         for item in items:
             if isinstance(item, str):
@@ -406,14 +410,12 @@ def _array_of_labels(path: pathlib.Path) -> list[int | str]:
     return labels.tolist()
 
 
-def _class_names(labels: str, run: RunConfig) -> Sequence[str]:
+def _class_names(labels: str, folder: RunFolder) -> Sequence[str]:
     """The names of a run's classes, in order of label."""
-    from cascaded_diffusion.data.sources import load_source
-
-    try:
-        return load_source(run.data, run.data.eval_split, run.stage).class_names
-    except UserError as e:
+    names = folder.class_names()
+    if not names:
         raise UserError(
-            f"--labels={labels}: names of classes are those of the run's data, which are not there"
-            f" (give numbers): {e}"
-        ) from e
+            f"--labels={labels}: the run in {folder.path} does not say what its classes are called;"
+            " give numbers"
+        )
+    return names

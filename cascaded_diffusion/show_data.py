@@ -65,14 +65,13 @@ def main(argv: Sequence[str]) -> int:
     jax = cli.set_up_jax()
     from cascaded_diffusion.data.loader import build_stream, iterate
     from cascaded_diffusion.data.measure import measure_loader, measure_parts
-    from cascaded_diffusion.data.sources import load_splits, prepare_command
+    from cascaded_diffusion.data.sources import load_splits
     from cascaded_diffusion.runtime.pictures import save_png
 
     source = load_splits(
         config.data,
         [split, config.data.train_split, config.data.eval_split],
         config.stage,
-        command=prepare_command(argv),
     )[split]
     batch_size = min(config.train.batch_size, len(source))
     stream = build_stream(source, config.data, global_batch_size=batch_size)

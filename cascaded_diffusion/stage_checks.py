@@ -7,6 +7,14 @@ from typing import Any
 
 from cascaded_diffusion.config import SamplerConfig, ScheduleConfig, StageConfig
 from cascaded_diffusion.config_convert import fail
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.stage_cost import stage_cost
+
+# The largest published diffusion models have some 2e10 parameters and take 1e14 FLOPs a pass.
+_MAX_PARAMETERS = 10**12
+_MAX_FLOPS = 10**17
+# The paper's enlarge by 2 and 4; more than 64 times (16 to 1024 px) nobody has tried.
+_MAX_ENLARGEMENT = 64
 
 
 def check_stage(stage: StageConfig) -> None:
@@ -21,6 +29,14 @@ def check_stage(stage: StageConfig) -> None:
                 stage.low_res_resolution,
                 f"the size of the images to enlarge, below config.stage.resolution ="
                 f" {stage.resolution}, since config.stage.kind is 'super_resolution'",
+            )
+        factor, rest = divmod(stage.resolution, stage.low_res_resolution)
+        if rest or factor > _MAX_ENLARGEMENT:
+            fail(
+                "stage.low_res_resolution",
+                stage.low_res_resolution,
+                f"a size that config.stage.resolution = {stage.resolution} is a multiple of, 2 to"
+                f" {_MAX_ENLARGEMENT} times",
             )
     else:
         if stage.low_res_resolution is not None:
@@ -39,6 +55,28 @@ def check_stage(stage: StageConfig) -> None:
     _check_augment(stage)
     _check_diffusion(stage)
     check_sampler("stage.sampler", stage.sampler, stage)
+    _check_cost(stage)
+
+
+def _check_cost(stage: StageConfig) -> None:
+    """What values make together, each of which may be good: before anything is allocated."""
+    cost, network = stage_cost(stage), stage.network
+    blame = (
+        f"config.stage.resolution = {stage.resolution}, config.stage.num_classes ="
+        f" {stage.num_classes}, config.stage.network.channels = {network.channels},"
+        f" channel_mults = {network.channel_mults}, num_res_blocks = {network.num_res_blocks},"
+        f" attention_resolutions = {network.attention_resolutions}"
+    )
+    if cost.parameters > _MAX_PARAMETERS:
+        raise UserError(
+            f"{blame}: about {cost.parameters:.1e} parameters, expected at most"
+            f" {_MAX_PARAMETERS:.0e}"
+        )
+    if cost.flops > _MAX_FLOPS:
+        raise UserError(
+            f"{blame}: about {cost.flops:.1e} FLOPs for one image, expected at most"
+            f" {_MAX_FLOPS:.0e}"
+        )
 
 
 def _check_network(stage: StageConfig) -> None:

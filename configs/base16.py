@@ -106,7 +106,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         ema_decays=(0.9999,),
         patience_evals=10,
     )
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = dict(data=-1, fsdp=None)  # None: as few as it fits on
     config.checkpoint = dict(save_every_steps=10_000, max_to_keep=3)
     if variant == "smoke":  # less of everything, and drawn pictures at a quarter of the size
         config.stage.update(resolution=4, num_classes=10)
@@ -117,5 +117,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
         config.eval.update(features="classifier", resize=None, num_samples=20, batch_size=16)
         config.eval.update(final_num_samples=20, num_steps=8)
-        config.update(mesh=dict(fsdp=1), checkpoint=dict(save_every_steps=10))
+        config.checkpoint.update(save_every_steps=10)
     return config

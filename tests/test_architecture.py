@@ -41,17 +41,20 @@ BINARIES = {
     "show_data",
 }
 BINARY_FILES = {f"{name}.py" for name in BINARIES}
-LEAVES = {"config", "config_checks", "types", "errors", "litter", "npz_file", "png_chunks"}
-_CONFIG = {"config", "config_convert", "stage_checks", "errors"}
+LEAVES = {"config", "config_checks", "paths", "types", "errors", "litter", "npz_file", "png_chunks"}
+_CONFIG = {"config", "config_convert", "stage_checks", "stage_cost", "paths", "errors"}
 # Who may import whom inside the package, besides itself.
 ALLOWED = {
     "config": set(),
     "config_convert": {"errors"},
+    "paths": {"errors"},
+    "stage_cost": {"config"},
     "stage_checks": _CONFIG,
     "config_checks": _CONFIG,
     "types": set(),
     "resize_weights": set(),
     "errors": set(),
+    "interrupts": set(),
     "litter": set(),
     "npz_file": set(),
     "png_chunks": set(),

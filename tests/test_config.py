@@ -39,8 +39,8 @@ def test_every_model_of_the_paper_has_its_config():
 def test_shipped_configs_are_good_and_survive_json(name, variant):
     config = run_config_from(config_values(name, variant))
     assert run_config_from(json.loads(json.dumps(to_dict(config)))) == config
-    check_devices(config, config.mesh.fsdp)
-    check_devices(config, 8 * config.mesh.fsdp)
+    check_devices(config, config.mesh.fsdp_size)
+    check_devices(config, 8 * config.mesh.fsdp_size)
     # A run folder has the stage's name; a cascade finds it by that.
     assert name.removeprefix("mnist_").removeprefix("cifar10_") == config.stage.name
 
@@ -106,7 +106,7 @@ BAD_RUNS = [
     ({"train.batch_size": "64"}, "config.train.batch_size = '64': expected an integer"),
     ({"train.batch_size": 64.0}, "config.train.batch_size = 64.0: expected an integer"),
     ({"train.batch_size": True}, "config.train.batch_size = True: expected an integer"),
-    ({"train.batch_size": 0}, "config.train.batch_size = 0: expected a value of at least 1"),
+    ({"train.batch_size": 0}, "config.train.batch_size = 0: expected a value from 1"),
     ({"train.learning_rate": "fast"}, "config.train.learning_rate = 'fast': expected a number"),
     (
         {"train.learning_rate": math.nan},
@@ -140,7 +140,35 @@ BAD_RUNS = [
     ),
     ({"eval.ema_decays": ()}, "config.eval.ema_decays = (): expected at least one, each of"),
     ({"train.grad_clip_norm": 0.0}, "config.train.grad_clip_norm = 0.0: expected a value above 0"),
-    ({"train.seed": -1}, "config.train.seed = -1: expected a value of at least 0"),
+    (
+        {"train.seed": 2**32},
+        "config.train.seed = 4294967296: expected a value from 0 to 4294967295",
+    ),
+    ({"train.seed": 2**64}, "config.train.seed = 18446744073709551616: expected a value from 0"),
+    ({"train.learning_rate": 10**400}, "config.train.learning_rate = 10000"),
+    ({"train.learning_rate": 1e300}, "config.train.learning_rate = 1e+300: expected a value above"),
+    ({"stage.sampler.num_steps": 10**30}, "config.stage.sampler.num_steps = 1000000000000000"),
+    ({"stage.sampler.guidance_scale": 1e300}, "config.stage.sampler.guidance_scale = 1e+300: exp"),
+    ({"stage.network.channels": 2**31}, "config.stage.network.channels = 2147483648: expected a"),
+    ({"stage.network.channel_mults": (1, 2**40)}, "config.stage.network.channel_mults[1] = 10995"),
+    ({"stage.resolution": 2**20}, "config.stage.resolution = 1048576: expected a value from 1 to"),
+    ({"train.ema_decays": (0.9,) * 17}, "config.train.ema_decays = (0.9, 0.9, 0.9, 0.9, 0.9, 0.9"),
+    (
+        {"stage.network.channels": 65_536, "stage.network.channel_mults": (1, 1000)},
+        "config.stage.resolution = 16, config.stage.num_classes = 10, config.stage.network.channels"
+        " = 65536, channel_mults = (1, 1000), num_res_blocks = (1, 1), attention_resolutions = ",
+    ),
+    (
+        {"stage.resolution": 16384, "data.resolution": 16384, "stage.network.channels": 4096},
+        "config.stage.resolution = 16384, ",
+    ),
+    ({"train.batch_size": 2**20, "data.resolution": 16384}, "config.train.batch_size = 1048576: "),
+    ({"eval.batch_size": 2**21}, "config.eval.batch_size = 2097152: expected a value from 1 to"),
+    ({"data.train_split": "a\0b"}, "config.data.train_split = 'a\\x00b': expected text of at most"),
+    ({"data.train_split": "\ud800"}, "config.data.train_split = '\\ud800': expected text that"),
+    ({"data.train_split": "x" * 5000}, "config.data.train_split = 'xxxx"),
+    ({"data.path": 3}, "config.data.path = 3: expected a string or None"),
+    ({"train.seed": -1}, "config.train.seed = -1: expected a value from 0"),
     ({"stage.kind": "sr"}, "config.stage.kind = 'sr': expected one of 'base', 'super_resolution'"),
     ({"stage.name": "a/b"}, "config.stage.name = 'a/b': expected letters, digits and underscores"),
     ({"stage.resolution": 15}, "config.stage.resolution = 15: expected a multiple of 4"),
@@ -158,7 +186,7 @@ BAD_RUNS = [
     ),
     (
         {"stage.network.channel_mults": (1, 0)},
-        "config.stage.network.channel_mults[1] = 0: expected a value of at least 1",
+        "config.stage.network.channel_mults[1] = 0: expected a value from 1",
     ),
     (
         {"stage.network.channel_mults": (1, "2")},
@@ -193,7 +221,7 @@ BAD_RUNS = [
     ),
     (
         {"stage.schedule.num_timesteps": 0},
-        "config.stage.schedule.num_timesteps = 0: expected a value of at least 2",
+        "config.stage.schedule.num_timesteps = 0: expected a value from 2",
     ),
     (
         {"stage.schedule.num_timesteps": 1.5},
@@ -339,14 +367,14 @@ BAD_RUNS = [
         "config.eval.final_num_samples = 41: expected a multiple of config.stage.num_classes",
     ),
     ({"eval.sampler": "euler"}, "config.eval.sampler = 'euler': expected one of 'ancestral'"),
-    ({"eval.num_steps": 0}, "config.eval.num_steps = 0: expected a value of at least 1"),
+    ({"eval.num_steps": 0}, "config.eval.num_steps = 0: expected a value from 1"),
     ({"mesh.data": 3}, "config.train.batch_size = 16: expected a multiple of 3"),
     ({"mesh.data": 0}, "config.mesh.data = 0: expected -1 (all devices) or a value of at least 1"),
     ({"mesh.fsdp": 3}, "config.train.batch_size = 16: expected a multiple of 3"),
-    ({"mesh.fsdp": 0}, "config.mesh.fsdp = 0: expected a value of at least 1"),
+    ({"mesh.fsdp": 0}, "config.mesh.fsdp = 0: expected a value from 1"),
     (
         {"checkpoint.save_every_steps": -1},
-        "config.checkpoint.save_every_steps = -1: expected a value of at least 1",
+        "config.checkpoint.save_every_steps = -1: expected a value from 1",
     ),
 ]
 
@@ -357,6 +385,13 @@ def test_bad_run_configs(overrides, message):
         run_config_from(with_overrides(config_values("mnist_base16"), overrides))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["train.seed", "train.learning_rate", "data.name", "train"])
+def test_an_integer_too_long_to_print_is_refused_in_one_line(key):
+    values = with_overrides(config_values("mnist_base16"), {key: 10**5000})
+    with pytest.raises(UserError, match=rf"^config.{key} = \(an int too long to print\): expected"):
+        run_config_from(values)
 
 
 BAD_SR_RUNS = [
@@ -394,6 +429,8 @@ BAD_SR_RUNS = [
         "config.eval.aug_level = 0.1: expected 0.0: stage 'sr32' was configured with"
         " config.stage.augment.name = 'blur' and has no level to choose",
     ),
+    ({"stage.low_res_resolution": 15}, "config.stage.low_res_resolution = 15: expected a size"),
+    ({"stage.low_res_resolution": 24}, "config.stage.low_res_resolution = 24: expected a size"),
     (
         {
             "stage.low_res_schedule.num_timesteps": 10,
@@ -700,7 +737,30 @@ BAD_COMMANDS = [
     (main, ["--config", "--workdir=RUN"], "--config=--workdir=RUN: no such .py file"),
     (main, [f"--config={ROOT}/README.md", "--workdir=RUN"], f"--config={ROOT}/README.md: no such"),
     (main, ["--workdir=RUN"], "--config is missing: "),
-    (main, [BASE], "--workdir is missing: "),
+    (
+        main,
+        [BASE, "--workdir=gs://bucket/run"],
+        "--workdir=gs://bucket/run: expected a path on this machine",
+    ),
+    (main, [BASE, "--workdir=run[1]"], "--workdir=run[1]: "),
+    (main, [BASE, "--workdir="], "--workdir='': expected the path of a file or folder"),
+    (
+        main,
+        [BASE, "--config.data.name=folder", "--config.data.path=s3://x/y"],
+        "config.data.path=s3://x/y: expected a path on this machine",
+    ),
+    (main, [BASE, "--config.data.prepared_dir=a*"], "config.data.prepared_dir=a*: "),
+    *(
+        (main, [BASE, f"--profile_steps={steps}"], f"--profile_steps={steps}: expected FIRST:LAST")
+        for steps in ("1", "0:3", "3:2", "20:31", "1:" + "9" * 5000, "\u0663:4")
+    ),
+    (main, [BASE, "--coordinator_timeout_secs=nan"], "--coordinator_timeout_secs=nan: expected"),
+    (main, [BASE, "--coordinator_timeout_secs=inf"], "--coordinator_timeout_secs=inf: expected"),
+    (main, [BASE, "--num_processes=9999999999"], "--num_processes=1e+10: expected a number of"),
+    (plan, [BASE, "--efficiency=nan"], "--efficiency=nan: expected"),
+    (plan, [BASE, "--efficiency=1e-300"], "--efficiency=1e-300: expected a share"),
+    (plan, [BASE, "--topology=h100:100000"], "--topology=h100:100000: h100 comes in shapes"),
+    (evaluate, ["--workdir=RUN", "--num_images=99999999999"], "--num_images=1e+11: expected a"),
     (
         main,
         [BASE, "--workdir=RUN", "--wrokdir=x"],
@@ -819,7 +879,7 @@ BAD_COMMANDS = [
     (
         sample,
         [CASCADE, "--workdir=RUN", "--config.cascade.samplers.0.num_steps=0"],
-        "config.cascade.samplers[0].num_steps = 0: expected a value of at least 1",
+        "config.cascade.samplers[0].num_steps = 0: expected a value from 1",
     ),
     (plan, [], "--config is missing: "),
     (plan, [BASE, "--config.stage.resolution=18"], "config.stage.resolution = 18: expected"),
@@ -957,7 +1017,7 @@ BAD_SWEEPS = [
     ),
     (
         ["--num_steps=0"],
-        "--num_steps: config.cascade.samplers[1].num_steps = 0: expected a value of at least",
+        "--num_steps: config.cascade.samplers[1].num_steps = 0: expected a value from 1",
     ),
     (["--stage=base16", "--aug_levels=0"], "--aug_levels, --truncated: 'base16' is a base model"),
     (

@@ -89,6 +89,8 @@ def test_the_first_samples_of_more(files, capsys):
     record = _record(capsys, files, *flags)
     assert record["fid_30"] == _fid(SAMPLES[:30])
     assert record["num_samples"] == 30
+    evaluate.main(["evaluate", "--allow_few_samples", *(x.format(files) for x in flags)])
+    assert "samples: 40 images\nsamples: the first 30 are measured\n" in capsys.readouterr().err
 
 
 def test_an_adm_reference_gives_its_statistics_and_the_features_of_its_images(files, capsys):

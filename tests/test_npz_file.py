@@ -138,3 +138,15 @@ def test_no_flipped_bit_or_cut_gives_other_arrays_or_a_stack_trace(tmp_path):
         for name, array in found.items():  # names are not covered by checksums
             if name in expected:
                 np.testing.assert_array_equal(array, expected[name])
+
+
+def test_names_are_told_without_reading(tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(3), arr_0=np.zeros(3, object))
+    assert npz_file.array_names(tmp_path / "a.npz") == {"mu", "arr_0"}
+    (tmp_path / "b.npz").write_bytes(b"nothing")
+    os.mkfifo(tmp_path / "c.npz")
+    for name in "bc":
+        with pytest.raises(ValueError, match="no .npz|not a file"):
+            npz_file.array_names(tmp_path / f"{name}.npz")
+    with pytest.raises(FileNotFoundError):
+        npz_file.array_names(tmp_path / "d.npz")

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
-from cascaded_diffusion import plan
+from cascaded_diffusion import plan, plan_topology
+from cascaded_diffusion.config_checks import run_config_from
 from cascaded_diffusion.errors import UserError
-from tests.tiny import ROOT
+from cascaded_diffusion.stage_cost import stage_cost
+from tests.tiny import ROOT, config_values, tiny_base
 
 
 def _plan(capsys, name, topology, *flags, expected=0):
@@ -89,7 +91,10 @@ def test_people_get_lines(capsys):
         (["--topology=h100:2x4"], "h100 comes in shapes of 1 number"),
         (["--topology=h100:8", "--compile"], "--compile: expected a TPU's"),
         (["--topology=v5e:4x4", "--efficiency=1.5"], "--efficiency=1.5: expected a share"),
-        (["--topology=h100:6"], "config.mesh.fsdp = 8: expected a divisor of the 6 devices"),
+        (
+            ["--topology=h100:6", "--config.mesh.fsdp=8"],
+            "config.mesh.fsdp = 8: expected a divisor of the 6 devices",
+        ),
         (
             ["--topology=v5e:16x16", "--config.train.batch_size=100"],
             "config.train.batch_size = 100: expected a multiple of",
@@ -113,3 +118,69 @@ def test_the_tpu_compiler_agrees_with_the_estimate():
     gathered = on["compiled"]["collectives"]["all-gather"]["bytes"]
     assert gathered >= on["collectives"]["all-gather"]["bytes"]
     assert on["compiled"]["fits"]
+
+
+def test_the_smallest_division_that_fits_is_taken():
+    config = tiny_base(mesh__fsdp=None, train__batch_size=64)
+    whole = plan_topology._total(config, 8)
+    fsdps, lines = [], []
+    for memory in (100 * whole, 1.1 * whole, 0.9 * whole, 0.6 * whole):
+        found, line = plan_topology.divided(config, 8, memory)
+        fsdps.append(found.mesh.fsdp)
+        lines.append(line)
+        if found.mesh.fsdp > 1:
+            half, _ = plan_topology.divided(config, 8, memory)
+            assert half == found  # in all processes alike
+    assert fsdps[:2] == [1, 1]
+    assert fsdps == sorted(fsdps)
+    assert fsdps[-1] > 1
+    assert lines[0].startswith("config.mesh.fsdp = 1: the state and a step fit on each device by")
+    assert f"config.mesh.fsdp = {fsdps[2]}: the smallest division whose estimated" in lines[2]
+    assert config.mesh.fsdp is None
+
+    none, line = plan_topology.divided(config, 8, 1e3)
+    assert "no division fits by estimate" in line
+    assert none.mesh.fsdp > 1
+    # What is given stays, and where there is nothing to choose nothing is said.
+    given = tiny_base(mesh__fsdp=2)
+    assert plan_topology.divided(given, 8, 1e3) == (given, None)
+    alone, line = plan_topology.divided(config, 1, 1e3)
+    assert (alone.mesh.fsdp, line) == (1, None)
+    by_data, _ = plan_topology.divided(
+        tiny_base(mesh__fsdp=None, mesh__data=2, train__batch_size=64), 8, 1e12
+    )
+    assert by_data.mesh.fsdp == 4
+
+
+def test_a_batch_that_cannot_fit_names_the_keys_and_one_that_may_is_warned_of():
+    config = tiny_base(train__batch_size=64)
+    memory = plan_topology._memory(config, 1)
+    state, activations = memory["state_bytes_per_device"], memory["activation_bytes_per_device"]
+    assert plan_topology.check_memory(config, 1, 1e12) is None
+    assert plan_topology.check_memory(config, 1, 1.1 * (state + 2 * activations)) is None
+    warning = plan_topology.check_memory(config, 1, state + activations)
+    assert warning.startswith("it may not fit: config.train.batch_size = 64, ")
+    assert "by estimate it fits with --config.train." in warning
+    for size in (0.9 * state, 1e3):  # by tracing, and by arithmetic alone
+        with pytest.raises(UserError) as error:
+            plan_topology.check_memory(config, 1, size)
+        for key in ("batch_size", "accumulation_steps", "remat"):
+            assert f"config.train.{key} = " in str(error.value)
+        assert "config.mesh.fsdp = 1" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["base32", "sr64", "lsun_sr128", "modern_sr256", "mnist_sr32"])
+def test_arithmetic_counts_nearly_what_tracing_counts(name):
+    config = run_config_from(config_values(name, "smoke"))
+    found, cost = plan.stage_plan(config, config.stage.sampler), stage_cost(config.stage)
+    assert cost.parameters == pytest.approx(found["parameters"], rel=0.1)
+    assert cost.flops == pytest.approx(found["flops_per_image"], rel=0.15)
+    kept = plan_topology._kept_bytes(config.stage, ())
+    assert 0.5 < 4 * cost.kept_values / kept < 2
+
+
+def test_the_papers_models_have_the_size_that_arithmetic_says():
+    billions = {"base32": 0.79, "sr64": 0.72, "sr128": 0.56, "sr256": 0.62}
+    for name, expected in billions.items():
+        cost = stage_cost(run_config_from(config_values(name, None)).stage)
+        assert cost.parameters / 1e9 == pytest.approx(expected, rel=0.05), name

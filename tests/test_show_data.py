@@ -1,3 +1,4 @@
+import os
 import re
 
 import numpy as np
@@ -68,6 +69,26 @@ def test_corrupt_photos_are_counted(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "1 corrupt records were skipped" in captured.out
     assert "bee/003.jpg" in captured.err
+
+
+def test_splits_with_other_classes_are_refused(tmp_path):
+    write_tree(write_tree(tmp_path, per_class=9), "test", per_class=9)
+    (tmp_path / "test" / "bee").rename(tmp_path / "test" / "yak")
+    args = _args(tmp_path, "--show", "--config.data.eval_split=test")
+    with pytest.raises(UserError, match="eval_split 'test' has no 'bee' and train_split 'train'"):
+        show_data.main(args)
+
+
+def test_class_folders_with_odd_names_are_shown(tmp_path, capsys):
+    write_tree(tmp_path, per_class=9)
+    os.rename(os.fsencode(tmp_path) + b"/train/ant", os.fsencode(tmp_path) + b"/train/caf\xe9")
+    os.rename(tmp_path / "train" / "cow", tmp_path / "train" / "new\nline")
+    (tmp_path / "train" / "bee" / "x.bmp").write_bytes(b"")
+    assert show_data.main(_args(tmp_path, "--show", config="cifar10_base16")) == 0
+    captured = capsys.readouterr()
+    assert re.search(r" 1 +9  caf\\udce9\n +2 +9  new\\nline\n", captured.out)
+    captured.out.encode()
+    assert "1 other file passed over: 1 .bmp" in captured.err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from cascaded_diffusion.cascade import resize
@@ -80,8 +81,22 @@ def build_network(config: StageConfig) -> Network:
     return Network(module=module)
 
 
+def check_precision() -> None:
+    """Raises UserError where JAX computes with 64 bits, which checkpoints and samplers do not."""
+    if jax.config.jax_enable_x64:
+        raise UserError(
+            "jax_enable_x64 is on: expected off, by jax.config.update('jax_enable_x64', False) or"
+            " without JAX_ENABLE_X64; stages are computed in float32 or bfloat16"
+        )
+
+
 def build_stage(config: StageConfig) -> Stage:
-    """The stage that a config section describes."""
+    """The stage that a config section describes.
+
+    Raises:
+      UserError: its schedule cannot be, or JAX computes with 64 bits.
+    """
+    check_precision()
     return Stage(
         config=config,
         schedule=build_schedule(config.schedule, config.resolution),

@@ -22,7 +22,7 @@ import warnings
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, JpegImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.png_chunks import SIGNATURE, essential_png
@@ -30,7 +30,14 @@ from cascaded_diffusion.png_chunks import SIGNATURE, essential_png
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp")
 _JPEG_START = b"\xff\xd8"
+_KINDS = {
+    _JPEG_START: JpegImagePlugin.JpegImageFile,
+    SIGNATURE: PngImagePlugin.PngImageFile,
+    b"RIFF": WebPImagePlugin.WebPImageFile,
+}
 _COLORSPACES = {1: "GRAY", 3: "RGB"}
+# The number of pixels is checked here, by our own bound.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _PLAIN_JPEG = ("GRAY", "RGB", "YCbCr")
 
 
@@ -87,18 +94,15 @@ def _decode_any(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray
         if data.startswith(SIGNATURE):
             # Checks every chunk's checksum too, which Pillow does not do for the pixels.
             data = essential_png(data)
-        with warnings.catch_warnings():
-            # Size is checked here, by our own bound.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = _opened(data)
-            _check_size(image.width, image.height, max_pixels)
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise CorruptRecord(f"animated, {frames} frames: expected a single image")
-            if image.format == "JPEG" and image.mode in ("L", "RGB"):
-                # Pillow passes over damage that libjpeg can go on after.
-                simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-            image.load()
+        image = _opened(data)
+        _check_size(image.width, image.height, max_pixels)
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise CorruptRecord(f"animated, {frames} frames: expected a single image")
+        if image.format == "JPEG" and image.mode in ("L", "RGB"):
+            # Pillow passes over damage that libjpeg can go on after.
+            simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+        image.load()
         # The bit depth in the header of a PNG. Pillow would cut such pixels to 8 bits.
         if image.format == "PNG" and data[24] == 16:
             return _from_16_bit(data, channels), "16-bit"
@@ -110,10 +114,12 @@ def _decode_any(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray
 
 
 def _opened(data: bytes) -> Image.Image:
-    if data.startswith(_JPEG_START):
-        # Not Image.open, which takes a phone's JPEG of several pictures for an animation.
-        return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+    # Not Image.open: it takes a phone's JPEG of several pictures for an animation, and has a
+    # bound of its own for the number of pixels.
+    for start, kind in _KINDS.items():
+        if data.startswith(start):
+            return kind(io.BytesIO(data))
+    raise CorruptRecord(f"cannot be read as {', '.join(FORMATS)}")
 
 
 def _one_line(e: Exception) -> str:

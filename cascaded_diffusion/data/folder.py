@@ -34,6 +34,7 @@ from cascaded_diffusion.litter import is_litter
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
 # An image file of more is none; a name of a photo may be that of anything.
 _MAX_FILE_BYTES = 2_000_000_000
+_MAX_KINDS = 6
 WHOLE = "all"
 _SLASH = os.fsencode(os.sep)
 
@@ -131,7 +132,7 @@ class _Found:
         status = os.stat(folder)
         here = (status.st_dev, status.st_ino)
         if here in on_way:
-            self.others["link to a folder that it is in"] += 1
+            self.others["links back"] += 1
             return
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -143,22 +144,23 @@ class _Found:
                         self.folders.append(name)
                     self.scan(entry.path, below + name + _SLASH, on_way | {here})
                 elif not _is(entry.is_file):
-                    self.others["broken link" if entry.is_symlink() else "no file"] += 1
+                    self.others["broken links" if entry.is_symlink() else "pipes or devices"] += 1
                 elif name.lower().endswith(_SUFFIXES):
                     status = entry.stat()
                     # Of the tuple that a status is, 8 is the time in whole seconds.
                     self.images.append((below + name, status.st_size, status[8]))
                 else:
                     suffix = os.path.splitext(name)[1].lower()
-                    self.others[printable(os.fsdecode(suffix)) or "no suffix"] += 1
+                    self.others[printable(os.fsdecode(suffix)) or "without suffix"] += 1
 
     def passed_over(self) -> str:
         """The other files, for people."""
         count = sum(self.others.values())
         if not count:
             return ""
-        kinds = [f"{n:,} {kind}" for kind, n in self.others.most_common(6)]
-        more = ["and more"] if len(self.others) > len(kinds) else []
+        ranked = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
+        kinds = [f"{n:,} {kind}" for kind, n in ranked[:_MAX_KINDS]]
+        more = ["and more"] if len(ranked) > _MAX_KINDS else []
         files = "other file" if count == 1 else "other files"
         return f"{count:,} {files} passed over: {', '.join(kinds + more)}"
 
@@ -203,13 +205,13 @@ def _listed(
 ) -> FolderSource:
     found = _Found()
     found.scan(root, b"", frozenset())
-    images = sorted(found.images)
+    images, passed_over = sorted(found.images), found.passed_over()
     names = [name for name, _, _ in images]
     where = printable(os.fsdecode(root))
     if not names:
         raise UserError(
             f"{where}: no images there, expected files that end with {', '.join(SUFFIXES)};"
-            f" {found.passed_over() or 'no other files either'}"
+            f" {passed_over or 'no other files either'}"
         )
     if classes == "folder":
         in_root = [name for name in names if _SLASH not in name]
@@ -248,5 +250,5 @@ def _listed(
         class_names=tuple(map(os.fsdecode, class_names)),
         identity=f"folder:{printable(split)}:{len(names)} images:{digest}",
         times=digest_of_files(names, (time for _, _, time in images)),
-        passed_over=found.passed_over(),
+        passed_over=f"{where}: {passed_over}" if passed_over else "",
     )

@@ -102,7 +102,8 @@ def class_counts(
             except CorruptRecord as e:
                 source.guard.note(index, source.reader.describe(index), str(e))
                 continue
+            source.reader.check_label(raw.label, index)
             found.append(raw.label)
             say(done)
-        labels = np.asarray(found)
+        labels = np.asarray(found, np.int64)
     return np.bincount(labels, minlength=source.num_classes), len(labels)

@@ -14,6 +14,7 @@ import numpy as np
 from cascaded_diffusion.data.raw import ArraySource, DataMissing, array_source
 from cascaded_diffusion.data.splits import parse_split
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.litter import is_litter
 from cascaded_diffusion.npz_file import read_arrays
 
 WHOLE = "all"
@@ -35,7 +36,11 @@ def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
     if os.path.isdir(path):
         file = os.path.join(path, f"{name}.npz")
         if not os.path.exists(file):
-            found = sorted(f.removesuffix(".npz") for f in os.listdir(path) if f.endswith(".npz"))
+            found = sorted(
+                entry.removesuffix(".npz")
+                for entry in os.listdir(path)
+                if entry.endswith(".npz") and not is_litter(entry)
+            )
             raise DataMissing(
                 f"config.data.train_split or eval_split = {split!r}: no {file}; splits there:"
                 f" {', '.join(found) or 'none'}"

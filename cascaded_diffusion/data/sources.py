@@ -6,11 +6,10 @@ against records that cannot be read.
 
 from __future__ import annotations
 
-import shlex
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -20,12 +19,10 @@ from cascaded_diffusion.data import builtin, folder, npz, prepared, shapes, tfds
 from cascaded_diffusion.data.corruption import CorruptionGuard
 from cascaded_diffusion.data.decode import decode_image
 from cascaded_diffusion.data.raw import (
-    PREPARE,
     ArraySource,
     RawExample,
     RawSource,
     array_source,
-    printable,
 )
 from cascaded_diffusion.data.splits import parse_split
 from cascaded_diffusion.data.transforms import CROPS, resized
@@ -123,12 +120,7 @@ class ProcessingReader:
     def processed(self, example: RawExample, index: int) -> Sized:
         """What `read` returns, of a record that has been read already."""
         image, label = example
-        if self.class_names and not 0 <= label < len(self.class_names):
-            raise UserError(
-                f"{self.describe(index)}: label {label} is out of range, expected 0 to"
-                f" {len(self.class_names) - 1}; take another config.data.train_split or"
-                " eval_split, or --config.stage.num_classes=0 for a model without classes"
-            )
+        self.check_label(label, index)
         pixels = self.decoded(image, index)
         height, width = pixels.shape[:2]
         if min(height, width) < self.image_shape[0]:
@@ -138,6 +130,15 @@ class ProcessingReader:
                 f" {self.image_shape[0]} px; so are others that are smaller",
             )
         return self.sized(pixels, label)
+
+    def check_label(self, label: int, index: int) -> None:
+        """Raises UserError for a label that is none of the classes."""
+        if self.class_names and not 0 <= label < len(self.class_names):
+            raise UserError(
+                f"{self.describe(index)}: label {label} is out of range, expected 0 to"
+                f" {len(self.class_names) - 1}; take another config.data.train_split or"
+                " eval_split, or --config.stage.num_classes=0 for a model without classes"
+            )
 
     def _note(self, kind: str, line: str) -> None:
         self.converted[kind] += 1
@@ -294,7 +295,7 @@ def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
             f"config.stage.channels = {stage.channels}: expected 1 or 3, as images have"
         )
     if raw.passed_over:
-        _say(f"{printable(split)}: {raw.passed_over}", once=True)
+        _say(raw.passed_over, once=True)
     return raw
 
 
@@ -373,72 +374,40 @@ def _side(config: DataConfig, split: str) -> str:
     return f"split {split!r}"
 
 
-def prepare_command(argv: Sequence[str]) -> str:
-    """The command that prepares the data of the config which a binary was called with."""
-    args = list(argv[1:])
-    chosen = []
-    for i, arg in enumerate(args):
-        if arg.startswith(("--config=", "--config.")):
-            chosen.append(arg)
-        elif arg == "--config":
-            chosen += args[i : i + 2]
-    return f"python -m cascaded_diffusion.prepare {shlex.join(chosen)}"
-
-
-def load_splits(
-    config: DataConfig,
-    splits: Iterable[str],
-    stage: StageConfig,
-    *,
-    command: str | None = None,
-) -> dict[str, Source]:
+def load_splits(config: DataConfig, splits: Iterable[str], stage: StageConfig) -> dict[str, Source]:
     """Several splits of a data set, with the same classes.
 
     Args:
       config: the data section.
       splits: their names; one that comes twice is loaded once.
       stage: what must fit.
-      command: that prepares the data, where it is known (`prepare_command`), for messages.
 
     Raises:
       UserError: as `load_source` and `check_classes`.
     """
     sources = {
-        split: Source(_reader(config, split, stage, command), config)
-        for split in dict.fromkeys(splits)
+        split: Source(_reader(config, split, stage), config) for split in dict.fromkeys(splits)
     }
     check_classes(config, stage, {split: s.class_names for split, s in sources.items()})
     return sources
 
 
-def load_source(
-    config: DataConfig, split: str, stage: StageConfig, *, command: str | None = None
-) -> Source:
+def load_source(config: DataConfig, split: str, stage: StageConfig) -> Source:
     """A split of the data set `config.name`, checked to be what the stage expects.
 
     Args:
       config: the data section.
       split: which.
       stage: what must fit.
-      command: that prepares the data, where it is known (`prepare_command`), for messages.
 
     Raises:
       UserError: as `load_raw`; or another number of classes; or `config.prepared_dir` does
         not hold the split as this config wants it.
     """
-    return load_splits(config, [split], stage, command=command)[split]
+    return load_splits(config, [split], stage)[split]
 
 
-def _reader(config: DataConfig, split: str, stage: StageConfig, command: str | None) -> Reader:
-    try:
-        return _opened(config, split, stage)
-    except UserError as e:
-        if command is None or PREPARE not in str(e):
-            raise
-        raise type(e)(str(e).replace(PREPARE, f"`{command}`")) from e
-
-
-def _opened(config: DataConfig, split: str, stage: StageConfig) -> Reader:
+def _reader(config: DataConfig, split: str, stage: StageConfig) -> Reader:
     low_res = stage.low_res_resolution if config.low_res == "stored" else None
     if config.prepared_dir is not None:
         if config.name not in SOURCES and not prepared.is_there(config, split, low_res):

@@ -16,7 +16,8 @@ import numpy as np
 
 from cascaded_diffusion.errors import UserError
 
-_PART = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<low>-?\d+%?)?:(?P<high>-?\d+%?)?\])?")
+_BOUND = "-?[0-9]{1,15}%?"
+_PART = re.compile(rf"(?P<name>[^\[\]]+)(\[(?P<low>{_BOUND})?:(?P<high>{_BOUND})?\])?")
 
 
 def parse_split(split: str) -> tuple[str, tuple[str | None, str | None] | None]:

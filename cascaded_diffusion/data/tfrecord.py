@@ -47,18 +47,22 @@ class TfRecordFile:
         """The data of a record.
 
         Raises:
-          CorruptRecord: its checksum is wrong.
+          CorruptRecord: its checksum is wrong, or it cannot be read.
           UserError: the file does not hold the records that it must.
         """
         with self._lock:
             if self._offsets is None:
                 self._offsets = self._index()
         start, end = self._offsets[position], self._offsets[position + 1]
-        with open(self._path, "rb") as f:
-            f.seek(start + _HEADER)
-            data = f.read(end - start - _HEADER - _FOOTER)
-            (crc,) = struct.unpack("<I", f.read(_FOOTER))
-        if _masked_crc(data) != crc:
+        try:
+            with open(self._path, "rb") as f:
+                f.seek(start + _HEADER)
+                data = f.read(end - start - _HEADER - _FOOTER)
+                footer = f.read(_FOOTER)
+        except OSError as e:
+            raise CorruptRecord(f"cannot be read ({e.strerror or e})") from e
+        # A file that was cut since it was indexed has no footer there.
+        if struct.pack("<I", _masked_crc(data)) != footer:
             raise CorruptRecord("its checksum is wrong")
         return data
 

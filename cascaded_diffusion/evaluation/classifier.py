@@ -1,7 +1,8 @@
 """Features from a classifier that is trained on the spot on the real images.
 
 For data on which Inception's features mean little. Its Fréchet distance is called
-`fd_classifier` (`fd_resnet`, `fd_resnet50` of the networks of CAS): it is comparable
+`fd_classifier` (`fd_resnet`, `fd_resnet50` of the networks of CAS, `fd_rotation` of one
+that tells by how much an image was turned and needs no labels): it is comparable
 between checkpoints of one run, and to nothing else. The classifier is a function of
 (data, resolution, seed); it is trained once per run folder and kept there as plain arrays.
 """
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.config import MeshConfig
-from cascaded_diffusion.evaluation.classifier_training import train_classifier
+from cascaded_diffusion.evaluation.classifier_training import NUM_TURNS, train_classifier
 from cascaded_diffusion.evaluation.features import Features, concatenated
 from cascaded_diffusion.networks import classifier as networks
 from cascaded_diffusion.npz_file import read_arrays
@@ -32,6 +33,8 @@ from cascaded_diffusion.runtime.run_folder import write_whole
 # Goes up with every change to how the classifier is built or trained.
 _RECIPE = 2
 _BATCH = 500
+# The network whose classes are rotations.
+ROTATION = "rotation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +49,15 @@ class LabelledImages:
 class Classifier:
     """A trained classifier, as a feature extractor: uint8 images [n, H, W, C] -> `Features`.
 
+    Logits are of the data's classes; a network that tells rotations gives none.
+
     Attributes:
       network: its name in `networks.classifier.CLASSIFIERS`.
       module: the network.
       variables: its parameters, and batch statistics if it has them.
       digest: SHA-256 of the variables, first 16 digits.
       mesh: the devices that a batch is split over.
-      accuracy: on the held-out real images.
+      accuracy: on the held-out real images; of rotations, on each image in all of them.
     """
 
     network: str
@@ -73,6 +78,16 @@ class Classifier:
         return f"{self.name}:{self.digest}"
 
     def __call__(self, images: np.ndarray) -> Features:
+        features = self._outputs(images)
+        if self.network == ROTATION:
+            return dataclasses.replace(features, logits=None)
+        return features
+
+    def predictions(self, images: np.ndarray) -> np.ndarray:
+        """int [n]: the likeliest class of each image, or how often it was turned by 90 degrees."""
+        return self._outputs(images).logits.argmax(-1)
+
+    def _outputs(self, images: np.ndarray) -> Features:
         size = -(-min(_BATCH, len(images)) // self.mesh.size) * self.mesh.size
         parts = []
         for start in range(0, len(images), size):
@@ -97,7 +112,8 @@ def _forward(
 def _fingerprint(train: LabelledImages, network: str, seed: int) -> str:
     digest = hashlib.sha256(f"{_RECIPE} {network} {seed} {train.images.shape}".encode())
     digest.update(np.ascontiguousarray(train.images).tobytes())
-    digest.update(np.ascontiguousarray(train.labels).tobytes())
+    if network != ROTATION:
+        digest.update(np.ascontiguousarray(train.labels).tobytes())
     return digest.hexdigest()
 
 
@@ -128,8 +144,20 @@ def _finished(
 ) -> Classifier:
     digest = _digest(networks.flatten_params(variables))
     classifier = Classifier(network, module, variables, digest, mesh)
-    predictions = classifier(held_out.images).logits.argmax(-1)
-    return dataclasses.replace(classifier, accuracy=float((predictions == held_out.labels).mean()))
+    tests = [(held_out.images, held_out.labels)]
+    if network == ROTATION:
+        tests = [(np.rot90(held_out.images, k, (1, 2)), k) for k in range(NUM_TURNS)]
+    right = [(classifier.predictions(images) == labels).mean() for images, labels in tests]
+    return dataclasses.replace(classifier, accuracy=float(np.mean(right)))
+
+
+def _fits(module: Any, flat: Mapping[str, np.ndarray], image: np.ndarray) -> bool:
+    """Whether arrays are a network's variables, for images [H, W, C]."""
+    shapes = jax.eval_shape(
+        lambda: networks.init_classifier(module, jax.random.key(0), image.shape[0], image.shape[2])
+    )
+    wanted = {k: (x.shape, x.dtype) for k, x in networks.flatten_params(shapes).items()}
+    return wanted == {k: (x.shape, x.dtype) for k, x in flat.items()}
 
 
 def load_or_train(
@@ -147,28 +175,47 @@ def load_or_train(
 
     A file that was made from other images, another seed or another recipe, or that
     cannot be read, is replaced, and `say` is told.
+
+    Args:
+      path: of the file.
+      train: real images.
+      held_out: others, for the accuracy.
+      num_classes: of the labels; the rotation has its own.
+      seed: of weights, order and augmentation.
+      network: of `CLASSIFIERS`; for "rotation" labels do not matter.
+      mesh: the devices; by default the first.
+      say: told why a file is replaced.
+
+    Raises:
+      UserError: training images of a single class, or fewer of them than devices.
     """
     if mesh is None:
         mesh = mesh_lib.build_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    labels = train.labels
+    if network == ROTATION:
+        labels, num_classes = None, NUM_TURNS
     fingerprint = _fingerprint(train, network, seed)
     if path.exists():
         try:
             flat = read_arrays(path)
-        except (OSError, ValueError) as e:
+        except (ValueError, OSError) as e:
             say(f"{path}: cannot be read ({e}); training the classifier again")
             flat = {}
         arrays = {k: v for k, v in flat.items() if k not in ("fingerprint", "digest")}
         if flat and str(flat.get("fingerprint")) == fingerprint:
-            if str(flat.get("digest")) == _digest(arrays):
-                module = networks.CLASSIFIERS[network](num_classes=num_classes)
+            module = networks.CLASSIFIERS[network](num_classes=num_classes)
+            if str(flat.get("digest")) != _digest(arrays):
+                say(f"{path}: its arrays have changed; training the classifier again")
+            elif not _fits(module, arrays, train.images[0]):
+                say(f"{path}: made for other classes; training the classifier again")
+            else:
                 return _finished(network, module, _unflatten(arrays), held_out, mesh)
-            say(f"{path}: its arrays have changed; training the classifier again")
         elif flat:
             say(f"{path}: made from other data or settings; training the classifier again")
     module, variables = train_classifier(
         network,
         train.images,
-        train.labels,
+        labels,
         num_classes=num_classes,
         seed=seed,
         mesh=mesh,

@@ -1,7 +1,11 @@
 """Training a classifier: by its recipe, on labelled images, over the mesh.
 
+Images without labels are classified by rotation: each is turned by 0, 90, 180 or 270
+degrees, and which of them it was is the label (Gidaris et al. 2018, "Unsupervised
+Representation Learning by Predicting Image Rotations").
+
 The batch is split over all devices. Which images are in it is a function of (seed,
-step), how they are shifted, cropped and flipped of (seed, step, row).
+step), how they are shifted, cropped, flipped and turned of (seed, step, row).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import optax
 from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.networks import classifier as networks
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.logging import Progress
@@ -57,6 +62,15 @@ RECIPES: dict[str, Recipe] = {
         weight_decay=1e-3,
         crop="shift",
     ),
+    "rotation": Recipe(
+        epochs=14,
+        batch_size=64,
+        learning_rate=2e-3,
+        warmup_epochs=0.0,
+        optimizer="adamw",
+        weight_decay=1e-3,
+        crop="shift",
+    ),
     "resnet": Recipe(
         epochs=15,
         batch_size=64,
@@ -79,6 +93,8 @@ RECIPES: dict[str, Recipe] = {
 }
 # Of the image's size: 2 px of 32.
 _SHIFT_FRACTION = 1 / 16
+# Rotations that are told apart: 0, 90, 180 and 270 degrees.
+NUM_TURNS = 4
 _SMALLEST_AREA, _ASPECTS = 0.08, (3 / 4, 4 / 3)
 
 
@@ -117,6 +133,12 @@ def _augmented(images: jax.Array, keys: jax.Array, *, crop: str, flip: bool) -> 
     return jax.vmap(augment)(images, keys)
 
 
+def turned(images: jax.Array, turns: jax.Array) -> jax.Array:
+    """Square images [B, H, H, C], each turned by 90 degrees as often as `turns` [B] says."""
+    ways = [partial(jnp.rot90, k=k) for k in range(NUM_TURNS)]
+    return jax.vmap(lambda image, k: jax.lax.switch(k, ways, image))(images, turns)
+
+
 def _optimizer(recipe: Recipe, total: int, steps_per_epoch: float) -> optax.GradientTransformation:
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total // 2)
     schedule = optax.warmup_cosine_decay_schedule(
@@ -150,18 +172,21 @@ def batch_size_for(recipe: Recipe, num_images: int, mesh: Mesh) -> int:
     """The recipe's, or less if there are fewer images; a multiple of the devices.
 
     Raises:
-      ValueError: there are fewer images than devices.
+      UserError: there are fewer images than devices.
     """
     size = min(recipe.batch_size, num_images) // mesh.size * mesh.size
     if not size:
-        raise ValueError(f"{num_images} training images, expected at least {mesh.size}")
+        raise UserError(
+            f"a classifier of {num_images} training images: expected at least {mesh.size}, one for"
+            " each device"
+        )
     return size
 
 
 def train_classifier(
     network: str,
     images: Any,
-    labels: np.ndarray,
+    labels: np.ndarray | None,
     *,
     num_classes: int,
     seed: int,
@@ -176,7 +201,7 @@ def train_classifier(
     Args:
       network: its name.
       images: uint8 [n, H, W, C], indexed by integer arrays.
-      labels: int [n], below `num_classes`.
+      labels: int [n], below `num_classes`; None: the rotation, `NUM_TURNS` classes.
       num_classes: how many classes.
       seed: of weights, order and augmentation.
       mesh: the devices that a batch is split over.
@@ -187,13 +212,22 @@ def train_classifier(
 
     Returns:
       The module and its variables, on the host.
+
+    Raises:
+      UserError: the images are all of one class, or fewer than the devices; or training has
+        come to a loss that is not finite.
     """
+    if labels is not None and len(np.unique(labels)) < 2:
+        raise UserError(
+            f"{label}: all {len(labels)} training images are of one class, expected at least 2"
+            " classes to tell apart"
+        )
     recipe, module = RECIPES[network], networks.CLASSIFIERS[network](num_classes=num_classes)
     _, height, _, channels = images.shape
     init_key, order_key, run_key = jax.random.split(jax.random.key(seed), 3)
     if batch_size is None:
-        batch_size = batch_size_for(recipe, len(labels), mesh)
-    per_epoch = len(labels) // batch_size
+        batch_size = batch_size_for(recipe, len(images), mesh)
+    per_epoch = len(images) // batch_size
     total = recipe.epochs * per_epoch if train_steps is None else train_steps
     optimizer = _optimizer(recipe, total, per_epoch)
     everywhere, split = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
@@ -208,12 +242,16 @@ def train_classifier(
         variables: networks.Variables,
         opt_state: optax.OptState,
         images: jax.Array,
-        labels: jax.Array,
+        labels: jax.Array | None,
         step: jax.Array,
     ) -> tuple[networks.Variables, optax.OptState, jax.Array]:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(run_key, step))
         keys = jax.vmap(partial(jax.random.fold_in, augment_key))(jnp.arange(batch_size))
         x = _augmented(float_from_uint8(images), keys, crop=recipe.crop, flip=flip)
+        if labels is None:
+            turn_key = jax.random.fold_in(augment_key, batch_size)
+            labels = jax.random.randint(turn_key, (batch_size,), 0, NUM_TURNS)
+            x = turned(x, labels)
 
         def loss_of(params: Any) -> tuple[jax.Array, Any]:
             logits, updated = networks.train_classifier_step(
@@ -227,14 +265,19 @@ def train_classifier(
         params = optax.apply_updates(variables["params"], updates)
         return {**variables, **updated, "params": params}, opt_state, loss
 
-    rows_at = _rows(len(labels), batch_size, order_key)
+    rows_at = _rows(len(images), batch_size, order_key)
     variables, opt_state = init(init_key)
     progress = Progress(total, unit="steps", label=label)
     for step in range(total):
         rows = rows_at(step)
-        batch = jax.device_put((np.asarray(images[rows]), labels[rows].astype(np.int32)), split)
+        own = None if labels is None else labels[rows].astype(np.int32)
+        batch = jax.device_put((np.asarray(images[rows]), own), split)
         variables, opt_state, loss = train_step(variables, opt_state, *batch, step)
         if (step + 1) % 50 == 0 or step + 1 == total:
             progress.update(step + 1, loss=f"{float(loss):.3f}")
     progress.close()
+    if not np.isfinite(float(loss)):
+        raise UserError(
+            f"{label}: its loss is {float(loss)} after {total} steps, expected a number"
+        )
     return module, jax.device_get(variables)

@@ -15,30 +15,29 @@ class Features:
 
     Attributes:
       pooled: [n, F] float32, what Fréchet distance, KID, precision and recall use.
-      logits: [n, K] float32, what the inception score uses: its softmax.
+      logits: [n, K] float32 of an image's class, what the inception score uses: its softmax;
+        None where the extractor tells no classes.
       spatial: [n, S] float32, what sFID uses; None where the extractor has none.
     """
 
     pooled: np.ndarray
-    logits: np.ndarray
+    logits: np.ndarray | None = None
     spatial: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pooled)
 
     def __getitem__(self, rows: slice | np.ndarray) -> Features:
-        spatial = None if self.spatial is None else self.spatial[rows]
-        return Features(self.pooled[rows], self.logits[rows], spatial)
+        return Features(
+            self.pooled[rows],
+            *(None if x is None else x[rows] for x in (self.logits, self.spatial)),
+        )
 
 
 def concatenated(parts: Sequence[Features]) -> Features:
     """The features of several batches, in order."""
-    spatial = [p.spatial for p in parts if p.spatial is not None]
-    return Features(
-        pooled=np.concatenate([p.pooled for p in parts]),
-        logits=np.concatenate([p.logits for p in parts]),
-        spatial=np.concatenate(spatial) if spatial else None,
-    )
+    found = ([getattr(p, field.name) for p in parts] for field in dataclasses.fields(Features))
+    return Features(*(None if x[0] is None else np.concatenate(x) for x in found))
 
 
 class FeatureExtractor(Protocol):

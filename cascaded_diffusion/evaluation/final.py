@@ -83,7 +83,7 @@ def final_numbers(
     if known is not None:
         store.remove()
         return known
-    fill(store, source, trained.params, label=f"{trained.name}, low-res {source.kind}")
+    fill(store, source, trained.params, label=f"{trained.name}, low-res {source.about}")
     measurement, agreement, first = measured(judge, store, stage.num_classes)
     metrics: dict[str, float] = {}
     for role, reference in judge.references.items():
@@ -103,6 +103,7 @@ def final_numbers(
         )
     record = {
         **about,
+        **source.notes,
         "metrics": metrics,
         "health": condition,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
@@ -134,6 +135,8 @@ def _stored(folder: RunFolder, name: str, about: Mapping[str, Any]) -> dict[str,
 
 
 def _table(record: Mapping[str, Any]) -> str:
+    num_real = record.get("num_real_low_res", record["num_samples"])
+    of_how_many = f" ({num_real} images)" if num_real < record["num_samples"] else ""
     lines = [
         f"# {record['stage']}, step {record['step']}, EMA {record['ema_decay']:g}:"
         f" {record['num_samples']} samples",
@@ -142,9 +145,9 @@ def _table(record: Mapping[str, Any]) -> str:
         "|---|---|",
         *(f"| {name} | {value:.6g} |" for name, value in record["metrics"].items()),
         "",
-        f"Low-res input: {record['low_res']}; aug_level {record['aug_level']}, truncated"
-        f" {record['truncated']}; {record['sampler']['name']}, {record['sampler']['num_steps']}"
-        f" steps; seed {record['seed']}.",
+        f"Low-res input: {record['low_res']}{of_how_many}; aug_level {record['aug_level']},"
+        f" truncated {record['truncated']}; {record['sampler']['name']},"
+        f" {record['sampler']['num_steps']} steps; seed {record['seed']}.",
         "",
         f"Features: {record['features']}.",
         "",

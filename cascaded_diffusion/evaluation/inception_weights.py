@@ -32,7 +32,7 @@ from cascaded_diffusion.networks.inception import (
     params_from_checkpoint,
 )
 from cascaded_diffusion.npz_file import read_arrays
-from cascaded_diffusion.runtime.paths import check_local_path
+from cascaded_diffusion.paths import check_local_path
 from cascaded_diffusion.runtime.run_folder import write_whole
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,14 +11,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cascaded_diffusion.config import RunConfig
+from cascaded_diffusion.config_checks import LABELLED_FEATURES
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.classifier import load_or_train
+from cascaded_diffusion.evaluation.classifier import (
+    ROTATION,
+    Classifier,
+    LabelledImages,
+    load_or_train,
+)
 from cascaded_diffusion.evaluation.features import FeatureExtractor
 from cascaded_diffusion.evaluation.measure import Measurement
 from cascaded_diffusion.evaluation.real_images import RealSplit
 from cascaded_diffusion.evaluation.reference import (
     Reference,
-    check_reference,
+    differing_field,
     measure_reference,
     read_reference,
     save_reference,
@@ -26,6 +33,8 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.runtime.samples import Images
 
 _BATCH = 500
+# Of rotations, of which guessing tells a quarter.
+_LEAST_ROTATIONS = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +91,16 @@ class Judge:
 
 
 def judged_labels(labels: np.ndarray, num_classes: int) -> np.ndarray | None:
-    """The labels that samples are to be recognised as; None for a model without classes."""
+    """The labels that samples are to be recognised as; None for a model without classes.
+
+    Raises:
+      UserError: a label is no class.
+    """
+    if num_classes and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise UserError(
+            f"samples with labels from {labels.min()} to {labels.max()}: expected 0 to"
+            f" {num_classes - 1}, since config.stage.num_classes is {num_classes}"
+        )
     return labels if num_classes else None
 
 
@@ -108,6 +126,9 @@ def build_extractor(
       mesh: the device mesh.
       load_inception: how to resize -> the extractor; knows where the weights are.
       say: told the classifier's accuracy.
+
+    Raises:
+      UserError: the real images are of a single class, or fewer than the devices.
     """
     stage, features = config.stage, config.eval.features
     if features == "inception":
@@ -117,16 +138,36 @@ def build_extractor(
         folder.eval / f"{features}.npz",
         real,
         others,
-        num_classes=int(real.labels.max()) + 1,
+        num_classes=stage.num_classes,
         seed=config.eval.seed,
         network="small" if features == "classifier" else features,
         mesh=mesh,
+        say=say,
     )
+    tells = "tells the rotation of" if features == ROTATION else "recognises"
     say(
-        f"{stage.name}: {features} at {stage.resolution} px recognises"
+        f"{stage.name}: {features} at {stage.resolution} px {tells}"
         f" {100 * classifier.accuracy:.1f} % of the {len(others.labels)} held-out real images"
     )
+    doubt = _doubt(classifier, others)
+    if doubt:
+        say(
+            f"{stage.name}: {doubt}: the features are those of an all but untrained network; take"
+            " Inception's by a call of `main` with --config.eval.features=inception"
+            " --config.eval.resize=legacy"
+        )
     return classifier
+
+
+def _doubt(classifier: Classifier, held_out: LabelledImages) -> str | None:
+    """Why a classifier's features may mean little, if they may."""
+    if classifier.network == ROTATION:
+        near = classifier.accuracy < _LEAST_ROTATIONS
+        return "that is near the 25 % of guessing" if near else None
+    most = np.bincount(held_out.labels).max() / len(held_out.labels)
+    if classifier.accuracy > most:
+        return None
+    return f"that is no more than the {100 * most:.1f} % of their most frequent class"
 
 
 def build_judge(
@@ -134,6 +175,8 @@ def build_judge(
     folder: RunFolder,
     extractor: FeatureExtractor,
     splits: Mapping[str, RealSplit],
+    *,
+    say: Callable[[str], None] = print,
 ) -> Judge:
     """A run's judge. References that the folder does not hold yet are made and kept.
 
@@ -143,29 +186,45 @@ def build_judge(
       extractor: from `build_extractor`.
       splits: by role: "train", and "val" where it is wanted.
 
+      say: told why a reference is made anew.
+
     Raises:
-      UserError: a stored reference is of other images or of another extractor.
+      UserError: a split has fewer than two images.
     """
     references = {
-        role: run_reference(config, folder, extractor, role, split)
+        role: run_reference(config, folder, extractor, role, split, say=say)
         for role, split in splits.items()
     }
     return Judge(
         extractor=extractor,
         references=references,
-        classes=config.eval.features != "inception" and config.stage.num_classes > 0,
+        classes=config.eval.features in LABELLED_FEATURES,
     )
 
 
 def run_reference(
-    config: RunConfig, folder: RunFolder, extractor: FeatureExtractor, role: str, split: RealSplit
+    config: RunConfig,
+    folder: RunFolder,
+    extractor: FeatureExtractor,
+    role: str,
+    split: RealSplit,
+    *,
+    say: Callable[[str], None] = print,
 ) -> Reference:
     """The reference of a split at the run's resolution, read or made: RUN/eval/reference_ROLE.npz.
 
+    One that is damaged, or of other images or of another extractor, is made anew, and
+    `say` is told why.
+
     Raises:
-      UserError: the one there is of other images or of another extractor.
+      UserError: the split has fewer than two images.
     """
     path, resolution = folder.eval / f"reference_{role}.npz", config.stage.resolution
+    if len(split) < 2:
+        raise UserError(
+            f"split {split.split!r} of config.data: {len(split)} image, expected at least 2 to"
+            " compare samples with"
+        )
     wanted: dict[str, Any] = {
         "data": split.data,
         "split": split.split,
@@ -173,20 +232,18 @@ def run_reference(
         "resize": split.resize,
     }
     if path.exists():
-        reference = read_reference(str(path), flag="workdir")
-        if reference.fingerprint is None:
-            raise UserError(f"{path}: has no fingerprint; remove it, it will be made anew")
-        check_reference(
-            reference,
-            str(path),
-            "workdir",
-            **wanted,
-            num_images=len(split),
-            resolution=resolution,
-            channels=config.stage.channels,
-            features=extractor.identity,
-        )
-        return reference
+        try:
+            return _stored_reference(
+                path,
+                **wanted,
+                num_images=len(split),
+                resolution=resolution,
+                channels=config.stage.channels,
+                features=extractor.identity,
+            )
+        except UserError as e:
+            why = str(e).removeprefix(f"--workdir={path}: ").removesuffix("; make it anew")
+            say(f"{path}: {why}; it is made anew")
     reference = measure_reference(
         (chunk.images for chunk in split.chunks(resolution)),
         extractor,
@@ -195,6 +252,14 @@ def run_reference(
         **wanted,
     )
     save_reference(path, reference)
+    return reference
+
+
+def _stored_reference(path: pathlib.Path, **wanted: Any) -> Reference:
+    """Reads a run's reference. Raises UserError where it is damaged, or not what is wanted."""
+    reference = read_reference(str(path), flag="workdir")
+    if (why := differing_field(reference, **wanted)) is not None:
+        raise UserError(why)
     return reference
 
 

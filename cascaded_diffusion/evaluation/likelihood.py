@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from cascaded_diffusion.cascade.cascade import keys_for
 from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.config import SamplerConfig
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.classifier import LabelledImages
 from cascaded_diffusion.evaluation.generate import make_placer
 from cascaded_diffusion.evaluation.trained import TrainedStage
@@ -42,7 +43,14 @@ def bits_per_dim(
 
     Returns:
       `bits_per_dim`, the mean, and `bits_per_dim_error`, its standard error over images.
+
+    Raises:
+      UserError: a single image, or a bound that is not finite.
     """
+    if len(data.labels) < 2:
+        raise UserError(
+            f"bits/dim of {len(data.labels)} image: expected at least 2, for a standard error"
+        )
     stage, key = trained.stage, jax.random.key(seed)
     place = make_placer(mesh)
 
@@ -73,6 +81,11 @@ def bits_per_dim(
         progress.update(min(total, start + batch_size))
     progress.close()
     bits = np.concatenate(values).astype(np.float64)
+    if not np.isfinite(bits).all():
+        raise UserError(
+            f"bits/dim of {trained.name}: not finite for {np.sum(~np.isfinite(bits))} of {total}"
+            " images"
+        )
     return {
         "bits_per_dim": float(bits.mean()),
         "bits_per_dim_error": float(bits.std(ddof=1) / np.sqrt(len(bits))),

@@ -21,6 +21,8 @@ from cascaded_diffusion.evaluation.reference import PixelStatistics, Reference
 # Of KID's random subsets, and of the inception score's splits.
 _SEED = 0
 _NUM_SPLITS = 10
+# Of a split of the inception score: of one sample, it is 1 whatever the sample is.
+_LEAST_PER_SPLIT = 2
 _NUM_NEIGHBOURS = 3
 
 
@@ -76,13 +78,14 @@ class Measurement:
         if features.spatial is not None:
             self._spatial = _plus(self._spatial, FeatureStatistics.of(features.spatial))
         self._pixels = _plus(self._pixels, PixelStatistics.of(images))
-        if self._num_samples >= _NUM_SPLITS:
+        enough = self._num_samples >= _LEAST_PER_SPLIT * _NUM_SPLITS
+        if features.logits is not None and enough:
             score = ScoreStatistics.of(
                 features.logits, rows, num_samples=self._num_samples, num_splits=_NUM_SPLITS
             )
             self._score = _plus(self._score, score)
         self._features.append(features.pooled.astype(np.float32))
-        if self._classes and labels is not None:
+        if self._classes and features.logits is not None and labels is not None:
             self._correct += int((features.logits.argmax(-1) == labels).sum())
             self._judged += len(labels)
 

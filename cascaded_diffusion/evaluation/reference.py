@@ -228,14 +228,11 @@ def holds_statistics(path: str, *, flag: str) -> bool:
     try:
         return "mu" in array_names(path)
     except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
         raise UserError(
             f"--{flag}={path}: expected a folder of PNGs, or an .npz with arr_0 (images) or mu and"
-            f" sigma (statistics) that is whole ({_reason(e)})"
+            f" sigma (statistics) that is whole ({reason})"
         ) from e
-
-
-def _reason(e: Exception) -> str:
-    return str((isinstance(e, OSError) and e.strerror) or e)
 
 
 def read_reference(path: str, *, flag: str) -> Reference:
@@ -248,7 +245,8 @@ def read_reference(path: str, *, flag: str) -> Reference:
         names = [name for name in array_names(path) if not name.startswith("arr_")]
         arrays = read_arrays(path, names, max_bytes=_MAX_BYTES)
     except (OSError, ValueError) as e:
-        raise UserError(f"--{flag}={path}: cannot be read as .npz ({_reason(e)})") from e
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"--{flag}={path}: cannot be read as .npz ({reason})") from e
     recorded = arrays.pop("digest", None)
     if recorded is not None and str(recorded) != _digest(arrays):
         raise UserError(

@@ -184,7 +184,7 @@ class RunScorer:
             return
         self._folder.check_held()
         record = {"step": step, "ema_decay": ema_decay, "metric": metric, "value": value}
-        record |= {"weights": weights, **self._identity(source), **extra}
+        record |= {"weights": weights, **self._identity(source), **source.notes, **extra}
         append_line(self._folder.results_path, record)
         self._curves.add(record)
 
@@ -197,7 +197,7 @@ class RunScorer:
         store: SampleStore,
     ) -> dict[str, float]:
         config, name = self._config, self._config.stage.name
-        about = f"step {step}, EMA {ema_decay:g}, low-res {source.kind}"
+        about = f"step {step}, EMA {ema_decay:g}, low-res {source.about}"
         fill(store, source, params, label=about)
         measurement, agreement, first = measured(self._judge, store, config.stage.num_classes)
         values = {**measurement.distances(self._judge.references["train"]), **measurement.own()}

@@ -40,11 +40,15 @@ class SampleSource:
       record: what says of it all that the samples depend on besides the stage's
         parameters and the seed.
       make: (the stage's parameters, global sample indices [b]) -> arrays of a batch.
+      about: what people are told of it.
+      notes: what a record says besides, which is no part of what is compared.
     """
 
     kind: str
     record: dict[str, Any]
     make: Callable[[Params, np.ndarray], Arrays]
+    about: str
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,8 @@ def of_base(stage: Stage, sampler: SamplerConfig, *, seed: int, mesh: Mesh) -> S
         (images,) = sample([params], indices)
         return {"images": host_array(images), "labels": _labels(indices, num_classes)}
 
-    return SampleSource(kind="none", record=_record("none", sampler, aug_level=None), make=make)
+    record = _record("none", sampler, aug_level=None)
+    return SampleSource(kind="none", record=record, make=make, about="none")
 
 
 def of_real_images(
@@ -100,9 +105,17 @@ def of_real_images(
     seed: int,
     mesh: Mesh,
 ) -> SampleSource:
-    """Enlargements of `num_samples` real images, spread over a split."""
+    """Enlargements of `num_samples` real images, spread over a split.
+
+    Where the split has fewer, each is enlarged several times, by other noise, and so it is said.
+    """
     real = split.spread(num_samples, stage.config.low_res_resolution)
-    return _enlargements("real", stage, sampler, real, aug_level=aug_level, seed=seed, mesh=mesh)
+    source = _enlargements("real", stage, sampler, real, aug_level=aug_level, seed=seed, mesh=mesh)
+    num_real = min(num_samples, len(split))
+    about = "real"
+    if num_real < num_samples:
+        about = f"real ({num_real} images, enlarged {num_samples / num_real:.3g} times each)"
+    return dataclasses.replace(source, about=about, notes={"num_real_low_res": num_real})
 
 
 def of_file(
@@ -151,9 +164,9 @@ def _enlargements(
             "low_res": low_res.images[indices],
         }
 
-    return SampleSource(
-        kind=name.partition(":")[0], record=_record(name, sampler, aug_level=level), make=make
-    )
+    kind = name.partition(":")[0]
+    record = _record(name, sampler, aug_level=level)
+    return SampleSource(kind=kind, record=record, make=make, about=kind)
 
 
 def of_stages(
@@ -198,7 +211,7 @@ def of_stages(
         # A chain that was stopped leaves noise, with which no image can be compared.
         return arrays if stops_below else {**arrays, "low_res": host_array(low_res)}
 
-    return SampleSource(kind=kind, record=record, make=make)
+    return SampleSource(kind=kind, record=record, make=make, about=kind)
 
 
 def at_levels(

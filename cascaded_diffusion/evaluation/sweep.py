@@ -45,6 +45,9 @@ class Sweep:
 
     Attributes:
       metric: the name of the metric by which settings are compared.
+
+    Raises:
+      UserError: a single sample per setting, of which no metric is.
     """
 
     def __init__(
@@ -58,6 +61,11 @@ class Sweep:
         num_samples: int,
         batch_size: int,
     ):
+        if num_samples < 2:
+            raise UserError(
+                f"config.cascade.num_samples = {num_samples}: expected at least 2 to compare"
+                " settings by"
+            )
         self._section, self._trained, self._judge, self._mesh = section, trained, judge, mesh
         self._folder, self._num_samples, self._batch_size = folder, num_samples, batch_size
         self._index = len(trained) - 1

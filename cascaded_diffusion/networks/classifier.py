@@ -41,6 +41,7 @@ class SmallClassifier(nn.Module):
 
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "small": SmallClassifier,
+    "rotation": SmallClassifier,
     "resnet": ResNet,
     "resnet50": ResNet50,
 }

@@ -35,8 +35,8 @@ def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> M
     """The mesh over all devices. `config_checks.check_devices` has been called before."""
     devices = jax.devices() if devices is None else devices
     tensor = config.tensor_size
-    data = len(devices) // (config.fsdp * tensor) if config.data == -1 else config.data
-    shape, types = (data, config.fsdp, tensor), (AxisType.Auto,) * len(AXES)
+    data = len(devices) // (config.fsdp_size * tensor) if config.data == -1 else config.data
+    shape, types = (data, config.fsdp_size, tensor), (AxisType.Auto,) * len(AXES)
     try:
         # In the order that suits the wires; an axis may be a part of one of the slice's.
         ordered = mesh_utils.create_device_mesh(
@@ -56,7 +56,7 @@ def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> M
             raise UserError(
                 f"config.mesh.tensor = {tensor}: expected devices of a process that fit the axes;"
                 f" {len(devices)} devices of {hosts} processes as data {data} x fsdp"
-                f" {config.fsdp} x tensor {tensor} do not ({e})"
+                f" {config.fsdp_size} x tensor {tensor} do not ({e})"
             ) from e
     return mesh
 

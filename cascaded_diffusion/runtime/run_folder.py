@@ -402,7 +402,7 @@ class RunFolder:
         with contextlib.ExitStack() as stack:
             try:
                 with self._pins_lock():
-                    self._pins.mkdir(exist_ok=True)
+                    self._pins.mkdir(parents=True, exist_ok=True)
                     pin = self._pins / f"{step}.{os.getpid()}.{uuid.uuid4().hex}"
                     held = stack.enter_context(pin.open("w"))
                     fcntl.flock(held, fcntl.LOCK_EX)
@@ -433,8 +433,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _pins_lock(self) -> Iterator[None]:
-        self.eval.mkdir(exist_ok=True)
-        with (self.eval / ".reading.lock").open("a") as f:
+        with (self.path / ".reading.lock").open("a") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             yield
 

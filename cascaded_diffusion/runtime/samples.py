@@ -18,8 +18,8 @@ import numpy as np
 from cascaded_diffusion.config import StageConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.npz_file import read_arrays
+from cascaded_diffusion.paths import check_local_path
 from cascaded_diffusion.runtime.image_files import PngFolder, told
-from cascaded_diffusion.runtime.paths import check_local_path
 from cascaded_diffusion.runtime.run_folder import write_whole
 
 _DIGEST_BATCH = 1000
@@ -169,7 +169,7 @@ def _read_npz(path: str, flag: str, at_least: int) -> StoredImages:
         if "arr_0" not in arrays:
             raise ValueError("it has no arr_0")
     except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
+        reason = getattr(e, "strerror", None) or e
         raise UserError(
             f"--{flag}={path}: expected a folder of PNGs, or an .npz with arr_0 (images) that is"
             f" whole ({reason})"

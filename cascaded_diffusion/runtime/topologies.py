@@ -16,6 +16,7 @@ from cascaded_diffusion.runtime.accelerators import ACCELERATORS, Accelerator
 
 # Dimensions of a slice, and the longest it may be along one.
 _TPU_DIMENSIONS = {"v4": (3, 16), "v5e": (2, 16), "v5p": (3, 28), "v6e": (2, 16)}
+_MOST_GPUS = 16_384
 # What a slice's type counts, per chip: cores where a chip has two.
 _TYPE_UNITS = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
 
@@ -47,12 +48,12 @@ def parse_topology(text: str) -> Topology:
             f" {', '.join(ACCELERATORS)}"
         )
     sizes = shape.split("x")
-    if not all(s.isdecimal() and int(s) > 0 for s in sizes):
+    if not all(s.isascii() and s.isdecimal() and len(s) < 10 and int(s) > 0 for s in sizes):
         raise UserError(f"--topology={text}: {shape!r} is no shape; {expected}")
     numbers = [int(s) for s in sizes]
-    dimensions, longest = _TPU_DIMENSIONS.get(kind, (1, 10**6))
+    dimensions, longest = _TPU_DIMENSIONS.get(kind, (1, _MOST_GPUS))
     if len(numbers) != dimensions or max(numbers) > longest:
-        at_most = f", of at most {longest} each" if kind in _TPU_DIMENSIONS else ""
+        at_most = f", of at most {longest} each"
         raise UserError(
             f"--topology={text}: {kind} comes in shapes of {dimensions} number(s){at_most};"
             f" {expected}"

@@ -13,7 +13,7 @@ from functools import partial
 import jax
 from jax.sharding import Mesh
 
-from cascaded_diffusion.cascade.build import build_stage
+from cascaded_diffusion.cascade.build import build_stage, check_precision
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config import RunConfig, ema_name
 from cascaded_diffusion.config_checks import check_resume
@@ -153,6 +153,7 @@ def train(
     data: RunData | None = None,
     start_over: bool = False,
     profile_steps: tuple[int, int] | None = None,
+    mesh: Mesh | None = None,
 ) -> Outcome:
     """Trains one stage to its end, going on from the newest checkpoint if there is one.
 
@@ -168,11 +169,14 @@ def train(
       start_over: begin at step 0 where a run is in the folder but none of its checkpoints is
         intact; without it that is refused.
       profile_steps: the first and last step to write a trace of, to RUN/profile.
+      mesh: of all devices; by default what `config.mesh` says, with fsdp 1 where it says None.
 
     Raises:
-      UserError: the folder belongs to another run, to other images or another process, checkpoints
-        are damaged or cannot be written, or the loss is not finite.
+      UserError: JAX computes with 64 bits, the folder belongs to another run, to other images or
+        another process, checkpoints are damaged or cannot be written, or the loss is not finite.
     """
+    check_precision()
+    mesh = mesh_lib.build_mesh(config.mesh) if mesh is None else mesh
     is_first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         with mesh_lib.together():
@@ -191,6 +195,7 @@ def train(
                 outcome = _train(
                     config,
                     folder,
+                    mesh,
                     data_from,
                     image_shape,
                     low_res_shape,
@@ -213,6 +218,7 @@ def train(
 def _train(
     config: RunConfig,
     folder: RunFolder,
+    mesh: Mesh,
     data_from: DataFrom,
     image_shape: tuple[int, int, int],
     low_res_shape: tuple[int, int, int] | None,
@@ -224,14 +230,14 @@ def _train(
     start_over: bool,
 ) -> Outcome:
     train_config, total = config.train, config.train.train_steps
-    mesh = mesh_lib.build_mesh(config.mesh)
     stage = build_stage(config.stage)
 
     state = _restore_or_init(stage, config, mesh, checkpoints, start_over=start_over)
+    first_step = int(state.step)
+    profiler.check(first_step + 1, total)
     if jax.process_index() == 0:
         # Of a shorter run that now goes on; those who follow it wait for the new end.
         folder.complete_path.unlink(missing_ok=True)
-    first_step = int(state.step)
     is_first_process = jax.process_index() == 0
     if is_first_process:
         print_parameter_overview(state.params)
@@ -258,7 +264,6 @@ def _train(
 
     writer = MetricWriter(folder, resume_step=first_step) if is_first_process else None
     sample_grid = GridSampler(step_lib.sampled_stage(stage, mesh), config, mesh, grid_examples)
-    profiler.check(first_step + 1, total)
     local_batches = data_from(first_step)
     batches = mesh_lib.DeviceBatches(local_batches, mesh)
     progress = Progress(

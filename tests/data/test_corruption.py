@@ -88,6 +88,24 @@ def test_too_many_halt(damaged):
         _take(config, 9)
 
 
+def test_the_advice_to_skip_names_the_other_key_where_it_is_needed(tmp_path):
+    from cascaded_diffusion.data.corruption import CorruptionGuard
+
+    config = photo_config(tmp_path, data__on_corrupt="fail").data
+    with pytest.raises(UserError, match=r"on_corrupt=skip$"):
+        CorruptionGuard(config, 1000).note(0, "a.jpg", "damaged")
+    for count, fraction in ((999, "0.01"), (24, "0.05"), (3, "0.34"), (1, "1")):
+        with pytest.raises(
+            UserError,
+            match=rf"on_corrupt=skip --config.data.max_corrupt_fraction={fraction} \(at 0.001, ",
+        ):
+            CorruptionGuard(config, count).note(0, "a.jpg", "damaged")
+        enough = photo_config(
+            tmp_path, data__on_corrupt="skip", data__max_corrupt_fraction=float(fraction)
+        ).data
+        CorruptionGuard(enough, count).note(0, "a.jpg", "damaged")
+
+
 def test_a_set_with_nothing_good_says_so(tmp_path):
     write_tree(tmp_path, per_class=1)
     for path in (tmp_path / "train").rglob("*.jpg"):

@@ -215,6 +215,9 @@ def test_a_bomb_is_refused_from_its_header():
     with pytest.raises(CorruptRecord, match="13000 x 13000 pixels, expected at most 64000000"):
         _decode(bomb)
     assert time.process_time() - start < 0.5  # decoding takes several seconds
+    # The bound is the config's, not a library's.
+    with pytest.raises(CorruptRecord, match="20000 x 20000 pixels, expected .*data.max_pixels"):
+        _decode(_png_of_size(20_000, 20_000))
     with pytest.raises(CorruptRecord, match="70 x 60 pixels, expected at most 4000"):
         _decode(_encoded(_picture(), "JPEG"), max_pixels=4000)
     with pytest.raises(CorruptRecord, match="0 x 5|cannot be read"):

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.data.npz import load_npz
+from cascaded_diffusion.data.sources import load_splits
 from cascaded_diffusion.errors import UserError
+from tests.data.photos import photo_config
 
 _IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
 _LABELS = np.arange(12) % 3
@@ -33,6 +35,27 @@ def test_parts_and_no_classes(tmp_path):
     assert parts[0].identity != parts[1].identity
 
 
+def test_class_names(tmp_path):
+    arrays = dict(arr_0=_IMAGES, arr_1=_LABELS.astype(np.uint64))
+    plain = load_npz(_save(tmp_path / "x.npz", **arrays), "all", num_classes=3)
+    assert (plain.class_names, plain.times, plain.content_sample()) == (("0", "1", "2"), "", "")
+    for names in (["caf\u00e9", "b", "c"], np.asarray(["caf\u00e9".encode(), b"b", b"c"])):
+        path = _save(tmp_path / "y.npz", **arrays, class_names=names)
+        assert load_npz(path, "all", num_classes=3).class_names == ("caf\u00e9", "b", "c")
+        assert load_npz(path, "all", num_classes=0).class_names == ()
+
+
+def test_files_with_other_class_names_are_refused(tmp_path):
+    for split, names in (("train", "abc"), ("test", "bac")):
+        _save(tmp_path / f"{split}.npz", arr_0=_IMAGES, arr_1=_LABELS, class_names=list(names))
+    config = photo_config(
+        tmp_path, data__name="npz", data__eval_split="test", data__resolution=8,
+        stage__resolution=8,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="class 0 of train_split 'train' is 'a', and of eval_split"):
+        load_splits(config.data, ["train", "test"], config.stage)
+
+
 @pytest.mark.parametrize(
     ("arrays", "split", "num_classes", "message"),
     [
@@ -48,7 +71,50 @@ def test_parts_and_no_classes(tmp_path):
             r"arr_1 is int64 \(5,\), expected 12 in",
         ),
         (dict(arr_0=_IMAGES / 255), "all", 0, "arr_0 is float64 .*expected uint8"),
-        (dict(other=_IMAGES), "all", 0, "cannot be read, expected an .npz with arr_0"),
+        (dict(other=_IMAGES), "all", 0, "no images .arr_0."),
+        (
+            dict(arr_0=_IMAGES.transpose(0, 3, 1, 2)),
+            "all",
+            0,
+            r"looks like .n, channels, .*store arr_0.transpose\(0, 2, 3, 1\)",
+        ),
+        (
+            dict(arr_0=_IMAGES[..., :1].transpose(0, 3, 1, 2)),
+            "all",
+            0,
+            r"arr_0.transpose\(0, 2, 3, 1\)",
+        ),
+        (dict(arr_0=_IMAGES[..., 0]), "all", 0, r"of grey images, store arr_0\[..., None\]"),
+        (
+            dict(arr_0=np.zeros((5, 8, 8, 4), np.uint8)),
+            "all",
+            0,
+            r"expected uint8 \(n, height, width, 1 or 3\)$",
+        ),
+        (
+            dict(arr_0=np.zeros((5, 0, 10, 3), np.uint8)),
+            "all",
+            0,
+            r"arr_0 is declared as uint8 of shape \(5, 0, 10, 3\), which is empty",
+        ),
+        (
+            dict(arr_0=_IMAGES, arr_1=_LABELS, class_names=["a", "b"]),
+            "all",
+            3,
+            "class_names is <U1 .2,., expected 3 texts",
+        ),
+        (
+            dict(arr_0=_IMAGES, arr_1=_LABELS, class_names=["a", "b", "a"]),
+            "all",
+            3,
+            "same name twice",
+        ),
+        (
+            dict(arr_0=_IMAGES, arr_1=_LABELS, class_names=np.asarray(["a", "b", "a"], object)),
+            "all",
+            3,
+            "class_names holds Python objects",
+        ),
     ],
 )
 def test_bad_files_are_explained(tmp_path, arrays, split, num_classes, message):

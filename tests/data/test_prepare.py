@@ -1,6 +1,9 @@
 import json
 import os
 import pathlib
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -8,9 +11,10 @@ import time
 import numpy as np
 import pytest
 
-from cascaded_diffusion import prepare
+from cascaded_diffusion import cli, prepare
 from cascaded_diffusion.config import to_dict
-from cascaded_diffusion.data.sources import load_source
+from cascaded_diffusion.data.prepared import digest_of
+from cascaded_diffusion.data.sources import load_source, load_splits
 from cascaded_diffusion.errors import UserError
 from tests.data.photos import photo, photo_config, write_tree
 from tests.tiny import ROOT, round_trip
@@ -66,7 +70,8 @@ def test_prepared_records_are_those_of_the_photos(prepared):
     source = _source(config)
     plain = _source(round_trip(config, data__prepared_dir=None))
     _assert_same_records(source, plain)
-    assert source.identity == plain.identity
+    assert (source.identity, source.times) == (plain.identity, plain.times)
+    assert source.content_sample() == plain.content_sample() != ""
     assert source.class_names == plain.class_names
     assert source.image_shape == (32, 32, 3)
     assert "array_record, record 7" in source.reader.describe(7)
@@ -79,7 +84,8 @@ def test_the_manifest_says_what_is_there(prepared):
     assert len(manifest["shards"]) == 2
     assert manifest["class_counts"] == [100, 100, 100]
     assert manifest["skipped"] == []
-    assert len(manifest["fingerprint"]) == 64
+    assert {len(shard["content"]) for shard in manifest["shards"]} == {64}
+    assert manifest["path"] == os.path.realpath(prepared)
 
 
 @pytest.mark.parametrize("encoding", ["raw", "png"])
@@ -230,7 +236,7 @@ def test_an_edited_manifest_is_refused(tmp_path):
         ),
         ({"data__low_res": "stored"}, r"train_32px_low16px \(there: train_32px\)"),
         ({"data__train_split": "val"}, r"split 'val' is not prepared in .*val_32px"),
-        ({"data__path": "/elsewhere"}, "config.data.path = '/elsewhere': .*prepared with"),
+        ({"data__path": "/elsewhere"}, "config.data.path = '/elsewhere': .*prepared from .*; give"),
         ({"stage__num_classes": 2}, "config.stage.num_classes = 2: .* with 3"),
     ],
 )
@@ -240,6 +246,229 @@ def test_data_prepared_in_another_way_is_refused(prepared, overrides, message):
     config = _config(prepared, **overrides)
     with pytest.raises(UserError, match=message):
         _source(config, config.data.train_split)
+
+
+def test_data_that_has_moved_is_the_same(tmp_path):
+    root = write_tree(tmp_path / "a", per_class=2)
+    args = [arg for arg in _args(root) if "data.path" not in arg]
+    assert prepare.main(_args(root)) == 0
+    shutil.copytree(root, tmp_path / "b")  # other times, the same contents
+    shutil.rmtree(root / "train")
+    config = _config(root, data__path=str(tmp_path / "b"))
+    assert len(_source(config)) == 6
+    moved = [*args, f"--config.data.path={tmp_path}/b"]
+    assert prepare.main(moved) == 0
+    assert prepare.main([*moved, "--verify"]) == 0
+    # Where the images are not there any more, what was prepared of them is enough.
+    assert len(_source(_config(root))) == 6
+    path = tmp_path / "b" / "train" / "bee" / "001.jpg"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match="was prepared of other images than are there now, with"):
+        _source(config)
+    path.unlink()
+    with pytest.raises(UserError, match="was prepared of 'folder:train:6 .*not of 'folder:train:5"):
+        _source(config)
+
+
+def test_a_copy_that_says_where_it_is_from(tmp_path, capsys):
+    root = write_tree(tmp_path, per_class=2)
+    assert prepare.main(_args(root)) == 0
+    for path in (root / "train").rglob("*.jpg"):
+        os.utime(path, (1e9, 1e9))
+    assert prepare.main(_args(root)) == 0
+    out = capsys.readouterr().out
+    assert "train: is prepared, 6 images" in out
+    assert "written at other times than those" in out
+    assert "--verify compares all of them" in out
+
+
+@pytest.mark.parametrize("times", ["new", "kept"])
+def test_images_replaced_under_the_same_names_are_noticed(tmp_path, times, capsys):
+    root = write_tree(tmp_path, per_class=2)
+    assert prepare.main(_args(root)) == 0
+    assert prepare.main(_args(root, "--verify")) == 0
+    out = capsys.readouterr().out
+    assert "every shard is as it was written" in out
+    assert "train: the images are those that it was prepared from" in out
+    path = root / "train" / "bee" / "001.jpg"
+    status = path.stat()
+    path.write_bytes(photo(7)[: status.st_size].ljust(status.st_size, b"\0"))
+    if times == "kept":
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    else:
+        os.utime(path, (1e9, 1e9))
+        with pytest.raises(UserError, match="was prepared of other images than are there now"):
+            prepare.main(_args(root))
+    with pytest.raises(UserError, match="images are not those that it was prepared from|of other"):
+        prepare.main(_args(root, "--verify"))
+    # Other sizes are noticed by the identity.
+    path.write_bytes(photo(7) + b"\0\0\0")
+    with pytest.raises(UserError, match=r"was prepared of 'folder:train:6.*not of 'folder:train:6"):
+        prepare.main(_args(root))
+
+
+def test_replaced_images_are_prepared_anew_where_it_goes_on(tmp_path, capsys):
+    root = write_tree(tmp_path, per_class=3)
+    path = root / "train" / "bee" / "001.jpg"
+    path.write_bytes(photo(1).ljust(5000, b"\0"))
+    assert prepare.main(_args(root)) == 0
+    (root / "prepared" / "folder" / "train_32px" / "manifest.json").unlink()
+    path.write_bytes(photo(2).ljust(5000, b"\0"))
+    os.utime(path, (1e9, 1e9))
+    assert prepare.main(_args(root)) == 0
+    assert "going on" not in capsys.readouterr().out
+    assert prepare.main(_args(root, "--verify")) == 0
+
+
+def test_verify_without_the_images_says_what_was_compared(tmp_path, capsys):
+    root = write_tree(tmp_path, per_class=2)
+    assert prepare.main(_args(root)) == 0
+    shutil.rmtree(root / "train")
+    assert prepare.main(_args(root, "--verify")) == 0
+    assert "train: only the shards were compared: what they were" in capsys.readouterr().out
+
+
+def test_verify_needs_no_classes_in_the_config(tmp_path):
+    root = write_tree(tmp_path, per_class=2)
+    assert prepare.main(_args(root)) == 0
+    without = [
+        "--config.stage.num_classes=0",
+        "--config.stage.diffusion.label_dropout_prob=0",
+        "--config.stage.sampler.guidance_scale=1",
+    ]
+    assert prepare.main(_args(root, "--verify", *without)) == 0
+    assert prepare.main(_args(root, *without)) == 0
+
+
+def test_splits_with_other_classes_are_not_prepared(tmp_path):
+    root = write_tree(write_tree(tmp_path, per_class=2), "test", per_class=2)
+    (root / "test" / "bee").rename(root / "test" / "yak")
+    two = "--config.data.eval_split=test"
+    with pytest.raises(UserError, match="'test' has no 'bee' and train_split 'train' has no 'yak"):
+        prepare.main(_args(root, two))
+    assert not (root / "prepared").exists()
+    # One after the other, too; and whoever reads both is told.
+    assert prepare.main(_args(root, two, "--splits=train")) == 0
+    with pytest.raises(UserError, match="^eval_split 'test' has no 'bee'|and eval_split 'test'"):
+        prepare.main(_args(root, two, "--splits=test"))
+    (root / "prepared" / "folder" / "train_32px").rename(root / "aside")
+    assert prepare.main(_args(root, two, "--splits=test")) == 0
+    (root / "aside").rename(root / "prepared" / "folder" / "train_32px")
+    config = _config(root, data__eval_split="test")
+    with pytest.raises(UserError, match="eval_split 'test' has no 'bee'"):
+        load_splits(config.data, ["train", "test"], config.stage)
+
+
+def test_class_folders_that_are_not_utf_8_are_prepared(tmp_path):
+    root = write_tree(tmp_path, per_class=2)
+    os.rename(os.fsencode(root) + b"/train/ant", os.fsencode(root) + b"/train/caf\xe9")
+    os.rename(root / "train" / "cow", root / "train" / "new\nline")
+    assert prepare.main(_args(root)) == 0
+    assert prepare.main(_args(root, "--verify")) == 0
+    source = _source(_config(root))
+    assert source.class_names == ("bee", "caf\udce9", "new\nline")
+    _assert_same_records(source, _source(_config(root, data__prepared_dir=None)))
+
+
+def test_small_photos_are_counted(tmp_path, capsys):
+    root = write_tree(tmp_path, per_class=2)
+    (root / "train" / "ant" / "000.jpg").write_bytes(photo(1, size=(9, 8)))
+    (root / "train" / "ant" / "notes.txt").write_text("of ants")
+    assert prepare.main(_args(root)) == 0
+    captured = capsys.readouterr()
+    assert "1 shards, 131 kB, 1 enlarged, in" in captured.out
+    assert f"{root}/train: 1 other file passed over: 1 .txt" in captured.err.splitlines()
+
+
+def _rewritten(root, change):
+    """Changes a manifest and gives it the digest that it must have."""
+    path = root / "prepared" / "folder" / "train_32px" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["digest"]
+    change(manifest)
+    path.write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["shards"][0].update(file="../../x.array_record"), "'file' is '../../x.arr"),
+        (lambda m: m["shards"][0].update(file="/etc/passwd"), "'file' is '/etc/passwd', expected"),
+        (lambda m: m["shards"][0].update(file=3), "'file' is 3, expected text"),
+        (lambda m: m["shards"][0].update(count=-1), "'count' is -1, expected a number from 0 on"),
+        (lambda m: m["shards"][0].update(count=True), "'count' is a bool, expected a number"),
+        (lambda m: m["shards"][0].update(count=5), "'num_examples' is not the sum"),
+        (lambda m: m["shards"][0].pop("bytes"), "an element of 'shards' lacks 'bytes'"),
+        (lambda m: m.update(shards=[7]), "an element of 'shards' is 7, expected an object"),
+        (lambda m: m.update(shards={}), "'shards' is a dict, expected a list"),
+        (lambda m: m.update(shards=[], num_examples=0), "'num_examples' is 0, expected images"),
+        (lambda m: m.update(low_res_resolution="x"), "'low_res_resolution' is a str, expected"),
+        (lambda m: m.update(class_names=["a"]), "of different numbers of classes"),
+        (lambda m: m.update(class_names=[1, 2, 3]), "an element of 'class_names' is 1, expected t"),
+        (lambda m: m.update(encoding="jpeg"), "'encoding' is 'jpeg', expected one of raw, png"),
+        (lambda m: m.update(channels=7), "'channels' is 7, expected 1 or 3"),
+        (lambda m: m.update(more=1), "has an unknown 'more'"),
+        (lambda m: m.pop("identity"), "it lacks 'identity'"),
+        (lambda m: m.update(format=1), "of another version of this program"),
+        (lambda m: m.update(converted={"CMYK": "x"}), "an element of 'converted' is a str"),
+    ],
+)
+def test_a_manifest_is_checked_as_what_it_must_be(tmp_path, change, message):
+    root = write_tree(tmp_path, per_class=2)
+    assert prepare.main(_args(root)) == 0
+    _rewritten(root, lambda m: None)
+    _source(_config(root))
+    _rewritten(root, change)
+    for read in (lambda: _source(_config(root)), lambda: prepare.main(_args(root))):
+        with pytest.raises(UserError, match=f"manifest.json: .*{message}") as e:
+            read()
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "data", [b"[" * 100_000, b'{"a":' * 100_000, b"[]", b"7", b"null", b"\xff{}", b"", b"{}"]
+)
+def test_what_is_no_manifest_and_no_report_is_one_line(tmp_path, data):
+    root = write_tree(tmp_path, per_class=2)
+    assert prepare.main(_args(root)) == 0
+    folder = root / "prepared" / "folder" / "train_32px"
+    (folder / "manifest.json").write_bytes(data)
+    with pytest.raises(UserError, match="manifest.json: .*prepare the data anew") as e:
+        _source(_config(root))
+    assert "\n" not in str(e.value)
+    # A report is there to go on by; where it cannot be read, its shard is made again.
+    (folder / "manifest.json").unlink()
+    (folder / "reports" / "00000.json").write_bytes(data)
+    assert prepare.main(_args(root)) == 0
+    assert len(_source(_config(root))) == 6
+
+
+def test_a_report_that_leads_elsewhere_is_not_gone_by(tmp_path):
+    root = write_tree(tmp_path, per_class=2)
+    assert prepare.main(_args(root)) == 0
+    folder = root / "prepared" / "folder" / "train_32px"
+    path = folder / "reports" / "00000.json"
+    report = json.loads(path.read_text())
+    for change in ({"file": "../x"}, {"class_counts": []}, {"skipped": [1]}, {"count": 5}):
+        (folder / "manifest.json").unlink()
+        path.write_text(json.dumps({**report, **change}))
+        assert prepare.main(_args(root)) == 0
+        assert json.loads(path.read_text()) == report
+
+
+def test_the_command_that_prepares_is_told_as_it_is_typed(tmp_path, monkeypatch):
+    argv = ["main", *_args(tmp_path)[1:-2], "--workdir=x", "--config.data.train_split=a b"]
+    monkeypatch.setattr(sys, "argv", argv)
+    config = _config(tmp_path)
+    with pytest.raises(UserError) as e:
+        load_source(config.data, "train", config.stage)
+    told = cli._one_line(e.value)
+    command = re.search("run `python -m cascaded_diffusion.prepare (.*)` of this", told)[1]
+    assert shlex.split(command) == [arg for arg in argv if arg.startswith("--config")]
+    for name in ("cifar10", "imagenet2012"):
+        config = photo_config(tmp_path, data__name=name)
+        with pytest.raises(UserError, match=r"by `python .*prepare --config=...` of this config"):
+            load_splits(config.data, ["train"], config.stage)
 
 
 def test_a_changed_folder_is_not_what_was_prepared(tmp_path):

@@ -1,4 +1,5 @@
 import io
+import os
 import pathlib
 import shutil
 import tarfile
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.data.corruption import CorruptRecord
-from cascaded_diffusion.data.sources import load_source
+from cascaded_diffusion.data.measure import class_counts
+from cascaded_diffusion.data.sources import load_source, load_splits
 from cascaded_diffusion.data.tfds_source import load_tfds
 from cascaded_diffusion.errors import UserError
 from tests.data import tiny_photos
@@ -34,7 +36,11 @@ def test_both_formats_give_the_same_in_the_same_order(array_record, split):
     a = load_tfds("tiny_photos", split, str(array_record))
     b = load_tfds("tiny_photos", split, str(TFRECORD))
     assert _records(a) == _records(b)
-    assert a.identity == b.identity == f"tiny_photos/1.0.0:{split}:{len(a)} images"
+    assert a.content_sample() == b.content_sample()
+    # Files of other names and sizes: which records are in them is known to those who read them.
+    for source in (a, b):
+        assert source.identity.startswith(f"tiny_photos/1.0.0:{split}:{len(a)} images:")
+    assert a.identity != b.identity
     assert a.class_names == ("cat", "dog", "eel")
 
 
@@ -50,6 +56,29 @@ def test_it_is_a_source_like_any_other(array_record):
     source = load_source(config.data, "test", config.stage)
     assert len(source) == tiny_photos.NUM_TEST
     assert source[4]["image"].shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_replaced_shards_are_another_set(tmp_path, array_record, file_format):
+    folder, path = _copy(tmp_path, TFRECORD if file_format == "tfrecord" else array_record)
+    first, test = (load_tfds("tiny_photos", s, str(folder)) for s in ("train", "test"))
+    os.utime(path, (1e9, 1e9))
+    touched = load_tfds("tiny_photos", "train", str(folder))
+    assert (touched.identity, touched.content_sample()) == (first.identity, first.content_sample())
+    assert touched.times != first.times
+    path.write_bytes(path.read_bytes() + b"\0" * 65536)
+    try:
+        assert load_tfds("tiny_photos", "train", str(folder)).identity != first.identity
+    except UserError:
+        assert file_format == "array_record"  # which is noticed when it is opened
+    again = load_tfds("tiny_photos", "test", str(folder))
+    assert (again.identity, again.times) == (test.identity, test.times)
+
+
+def test_splits_of_tfds_have_their_classes_compared(array_record):
+    config = photo_config(array_record, data__name="tiny_photos", data__eval_split="test")
+    sources = load_splits(config.data, ["train", "test"], config.stage)
+    assert {s.class_names for s in sources.values()} == {("cat", "dog", "eel")}
 
 
 def _copy(tmp_path, origin):
@@ -175,6 +204,20 @@ def test_a_label_out_of_range_is_named(array_record, monkeypatch):
     monkeypatch.setattr(raw, "read", lambda i: read(i)._replace(label=-1))
     with pytest.raises(UserError, match=r"record 2: label -1 is out of range, expected 0 to 2"):
         source[2]
+    with pytest.raises(UserError, match=r"record 0: label -1 is out of range"):
+        class_counts(source, max_examples=5, say=lambda done: None)
+
+
+def test_a_tfrecord_that_is_cut_while_it_is_read_is_corrupt(tmp_path):
+    folder, path = _copy(tmp_path, TFRECORD)
+    source = load_tfds("tiny_photos", "train", str(folder))
+    source.read(0)
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(CorruptRecord, match="checksum is wrong"):
+        source.read(11)
+    path.unlink()
+    with pytest.raises(CorruptRecord, match="cannot be read .No such file"):
+        source.read(0)
 
 
 def test_a_tfrecord_copy_is_converted(tmp_path, array_record):
@@ -200,7 +243,9 @@ def test_a_tfrecord_copy_is_converted(tmp_path, array_record):
     )
     converted = load_source(there.data, "train", there.stage)
     plain = load_source(round_trip(config, data__path=str(array_record)).data, "train", there.stage)
-    assert converted.identity == plain.identity
+    copy = load_source(config.data, "train", there.stage)
+    assert (converted.identity, converted.times) == (copy.identity, copy.times)
+    assert converted.content_sample() == plain.content_sample() == copy.content_sample()
     assert len(converted) == len(plain) == tiny_photos.NUM_TRAIN
     for i in range(len(plain)):
         for name, value in plain[i].items():

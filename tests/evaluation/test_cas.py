@@ -111,6 +111,11 @@ def test_bad_input_is_named():
     small = LabelledImages(_bars(96, 3).images[:, :6, :6], _bars(96, 3).labels)
     with pytest.raises(UserError, match=r"images of \(6, 6, 1\), expected \(8, 8, 1\)"):
         _record(small)
+    one_class = LabelledImages(_bars(96, 3).images, np.zeros(96, np.int32))
+    with pytest.raises(UserError, match="generated images: all 96 training images are of one"):
+        _record(one_class)
+    with pytest.raises(UserError, match="classifier of 6 training images: expected at least 8"):
+        _record(LabelledImages(_bars(6, 3).images, _bars(6, 3).labels))
     with pytest.raises(UserError, match="labels from 1 to 6, expected 0 to 5"):
         _record(LabelledImages(_bars(96, 3).images, _bars(96, 3).labels + 1))
 

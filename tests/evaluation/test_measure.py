@@ -82,6 +82,27 @@ def test_a_distance_of_other_features_is_no_fid():
     assert not any(name.startswith(("fid", "sfid")) for name in _values(Extractor()))
 
 
+@pytest.mark.parametrize(("count", "there"), [(19, False), (20, True)])
+def test_the_inception_score_is_of_at_least_two_samples_to_a_split(count, there):
+    measurement = Measurement(Extractor(), count, classes=True)
+    measurement.add(SAMPLES[:count], None)
+    assert (f"is_projection_{count}" in measurement.own()) == there
+
+
+def test_features_without_logits_give_no_score_and_no_accuracy():
+    class Unlabelled(Extractor):
+        """Knows no classes."""
+
+        def __call__(self, images):
+            return Features(super().__call__(images).pooled)
+
+    values = _values(Unlabelled(), batch_size=7)
+    assert set(values) == {f"{x}_projection_40" for x in ("fd", "kid", "kid_std")} | {
+        "precision_projection_40",
+        "recall_projection_40",
+    }
+
+
 def test_fewer_samples_than_said_are_an_error():
     measurement = Measurement(Extractor(), 40, classes=True)
     measurement.add(SAMPLES[:30], None)

@@ -51,7 +51,10 @@ def test_a_slice_is_its_kind_and_the_product_of_its_sizes(text, kind, devices, i
         ("v5p:4x4", r"v5p comes in shapes of 3 number\(s\), of at most 28 each"),
         ("v4:1x1x17", "of at most 16 each"),
         ("v5e:16x17", "of at most 16 each"),
-        ("h100:8x8", r"h100 comes in shapes of 1 number\(s\); expected"),
+        ("h100:8x8", r"h100 comes in shapes of 1 number\(s\), of at most 16384 each; expected"),
+        ("h100:16385", "of at most 16384 each"),
+        ("v5e:" + "9" * 5000 + "x2", "is no shape"),
+        ("v5e:٤x4", "'٤x4' is no shape"),
     ],
 )
 def test_what_is_no_slice_is_refused_in_one_line(text, message):

@@ -1,7 +1,7 @@
 import pytest
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.paths import check_local_path
+from cascaded_diffusion.paths import check_local_path
 
 
 @pytest.mark.parametrize("text", ["run", "/tmp/a b/ä", "../up", "C", "a:b"])
