@@ -17,6 +17,7 @@ import os
 import pathlib
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -59,6 +60,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     are printed with escapes.
     """
     INTERRUPTS.install()
+    threading.excepthook = _thread_failed
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -83,6 +85,14 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     INTERRUPTS.at_once = True
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """One line for a thread that could not write, TensorBoard's for one; the trace of others."""
+    if isinstance(args.exc_value, OSError):
+        print(f"warning: {_one_line(args.exc_value)}", file=sys.stderr, flush=True)
+    else:
+        threading.__excepthook__(args)
 
 
 def _one_line(error: UserError | OSError) -> str:
@@ -343,6 +353,17 @@ def define_inception(flag_values: flags.FlagValues) -> None:
         "take weights that are not the public ones: the result is then no FID that others know",
         flag_values=flag_values,
     )
+
+
+def check_inception(flag_values: flags.FlagValues) -> None:
+    """Raises UserError if --inception_weights was given and no file is there."""
+    check_paths(flag_values, "inception_weights")
+    weights = flag_values.inception_weights
+    if weights is not None and not pathlib.Path(weights).is_file():
+        raise UserError(
+            f"--inception_weights={weights}: no such file; without this flag the weights are those"
+            " of the cache, or downloaded"
+        )
 
 
 def inception_loader(

@@ -141,8 +141,8 @@ def main(argv: Sequence[str]) -> int:
     cli.parse(fv, argv, __doc__)
     cli.check_paths(
         fv, "workdir", "samples", "reference", "low_res_run", "low_res_samples", "data_path",
-        "inception_weights",
     )  # fmt: skip
+    cli.check_inception(fv)
     cli.refuse_cluster(fv)
     mode = next(name for name in _MODES if not name or fv[name].value not in (None, False))
     _check_flags(fv, argv, mode)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import pathlib
 import sys
 from typing import Any
 
@@ -16,7 +15,6 @@ from cascaded_diffusion.config import MeshConfig
 from cascaded_diffusion.config_checks import check_sample_count
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.npz_file import array_names
-from cascaded_diffusion.paths import check_local_path
 from cascaded_diffusion.runtime.samples import StoredImages, batches, open_images
 
 _BATCH = 500
@@ -39,26 +37,10 @@ def evaluate_files(fv: flags.FlagValues) -> int:
     return 0
 
 
-def check_files(fv: flags.FlagValues, *names: str) -> None:
-    """Checks the paths of some flags and of --inception_weights, as far as they were given.
-
-    Raises:
-      UserError: one cannot be used, or there is no file of weights.
-    """
-    for name in (*names, "inception_weights"):
-        if fv[name].value is not None:
-            check_local_path(fv[name].value, f"--{name}")
-    weights = fv.inception_weights
-    if weights is not None and not pathlib.Path(weights).is_file():
-        raise UserError(
-            f"--inception_weights={weights}: no such file; without this flag the weights are those"
-            " of the cache, or downloaded"
-        )
-
-
 def _record(fv: flags.FlagValues) -> dict[str, Any]:
     cli.require(fv, "reference")
-    check_files(fv, "samples", "reference")
+    cli.check_paths(fv, "samples", "reference")
+    cli.check_inception(fv)
     samples = open_images(fv.samples, flag="samples")
     count = num_samples(fv, samples)
     check_sample_count(count, "inception", allow_few=fv.allow_few_samples)

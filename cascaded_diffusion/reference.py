@@ -23,7 +23,6 @@ from cascaded_diffusion import cli
 from cascaded_diffusion.config import MeshConfig
 from cascaded_diffusion.config_checks import evaluation_mesh, run_config_from
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluate_files import check_files
 from cascaded_diffusion.evaluate_run import build_run_judge
 from cascaded_diffusion.runtime.run_folder import RunFolder, check_writable
 from cascaded_diffusion.runtime.samples import batches, open_images
@@ -44,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
     )
     cli.define_inception(fv)
     cli.parse(fv, argv, __doc__)
-    check_files(fv, "workdir", "images", "output")
+    cli.check_paths(fv, "workdir", "images", "output")
+    cli.check_inception(fv)
     if fv.images is not None:
         for name in ("workdir", "config"):
             if fv[name].value is not None:

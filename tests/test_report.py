@@ -128,7 +128,13 @@ def test_a_run_of_which_all_is_known(tmp_path, capsys):
     _final(folder)
     append_line(
         folder.results_path,
-        {"step": 4, "metric": "bits_per_dim", "value": 3.515625, "standard_error": 0.015625},
+        {
+            "step": 4,
+            "ema_decay": 0.995,
+            "metric": "bits_per_dim",
+            "value": 3.515625,
+            "standard_error": 0.015625,
+        },
     )
     assert report.main(["report", f"--workdir={tmp_path}"]) == 0
     assert "report.html: " in capsys.readouterr().out
@@ -188,3 +194,34 @@ def test_it_needs_no_jax(tmp_path):
         "assert 'jax' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+def test_files_that_no_binary_writes_do_not_stop_the_page(tmp_path, capsys):
+    folder = _run(tmp_path, tiny_sr())
+    _final(folder)
+    with folder.metrics_path.open("ab") as f:
+        f.write(b'\xff\n{"step": "six"}\n[1]\n')
+    with folder.results_path.open("ab") as f:
+        f.write(b'\n{"step": "4", "metric": "x"}\n' + b"[" * 100_000 + b"\n")
+    folder.best_path.write_text("{")
+    folder.complete_path.write_text("[]")
+    folder.cas_path.write_text('{"generated": 3}\n')
+    (folder.eval / "final_real.json").write_text("[" * 100_000)
+    _png(folder.eval / "step_x_none.png")
+    assert report.main(["report", f"--workdir={tmp_path}"]) == 0
+    told = capsys.readouterr().err
+    assert "metrics.jsonl: 3 line(s) that are no records" in told
+    assert "results.jsonl: 3 line(s) that are no records" in told
+    assert "best.json: cannot be read" in told
+    _, text = _parsed(tmp_path / "report.html")
+    assert text.count("Cannot be shown") == 2
+    assert "final_real.json cannot be read" in text
+    assert "fd_classifier_1k" in text
+
+
+def test_a_folder_in_place_of_results_is_one_line(tmp_path):
+    folder = _run(tmp_path, tiny_sr())
+    folder.results_path.unlink()
+    folder.results_path.mkdir()
+    with pytest.raises(UserError, match="results.jsonl: expected a file"):
+        report.main(["report", f"--workdir={tmp_path}"])

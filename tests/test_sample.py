@@ -39,7 +39,7 @@ def _write_run(path, config):
     writer.save(1, {"ema_params": {ema_name(decay): params}})
     writer.wait(1)
     writer.close()
-    folder.eval.mkdir()
+    folder.eval.mkdir(exist_ok=True)
     folder.best_path.write_text(json.dumps({"step": 1, "ema_decay": decay}))
 
 
@@ -195,10 +195,9 @@ def test_what_is_asked_for(runs, tmp_path):
 
 
 def test_classes_by_name(runs, monkeypatch):
-    class Source:
-        class_names = ("ant", "bee", *"cdefghij")
-
-    monkeypatch.setattr("cascaded_diffusion.data.sources.load_source", lambda *args: Source)
+    assert "the run in" in _refused(runs, "--labels=bee")  # it does not say what they are called
+    names = ("ant", "bee", *"cdefghij")
+    monkeypatch.setattr(RunFolder, "class_names", lambda self: names)
     request = _request(runs, "--labels=bee,3")
     assert (request.labels.tolist(), request.class_names) == ([1, 3], {1: "bee"})
     assert "of classes 1 (bee), 3, " in request.title()

@@ -71,6 +71,11 @@ class FolderSource:
     def __repr__(self) -> str:
         return f"FolderSource({len(self)} files in {os.fsdecode(self.root)})"
 
+    @property
+    def where(self) -> str:
+        """The folder, for people."""
+        return printable(os.fsdecode(self.root))
+
     def name(self, index: int) -> bytes:
         """The path of a file below `root`."""
         start = self.ends[index - 1] if index else 0
@@ -250,5 +255,5 @@ def _listed(
         class_names=tuple(map(os.fsdecode, class_names)),
         identity=f"folder:{printable(split)}:{len(names)} images:{digest}",
         times=digest_of_files(names, (time for _, _, time in images)),
-        passed_over=f"{where}: {passed_over}" if passed_over else "",
+        passed_over=passed_over,
     )

@@ -52,14 +52,12 @@ class RawSource(Protocol):
       identity: what the set is, wherever it lies: of names and sizes, or of the contents.
       times: a digest of when its files were written, in whole seconds; "" where the
         contents are in the identity.
-      passed_over: what lies beside the images and is none, for people; "" for nothing.
     """
 
     class_names: tuple[str, ...]
     fixed_shape: tuple[int, int, int] | None
     identity: str
     times: str
-    passed_over: str
 
     def __len__(self) -> int: ...
 
@@ -143,7 +141,6 @@ class ArraySource:
     identity: str = "array"
 
     times = ""
-    passed_over = ""
 
     @property
     def fixed_shape(self) -> tuple[int, int, int]:

@@ -294,8 +294,8 @@ def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
         raise UserError(
             f"config.stage.channels = {stage.channels}: expected 1 or 3, as images have"
         )
-    if raw.passed_over:
-        _say(raw.passed_over, once=True)
+    if isinstance(raw, folder.FolderSource) and raw.passed_over:
+        _say(f"{raw.where}: {raw.passed_over}", once=True)
     return raw
 
 

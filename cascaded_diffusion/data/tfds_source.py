@@ -58,8 +58,6 @@ class _TfRecordShards:
 class TfdsSource:
     """A split of a TFDS image data set; `load_tfds` makes it."""
 
-    passed_over = ""
-
     def __init__(
         self,
         shards: ArrayRecordShards | _TfRecordShards,

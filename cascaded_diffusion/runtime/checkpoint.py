@@ -49,8 +49,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    # Orbax logs each error with its stack trace, by several threads, before it raises it.
-    return "/orbax/" not in record.pathname or record.levelno < logging.ERROR
+    # Orbax logs each error with its stack trace, by several threads, before it raises it, and
+    # leaves others of the same cause to asyncio to log.
+    is_error = record.levelno >= logging.ERROR
+    return not (is_error and ("/orbax/" in record.pathname or "/orbax/" in record.getMessage()))
 
 
 def _is_key(leaf: Any) -> bool:
@@ -166,7 +168,8 @@ class CheckpointWriter:
         self._finisher: threading.Thread | None = None
         self._error: Exception | None = None
         self._max_to_keep = config.max_to_keep
-        logging.getLogger("absl").addFilter(_is_not_of_orbax)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_not_of_orbax)
         with self._as_user_error(0):
             # Deleting is done here, not by Orbax: it would do so before the manifest is written.
             self._manager = ocp.CheckpointManager(

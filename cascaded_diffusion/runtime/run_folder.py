@@ -46,19 +46,34 @@ from cascaded_diffusion.config_checks import run_config_from
 from cascaded_diffusion.errors import UserError
 
 
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
+    """Puts the path into errors of writing, which have none: "No space left on device"."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, f"cannot be written ({e.strerror or e})", str(path)) from e
+
+
 def write_whole(path: pathlib.Path, data: bytes) -> None:
     """Writes a file so that readers see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
-        try:
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, data)
+
+
+def _write_whole(path: pathlib.Path, data: bytes) -> None:
+    with contextlib.ExitStack() as stack:
+        f = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        )
+        stack.callback(pathlib.Path(f.name).unlink, missing_ok=True)  # if it is not renamed
+        with f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
             os.chmod(f.name, 0o644)
-            os.replace(f.name, path)
-        except BaseException:
-            os.unlink(f.name)
-            raise
+        os.replace(f.name, path)
 
 
 def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
@@ -68,7 +83,7 @@ def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
     spoils nothing but itself.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as f:
+    with _named(path), path.open("a+b") as f:
         f.seek(0, os.SEEK_END)
         if f.tell():
             f.seek(-1, os.SEEK_END)

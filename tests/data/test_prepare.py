@@ -333,6 +333,7 @@ def test_verify_needs_no_classes_in_the_config(tmp_path):
     assert prepare.main(_args(root)) == 0
     without = [
         "--config.stage.num_classes=0",
+        "--config.eval.features=rotation",
         "--config.stage.diffusion.label_dropout_prob=0",
         "--config.stage.sampler.guidance_scale=1",
     ]
