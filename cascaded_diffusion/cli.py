@@ -98,7 +98,6 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 def _one_line(error: UserError | OSError) -> str:
     """What is printed of an error: of limited length, with the command that the user has typed."""
     text = " ".join(_told(error).split())
-    # Only then: it is an error itself if the config file is not there.
     if _OPEN_COMMAND in text and (config := _config_argument(sys.argv)):
         given = [f"--config={config}", *overrides_in(sys.argv)]
         text = text.replace(_OPEN_COMMAND, f"prepare {shlex.join(given)}")

@@ -16,7 +16,7 @@ def _source(made):
         images = np.broadcast_to(indices[:, None, None, None], (len(indices), 2, 2, 1))
         return {"images": (images + params).astype(np.uint8), "labels": indices}
 
-    return SampleSource(kind="none", record={}, make=make)
+    return SampleSource(kind="none", record={}, make=make, about="none")
 
 
 def _store(path, **identity):
