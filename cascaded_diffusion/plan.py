@@ -12,9 +12,10 @@ sample, and FLOPs of the whole training. A cascade's are the sums of its stages'
 
 adds what a training step costs on a slice of accelerators: bytes per device, collectives,
 seconds a step at an assumed efficiency (--efficiency), days and chip-hours to the config's
-train_steps. With the [tpu] extra installed it also compiles the step by the TPU's own compiler,
-some minutes a stage (--nocompile leaves that out), and says whether it fits, else what to
-change. Exit code 1 if it does not.
+train_steps. Where config.mesh.fsdp is None, as in the paper's models, it is the smallest that
+fits by estimate, as `main` takes it on the devices it finds. With the [tpu] extra installed the
+step is also compiled by the TPU's own compiler, some minutes a stage (--nocompile leaves that
+out), to say whether it fits, else what to change. Exit code 1 if it does not.
 
 FLOPs are those of convolutions and matrix products. Training is counted as three
 forward passes, without rematerialization.

@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     )
     cli.parse(fv, argv, __doc__)
     cli.require(fv, "workdir")
+    cli.check_paths(fv, "workdir", "output")
     root = pathlib.Path(fv.workdir)
     output = pathlib.Path(fv.output) if fv.output else root / "report.html"
     folders = _runs(root)

@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     if not fv.show:
         raise UserError("nothing to do: add --show")
     config = run_config_from(cli.config_values(fv, argv))
+    cli.check_paths(fv, "output")
     output = pathlib.Path(fv.output)
     if output.suffix != ".png":
         raise UserError(f"--output={fv.output}: expected a name that ends with .png")
