@@ -223,8 +223,7 @@ class CheckpointWriter:
         best = self._folder.best_step(say=self._say)
         with self._folder.pins() as pinned:
             kept = {best, *pinned, *finished_steps(self._folder)[-self._max_to_keep :]}
-            old = [step for step in self.steps() if step not in kept and step < max(self.steps())]
-            for step in old:
+            for step in (step for step in self.steps()[:-1] if step not in kept):
                 # Gone for readers in one instant; then file by file.
                 self._deleted.mkdir(exist_ok=True)
                 os.replace(self._folder.checkpoints / str(step), self._deleted / str(step))

@@ -15,13 +15,13 @@ from PIL import Image
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.litter import is_litter
-from cascaded_diffusion.png_chunks import essential_png
+from cascaded_diffusion.png_chunks import SIGNATURE, essential_png
 
 # Checked from the header, before anything is decoded.
 _MAX_PIXELS = 64_000_000
 _MAX_BYTES = 1 << 30
 _LOSSY = {".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".heic"}
-_SIGNATURE, _END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+_END = b"\0\0\0\0IEND\xaeB`\x82"
 _HEADER_BYTES = 33
 _COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _CHANNELS = {0: 1, 2: 3}
@@ -138,7 +138,7 @@ class PngFolder:
             raise UserError(f"{self._named(name)} cannot be read ({e.strerror})") from e
         if size > _MAX_BYTES:
             raise UserError(f"{self._named(name)} has {size} bytes, expected at most {_MAX_BYTES}")
-        whole = len(head) == _HEADER_BYTES and head[:8] == _SIGNATURE and head[12:16] == b"IHDR"
+        whole = len(head) == _HEADER_BYTES and head.startswith(SIGNATURE) and head[12:16] == b"IHDR"
         if not whole or zlib.crc32(head[12:29]) != int.from_bytes(head[29:], "big"):
             raise UserError(f"{self._named(name)} cannot be read as PNG (its header is damaged)")
         if end != _END:  # cut off, unless something follows that does no harm

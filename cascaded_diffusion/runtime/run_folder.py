@@ -57,23 +57,20 @@ def _named(path: pathlib.Path) -> Iterator[None]:
 
 def write_whole(path: pathlib.Path, data: bytes) -> None:
     """Writes a file so that readers see all of it or nothing."""
-    with _named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, data)
-
-
-def _write_whole(path: pathlib.Path, data: bytes) -> None:
-    with contextlib.ExitStack() as stack:
-        f = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        )
-        stack.callback(pathlib.Path(f.name).unlink, missing_ok=True)  # if it is not renamed
-        with f:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        _named(path),
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f,
+    ):
+        try:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
             os.chmod(f.name, 0o644)
-        os.replace(f.name, path)
+            os.replace(f.name, path)
+        except BaseException:
+            os.unlink(f.name)
+            raise
 
 
 def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
