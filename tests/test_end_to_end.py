@@ -325,7 +325,7 @@ def test_photos_from_a_folder_are_prepared_shown_and_trained_on(tmp_path):
         (None, ["--config.data.train_split=val"], "error: .* = 'val': no such folder in .*: train"),
         (None, ["--config.stage.num_classes=4"], "error: config.stage.num_classes = 4: expected 3"),
         (None, ["--config.data.path=/nowhere"], "error: config.data.path = '/nowhere': no such"),
-        (None, ["--config.data.prepared_dir=P"], "error: .* is not prepared in P/folder/train_32"),
+        (None, ["--config.data.prepared_dir=P"], "error: .* is not prepared in .*/P/folder/train"),
         (None, ["--config.data.name=cifar100"], "error: .*'cifar100': not found in .*prepare"),
     ],
 )

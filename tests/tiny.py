@@ -84,3 +84,14 @@ def random_source(num_images: int = 64, resolution: int = 32) -> Source:
     images[:, 0, 0, 0] = np.arange(num_images) % 256
     labels = (np.arange(num_images) % 10).astype(np.int32)
     return array_source(images, labels)
+
+
+class Split:
+    """What `RunData` asks of a data set's split, made up."""
+
+    def __init__(self, identity="folder:40", times="t1", classes=("a", "b"), contents="c1"):
+        self.identity, self.times, self.class_names = identity, times, classes
+        self._contents = contents
+
+    def content_sample(self):
+        return self._contents

@@ -53,7 +53,7 @@ def score(path, pause_secs):
         seed = abs(float(np.asarray(next(iter(_leaves(params)))).sum()))
         return {"images": _images(int(seed * 1e6), indices), "labels": indices % 10}
 
-    source = SampleSource(kind="none", record={"low_res": "none"}, make=make)
+    source = SampleSource(kind="none", record={"low_res": "none"}, about="no network", make=make)
     with folder.writer_lock("eval"):
         scorer = RunScorer(
             config, folder, judge, [source], build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))

@@ -11,7 +11,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime.run_folder import RunData, RunFolder
 from cascaded_diffusion.training import loop
-from tests.tiny import random_source, round_trip, tiny_base
+from tests.tiny import Split, random_source, round_trip, tiny_base
 
 SOURCE = random_source(64)
 EXAMPLES = {"image": SOURCE.reader.raw.images[:40], "label": SOURCE.reader.raw.labels[:40]}
@@ -212,18 +212,9 @@ def test_closing_says_nothing_over_the_error_itself(tmp_path, monkeypatch):
         _train(tmp_path)
 
 
-class _Split:
-    def __init__(self, identity="folder:40", times="t1", classes=("a", "b"), contents="c1"):
-        self.identity, self.times, self.class_names = identity, times, classes
-        self._contents = contents
-
-    def content_sample(self):
-        return self._contents
-
-
 def _data(path="/photos", given_anew=False, **split):
     return RunData(
-        splits={"train": _Split(**split)}, path=path, path_as_given="p", given_anew=given_anew
+        splits={"train": Split(**split)}, path=path, path_as_given="p", given_anew=given_anew
     )
 
 

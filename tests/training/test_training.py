@@ -18,9 +18,9 @@ from cascaded_diffusion.config import MeshConfig
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import mesh as mesh_lib
-from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
+from cascaded_diffusion.runtime.run_folder import RunData, RunFolder, read_lines
 from cascaded_diffusion.training import loop, optimizer, state
-from tests.tiny import random_source, round_trip, tiny_base, tiny_sr
+from tests.tiny import Split, random_source, round_trip, tiny_base, tiny_sr
 
 SOURCE = random_source(64)
 EXAMPLES = {"image": SOURCE.reader.raw.images[:40], "label": SOURCE.reader.raw.labels[:40]}
@@ -204,25 +204,23 @@ def test_grids_and_curves_reach_tensorboard(tmp_path):
 
 def test_a_run_goes_on_with_the_images_it_began_with(tmp_path):
     config = tiny_base(train__train_steps=4, train__warmup_steps=1, checkpoint__save_every_steps=2)
-    before = {"train": "folder:train:64 images:abc", "test": "folder:test:8 images:def"}
 
-    def train(config, identity):
+    def train(config, times):
+        split = Split(times=times, contents=f"contents at {times}")
         return loop.train(
             config,
             RunFolder(tmp_path),
             _data(config),
             image_shape=SOURCE.image_shape,
             grid_examples=EXAMPLES,
-            data_identity=identity,
+            data=RunData(splits={"train": split}, path="/photos"),
         )
 
-    assert train(config, before).step == 4
+    assert train(config, "monday").step == 4
     longer = round_trip(config, train__train_steps=6)
-    after = {**before, "train": "folder:train:65 images:123"}
-    message = "split 'train' is 'folder:train:65 images:123', but the run in .* 'folder:train:64 im"
-    with pytest.raises(UserError, match=message):
-        train(longer, after)
-    assert train(longer, before).step == 6
+    with pytest.raises(UserError, match="were modified since"):
+        train(longer, "tuesday")
+    assert train(longer, "monday").step == 6
 
 
 def test_low_res_images_of_the_data_are_what_the_stage_is_shown(tmp_path):
