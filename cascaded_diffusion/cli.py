@@ -11,6 +11,7 @@ import ast
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -36,6 +37,8 @@ from cascaded_diffusion.runtime.run_folder import CascadeFolder
 
 EXIT_BAD_INPUT = 2
 _MAX_LINE = 4000  # characters of an error: values can be long
+# What asyncio says of it.
+_LOOP_CLOSED = "Event loop is closed"
 # What `data` advises, which knows no flags.
 _OPEN_COMMAND = "prepare --config=..."
 # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on.
@@ -61,6 +64,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     """
     INTERRUPTS.install()
     threading.excepthook = _thread_failed
+    sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -93,6 +97,16 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
         print(f"warning: {_one_line(args.exc_value)}", file=sys.stderr, flush=True)
     else:
         threading.__excepthook__(args)
+
+
+def _unraisable(print_it: Callable[[Any], None], error: Any) -> None:
+    """Leaves out what tensorstore finds after Orbax's first error: nobody waits for the rest.
+
+    Orbax closes its event loop as soon as one file cannot be written or read, and raises that
+    error. Each thread that still works on another file then fails to hand over its result.
+    """
+    if not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == _LOOP_CLOSED):
+        print_it(error)
 
 
 def _one_line(error: UserError | OSError) -> str:
