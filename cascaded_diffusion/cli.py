@@ -94,19 +94,26 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 def _thread_failed(args: threading.ExceptHookArgs) -> None:
     """One line for a thread that could not write, TensorBoard's for one; the trace of others."""
     if isinstance(args.exc_value, OSError):
-        print(f"warning: {_one_line(args.exc_value)}", file=sys.stderr, flush=True)
+        _warn(args.exc_value)
     else:
         threading.__excepthook__(args)
 
 
 def _unraisable(print_it: Callable[[Any], None], error: Any) -> None:
-    """Leaves out what tensorstore finds after Orbax's first error: nobody waits for the rest.
+    """Tells of what fails where nobody can catch it, in a library's thread or at the exit.
 
-    Orbax closes its event loop as soon as one file cannot be written or read, and raises that
-    error. Each thread that still works on another file then fails to hand over its result.
+    Left out is what tensorstore finds after Orbax's first error. Orbax closes its event loop as
+    soon as one file cannot be written or read, and raises that error. Each thread that still
+    works on another file then fails to hand over its result, for which nobody waits.
     """
-    if not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == _LOOP_CLOSED):
+    if isinstance(error.exc_value, OSError):  # TensorBoard's files are closed at the exit
+        _warn(error.exc_value)
+    elif not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == _LOOP_CLOSED):
         print_it(error)
+
+
+def _warn(error: OSError) -> None:
+    print(f"warning: {_one_line(error)}", file=sys.stderr, flush=True)
 
 
 def _one_line(error: UserError | OSError) -> str:

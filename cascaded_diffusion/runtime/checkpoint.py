@@ -50,9 +50,9 @@ def _reason(error: BaseException) -> str:
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     # Orbax logs each error with its stack trace, by several threads, before it raises it, and
-    # leaves others of the same cause to asyncio to log.
-    is_error = record.levelno >= logging.ERROR
-    return not (is_error and ("/orbax/" in record.pathname or "/orbax/" in record.getMessage()))
+    # leaves others of the same cause to asyncio to log, which nothing else here uses.
+    of_orbax = record.name == "asyncio" or "/orbax/" in record.pathname
+    return not (of_orbax and record.levelno >= logging.ERROR)
 
 
 def _is_key(leaf: Any) -> bool:

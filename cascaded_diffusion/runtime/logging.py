@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tqdm
 from clu import parameter_overview
 
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder, append_line, write_whole
 
 
@@ -45,20 +47,33 @@ class MetricWriter:
         """One line of JSON (floats exact) and one point per curve.
 
         Raises:
-          UserError: the run folder is not there any more.
+          UserError: the run folder is not there any more, or the disk is full.
         """
         self._folder.check_held()
-        append_line(self._folder.metrics_path, {"step": step, **scalars})
-        for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, step)
+        with self._writing():
+            append_line(self._folder.metrics_path, {"step": step, **scalars})
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """An image grid, uint8 [H, W, C]."""
-        self._tensorboard.add_image(name, image, step, dataformats="HWC")
-        self._tensorboard.flush()
+        """An image grid, uint8 [H, W, C]. Raises UserError where the disk is full."""
+        with self._writing():
+            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+            self._tensorboard.flush()
 
     def close(self) -> None:
-        self._tensorboard.close()
+        with self._writing():
+            self._tensorboard.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise UserError(
+                f"{self._folder.path}: metrics cannot be written ({e.strerror}); make room and run"
+                " the same command again"
+            ) from e
 
 
 class ScoreCurves:
