@@ -20,8 +20,8 @@ from typing import NoReturn
 
 import machine
 
-from cascaded_diffusion import cli
-from cascaded_diffusion.config import RunConfig
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
 
@@ -56,9 +56,9 @@ def main() -> None:
 
     cli.set_up_jax()
     from cascaded_diffusion.cascade.cascade import Cascade
-    from cascaded_diffusion.evaluation import generate
     from cascaded_diffusion.evaluation.judge import build_extractor, build_judge
     from cascaded_diffusion.evaluation.measure import metric_name
+    from cascaded_diffusion.evaluation.samples import generate
     from cascaded_diffusion.evaluation.trained import load_trained
     from cascaded_diffusion.runtime.mesh import build_mesh
 

@@ -36,8 +36,9 @@ import machine
 import numpy as np
 from PIL import Image
 
-from cascaded_diffusion import cli, prepare
-from cascaded_diffusion.config_checks import run_config_from
+from cascaded_diffusion import prepare
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.data.sources import load_source
 from cascaded_diffusion.runtime.run_folder import write_whole

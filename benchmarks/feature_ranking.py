@@ -26,8 +26,8 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from cascaded_diffusion import cli
-from cascaded_diffusion.npz_file import read_arrays
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.runtime.run_folder import write_whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -120,8 +120,12 @@ def table(name: str, train: tuple, test: tuple, folder: pathlib.Path) -> list[st
     """
     import jax
 
-    from cascaded_diffusion.evaluation.classifier import Classifier, LabelledImages, load_or_train
-    from cascaded_diffusion.evaluation.frechet import FeatureStatistics, frechet_distance
+    from cascaded_diffusion.evaluation.features.classifier_extractor import (
+        Classifier,
+        LabelledImages,
+        load_or_train,
+    )
+    from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
     from cascaded_diffusion.networks import classifier as networks
 
     real, held_out = LabelledImages(*train), LabelledImages(*test)

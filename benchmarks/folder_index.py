@@ -23,7 +23,7 @@ import time
 import machine
 from PIL import Image
 
-from cascaded_diffusion import cli
+from cascaded_diffusion.commands import cli
 from cascaded_diffusion.runtime.run_folder import write_whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ import machine
 import numpy as np
 import scipy.linalg
 
-from cascaded_diffusion import cli
+from cascaded_diffusion.commands import cli
 from cascaded_diffusion.runtime.run_folder import write_whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -34,12 +34,12 @@ def main() -> None:
     write = parser.parse_args().write
     cli.set_up_jax()
     sys.path.insert(0, str(ROOT))
-    from cascaded_diffusion.config import MeshConfig
-    from cascaded_diffusion.evaluation.frechet import FeatureStatistics, frechet_distance
-    from cascaded_diffusion.evaluation.inception import InceptionExtractor
-    from cascaded_diffusion.evaluation.inception_weights import InceptionWeights
-    from cascaded_diffusion.evaluation.kernel_distance import kernel_distance
-    from cascaded_diffusion.evaluation.precision_recall import precision_recall
+    from cascaded_diffusion.config.schema import MeshConfig
+    from cascaded_diffusion.evaluation.features.inception_extractor import InceptionExtractor
+    from cascaded_diffusion.evaluation.features.inception_weights import InceptionWeights
+    from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
+    from cascaded_diffusion.evaluation.metrics.kernel_distance import kernel_distance
+    from cascaded_diffusion.evaluation.metrics.precision_recall import precision_recall
     from cascaded_diffusion.networks.inception import checkpoint_tensors, params_from_checkpoint
     from cascaded_diffusion.runtime.mesh import build_mesh
     from tests.evaluation.random_inception import random_checkpoint

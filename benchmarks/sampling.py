@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import machine
 import numpy as np
 
-from cascaded_diffusion import cli
-from cascaded_diffusion.config_checks import cascade_config_from, check_chain, run_config_from
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain, run_config_from
 from cascaded_diffusion.evaluation.settings import sampler_named
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     jax = cli.set_up_jax()
     from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.cascade.cascade import Cascade
-    from cascaded_diffusion.evaluation import generate
+    from cascaded_diffusion.evaluation.samples import generate
     from cascaded_diffusion.runtime.mesh import build_mesh
 
     mesh = build_mesh(config.mesh)

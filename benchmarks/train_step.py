@@ -22,7 +22,7 @@ import time
 
 import machine
 
-from cascaded_diffusion import cli
+from cascaded_diffusion.commands import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 VARIANTS = {
@@ -41,7 +41,7 @@ def measure_here(config_path: str, steps: int) -> dict[str, float]:
     import numpy as np
 
     from cascaded_diffusion.cascade.build import build_stage
-    from cascaded_diffusion.config_checks import run_config_from
+    from cascaded_diffusion.config.run_checks import run_config_from
     from cascaded_diffusion.runtime import mesh as mesh_lib
     from cascaded_diffusion.runtime import sharding
     from cascaded_diffusion.training import step as step_lib

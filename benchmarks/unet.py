@@ -47,9 +47,9 @@ from typing import Any
 import machine
 import numpy as np
 
-from cascaded_diffusion import cli
-from cascaded_diffusion.config import RunConfig
-from cascaded_diffusion.config_checks import run_config_from
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.config.run_checks import run_config_from
+from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import write_whole
 

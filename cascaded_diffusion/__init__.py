@@ -10,30 +10,30 @@ from typing import Any
 
 if sys.argv[:1] == ["-m"] and any("cascaded_diffusion." in arg for arg in sys.orig_argv):
     # `python -m cascaded_diffusion.main` begins here: Ctrl-C counts from now on.
-    from cascaded_diffusion.interrupts import INTERRUPTS
+    from cascaded_diffusion.commands.interrupts import INTERRUPTS
 
     INTERRUPTS.install()
 
 _HOMES = {
     "Batch": "types",
     "Cascade": "cascade.cascade",
-    "CascadeConfig": "config",
+    "CascadeConfig": "config.schema",
     "Conditioning": "types",
-    "FeatureExtractor": "evaluation.features",
-    "FeatureStatistics": "evaluation.frechet",
-    "Features": "evaluation.features",
+    "FeatureExtractor": "evaluation.features.extractor",
+    "FeatureStatistics": "evaluation.metrics.frechet",
+    "Features": "evaluation.features.extractor",
     "Measurement": "evaluation.measure",
     "Prediction": "types",
-    "RunConfig": "config",
+    "RunConfig": "config.schema",
     "RunFolder": "runtime.run_folder",
     "Stage": "cascade.stage",
     "UserError": "errors",
     "build_stage": "cascade.build",
-    "cascade_config_from": "config_checks",
-    "frechet_distance": "evaluation.frechet",
-    "load_inception": "evaluation.inception",
+    "cascade_config_from": "config.run_checks",
+    "frechet_distance": "evaluation.metrics.frechet",
+    "load_inception": "evaluation.features.inception_extractor",
     "measure_reference": "evaluation.reference",
-    "run_config_from": "config_checks",
+    "run_config_from": "config.run_checks",
 }
 
 __all__ = sorted(_HOMES)

@@ -40,15 +40,15 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from cascaded_diffusion import cli
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands.evaluate_bound import evaluate_bound
+from cascaded_diffusion.commands.evaluate_files import evaluate_files
+from cascaded_diffusion.commands.evaluate_final import evaluate_final
+from cascaded_diffusion.commands.evaluate_run import evaluate_checkpoints
+from cascaded_diffusion.commands.evaluate_samples import evaluate_cas, evaluate_samples
+from cascaded_diffusion.commands.evaluate_sweep import SWEEP_FLAGS, evaluate_sweep
+from cascaded_diffusion.commands.run_images import define_data_path
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluate_bound import evaluate_bound
-from cascaded_diffusion.evaluate_files import evaluate_files
-from cascaded_diffusion.evaluate_final import evaluate_final
-from cascaded_diffusion.evaluate_run import evaluate_checkpoints
-from cascaded_diffusion.evaluate_samples import evaluate_cas, evaluate_samples
-from cascaded_diffusion.evaluate_sweep import SWEEP_FLAGS, evaluate_sweep
-from cascaded_diffusion.run_images import define_data_path
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 # The modes, by the flag that asks for each, and the flags that each takes besides

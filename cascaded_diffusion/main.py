@@ -27,9 +27,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from cascaded_diffusion import cli, plan_topology, run_images
-from cascaded_diffusion.config_checks import check_devices, check_resume, run_config_from
+from cascaded_diffusion.commands import cli, run_images
+from cascaded_diffusion.config.run_checks import check_devices, check_resume, run_config_from
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.planning import plan_topology
 from cascaded_diffusion.runtime.run_folder import RunData, RunFolder
 
 

@@ -31,11 +31,12 @@ from typing import Any
 
 from absl import flags
 
-from cascaded_diffusion import cli, plan_topology
-from cascaded_diffusion.config import RunConfig, SamplerConfig
-from cascaded_diffusion.config_checks import cascade_config_from, check_chain, run_config_from
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain, run_config_from
+from cascaded_diffusion.config.schema import RunConfig, SamplerConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.topologies import Topology, parse_topology, set_up_tpu_compiler
+from cascaded_diffusion.planning import plan_topology
+from cascaded_diffusion.planning.topologies import Topology, parse_topology, set_up_tpu_compiler
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
             is_cut = section.truncated and i + 1 < len(configs) and configs[i + 1].stage.has_level
             stop_t = section.aug_levels[i] if is_cut else 0.0
             plans.append(stage_plan(config, sampler, stop_t=stop_t))
-    from cascaded_diffusion.networks.execution import traced_for
+    from cascaded_diffusion.networks.kernels.execution import traced_for
 
     for config, plan in zip(configs, plans, strict=True):
         if topology is not None:

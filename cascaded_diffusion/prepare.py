@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, TypeVar
 from absl import flags
 from absl import logging as absl_logging
 
-from cascaded_diffusion import cli
-from cascaded_diffusion.config import RunConfig
-from cascaded_diffusion.config_checks import run_config_from
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.config.run_checks import run_config_from
+from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _make_available(config: RunConfig, *, dry_run: bool) -> bool:
 
     if config.data.name in SOURCES:
         return True
-    from cascaded_diffusion.data import tfds_source
+    from cascaded_diffusion.data import tfds as tfds_source
 
     builder = tfds_source.find_builder(config.data.name, config.data.path)
     if tfds_source.is_prepared(builder):

@@ -19,13 +19,13 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from cascaded_diffusion import cli
-from cascaded_diffusion.config import MeshConfig
-from cascaded_diffusion.config_checks import evaluation_mesh, run_config_from
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands.evaluate_run import build_run_judge
+from cascaded_diffusion.config.run_checks import evaluation_mesh, run_config_from
+from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluate_run import build_run_judge
+from cascaded_diffusion.evaluation.samples.stored_images import batches, open_images
 from cascaded_diffusion.runtime.run_folder import RunFolder, check_writable
-from cascaded_diffusion.runtime.samples import batches, open_images
 
 _BATCH = 500
 

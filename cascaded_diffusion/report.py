@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from absl import flags
 
-from cascaded_diffusion import cli
+from cascaded_diffusion.commands import cli
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.reporting.page import (
     Section,

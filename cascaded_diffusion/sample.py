@@ -47,18 +47,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-from cascaded_diffusion import cli
-from cascaded_diffusion.config_checks import check_devices
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands.run_images import open_splits
+from cascaded_diffusion.commands.sample_inputs import Request, define_inputs, read_request
+from cascaded_diffusion.config.run_checks import check_devices
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.run_images import open_splits
-from cascaded_diffusion.sample_inputs import Request, define_inputs, read_request
 
 if TYPE_CHECKING:  # these import JAX, which wants to be set up first
     from jax.sharding import Mesh
 
     from cascaded_diffusion.cascade.cascade import Cascade
-    from cascaded_diffusion.evaluation.classifier import LabelledImages
-    from cascaded_diffusion.evaluation.sample_store import SampleStore
+    from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
+    from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
     from cascaded_diffusion.evaluation.trained import TrainedStage
 
 # So many samples, at most, are looked through for those of the picture.
@@ -89,15 +89,10 @@ def main(argv: Sequence[str]) -> int:
     cluster = cli.join_cluster(fv, request.config, "workdir", "output")
     jax = cli.set_up_jax(cluster)
     from cascaded_diffusion.cascade.cascade import Cascade
-    from cascaded_diffusion.evaluation import generate
-    from cascaded_diffusion.evaluation.sample_store import DamagedBatchError, SampleStore
+    from cascaded_diffusion.evaluation.samples import generate
+    from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
     from cascaded_diffusion.evaluation.trained import load_trained
-    from cascaded_diffusion.runtime.mesh import (
-        build_mesh,
-        check_shared,
-        together,
-        told_by_first,
-    )
+    from cascaded_diffusion.runtime.mesh import build_mesh, check_shared, together, told_by_first
     from cascaded_diffusion.runtime.pictures import save_png
 
     # Every process samples by itself, on its own devices: nothing has to meet.
@@ -173,7 +168,7 @@ def main(argv: Sequence[str]) -> int:
 def _real_images(request: Request) -> LabelledImages:
     """Those of the picture, of the split that was held out of the last stage's training."""
     from cascaded_diffusion.data.sources import spread_examples
-    from cascaded_diffusion.evaluation.classifier import LabelledImages
+    from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
 
     folder, run = request.folders[-1], request.run_configs[-1]
     name = run.data.eval_split
@@ -198,7 +193,7 @@ def _say(trained: Sequence[TrainedStage], store: SampleStore) -> None:
 
 def _write_npz(request: Request, store: SampleStore) -> list[str]:
     """The samples of every stage that was run, an `.npz` each. Returns their names."""
-    from cascaded_diffusion.runtime.samples import save_sample_batches
+    from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 
     names = request.npz_names()
     for i, (name, config) in enumerate(zip(names, request.run_configs, strict=True)):
@@ -233,7 +228,7 @@ def _picture(
     mesh: Mesh,
 ) -> np.ndarray:
     """What `samples.png` shows: uint8 [h, w, 3]."""
-    from cascaded_diffusion.evaluation import cascade_picture
+    from cascaded_diffusion.evaluation.samples import cascade_picture
 
     first, section = store.first(_SHOWN), request.config.cascade
     images = [first[f"images_{i}"] for i in range(len(request.run_configs))]

@@ -10,16 +10,17 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from cascaded_diffusion import cli, sample
+from cascaded_diffusion import sample
 from cascaded_diffusion.cascade.build import build_stage
-from cascaded_diffusion.config import ema_name
-from cascaded_diffusion.config_checks import cascade_config_from, run_config_from
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands.sample_inputs import define_inputs, read_request
+from cascaded_diffusion.config.run_checks import cascade_config_from, run_config_from
+from cascaded_diffusion.config.schema import ema_name
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation import generate
-from cascaded_diffusion.evaluation.sample_store import SampleStore
+from cascaded_diffusion.evaluation.samples import generate
+from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
-from cascaded_diffusion.sample_inputs import define_inputs, read_request
 from tests.tiny import config_values, with_overrides
 
 STAGES = ("base8", "sr16", "sr32")
@@ -312,7 +313,9 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(runs, tmp_path, mo
     def cannot(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cascaded_diffusion.runtime.samples.save_sample_batches", cannot)
+    monkeypatch.setattr(
+        "cascaded_diffusion.evaluation.samples.stored_images.save_sample_batches", cannot
+    )
     assert _refused(runs, *argv) == message
 
 

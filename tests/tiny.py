@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from cascaded_diffusion.config import RunConfig, to_dict
-from cascaded_diffusion.config_checks import run_config_from
+from cascaded_diffusion.config.run_checks import run_config_from
+from cascaded_diffusion.config.schema import RunConfig, to_dict
 from cascaded_diffusion.data.raw import ArraySource
 from cascaded_diffusion.data.sources import ProcessingReader, Source
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from cascaded_diffusion.cascade import resize
 from cascaded_diffusion.cascade.augment import Augment, BlurAugment, GaussianAugment, NoAugment
 from cascaded_diffusion.cascade.stage import Stage
-from cascaded_diffusion.config import ScheduleConfig, StageConfig
+from cascaded_diffusion.config.schema import ScheduleConfig, StageConfig
 from cascaded_diffusion.diffusion.schedules import make_schedule
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.networks.unet import NETWORKS, Network

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 
 from cascaded_diffusion.cascade.stage import Stage
-from cascaded_diffusion.config import SamplerConfig
+from cascaded_diffusion.config.schema import SamplerConfig
 from cascaded_diffusion.types import Params
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from cascaded_diffusion.cascade import augment, resize
 from cascaded_diffusion.cascade.pixels import quantized
-from cascaded_diffusion.config import SamplerConfig, StageConfig
+from cascaded_diffusion.config.schema import SamplerConfig, StageConfig
 from cascaded_diffusion.diffusion import bound, gaussian, grids, guidance, losses, samplers
-from cascaded_diffusion.networks.execution import Execution
+from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.networks.unet import Network
 from cascaded_diffusion.types import Batch, Conditioning, DenoiseFn, Params, Prediction, Schedule
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from cascaded_diffusion.config import MAX_CORRUPT_FRACTION, DataConfig
+from cascaded_diffusion.config.schema import MAX_CORRUPT_FRACTION, DataConfig
 from cascaded_diffusion.errors import UserError
 
 T = TypeVar("T")

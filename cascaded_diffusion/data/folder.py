@@ -29,7 +29,7 @@ from cascaded_diffusion.data.raw import (
 )
 from cascaded_diffusion.data.splits import parse_split, part_of
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.litter import is_litter
+from cascaded_diffusion.files.litter import is_litter
 
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
 # An image file of more is none; a name of a photo may be that of anything.

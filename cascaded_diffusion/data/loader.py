@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from cascaded_diffusion.config import DataConfig
+from cascaded_diffusion.config.schema import DataConfig
 from cascaded_diffusion.data import transforms, workers
 from cascaded_diffusion.data.corruption import CorruptionGuard
 from cascaded_diffusion.data.sources import Source

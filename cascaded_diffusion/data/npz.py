@@ -14,8 +14,8 @@ import numpy as np
 from cascaded_diffusion.data.raw import ArraySource, DataMissing, array_source
 from cascaded_diffusion.data.splits import parse_split
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.litter import is_litter
-from cascaded_diffusion.npz_file import read_arrays
+from cascaded_diffusion.files.litter import is_litter
+from cascaded_diffusion.files.npz_archive import read_arrays
 
 WHOLE = "all"
 

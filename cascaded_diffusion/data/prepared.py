@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import numpy as np
 
-from cascaded_diffusion.config import DataConfig, StageConfig
-from cascaded_diffusion.config_checks import FILE_DATA
+from cascaded_diffusion.config.run_checks import FILE_DATA
+from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data.array_record_files import ArrayRecordShards, ShardPart
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import decode_image

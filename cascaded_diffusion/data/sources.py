@@ -14,16 +14,12 @@ from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 
-from cascaded_diffusion.config import MAX_PIXELS, DataConfig, StageConfig
-from cascaded_diffusion.data import builtin, folder, npz, prepared, shapes, tfds_source
+from cascaded_diffusion.config.schema import MAX_PIXELS, DataConfig, StageConfig
+from cascaded_diffusion.data import builtin, folder, npz, prepared, shapes
+from cascaded_diffusion.data import tfds as tfds_source
 from cascaded_diffusion.data.corruption import CorruptionGuard
 from cascaded_diffusion.data.decode import decode_image
-from cascaded_diffusion.data.raw import (
-    ArraySource,
-    RawExample,
-    RawSource,
-    array_source,
-)
+from cascaded_diffusion.data.raw import ArraySource, RawExample, RawSource, array_source
 from cascaded_diffusion.data.splits import parse_split
 from cascaded_diffusion.data.transforms import CROPS, resized
 from cascaded_diffusion.errors import UserError

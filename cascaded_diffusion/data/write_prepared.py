@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from cascaded_diffusion.config import DataConfig, StageConfig
+from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import workers
 from cascaded_diffusion.data.array_record_files import write_array_record
 from cascaded_diffusion.data.corruption import CorruptionGuard, CorruptRecord

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.classifier import Classifier, LabelledImages
-from cascaded_diffusion.evaluation.classifier_training import (
+from cascaded_diffusion.evaluation.features.classifier_extractor import Classifier, LabelledImages
+from cascaded_diffusion.evaluation.features.classifier_training import (
     RECIPES,
     batch_size_for,
     train_classifier,

@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from cascaded_diffusion.config import RunConfig
+from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.evaluation import health
 from cascaded_diffusion.evaluation.judge import Judge
-from cascaded_diffusion.evaluation.sample_store import SampleStore
+from cascaded_diffusion.evaluation.samples.sample_sources import LevelSource, SampleSource, fill
+from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
+from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.score import measured, save_grid
-from cascaded_diffusion.evaluation.sources import LevelSource, SampleSource, fill
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
-from cascaded_diffusion.runtime.samples import save_sample_batches
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 # How many levels, up to the highest one that the stage was trained for.

@@ -18,7 +18,7 @@ import numpy as np
 from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.cascade.resize import area_resize
 from cascaded_diffusion.evaluation.reference import PixelStatistics
-from cascaded_diffusion.evaluation.sources import LevelSource
+from cascaded_diffusion.evaluation.samples.sample_sources import LevelSource
 from cascaded_diffusion.types import Params
 
 # Stored images are rounded: an error of less than rounding's own variance says nothing,

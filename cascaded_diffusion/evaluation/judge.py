@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from cascaded_diffusion.config import RunConfig
-from cascaded_diffusion.config_checks import LABELLED_FEATURES
+from cascaded_diffusion.config.run_checks import LABELLED_FEATURES
+from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.classifier import (
+from cascaded_diffusion.evaluation.features.classifier_extractor import (
     ROTATION,
     Classifier,
     LabelledImages,
     load_or_train,
 )
-from cascaded_diffusion.evaluation.features import FeatureExtractor
+from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.measure import Measurement
-from cascaded_diffusion.evaluation.real_images import RealSplit
 from cascaded_diffusion.evaluation.reference import (
     Reference,
     differing_field,
@@ -29,8 +28,9 @@ from cascaded_diffusion.evaluation.reference import (
     read_reference,
     save_reference,
 )
+from cascaded_diffusion.evaluation.samples.real_images import RealSplit
+from cascaded_diffusion.evaluation.samples.stored_images import Images
 from cascaded_diffusion.runtime.run_folder import RunFolder
-from cascaded_diffusion.runtime.samples import Images
 
 _BATCH = 500
 # Of rotations, of which guessing tells a quarter.

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.cascade import keys_for
 from cascaded_diffusion.cascade.pixels import float_from_uint8
-from cascaded_diffusion.config import SamplerConfig
+from cascaded_diffusion.config.schema import SamplerConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.classifier import LabelledImages
-from cascaded_diffusion.evaluation.generate import make_placer
+from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
+from cascaded_diffusion.evaluation.samples.generate import make_placer
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.runtime.logging import Progress
 from cascaded_diffusion.types import Params

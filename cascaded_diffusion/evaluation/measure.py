@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from cascaded_diffusion.evaluation.features import FeatureExtractor, Features
-from cascaded_diffusion.evaluation.frechet import FeatureStatistics, frechet_distance
-from cascaded_diffusion.evaluation.inception_score import ScoreStatistics
-from cascaded_diffusion.evaluation.kernel_distance import kernel_distance
-from cascaded_diffusion.evaluation.precision_recall import precision_recall
+from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor, Features
+from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
+from cascaded_diffusion.evaluation.metrics.inception_score import ScoreStatistics
+from cascaded_diffusion.evaluation.metrics.kernel_distance import kernel_distance
+from cascaded_diffusion.evaluation.metrics.precision_recall import precision_recall
 from cascaded_diffusion.evaluation.reference import PixelStatistics, Reference
 
 # Of KID's random subsets, and of the inception score's splits.

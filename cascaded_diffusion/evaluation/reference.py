@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.features import FeatureExtractor
-from cascaded_diffusion.evaluation.frechet import FeatureStatistics, Moments
-from cascaded_diffusion.npz_file import array_names, read_arrays
+from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
+from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, Moments
+from cascaded_diffusion.files.npz_archive import array_names, read_arrays
 from cascaded_diffusion.runtime.logging import Progress
 from cascaded_diffusion.runtime.run_folder import write_whole
 

@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage
-from cascaded_diffusion.config import RunConfig
+from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import early_stopping, health
 from cascaded_diffusion.evaluation.judge import Judge, judged_labels, shown
 from cascaded_diffusion.evaluation.measure import Measurement, counted, metric_name
-from cascaded_diffusion.evaluation.sample_store import DamagedBatchError, SampleStore
-from cascaded_diffusion.evaluation.sources import SampleSource, fill
+from cascaded_diffusion.evaluation.samples.sample_sources import SampleSource, fill
+from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
 from cascaded_diffusion.evaluation.trained import abstract_params, checkpoint_digest
 from cascaded_diffusion.runtime import checkpoint, pictures
 from cascaded_diffusion.runtime.logging import ScoreCurves

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from cascaded_diffusion.config import (
+from cascaded_diffusion.config.schema import (
     CascadeSection,
     SamplerConfig,
     StageConfig,

@@ -19,16 +19,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.cascade import Cascade
-from cascaded_diffusion.config import CascadeSection, to_dict
+from cascaded_diffusion.config.schema import CascadeSection, to_dict
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation import generate
 from cascaded_diffusion.evaluation.judge import Judge, judged_labels
 from cascaded_diffusion.evaluation.measure import metric_name
+from cascaded_diffusion.evaluation.samples import generate
+from cascaded_diffusion.evaluation.samples.stored_images import save_samples, stored_samples
 from cascaded_diffusion.evaluation.settings import Setting, with_setting
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.run_folder import append_line, read_lines, write_whole
-from cascaded_diffusion.runtime.samples import save_samples, stored_samples
 
 
 class Sweep:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.cascade.stage import Stage
-from cascaded_diffusion.config import StageConfig, to_dict
+from cascaded_diffusion.config.schema import StageConfig, to_dict
 from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_folder import Chosen, RunFolder

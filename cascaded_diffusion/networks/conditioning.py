@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from cascaded_diffusion.networks import embeddings, initializers, layers
-from cascaded_diffusion.networks.execution import Execution
+from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.types import Conditioning, check_shape
 
 # How an image [B, h, w, C] is enlarged to (H, W).

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from cascaded_diffusion.networks.execution import traced_for
+from cascaded_diffusion.networks.kernels.execution import traced_for
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:

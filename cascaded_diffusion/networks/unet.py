@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cascaded_diffusion.networks import initializers, layers
 from cascaded_diffusion.networks.conditioning import ConditionalNetwork
 from cascaded_diffusion.networks.efficient_unet import EfficientUNet
-from cascaded_diffusion.networks.execution import Execution
+from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.types import Conditioning, Params
 
 

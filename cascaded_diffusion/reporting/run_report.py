@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cascaded_diffusion.config import to_dict
+from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.reporting.page import (
     Markup,

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from cascaded_diffusion.config import CheckpointConfig, ema_name
+from cascaded_diffusion.config.schema import CheckpointConfig, ema_name
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.mesh import together, told_by_first
 from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole

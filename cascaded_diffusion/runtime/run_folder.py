@@ -41,8 +41,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from cascaded_diffusion.config import CascadeConfig, CascadeSection, RunConfig, to_dict
-from cascaded_diffusion.config_checks import run_config_from
+from cascaded_diffusion.config.run_checks import run_config_from
+from cascaded_diffusion.config.schema import CascadeConfig, CascadeSection, RunConfig, to_dict
 from cascaded_diffusion.errors import UserError
 
 

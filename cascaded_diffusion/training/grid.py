@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from cascaded_diffusion.cascade.cascade import keys_for
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
 from cascaded_diffusion.cascade.stage import Stage
-from cascaded_diffusion.config import RunConfig
+from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import pictures
 

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage, check_precision
 from cascaded_diffusion.cascade.stage import Stage
-from cascaded_diffusion.config import RunConfig, ema_name
-from cascaded_diffusion.config_checks import check_resume
+from cascaded_diffusion.config.run_checks import check_resume
+from cascaded_diffusion.config.schema import RunConfig, ema_name
 from cascaded_diffusion.errors import LoneError, UserError
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import monitor

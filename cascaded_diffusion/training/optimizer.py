@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optax
 
-from cascaded_diffusion.config import TrainConfig
+from cascaded_diffusion.config.schema import TrainConfig
 
 
 def build_learning_rate(config: TrainConfig) -> optax.Schedule:

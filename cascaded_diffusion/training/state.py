@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cascaded_diffusion.config import ema_name
+from cascaded_diffusion.config.schema import ema_name
 from cascaded_diffusion.types import Params
 
 

@@ -12,10 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.cascade.stage import NoisedBatch, Stage
-from cascaded_diffusion.config import TrainConfig, ema_name
-from cascaded_diffusion.config_checks import remat_sizes
-from cascaded_diffusion.networks.execution import Execution
+from cascaded_diffusion.config.run_checks import remat_sizes
+from cascaded_diffusion.config.schema import TrainConfig, ema_name
 from cascaded_diffusion.networks.flops import count_flops
+from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding
 from cascaded_diffusion.training.optimizer import build_learning_rate, build_optimizer

@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from cascaded_diffusion.config import RunConfig
-from cascaded_diffusion.config_checks import run_config_from
+from cascaded_diffusion.config.run_checks import run_config_from
+from cascaded_diffusion.config.schema import RunConfig
 from tests.tiny import config_values, with_overrides
 
 CLASSES = ("ant", "bee", "cow")

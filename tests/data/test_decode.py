@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from cascaded_diffusion.config import MAX_PIXELS
+from cascaded_diffusion.config.schema import MAX_PIXELS
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import decode_image
 

@@ -11,8 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from cascaded_diffusion import cli, prepare
-from cascaded_diffusion.config import to_dict
+from cascaded_diffusion import prepare
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.data.prepared import digest_of
 from cascaded_diffusion.data.sources import load_source, load_splits
 from cascaded_diffusion.errors import UserError
@@ -541,7 +542,7 @@ def test_the_embedded_data_can_be_prepared_too(tmp_path):
     from tests.tiny import config_values, with_overrides
 
     plain = with_overrides(config_values("mnist_sr32"), {})
-    from cascaded_diffusion.config_checks import run_config_from
+    from cascaded_diffusion.config.run_checks import run_config_from
 
     a = run_config_from(plain)
     b = round_trip(a, data__prepared_dir=f"{tmp_path}/prepared")

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cascaded_diffusion.config_checks import run_config_from
+from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.data.shapes import NUM_CLASSES, SHAPES, load_shapes
 from cascaded_diffusion.data.sources import load_source
 from cascaded_diffusion.errors import UserError

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.data.corruption import CorruptRecord
-from cascaded_diffusion.data.measure import class_counts
 from cascaded_diffusion.data.sources import load_source, load_splits
-from cascaded_diffusion.data.tfds_source import load_tfds
+from cascaded_diffusion.data.tfds import load_tfds
+from cascaded_diffusion.data.throughput import class_counts
 from cascaded_diffusion.errors import UserError
 from tests.data import tiny_photos
 from tests.data.photos import photo, photo_config
@@ -180,7 +180,7 @@ def test_splits_that_do_not_exist_are_explained(array_record):
              "lsun/bedroom", "celeb_a", "imagenette"],
 )  # fmt: skip
 def test_the_known_data_sets_have_images_we_find(name):
-    from cascaded_diffusion.data import tfds_source
+    from cascaded_diffusion.data import tfds as tfds_source
 
     builder = tfds_source.find_builder(name, "/nowhere")
     image, label = tfds_source._keys(name, builder.info.features)
@@ -189,7 +189,7 @@ def test_the_known_data_sets_have_images_we_find(name):
 
 
 def test_a_data_set_without_images_is_refused(array_record):
-    from cascaded_diffusion.data import tfds_source
+    from cascaded_diffusion.data import tfds as tfds_source
 
     builder = tfds_source.find_builder("ag_news_subset", "/nowhere")
     with pytest.raises(UserError, match="expected a data set with one image per example, found"):
@@ -293,7 +293,7 @@ def test_the_real_imagenet_builder(tmp_path, capfd):
     assert prepare.main(args) == 0
     assert "train: 12 images at 64 px" in capfd.readouterr().out
 
-    from cascaded_diffusion.config_checks import run_config_from
+    from cascaded_diffusion.config.run_checks import run_config_from
     from tests.tiny import config_values, with_overrides
 
     values = with_overrides(

@@ -15,11 +15,11 @@ import time
 
 import numpy as np
 
-from cascaded_diffusion.config import MeshConfig
+from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.evaluation.judge import Judge
 from cascaded_diffusion.evaluation.reference import measure_reference
+from cascaded_diffusion.evaluation.samples.sample_sources import SampleSource
 from cascaded_diffusion.evaluation.score import RunScorer
-from cascaded_diffusion.evaluation.sources import SampleSource
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.evaluation.stubs import Extractor

@@ -4,7 +4,7 @@ import types
 
 import numpy as np
 
-from cascaded_diffusion.evaluation.features import Features
+from cascaded_diffusion.evaluation.features.extractor import Features
 from cascaded_diffusion.evaluation.measure import metric_name
 
 

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cascaded_diffusion.config import MeshConfig
+from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation import cas, classifier_training
-from cascaded_diffusion.evaluation.classifier import LabelledImages
-from cascaded_diffusion.evaluation.classifier_training import RECIPES, train_classifier
+from cascaded_diffusion.evaluation import cas
+from cascaded_diffusion.evaluation.features import classifier_training
+from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
+from cascaded_diffusion.evaluation.features.classifier_training import RECIPES, train_classifier
 from cascaded_diffusion.runtime.mesh import build_mesh
 
 NUM_CLASSES = 6

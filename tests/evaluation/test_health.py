@@ -3,7 +3,7 @@ import pytest
 
 from cascaded_diffusion.evaluation import health
 from cascaded_diffusion.evaluation.reference import PixelStatistics
-from cascaded_diffusion.evaluation.sources import LevelSource
+from cascaded_diffusion.evaluation.samples.sample_sources import LevelSource
 
 RNG = np.random.default_rng(0)
 LOW_RES = RNG.integers(0, 246, (5, 4, 4, 3), np.uint8)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion import evaluate, main, report
-from cascaded_diffusion.config import MeshConfig
+from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.data.sources import examples
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import judge as lib
-from cascaded_diffusion.evaluation.classifier_training import RECIPES
+from cascaded_diffusion.evaluation.features.classifier_training import RECIPES
 from cascaded_diffusion.evaluation.likelihood import bits_per_dim
-from cascaded_diffusion.evaluation.real_images import RealSplit
+from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 from cascaded_diffusion.evaluation.sweep import Sweep
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines

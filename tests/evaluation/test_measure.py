@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from cascaded_diffusion.evaluation.features import Features
-from cascaded_diffusion.evaluation.frechet import FeatureStatistics, frechet_distance
-from cascaded_diffusion.evaluation.inception_score import ScoreStatistics
-from cascaded_diffusion.evaluation.kernel_distance import kernel_distance
+from cascaded_diffusion.evaluation.features.extractor import Features
 from cascaded_diffusion.evaluation.measure import Measurement, metric_name
-from cascaded_diffusion.evaluation.precision_recall import precision_recall
+from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
+from cascaded_diffusion.evaluation.metrics.inception_score import ScoreStatistics
+from cascaded_diffusion.evaluation.metrics.kernel_distance import kernel_distance
+from cascaded_diffusion.evaluation.metrics.precision_recall import precision_recall
 from cascaded_diffusion.evaluation.reference import measure_reference
 from tests.evaluation.stubs import Extractor
 

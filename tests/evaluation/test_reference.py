@@ -6,7 +6,7 @@ import pytest
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import reference as lib
-from cascaded_diffusion.evaluation.frechet import FeatureStatistics
+from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics
 from tests.evaluation.stubs import Extractor
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), np.uint8)

@@ -13,15 +13,17 @@ import pytest
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.data.sources import examples
-from cascaded_diffusion.evaluation import generate, score, sources
+from cascaded_diffusion.evaluation import score
 from cascaded_diffusion.evaluation.final import final_numbers
 from cascaded_diffusion.evaluation.judge import build_judge
-from cascaded_diffusion.evaluation.real_images import RealSplit
+from cascaded_diffusion.evaluation.samples import generate
+from cascaded_diffusion.evaluation.samples import sample_sources as sources
+from cascaded_diffusion.evaluation.samples.real_images import RealSplit
+from cascaded_diffusion.evaluation.samples.stored_images import open_images, save_samples
 from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
-from cascaded_diffusion.runtime.samples import open_images, save_samples
 from tests.evaluation.stubs import Extractor, Judge
 from tests.tiny import ROOT, random_source, round_trip, tiny_base, tiny_sr
 from tests.training.test_training import SOURCE, _train

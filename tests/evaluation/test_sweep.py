@@ -8,17 +8,14 @@ import pytest
 from PIL import Image
 
 from cascaded_diffusion.cascade.cascade import Cascade
-from cascaded_diffusion.config import sampler_named
-from cascaded_diffusion.config_checks import cascade_config_from, run_config_from
+from cascaded_diffusion.config.run_checks import cascade_config_from, run_config_from
+from cascaded_diffusion.config.schema import sampler_named
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation import generate
-from cascaded_diffusion.evaluation.settings import (
-    make_settings,
-    with_setting,
-)
+from cascaded_diffusion.evaluation.samples import generate
+from cascaded_diffusion.evaluation.settings import make_settings, with_setting
 from cascaded_diffusion.evaluation.sweep import Sweep, best_setting
 from cascaded_diffusion.evaluation.trained import load_trained
-from cascaded_diffusion.npz_file import read_arrays
+from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.evaluation.stubs import Judge

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cascaded_diffusion.config import MeshConfig
+from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime import mesh as mesh_lib

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from cascaded_diffusion.config import to_dict
+from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.logging import MetricWriter, Progress

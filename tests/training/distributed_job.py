@@ -9,7 +9,7 @@ import json
 import pathlib
 import sys
 
-from cascaded_diffusion import cli
+from cascaded_diffusion.commands import cli
 from cascaded_diffusion.runtime.cluster import Cluster, meet
 from cascaded_diffusion.runtime.run_folder import RunFolder
 

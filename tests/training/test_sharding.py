@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.cascade.build import build_stage
-from cascaded_diffusion.config import MeshConfig
+from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.data.loader import build_stream, iterate
-from cascaded_diffusion.networks import sums, winograd
-from cascaded_diffusion.runtime import collectives, sharding
+from cascaded_diffusion.networks.kernels import sums, winograd
+from cascaded_diffusion.planning import collectives
 from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.runtime import sharding
 from cascaded_diffusion.training import step
 from cascaded_diffusion.training.grid import GridSampler
 from tests.tiny import random_source, round_trip, tiny_base, tiny_sr

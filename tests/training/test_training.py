@@ -14,7 +14,7 @@ import pytest
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
-from cascaded_diffusion.config import MeshConfig
+from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import mesh as mesh_lib

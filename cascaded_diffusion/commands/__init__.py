@@ -1,0 +1,1 @@
+"""What the binaries share: flags, exit codes, JAX's settings."""

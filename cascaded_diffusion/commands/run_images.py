@@ -1,0 +1,130 @@
+"""The images of a run, as binaries open them: checked to be those that it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
+from cascaded_diffusion.config.schema import DataConfig, RunConfig
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.run_folder import RunData, RunFolder
+
+if TYPE_CHECKING:
+    from cascaded_diffusion.data.sources import Source
+    from cascaded_diffusion.evaluation.samples.real_images import RealSplit
+
+
+def define_data_path(flag_values: flags.FlagValues) -> None:
+    """Adds the flag by which images that were moved, copied or touched are given anew."""
+    flags.DEFINE_string(
+        "data_path",
+        None,
+        "where the run's images lie now, if they were moved, copied or touched: names, sizes and"
+        " contents are compared with those it was trained on",
+        flag_values=flag_values,
+    )
+
+
+def with_absolute_paths(config: RunConfig, data_path: str | None = None) -> RunConfig:
+    """A config whose paths mean the same in every folder.
+
+    Args:
+      config: the run's.
+      data_path: replaces `config.data.path`.
+
+    Raises:
+      UserError: there is a `data_path`, but the images come with the package.
+    """
+    data = config.data
+    if data_path is not None:
+        data = _moved(data, data_path)
+    path, prepared = (
+        None if folder is None else os.path.abspath(folder)
+        for folder in (data.path, data.prepared_dir)
+    )
+    return dataclasses.replace(
+        config, data=dataclasses.replace(data, path=path, prepared_dir=prepared)
+    )
+
+
+def _moved(data: DataConfig, data_path: str) -> DataConfig:
+    if data.name in BUILTIN_DATA:
+        raise UserError(
+            f"--data_path={data_path}: the run's images, {data.name!r}, come with the package"
+        )
+    return dataclasses.replace(data, path=data_path)
+
+
+def open_splits(
+    folder: RunFolder, config: RunConfig, splits: Iterable[str], *, data_path: str | None
+) -> dict[str, Source]:
+    """Splits of a run's data set.
+
+    Args:
+      folder: the run.
+      config: its config, or that with which it is to go on.
+      splits: names; one may be there twice.
+      data_path: of `--data_path`: where the images lie now.
+
+    Raises:
+      UserError: they cannot be read, the splits differ in classes, or they are not the images
+        that the run was trained on.
+    """
+    from cascaded_diffusion.data.raw import DataMissing
+    from cascaded_diffusion.data.sources import load_splits
+
+    whole = with_absolute_paths(config, data_path)
+    try:
+        sources = load_splits(whole.data, splits, whole.stage)
+    except DataMissing as e:
+        if whole.data.path is None or data_path is not None:
+            raise
+        raise DataMissing(f"{e}; if they were moved, say where they lie by --data_path") from e
+    folder.check_data(
+        RunData(splits=sources, path=whole.data.path, given_anew=data_path is not None)
+    )
+    return sources
+
+
+def real_splits(
+    folder: RunFolder, config: RunConfig, *, data_path: str | None
+) -> dict[str, RealSplit]:
+    """A run's real images by role, "train" and "val". Raises UserError like `open_splits`."""
+    names = {"train": config.data.train_split, "val": config.data.eval_split}
+    sources = open_splits(folder, config, names.values(), data_path=data_path)
+    return {role: real_split(config, name, sources[name]) for role, name in names.items()}
+
+
+def real_split(config: RunConfig, split: str, source: Source) -> RealSplit:
+    """A split of a run's data set, for `evaluation`."""
+    from cascaded_diffusion.data.sources import examples
+    from cascaded_diffusion.evaluation.samples.real_images import RealSplit
+
+    data = config.data
+    resize = (
+        data.resize if data.resize == "area" else f"{data.resize} to {data.resolution} px, area"
+    )
+    return RealSplit(
+        # A name says which images they are; "folder" does not.
+        source.identity if data.name in FILE_DATA else data.name,
+        split,
+        len(source),
+        partial(examples, source),
+        crop=data.crop,
+        resize=resize,
+    )
+
+
+def check_same_run_classes(folders: Sequence[RunFolder]) -> None:
+    """Raises UserError if the runs of a cascade were trained on different classes."""
+    from cascaded_diffusion.data.sources import check_same_classes
+
+    known = {f"run {folder.path.name!r}": folder.class_names() for folder in folders}
+    # Of runs without classes, and of those that do not say, there is nothing to compare.
+    check_same_classes({name: classes for name, classes in known.items() if classes})

@@ -1,0 +1,1 @@
+"""Configs: their dataclasses, their conversion, their checks."""

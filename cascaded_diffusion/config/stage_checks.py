@@ -1,0 +1,311 @@
+"""Which values of one stage's config go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cascaded_diffusion.config.convert import fail
+from cascaded_diffusion.config.schema import SamplerConfig, ScheduleConfig, StageConfig
+from cascaded_diffusion.config.stage_cost import stage_cost
+from cascaded_diffusion.errors import UserError
+
+# The largest published diffusion models have some 2e10 parameters and take 1e14 FLOPs a pass.
+_MAX_PARAMETERS = 10**12
+_MAX_FLOPS = 10**17
+# The paper's enlarge by 2 and 4; more than 64 times (16 to 1024 px) nobody has tried.
+_MAX_ENLARGEMENT = 64
+
+
+def check_stage(stage: StageConfig) -> None:
+    """Checks a stage by itself. Raises UserError."""
+    if not stage.name.replace("_", "").isalnum():
+        fail("stage.name", stage.name, "letters, digits and underscores")
+    _check_network(stage)
+    if stage.kind == "super_resolution":
+        if stage.low_res_resolution is None or stage.low_res_resolution >= stage.resolution:
+            fail(
+                "stage.low_res_resolution",
+                stage.low_res_resolution,
+                f"the size of the images to enlarge, below config.stage.resolution ="
+                f" {stage.resolution}, since config.stage.kind is 'super_resolution'",
+            )
+        factor, rest = divmod(stage.resolution, stage.low_res_resolution)
+        if rest or factor > _MAX_ENLARGEMENT:
+            fail(
+                "stage.low_res_resolution",
+                stage.low_res_resolution,
+                f"a size that config.stage.resolution = {stage.resolution} is a multiple of, 2 to"
+                f" {_MAX_ENLARGEMENT} times",
+            )
+    else:
+        if stage.low_res_resolution is not None:
+            fail(
+                "stage.low_res_resolution",
+                stage.low_res_resolution,
+                "None, since config.stage.kind is 'base'",
+            )
+        if stage.augment.name != "none":
+            fail(
+                "stage.augment.name",
+                stage.augment.name,
+                "'none': a stage of config.stage.kind 'base' has no low-res input to damage",
+            )
+    _check_schedule("stage.schedule", stage.schedule)
+    _check_augment(stage)
+    _check_diffusion(stage)
+    check_sampler("stage.sampler", stage.sampler, stage)
+    _check_cost(stage)
+
+
+def _check_cost(stage: StageConfig) -> None:
+    """What values make together, each of which may be good: before anything is allocated."""
+    cost, network = stage_cost(stage), stage.network
+    blame = (
+        f"config.stage.resolution = {stage.resolution}, config.stage.num_classes ="
+        f" {stage.num_classes}, config.stage.network.channels = {network.channels},"
+        f" channel_mults = {network.channel_mults}, num_res_blocks = {network.num_res_blocks},"
+        f" attention_resolutions = {network.attention_resolutions}"
+    )
+    if cost.parameters > _MAX_PARAMETERS:
+        raise UserError(
+            f"{blame}: about {cost.parameters:.1e} parameters, expected at most"
+            f" {_MAX_PARAMETERS:.0e}"
+        )
+    if cost.flops > _MAX_FLOPS:
+        raise UserError(
+            f"{blame}: about {cost.flops:.1e} FLOPs for one image, expected at most"
+            f" {_MAX_FLOPS:.0e}"
+        )
+
+
+def _check_network(stage: StageConfig) -> None:
+    network, levels = stage.network, len(stage.network.channel_mults)
+    if not levels:
+        fail("stage.network.channel_mults", network.channel_mults, "at least one level")
+    if len(network.num_res_blocks) != levels:
+        fail(
+            "stage.network.num_res_blocks",
+            network.num_res_blocks,
+            f"{levels} values, one per level of config.stage.network.channel_mults",
+        )
+    halvings = levels - 1
+    if network.name == "efficient_unet":
+        halvings = levels  # its first level works at half the image's size already
+        for key, plain in (("resample", "conv"), ("patch_size", 1)):
+            if getattr(network, key) != plain:
+                fail(
+                    f"stage.network.{key}",
+                    getattr(network, key),
+                    f"{plain!r}, since config.stage.network.name is 'efficient_unet'",
+                )
+    factor = network.patch_size * 2**halvings
+    if stage.resolution % factor:
+        fail(
+            "stage.resolution",
+            stage.resolution,
+            f"a multiple of {factor}: config.stage.network.patch_size = {network.patch_size} and"
+            f" {levels} levels of config.stage.network.channel_mults",
+        )
+    if network.channels % 2:
+        fail("stage.network.channels", network.channels, "an even number")
+    for mult in network.channel_mults:
+        if network.channels * mult % network.num_heads:
+            fail(
+                "stage.network.num_heads",
+                network.num_heads,
+                f"a divisor of every level's channels; {network.channels * mult} is not divided",
+            )
+    sizes = feature_map_sizes(stage)
+    for size in network.attention_resolutions:
+        if size not in sizes:
+            fail(
+                "stage.network.attention_resolutions",
+                network.attention_resolutions,
+                f"sizes of feature maps, which are {', '.join(map(str, sizes))}",
+            )
+
+
+def feature_map_sizes(stage: StageConfig) -> list[int]:
+    """The sizes at which a stage's network has blocks, the largest first."""
+    network = stage.network
+    # The Efficient U-Net's first level works at half the image's size already.
+    first = stage.resolution // network.patch_size // (1 + (network.name == "efficient_unet"))
+    return [first // 2**i for i in range(len(network.channel_mults))]
+
+
+def _check_used(section: str, config: Any, uses: Mapping[str, str], by: str) -> None:
+    """`uses` names, for each optional key, the value of key `by` that needs it."""
+    for key, user in uses.items():
+        value, used = getattr(config, key), getattr(config, by) == user
+        if used and value is None:
+            fail(f"{section}.{key}", None, f"a value, since config.{section}.{by} is {user!r}")
+        if not used and value is not None:
+            fail(
+                f"{section}.{key}",
+                value,
+                f"None, since config.{section}.{by} is {getattr(config, by)!r}, not {user!r}",
+            )
+
+
+def _check_pair(key: str, pair: tuple[float, ...] | None) -> None:
+    if pair is not None and (len(pair) != 2 or pair[0] > pair[1]):
+        fail(key, pair, "two values, the lower one first")
+
+
+def _check_schedule(key: str, schedule: ScheduleConfig) -> None:
+    uses = {
+        "cosine_offset": "cosine",
+        "linear_betas": "linear",
+        "reference_resolution": "shifted_cosine",
+    }
+    _check_used(key, schedule, uses, "name")
+    _check_pair(f"{key}.linear_betas", schedule.linear_betas)
+    steps, betas = schedule.num_timesteps, schedule.linear_betas
+    if steps is not None and betas is not None and betas[1] * 1000 / steps >= 1:
+        fail(
+            f"{key}.num_timesteps",
+            steps,
+            f"more than {1000 * betas[1]:g}: with fewer steps a beta of config.{key}.linear_betas ="
+            f" {betas} would not be below 1",
+        )
+    if schedule.num_timesteps is None and schedule.noise_levels == "discrete":
+        fail(
+            f"{key}.noise_levels",
+            "discrete",
+            f"'continuous', since config.{key}.num_timesteps is None",
+        )
+
+
+def _check_augment(stage: StageConfig) -> None:
+    augment, gaussian = stage.augment, stage.augment.name == "gaussian"
+    uses = {key: "blur" for key in ("blur_kernel_size", "blur_sigmas", "blur_prob")}
+    _check_used("stage.augment", augment, {"max_level": "gaussian", **uses}, "name")
+    _check_pair("stage.augment.blur_sigmas", augment.blur_sigmas)
+    if augment.blur_kernel_size is not None and augment.blur_kernel_size % 2 == 0:
+        fail("stage.augment.blur_kernel_size", augment.blur_kernel_size, "an odd number")
+    if gaussian != (stage.low_res_schedule is not None):
+        fail(
+            "stage.low_res_schedule",
+            None if gaussian else "(a section)",
+            "the low-res stage's own config.stage.schedule, since config.stage.augment.name is"
+            " 'gaussian'"
+            if gaussian
+            else f"None, since config.stage.augment.name is {augment.name!r}, not 'gaussian'",
+        )
+    if stage.low_res_schedule is not None:
+        _check_schedule("stage.low_res_schedule", stage.low_res_schedule)
+        steps = stage.low_res_schedule.discrete_timesteps
+        if steps is not None and augment.max_level * steps < 1:
+            fail(
+                "stage.augment.max_level",
+                augment.max_level,
+                f"at least one of the {steps} steps of config.stage.low_res_schedule",
+            )
+
+
+def _check_diffusion(stage: StageConfig) -> None:
+    diffusion, schedule = stage.diffusion, stage.schedule
+    _check_used("stage.diffusion", diffusion, {"vlb_weight": "hybrid"}, "loss")
+    if diffusion.loss != "simple" and schedule.noise_levels != "discrete":
+        fail(
+            "stage.diffusion.loss",
+            diffusion.loss,
+            "'simple', since the bound is over the steps of a process whose"
+            " config.stage.schedule.noise_levels are 'discrete'",
+        )
+    if diffusion.variance == "fixed" and diffusion.loss == "hybrid":
+        fail(
+            "stage.diffusion.variance",
+            diffusion.variance,
+            "'learned', since config.stage.diffusion.loss is 'hybrid', whose bound trains the"
+            " variance alone",
+        )
+    if diffusion.label_dropout_prob and not stage.num_classes:
+        fail(
+            "stage.diffusion.label_dropout_prob",
+            diffusion.label_dropout_prob,
+            "0.0, since config.stage.num_classes is 0",
+        )
+    if diffusion.weighting == "truncated_snr" and diffusion.parameterization == "eps":
+        fail(
+            "stage.diffusion.weighting",
+            diffusion.weighting,
+            "another weighting, or config.stage.diffusion.parameterization = 'v' or 'x0': of an"
+            " error of eps it would be 1 / SNR, without bound",
+        )
+    if diffusion.variance == "learned" and diffusion.loss == "simple":
+        fail(
+            "stage.diffusion.loss",
+            diffusion.loss,
+            "'hybrid' or 'vlb', since config.stage.diffusion.variance is 'learned'",
+        )
+    if diffusion.weighting != "none" and diffusion.loss != "simple":
+        fail(
+            "stage.diffusion.weighting",
+            diffusion.weighting,
+            f"'none', since config.stage.diffusion.loss is {diffusion.loss!r}",
+        )
+
+
+def check_sampler(key: str, sampler: SamplerConfig, stage: StageConfig) -> None:
+    """Checks that `config.<key>` can sample a stage. Raises UserError."""
+    scale = sampler.guidance_scale
+    if scale != 1.0 and not (stage.num_classes and stage.diffusion.label_dropout_prob > 0):
+        fail(
+            f"{key}.guidance_scale",
+            scale,
+            f"1.0 (no guidance): stage {stage.name!r} was configured without classes or with"
+            " config.stage.diffusion.label_dropout_prob = 0",
+        )
+    if sampler.variance == "learned" and sampler.name != "ancestral":
+        fail(
+            f"{key}.variance",
+            "learned",
+            f"None, or config.{key}.name = 'ancestral': {sampler.name!r} draws no noise of a"
+            " learned variance",
+        )
+    _check_used(key, sampler, {"variance": "ancestral", "eta": "ddim"}, "name")
+    _check_used(key, sampler, {"variance_interpolation": "interpolated"}, "variance")
+    _check_used(key, sampler, {"threshold_percentile": "dynamic"}, "threshold")
+    if sampler.variance == "learned" and stage.diffusion.variance != "learned":
+        fail(
+            f"{key}.variance",
+            "learned",
+            f"'small', 'large' or 'interpolated': stage {stage.name!r} was configured with"
+            " config.stage.diffusion.variance = 'fixed'",
+        )
+    _check_pair(f"{key}.guidance_interval", sampler.guidance_interval)
+    steps = stage.schedule.discrete_timesteps
+    if steps is not None and sampler.num_steps > steps:
+        fail(
+            f"{key}.num_steps",
+            sampler.num_steps,
+            f"at most {steps}, the config.stage.schedule.num_timesteps of stage {stage.name!r},"
+            " whose noise levels are discrete",
+        )
+
+
+def rounded_level(level: float, stage: StageConfig) -> float:
+    """The level that a stage with discrete steps makes of it."""
+    steps = stage.low_res_schedule.discrete_timesteps
+    return level if steps is None else round(level * steps) / steps
+
+
+def check_level(key: str, level: float, stage: StageConfig) -> None:
+    """Checks a level of conditioning augmentation. Raises UserError."""
+    if not stage.has_level:
+        if level != 0.0:
+            fail(
+                key,
+                level,
+                f"0.0: stage {stage.name!r} was configured with config.stage.augment.name ="
+                f" {stage.augment.name!r} and has no level to choose",
+            )
+    elif rounded_level(level, stage) > stage.augment.max_level + 1e-6:
+        fail(
+            key,
+            level,
+            f"at most {stage.augment.max_level}, the config.stage.augment.max_level up to which"
+            f" stage {stage.name!r} was trained",
+        )

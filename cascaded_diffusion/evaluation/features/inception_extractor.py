@@ -1,0 +1,179 @@
+r"""FID's feature extractor: resizing to 299 px and the Inception network, on all devices.
+
+Two ways of resizing are in use, whose FIDs differ by whole points. They are modes with
+names, part of the extractor's identity, and never mixed. Output pixel i of n_out, of
+n_in input pixels, r = n_in / n_out:
+
+(1)  "legacy", the original graph and ADM's evaluator: linear between the two pixels
+     around i r, the last one repeated; no half-pixel centres, no antialiasing.
+(2)  "clean", clean-fid (Parmar et al. 2022), the bicubic filter of Pillow on floats:
+     weights w((j + 1/2 - (i + 1/2) r) / max(r, 1)), w(x) cubic with a = -1/2, of the
+     pixels j within two widths, normalised; clipped to [0, 255], not rounded.
+
+Both are products with one matrix per axis. Then (x - 128) / 128.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from cascaded_diffusion.config.schema import MeshConfig
+from cascaded_diffusion.evaluation.features.extractor import Features, concatenated
+from cascaded_diffusion.evaluation.features.inception_weights import InceptionWeights, load_weights
+from cascaded_diffusion.networks.inception import IMAGE_SIZE, apply_inception
+from cascaded_diffusion.runtime import mesh as mesh_lib
+
+
+def legacy_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Eq. (1): [size_out, size_in] float32, rows sum to 1."""
+    source = np.arange(size_out) * (size_in / size_out)
+    low = np.minimum(np.floor(source).astype(int), size_in - 1)
+    high, weight = np.minimum(low + 1, size_in - 1), source - low
+    matrix, rows = np.zeros((size_out, size_in)), np.arange(size_out)
+    np.add.at(matrix, (rows, low), 1 - weight)
+    np.add.at(matrix, (rows, high), weight)
+    return matrix.astype(np.float32)
+
+
+def clean_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Eq. (2), before clipping: [size_out, size_in] float32, rows sum to 1."""
+    ratio = size_in / size_out
+    width = max(ratio, 1.0)
+    centre = (np.arange(size_out) + 0.5)[:, None] * ratio
+    pixel = np.arange(size_in)[None, :]
+    first = np.maximum(np.trunc(centre - 2 * width + 0.5), 0)
+    last = np.minimum(np.trunc(centre + 2 * width + 0.5), size_in)
+    x = np.abs((pixel + 0.5 - centre) / width)
+    weights = np.where(
+        x < 1, (1.5 * x - 2.5) * x**2 + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0)
+    )
+    weights = np.where((pixel >= first) & (pixel < last), weights, 0)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+RESIZES: dict[str, Callable[[int, int], np.ndarray]] = {
+    "legacy": legacy_matrix,
+    "clean": clean_matrix,
+}
+
+
+def resized(images: jax.Array, mode: str) -> jax.Array:
+    """uint8 [B, H, W, C], C of 1 or 3 -> float32 [B, 299, 299, 3] in [0, 255]."""
+    _, height, width, _ = images.shape
+    rows, columns = RESIZES[mode](height, IMAGE_SIZE), RESIZES[mode](width, IMAGE_SIZE)
+    x = jnp.einsum(
+        "ih,bhwc,jw->bijc",
+        rows,
+        images.astype(jnp.float32),
+        columns,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    # Cubic weights overshoot at edges; of linear ones this changes nothing.
+    x = jnp.clip(x, 0.0, 255.0)
+    return jnp.broadcast_to(x, (*x.shape[:3], 3))
+
+
+def check_precision(program: str) -> None:
+    """Checks that every convolution and product of a lowered program is at highest precision.
+
+    Args:
+      program: StableHLO text.
+
+    Raises:
+      RuntimeError: one is not, or there is none. Nothing a user can put right.
+    """
+    operations = re.findall(r"stablehlo\.(?:convolution|dot_general).*", program)
+    low = [line for line in operations if line.count("HIGHEST") < 2]
+    if low or not operations:
+        raise RuntimeError(
+            f"{len(low)} of {len(operations)} products of the Inception program are not at the"
+            " highest precision"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class InceptionExtractor:
+    """uint8 images [n, H, W, 1 or 3] of any n -> `Features`, batch by batch.
+
+    The logits are without the last layer's bias: what published inception scores are of.
+
+    Attributes:
+      weights: of the network.
+      resize: "legacy" or "clean".
+      mesh: of the devices that a batch is split over.
+      batch_size: how many images at once; at least one per device.
+    """
+
+    weights: InceptionWeights
+    resize: str
+    mesh: Mesh
+    batch_size: int = 64
+    name: str = "inception"
+    _programs: dict = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def identity(self) -> str:
+        """Network, resizing and weights."""
+        return f"inception-2015-12-05:{self.resize}:{self.weights.sha256[:12]}"
+
+    def __call__(self, images: np.ndarray) -> Features:
+        size = -(-self.batch_size // self.mesh.size) * self.mesh.size
+        if images.shape[1:] not in self._programs:
+            self._programs[images.shape[1:]] = self._compiled((size, *images.shape[1:]))
+        program, params = self._programs[images.shape[1:]]
+        parts = []
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
+            # Filled up, so that one shape is compiled; what is too much is thrown away.
+            padded = np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
+            placed = jax.device_put(padded, mesh_lib.batch_sharding(self.mesh))
+            outputs = [mesh_lib.host_array(x)[: len(batch)] for x in program(params, placed)]
+            parts.append(Features(*outputs))
+        return concatenated(parts)
+
+    def _compiled(self, shape: tuple[int, ...]) -> tuple[Callable, dict]:
+        split, everywhere = mesh_lib.batch_sharding(self.mesh), mesh_lib.replicated(self.mesh)
+        if "params" not in self._programs:
+            self._programs["params"] = jax.device_put(dict(self.weights.params), everywhere)
+        params = self._programs["params"]
+
+        def extract(params: dict, images: jax.Array) -> tuple[jax.Array, ...]:
+            return apply_inception(params, (resized(images, self.resize) - 128.0) / 128.0)
+
+        abstract = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)
+        lowered = jax.jit(extract, out_shardings=split).lower(params, abstract)
+        check_precision(lowered.as_text())
+        return lowered.compile(), params
+
+
+def load_inception(
+    weights: str | None,
+    *,
+    resize: str,
+    mesh: Mesh | None = None,
+    batch_size: int = 64,
+    allow_other_weights: bool = False,
+) -> InceptionExtractor:
+    """The extractor of FID.
+
+    Args:
+      weights: path of the weights; None: the cached ones, else a download.
+      resize: "legacy" or "clean".
+      mesh: of the devices; by default all of this process.
+      batch_size: how many images at once.
+      allow_other_weights: take weights that are not the public ones.
+
+    Raises:
+      UserError: the weights cannot be had, see `inception_weights.load_weights`.
+    """
+    if mesh is None:
+        mesh = mesh_lib.build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    loaded = load_weights(weights, allow_other=allow_other_weights)
+    return InceptionExtractor(loaded, resize, mesh, batch_size)

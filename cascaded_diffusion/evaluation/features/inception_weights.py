@@ -1,0 +1,294 @@
+"""The weights of FID's Inception: found, checked, and converted once.
+
+The public file is the one of pytorch-fid, ported from the original graph of 2015-12-05.
+It is read without executing any of it, compared with its known hash, and its tensors
+with what the network has; what is kept in a private folder is an `.npz`, which holds
+arrays and their digest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import http.client
+import io
+import os
+import pathlib
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.features.torch_file import read_tensors
+from cascaded_diffusion.files.npz_archive import read_arrays
+from cascaded_diffusion.files.paths import check_local_path
+from cascaded_diffusion.networks.inception import (
+    NUM_FEATURES,
+    NUM_LOGITS,
+    UNITS,
+    checkpoint_tensors,
+    params_from_checkpoint,
+)
+from cascaded_diffusion.runtime.run_folder import write_whole
+
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+NUM_BYTES = 95_628_359
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+_FLAG, _CACHE_VARIABLE = "--inception_weights", "CASCADED_DIFFUSION_CACHE"
+_TIMEOUT_SECS = 60
+_BLOCK = 1 << 20
+_MAX_CONVERTED_BYTES = 1 << 28  # two and a half times what they take
+
+
+@dataclasses.dataclass(frozen=True)
+class InceptionWeights:
+    """Parameters for `networks.inception`, and the SHA-256 of the file they are from."""
+
+    params: Mapping[str, Mapping[str, np.ndarray]]
+    sha256: str
+
+
+def cache_folder() -> pathlib.Path:
+    """Where converted weights are kept: CASCADED_DIFFUSION_CACHE, else in the home folder."""
+    root = os.environ.get(_CACHE_VARIABLE)
+    base = pathlib.Path.home() / ".cache" / "cascaded_diffusion"
+    return (check_local_path(root, _CACHE_VARIABLE) if root else base) / "inception"
+
+
+def load_weights(
+    path: str | None, *, allow_other: bool = False, cache: pathlib.Path | None = None
+) -> InceptionWeights:
+    """Inception's weights from a file, the cache, or the net.
+
+    Args:
+      path: the public .pth file, one of the same tensors, or an .npz that this function
+        has kept; None: the cached conversion of the public file, else a download.
+      allow_other: take a file that is not the public one.
+      cache: folder of the converted file; by default `cache_folder()`.
+
+    Raises:
+      UserError: the file is not there, is damaged, holds something else, or is not the
+        public one.
+    """
+    cache = cache_folder() if cache is None else cache
+    kept = cache / f"{pathlib.Path(FILE).stem}.npz"
+    if path is None:
+        if (weights := _kept(kept)) is not None:
+            return weights
+        path = str(download(cache / FILE))
+        weights = _read_public(pathlib.Path(path), allow_other=False)
+        _keep(kept, weights)
+        pathlib.Path(path).unlink(missing_ok=True)
+        return weights
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise UserError(f"{_FLAG}={path}: no such file; expected {FILE}, from {URL}")
+    if file.suffix == ".npz":
+        try:
+            weights = _read_converted(file)
+        except ValueError as e:
+            raise UserError(f"{_FLAG}={path}: {e}; give {FILE} itself, from {URL}") from e
+        if weights.sha256 != SHA256 and not allow_other:
+            _refuse_other(path, weights.sha256)
+        return weights
+    digest = _sha256(file)
+    if digest == SHA256 and (weights := _kept(kept)) is not None:
+        return weights
+    weights = _read_public(file, allow_other=allow_other, digest=digest)
+    if digest == SHA256:
+        _keep(kept, weights)
+    return weights
+
+
+def _refuse_other(path: str, digest: str) -> None:
+    raise UserError(
+        f"{_FLAG}={path}: SHA-256 is {digest}, expected {SHA256}, that of {FILE}: the file is"
+        " damaged, or of another network; to use weights that nobody else's FID is of, add"
+        " --allow_other_inception_weights"
+    )
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _read_public(
+    path: pathlib.Path, *, allow_other: bool, digest: str | None = None
+) -> InceptionWeights:
+    digest = _sha256(path) if digest is None else digest
+    if digest != SHA256 and not allow_other:
+        size = path.stat().st_size
+        if size < NUM_BYTES:
+            raise UserError(
+                f"{_FLAG}={path}: {size} bytes, expected {NUM_BYTES}: the file is cut off, or is"
+                f" not {FILE} (SHA-256 {SHA256})"
+            )
+        _refuse_other(str(path), digest)
+    try:
+        tensors = read_tensors(path)
+        check_tensors(tensors)
+    except ValueError as e:
+        raise UserError(f"{_FLAG}={path}: not the weights of FID's Inception: {e}") from e
+    return InceptionWeights(params_from_checkpoint(tensors), digest)
+
+
+def check_tensors(tensors: Mapping[str, np.ndarray]) -> None:
+    """Checks names, shapes, dtypes and values against the network.
+
+    Raises:
+      ValueError: names the first tensor that is not as it should be.
+    """
+    expected = checkpoint_tensors()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise ValueError(f"{name} is missing")
+        if name not in expected:
+            raise ValueError(f"{name} does not belong there")
+        dtype, shape = expected[name]
+        array = tensors[name]
+        if (str(array.dtype), array.shape) != (dtype, shape):
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, expected {dtype} {shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has values that are not finite")
+        if name.endswith("running_var") and array.min() < 0:
+            raise ValueError(f"{name} has negative values")
+
+
+def _arrays_of(weights: InceptionWeights) -> dict[str, np.ndarray]:
+    return {
+        f"{unit}/{part}": array
+        for unit, parts in weights.params.items()
+        for part, array in parts.items()
+    }
+
+
+def _digest(arrays: Mapping[str, np.ndarray], sha256: str) -> str:
+    digest = hashlib.sha256(sha256.encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _keep(path: pathlib.Path, weights: InceptionWeights) -> None:
+    arrays = _arrays_of(weights)
+    data = io.BytesIO()
+    about = dict(sha256=np.asarray(weights.sha256), digest=_digest(arrays, weights.sha256))
+    np.savez(data, **arrays, **about)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_whole(path, data.getvalue())
+    except OSError as e:  # it saves time, no more
+        print(
+            f"{path}: cannot be kept ({e.strerror}); weights are read again each time",
+            file=sys.stderr,
+        )
+
+
+def _kept(path: pathlib.Path) -> InceptionWeights | None:
+    """The converted weights of the cache; None where they are to be made, or made anew."""
+    if not path.exists():
+        return None
+    try:
+        weights = _read_converted(path)
+        if weights.sha256 != SHA256:
+            raise ValueError("converted from another file")
+    except ValueError as e:
+        print(f"{path}: {e}; the weights are converted anew", file=sys.stderr, flush=True)
+        return None
+    return weights
+
+
+def _converted_shapes() -> dict[str, tuple[int, ...]]:
+    """Of every array that `_keep` writes."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc/kernel": (NUM_FEATURES, NUM_LOGITS),
+        "fc/bias": (NUM_LOGITS,),
+    }
+    for name, unit in UNITS.items():
+        shapes[f"{name}/kernel"] = (*unit.kernel, unit.channels_in, unit.channels_out)
+        shapes[f"{name}/bias"] = (unit.channels_out,)
+    return shapes
+
+
+def _read_converted(path: pathlib.Path) -> InceptionWeights:
+    """What `_keep` has written.
+
+    Raises:
+      ValueError: it is damaged or something else; in a few words.
+    """
+    arrays = read_arrays(path, max_bytes=_MAX_CONVERTED_BYTES)
+    sha256, digest = (str(arrays.pop(name, "")) for name in ("sha256", "digest"))
+    if digest != _digest(arrays, sha256):
+        raise ValueError("its arrays have changed since it was written, or it is another file")
+    shapes = {name: array.shape for name, array in arrays.items() if array.dtype == np.float32}
+    if shapes != _converted_shapes() or not all(np.isfinite(a).all() for a in arrays.values()):
+        raise ValueError("not the converted weights of FID's Inception")
+    params: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in arrays.items():
+        unit, part = name.split("/")
+        params.setdefault(unit, {})[part] = array
+    return InceptionWeights(params, sha256)
+
+
+class _HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but not away from https."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Any:
+        if not newurl.startswith("https://"):
+            raise urllib.error.URLError(f"redirected to {newurl}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def download(
+    path: pathlib.Path,
+    *,
+    url: str = URL,
+    sha256: str = SHA256,
+    num_bytes: int = NUM_BYTES,
+    opener: urllib.request.OpenerDirector | None = None,
+) -> pathlib.Path:
+    """Fetches a file whose size and hash are known; keeps it only if it is that file.
+
+    Args:
+      path: where it goes.
+      url: https.
+      sha256: its hash.
+      num_bytes: its size: no more is read.
+      opener: of the connection; by default one that follows redirects to https alone.
+
+    Raises:
+      UserError: it cannot be had, or is another file.
+    """
+    remedy = f"; get {path.name} ({url}, SHA-256 {sha256}) on another machine and give {_FLAG}=PATH"
+    if opener is None:
+        if not url.startswith("https://"):
+            raise UserError(f"{url}: expected https")
+        opener = urllib.request.build_opener(_HttpsOnly)
+    print(f"downloading {url} ({num_bytes / 1e6:.0f} MB)", file=sys.stderr, flush=True)
+    data = io.BytesIO()
+    try:
+        with opener.open(url, timeout=_TIMEOUT_SECS) as response:
+            while block := response.read(_BLOCK):
+                data.write(block)
+                if data.tell() > num_bytes:
+                    raise UserError(f"{url}: more than the {num_bytes} bytes expected{remedy}")
+    except (OSError, http.client.HTTPException) as e:  # URLError and timeouts too
+        raise UserError(f"{url}: cannot be downloaded ({e}){remedy}") from e
+    found = hashlib.sha256(data.getvalue()).hexdigest()
+    if data.tell() != num_bytes or found != sha256:
+        raise UserError(
+            f"{url}: got {data.tell()} bytes of SHA-256 {found}, expected {num_bytes} of"
+            f" {sha256}; nothing was kept{remedy}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_whole(path, data.getvalue())
+    return path

@@ -1,0 +1,1 @@
+"""The metrics: features in, one number out."""

@@ -1,0 +1,222 @@
+r"""The Fréchet distance between two sets of features, from streamed statistics.
+
+Each set is summed up by its mean mu and covariance C (divisor n - 1), and
+
+    (1)  d^2 = |mu_1 - mu_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^(1/2))
+
+(Dowson & Landau 1982; Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update
+Rule", for features of Inception). With the symmetric eigendecompositions
+C_i = U_i L_i U_i^T and the factors F_i = U_i L_i^(1/2), C_1 C_2 has the nonzero
+eigenvalues of (F_1^T F_2)(F_1^T F_2)^T, so that
+
+    (2)  tr((C_1 C_2)^(1/2)) = sum_j s_j(F_1^T F_2),   s_j: singular values
+
+needs no general matrix square root, whose results can be complex or worse. Square
+roots of the eigenvalues of F_1^T C_2 F_1 would be the same sum; but if rounding makes
+e of one of its zeros, that counts sqrt(e), and with fewer examples than features there
+are many. In (2) it counts e.
+
+Statistics are merged about the mean (Chan, Golub & LeVeque 1983). For parts a, b and
+M = sum (x - mu)(x - mu)^T over a part,
+
+    (3)  M = M_a + M_b + (n_a n_b / n) (mu_a - mu_b)(mu_a - mu_b)^T
+
+which is exact for any split and order. Plain sums of x x^T would be as well, but
+the covariance is then what is left of n mu mu^T, and means that are large against
+the spread eat its digits.
+
+All of it is float64 on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from cascaded_diffusion.evaluation.metrics.feature_checks import checked_features
+
+# Rows that `of` holds in float64 at a time: 64 MB of features of size 2048.
+_BLOCK_ROWS = 4096
+# A covariance stored in float32 has eigenvalues down to about -1e-6 of the largest.
+_MOST_NEGATIVE = -1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of features: all that a distance needs.
+
+    Attributes:
+      mean: [F] float64.
+      covariance: [F, F] float64, divisor n - 1.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureStatistics:
+    """Count, sum and scatter of features.
+
+    Can be merged, with `+`, in any order and over any split into batches or hosts,
+    eq. (3): the moments come out the same but for rounding.
+
+    Attributes:
+      count: number of examples.
+      total: [F] float64, the sum of the features.
+      outer: [F, F] float64, the sum of outer products of the features less their mean.
+    """
+
+    count: int
+    total: np.ndarray
+    outer: np.ndarray
+
+    @classmethod
+    def of(cls, features: npt.ArrayLike) -> FeatureStatistics:
+        """Statistics of features [n, F] of any n, also 0, and any float type.
+
+        Raises:
+          ValueError: another shape, or a feature that is not finite.
+        """
+        features = checked_features(features, name="features")
+        size = features.shape[1]
+        statistics = cls(0, np.zeros(size), np.zeros((size, size)))
+        for start in range(0, len(features), _BLOCK_ROWS):
+            block = features[start : start + _BLOCK_ROWS].astype(np.float64)
+            total = block.sum(0)
+            block -= total / len(block)
+            statistics += cls(len(block), total, block.T @ block)
+        return statistics
+
+    def __add__(self, other: FeatureStatistics) -> FeatureStatistics:
+        """Eq. (3).
+
+        Raises:
+          ValueError: features of different sizes.
+        """
+        _check_sizes(len(self.total), len(other.total))
+        # An empty part has no mean.
+        if other.count == 0:
+            return self
+        if self.count == 0:
+            return other
+        count = self.count + other.count
+        difference = self.mean - other.mean
+        between = np.outer(difference * (self.count / count * other.count), difference)
+        between += self.outer
+        between += other.outer
+        return FeatureStatistics(count, self.total + other.total, between)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """[F]."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """[F, F], divisor n - 1."""
+        return self.outer / (self.count - 1)
+
+    def moments(self) -> Moments:
+        """Mean and covariance.
+
+        Raises:
+          ValueError: fewer than two examples.
+        """
+        if self.count < 2:
+            raise ValueError(f"at least 2 examples are needed for a covariance, got {self.count}")
+        return Moments(mean=self.mean, covariance=self.covariance)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrechetTerms:
+    """A Fréchet distance and what it is made of.
+
+    Attributes:
+      distance: eq. (1), the squared distance, as FID reports it; not below 0.
+      mean_term: |mu_1 - mu_2|^2.
+      covariance_term: tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^(1/2)).
+      clipped: the most negative eigenvalue of either covariance over its largest,
+        0 where there is none. It counts as zero, like all up to twice its size. About
+        -1e-16 is rounding of float64, -1e-7 of a reference that was stored in float32.
+    """
+
+    distance: float
+    mean_term: float
+    covariance_term: float
+    clipped: float
+
+
+def frechet_terms(a: FeatureStatistics | Moments, b: FeatureStatistics | Moments) -> FrechetTerms:
+    """Eqs. (1) and (2), with their parts; symmetric in a and b.
+
+    Raises:
+      ValueError: fewer than two examples on one side; different feature sizes; a mean or
+        covariance that is not finite, or a matrix that is no covariance.
+    """
+    a, b = _checked(a), _checked(b)
+    _check_sizes(len(a.mean), len(b.mean))
+    (factor_a, clipped_a), (factor_b, clipped_b) = _factor(a.covariance), _factor(b.covariance)
+    trace_of_root = np.linalg.svd(factor_a.T @ factor_b, compute_uv=False).sum()
+    difference = a.mean - b.mean
+    mean_term = float(difference @ difference)
+    covariance_term = float(np.trace(a.covariance) + np.trace(b.covariance) - 2 * trace_of_root)
+    return FrechetTerms(
+        distance=max(mean_term + covariance_term, 0.0),
+        mean_term=mean_term,
+        covariance_term=covariance_term,
+        clipped=min(clipped_a, clipped_b),
+    )
+
+
+def frechet_distance(a: FeatureStatistics | Moments, b: FeatureStatistics | Moments) -> float:
+    """Eqs. (1) and (2): the squared distance, as FID reports it.
+
+    Raises:
+      ValueError: as `frechet_terms`.
+    """
+    return frechet_terms(a, b).distance
+
+
+def _factor(covariance: np.ndarray) -> tuple[np.ndarray, float]:
+    """F [F, rank] with F F^T = covariance, and its most negative relative eigenvalue."""
+    values, vectors = np.linalg.eigh(covariance)
+    lowest, largest = float(values[0]), float(values[-1])
+    clipped = 0.0
+    if lowest < 0:
+        clipped = lowest / largest if largest > 0 else -math.inf
+    if clipped < _MOST_NEGATIVE:
+        raise ValueError(
+            f"covariance has eigenvalues from {lowest:.3g} to {largest:.3g}, expected none below 0:"
+            " it is damaged, or something else"
+        )
+    # Rounding scatters zeros to both sides; the wrong side tells how far.
+    kept = values > max(-2 * lowest, 0.0)
+    return vectors[:, kept] * np.sqrt(values[kept]), clipped
+
+
+def _checked(side: FeatureStatistics | Moments) -> Moments:
+    moments = side.moments() if isinstance(side, FeatureStatistics) else side
+    mean = np.asarray(moments.mean, np.float64)
+    covariance = np.asarray(moments.covariance, np.float64)
+    if mean.ndim != 1 or len(mean) == 0 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"mean has shape {list(mean.shape)}, covariance {list(covariance.shape)}, "
+            "expected [F] and [F, F]"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("mean or covariance is not finite: the features or their file are broken")
+    # eigh reads one triangle only, so it would not notice.
+    if np.abs(covariance - covariance.T).max() > 1e-5 * np.abs(covariance).max():
+        raise ValueError("covariance is not symmetric: it is damaged, or something else")
+    return Moments(mean=mean, covariance=covariance)
+
+
+def _check_sizes(a: int, b: int) -> None:
+    if a != b:
+        raise ValueError(
+            f"features of sizes {a} and {b} cannot be compared: they come from different extractors"
+        )

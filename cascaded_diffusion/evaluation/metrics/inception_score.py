@@ -1,0 +1,148 @@
+r"""The inception score, from streamed statistics.
+
+A classifier gives image i the probabilities p_i(k) = softmax(logits_i)_k. Over the n
+images of a set, with q = (1/n) sum_i p_i,
+
+    (1)  IS = exp( (1/n) sum_i KL(p_i | q) )
+
+(Salimans et al. 2016, "Improved Techniques for Training GANs"). As sum_i p_i = n q,
+
+    (2)  (1/n) sum_i KL(p_i | q) = (1/n) sum_i sum_k p_i(k) log p_i(k) - sum_k q(k) log q(k)
+
+needs only sums over images. The score is the mean over S = 10 contiguous splits of
+the N samples, beside its standard deviation (divisor S); it depends on both S and N
+(Barratt & Sharma 2018, "A Note on the Inception Score"). Split s has the samples
+
+    (3)  floor(s N / S) <= i < floor((s + 1) N / S)   or   s = floor(((i + 1) S - 1) / N)
+
+as in the authors' own code. All of it is float64 on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from cascaded_diffusion.evaluation.metrics.feature_checks import checked_features
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreStatistics:
+    """Sums of class probabilities per split, for K classes and S splits.
+
+    Can be merged, with `+`, in any order and over any division into batches or hosts:
+    a sample's split follows from its index among all samples.
+
+    Attributes:
+      num_samples: N of eq. (3): how many samples there are in the end.
+      counts: [S] int64, how many of each split are in here.
+      totals: [S, K] float64, the sum of p.
+      negative_entropies: [S] float64, the sum of sum_k p log p.
+    """
+
+    num_samples: int
+    counts: np.ndarray
+    totals: np.ndarray
+    negative_entropies: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        logits: npt.ArrayLike,
+        indices: npt.ArrayLike,
+        *,
+        num_samples: int,
+        num_splits: int = 10,
+    ) -> ScoreStatistics:
+        """Statistics of the samples with these indices.
+
+        Args:
+          logits: [m, K], finite, of any float type.
+          indices: [m] integers: where each sample is in the whole sequence.
+          num_samples: length of the whole sequence, N.
+          num_splits: S.
+
+        Raises:
+          ValueError: fewer samples than splits; logits or indices of another shape;
+            logits that are not finite; an index outside of [0, num_samples) or given twice.
+        """
+        logits, indices = checked_features(logits, name="logits"), np.asarray(indices)
+        if not 1 <= num_splits <= num_samples:
+            raise ValueError(
+                f"{num_samples} samples leave some of {num_splits} splits without any: "
+                "expected 1 <= num_splits <= num_samples"
+            )
+        if indices.shape != logits.shape[:1] or indices.dtype.kind not in "iu":
+            raise ValueError(
+                f"indices are {indices.dtype} {list(indices.shape)}, "
+                f"expected one integer for each of {len(logits)} rows of logits"
+            )
+        indices = indices.astype(np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < num_samples:
+            raise ValueError(
+                f"indices run from {indices.min()} to {indices.max()}, "
+                f"expected them in [0, {num_samples})"
+            )
+        if len(np.unique(indices)) < len(indices):
+            raise ValueError("an index is there twice: each sample counts once")
+
+        splits = ((indices + 1) * num_splits - 1) // num_samples  # eq. (3)
+        counts = np.bincount(splits, minlength=num_splits).astype(np.int64)
+        totals = np.zeros((num_splits, logits.shape[1]))
+        negative_entropies = np.zeros(num_splits)
+        for split in np.flatnonzero(counts):
+            log_p = _log_softmax(logits[splits == split])
+            p = np.exp(log_p)
+            totals[split] = p.sum(0)
+            negative_entropies[split] = (p * log_p).sum()
+        return cls(num_samples, counts, totals, negative_entropies)
+
+    def __add__(self, other: ScoreStatistics) -> ScoreStatistics:
+        """The statistics of both parts, which must not share samples.
+
+        Raises:
+          ValueError: another number of samples, splits or classes.
+        """
+        for what, mine, theirs in (
+            ("samples", self.num_samples, other.num_samples),
+            ("splits", len(self.counts), len(other.counts)),
+            ("classes", self.totals.shape[1], other.totals.shape[1]),
+        ):
+            if mine != theirs:
+                raise ValueError(
+                    f"statistics of {mine} and of {theirs} {what} cannot be merged: "
+                    "they are not of the same set"
+                )
+        return ScoreStatistics(
+            self.num_samples,
+            self.counts + other.counts,
+            self.totals + other.totals,
+            self.negative_entropies + other.negative_entropies,
+        )
+
+    def score(self) -> tuple[float, float]:
+        """Eqs. (1) and (2): mean and standard deviation over the splits, from 1 to K.
+
+        Raises:
+          ValueError: samples are missing, or some were counted twice.
+        """
+        bounds = np.arange(len(self.counts) + 1) * self.num_samples // len(self.counts)
+        if not np.array_equal(self.counts, np.diff(bounds)):
+            raise ValueError(
+                f"splits have {self.counts.tolist()} samples, expected {np.diff(bounds).tolist()}: "
+                "each of all samples must be counted once"
+            )
+        q = self.totals / self.counts[:, None]
+        # A class that no sample has any chance of contributes 0, not 0 * -inf.
+        entropies = -(q * np.log(q, where=q > 0, out=np.zeros_like(q))).sum(1)
+        scores = np.exp(self.negative_entropies / self.counts + entropies)
+        return float(scores.mean()), float(scores.std())
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """[m, K], of any float type -> float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))

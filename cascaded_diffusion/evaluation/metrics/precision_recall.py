@@ -1,0 +1,157 @@
+r"""Improved precision and recall of a set of generated images.
+
+A set X of features stands for the region
+
+    (1)  M(X) = { y : |y - x| <= r(x) for some x in X }
+
+where r(x) is the distance from x to its k-th nearest neighbour among the other members
+of X, those equal to x included. Of real features R and generated features G,
+
+    (2)  precision = |{ g in G : g in M(R) }| / |G|      (how many samples look real)
+    (3)  recall    = |{ r in R : r in M(G) }| / |R|      (how much of the data is covered)
+
+(Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing
+Generative Models", k = 3). Both depend on how many examples there are.
+
+Distances come from a matrix product, for features of size F with the error
+
+    (4)  |x - y|^2 = |x|^2 + |y|^2 - 2 x . y + e,   |e| <= (F + 4) eps (|x|^2 + |y|^2)
+
+and where e could turn a comparison, once more from the difference x - y. Examples that
+are equal are one point with a multiplicity: there, every comparison would be such a one,
+and a generator that has collapsed has few others. All of it is float64 on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from cascaded_diffusion.evaluation.metrics.feature_checks import checked_pair
+
+# Differences x - y that are held at a time: 64 MB for features of size 2048.
+_DIFFERENCES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class _Points:
+    """A set of features as distinct points.
+
+    Attributes:
+      features: [u, F] float64, no two rows equal.
+      counts: [u], how many examples each row stands for.
+      squares: [u], |x|^2.
+    """
+
+    features: np.ndarray
+    counts: np.ndarray
+    squares: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> _Points:
+        distinct, counts = np.unique(features.astype(np.float64), axis=0, return_counts=True)
+        return cls(distinct, counts, np.einsum("uf,uf->u", distinct, distinct))
+
+
+def precision_recall(
+    real: npt.ArrayLike, generated: npt.ArrayLike, *, num_neighbours: int = 3, block: int = 512
+) -> tuple[float, float]:
+    """Eqs. (2) and (3) of features [m, F] and [n, F], each in [0, 1].
+
+    Args:
+      real: finite, of any float type.
+      generated: likewise.
+      num_neighbours: k.
+      block: rows of the distance matrix that are held at a time; has no influence on the result.
+        Memory is for a few times block * max(m, n) numbers, besides the features in float64.
+
+    Raises:
+      ValueError: not more than k examples on one side, different feature sizes, numbers
+        that are not finite, or k or block below 1.
+    """
+    if min(num_neighbours, block) < 1:
+        raise ValueError(f"{num_neighbours} neighbours in blocks of {block}: expected 1 or more")
+    real, generated = checked_pair(real, generated, at_least=num_neighbours + 1)
+    real_points, generated_points = _Points.of(real), _Points.of(generated)
+    real_radii = _squared_radii(real_points, num_neighbours, block)
+    generated_radii = _squared_radii(generated_points, num_neighbours, block)
+
+    looks_real = np.zeros(len(generated_points.counts), bool)
+    is_covered = np.zeros(len(real_points.counts), bool)
+    for start in range(0, len(generated_points.counts), block):
+        rows = slice(start, start + block)
+        pairs = _Pairs(generated_points, real_points, rows)
+        looks_real[rows] = pairs.within(real_radii[None, :]).any(1)
+        is_covered |= pairs.within(generated_radii[rows, None]).any(0)
+    return (
+        float(generated_points.counts[looks_real].sum() / len(generated)),
+        float(real_points.counts[is_covered].sum() / len(real)),
+    )
+
+
+class _Pairs:
+    """Squared distances from some rows of `a` to all of `b`, eq. (4), and bounds on their error.
+
+    Attributes:
+      lower: [rows, b], not above the squared distance.
+      upper: [rows, b], not below it.
+    """
+
+    def __init__(self, a: _Points, b: _Points, rows: slice):
+        self._a, self._b = a.features[rows], b.features
+        norms = a.squares[rows, None] + b.squares[None, :]
+        self.lower = self._a @ self._b.T
+        self.lower *= -2.0
+        self.lower += norms
+        # Twice the bound: what is computed from a difference is rounded as well.
+        norms *= 2 * (self._a.shape[1] + 4) * np.finfo(np.float64).eps
+        self.upper = self.lower + norms
+        self.lower -= norms
+
+    def exact(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Squared distances of pairs [p], from their differences."""
+        distances = np.empty(len(rows))
+        for start in range(0, len(rows), _DIFFERENCES):
+            part = slice(start, start + _DIFFERENCES)
+            difference = self._a[rows[part]] - self._b[columns[part]]
+            distances[part] = np.einsum("pf,pf->p", difference, difference)
+        return distances
+
+    def within(self, squared_radii: np.ndarray) -> np.ndarray:
+        """[rows, b]: whether a distance is at most the radius [rows, 1] or [1, b]."""
+        inside = self.upper <= squared_radii
+        rows, columns = np.nonzero((self.lower <= squared_radii) & ~inside)
+        limits = np.broadcast_to(squared_radii, inside.shape)[rows, columns]
+        inside[rows, columns] = self.exact(rows, columns) <= limits
+        return inside
+
+
+def _squared_radii(points: _Points, num_neighbours: int, block: int) -> np.ndarray:
+    """[u]: r^2 of eq. (1)."""
+    size = len(points.counts)
+    radii = np.zeros(size)
+    if size == 1:
+        return radii
+    nearest = min(num_neighbours, size - 1)
+    for start in range(0, size, block):
+        rows = np.arange(start, min(start + block, size))
+        pairs = _Pairs(points, points, slice(start, start + block))
+        here = rows - start
+        pairs.upper[here, rows] = pairs.lower[here, rows] = np.inf  # no neighbour of itself
+        reach = np.partition(pairs.upper, nearest - 1, axis=1)[:, nearest - 1]
+        row, column = np.nonzero(pairs.lower <= reach[:, None])
+        distances = pairs.exact(row, column)
+
+        order = np.lexsort((distances, row))
+        row, column, distances = row[order], column[order], distances[order]
+        # How many other examples are at most so far away: equal ones, then nearer points.
+        so_far = np.cumsum(points.counts[column])
+        first = np.searchsorted(row, here)
+        before = np.concatenate([[0], so_far])[first]
+        equal = points.counts[rows] - 1
+        enough = np.flatnonzero(so_far - before[row] + equal[row] >= num_neighbours)
+        kth = enough[np.searchsorted(row[enough], here)]
+        radii[rows] = np.where(equal >= num_neighbours, 0.0, distances[kth])
+    return radii

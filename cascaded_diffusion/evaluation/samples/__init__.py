@@ -1,0 +1,1 @@
+"""Samples: making them, storing them, reading those of others."""

@@ -1,0 +1,77 @@
+"""The real images of a data split, shrunk to a stage's resolution, a part at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
+from cascaded_diffusion.cascade.resize import area_resize
+from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
+
+_CHUNK = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class RealSplit:
+    """A split of a data set.
+
+    Attributes:
+      data: name of the data set.
+      split: name of the split.
+      size: number of its images.
+      read: indices -> `image` uint8 [n, H, W, C] and `label` int32 [n].
+      crop: how the images became square, for fingerprints.
+      resize: how they get to a stage's resolution, for fingerprints.
+    """
+
+    data: str
+    split: str
+    size: int
+    read: Callable[[Sequence[int]], Mapping[str, np.ndarray]]
+    crop: str = "none"
+    resize: str = "area"
+
+    def __len__(self) -> int:
+        return self.size
+
+    def rows(self, rows: Sequence[int], resolution: int) -> LabelledImages:
+        """Chosen images at a resolution."""
+        parts = [
+            resized(self.raw(rows[i : i + _CHUNK]), resolution) for i in range(0, len(rows), _CHUNK)
+        ]
+        return LabelledImages(
+            np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts])
+        )
+
+    def whole(self, resolution: int) -> LabelledImages:
+        """All images at a resolution, in memory."""
+        return self.rows(range(self.size), resolution)
+
+    def chunks(self, resolution: int) -> Iterator[LabelledImages]:
+        """All images at a resolution, in order."""
+        for i in range(0, self.size, _CHUNK):
+            yield self.rows(range(i, min(i + _CHUNK, self.size)), resolution)
+
+    def spread(self, count: int, resolution: int) -> LabelledImages:
+        """`count` images spread over the split, which may be sorted by class.
+
+        Each image at most once more often than any other.
+        """
+        rows = np.arange(count) * self.size // count % self.size
+        if count > self.size:
+            rows = np.arange(count) % self.size
+        return self.rows(rows, resolution)
+
+    def raw(self, rows: Sequence[int]) -> LabelledImages:
+        """Chosen images as the data set has them."""
+        examples = self.read(rows)
+        return LabelledImages(examples["image"], examples["label"])
+
+
+def resized(data: LabelledImages, resolution: int) -> LabelledImages:
+    """Data shrunk by the cascade's own area operator and rounded by its own rule."""
+    images = uint8_from_float(area_resize(float_from_uint8(data.images), resolution))
+    return LabelledImages(np.asarray(images), data.labels)

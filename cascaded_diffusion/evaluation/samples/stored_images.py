@@ -1,0 +1,244 @@
+"""Stored images: ADM-style `.npz` files and folders of PNGs, ours and other frameworks'."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from cascaded_diffusion.config.schema import StageConfig
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.image_files import PngFolder, told
+from cascaded_diffusion.files.npz_archive import read_arrays
+from cascaded_diffusion.files.paths import check_local_path
+from cascaded_diffusion.runtime.run_folder import write_whole
+
+_DIGEST_BATCH = 1000
+_MAX_PROVENANCE_BYTES = 1 << 24
+_INT64_MAX = np.iinfo(np.int64).max
+
+
+class Images(Protocol):
+    """uint8 images [n, H, W, C], whether in memory or read when asked for."""
+
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredImages:
+    """Images of a file or folder.
+
+    Attributes:
+      path: where they are from.
+      images: uint8 [n, H, W, C].
+      labels: int64 [n], or None where the file says nothing of them.
+    """
+
+    path: str
+    images: Images
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def digest(self, *, labels: bool = True) -> str:
+        """SHA-256 of the pixels in order, and of the labels if there are, first 12 digits."""
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for batch in batches(self.images, _DIGEST_BATCH):
+            digest.update(np.ascontiguousarray(batch).tobytes())
+        if labels and self.labels is not None:
+            digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()[:12]
+
+
+def batches(images: Images, batch_size: int) -> Iterator[np.ndarray]:
+    """The images in order, `batch_size` at a time; the last batch may be smaller."""
+    for start in range(0, len(images), batch_size):
+        yield images[start : start + batch_size]
+
+
+def save_samples(
+    path: pathlib.Path,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes an ADM-style file: `arr_0` uint8 NHWC, `arr_1` int64 labels.
+
+    `provenance`, all that the samples are a function of, is kept beside them as JSON.
+    """
+    data = io.BytesIO()
+    arrays = {"arr_0": images, "arr_1": labels.astype(np.int64)}
+    if provenance is not None:
+        arrays["provenance"] = np.asarray(json.dumps(provenance))
+    np.savez(data, **arrays)
+    write_whole(path, data.getvalue())
+
+
+def save_sample_batches(
+    path: pathlib.Path,
+    shape: tuple[int, ...],
+    batches_of: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]],
+) -> None:
+    """Writes an ADM-style file from batches, never holding more than one of them.
+
+    Args:
+      path: file to write.
+      shape: (n, H, W, C) of all images.
+      batches_of: gives the (images, labels) in order, each time it is called.
+
+    Raises:
+      ValueError: there are more or fewer images than `shape` says.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    arrays = (("arr_0", shape, np.uint8), ("arr_1", shape[:1], np.int64))
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for which, (name, array_shape, dtype) in enumerate(arrays):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as f:
+                    header = {
+                        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                        "fortran_order": False,
+                        "shape": array_shape,
+                    }
+                    np.lib.format.write_array_header_1_0(f, header)
+                    count = 0
+                    for batch in batches_of():
+                        rows = np.ascontiguousarray(batch[which], dtype)
+                        f.write(rows.tobytes())
+                        count += len(rows)
+                if count != shape[0]:
+                    raise ValueError(f"{count} samples, expected {shape[0]}")
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def stored_samples(path: pathlib.Path, provenance: Mapping[str, Any]) -> np.ndarray | None:
+    """The images of a file of `save_samples`.
+
+    None where there is no file, it is damaged, or its samples are of another origin.
+    """
+    try:
+        about = read_arrays(path, ("provenance",), max_bytes=_MAX_PROVENANCE_BYTES)
+        if json.loads(str(about["provenance"])) == provenance:
+            return read_arrays(path, ("arr_0",))["arr_0"]
+    except (OSError, ValueError, KeyError, RecursionError):
+        pass
+    return None
+
+
+def open_images(path: str, *, flag: str, at_least: int = 2) -> StoredImages:
+    """Opens an ADM-style `.npz` (`arr_0` uint8 NHWC, `arr_1` labels if any) or a folder of PNGs.
+
+    Says on stderr how many images there are, and what was passed over.
+
+    Raises:
+      UserError: it is neither, or does not hold uint8 images of one size, or fewer of them than
+        `at_least`; of a folder, two.
+    """
+    if check_local_path(path, f"--{flag}").is_dir():
+        folder = PngFolder(pathlib.Path(path), flag=flag)
+        rest = f" ({told(folder.passed_over)})" if folder.passed_over else ""
+        print(f"{flag}: {len(folder)} images{rest}", file=sys.stderr, flush=True)
+        return StoredImages(path, folder, None)
+    stored = _read_npz(path, flag, at_least)
+    print(f"{flag}: {len(stored)} images", file=sys.stderr, flush=True)
+    return stored
+
+
+def _read_npz(path: str, flag: str, at_least: int) -> StoredImages:
+    try:
+        arrays = read_arrays(path, ("arr_0", "arr_1"))
+        if "arr_0" not in arrays:
+            raise ValueError("it has no arr_0")
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(
+            f"--{flag}={path}: expected a folder of PNGs, or an .npz with arr_0 (images) that is"
+            f" whole ({reason})"
+        ) from e
+    images, labels = arrays["arr_0"], arrays.get("arr_1")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(
+            f"--{flag}={path}: arr_0 is {images.dtype} {images.shape}{_range_of(images)}, expected"
+            f" uint8 (n, height, width, 1 or 3), values 0 to 255{_remedy(images.shape)}"
+        )
+    if len(images) < at_least:
+        raise UserError(f"--{flag}={path}: {len(images)} images, expected at least {at_least}")
+    if labels is not None:
+        integers = np.issubdtype(labels.dtype, np.integer)
+        if labels.shape != (len(images),) or not integers or labels.max() > _INT64_MAX:
+            raise UserError(
+                f"--{flag}={path}: arr_1 is {labels.dtype} {labels.shape}, expected {len(images)}"
+                " integer labels"
+            )
+        labels = labels.astype(np.int64)
+    return StoredImages(path, images, labels)
+
+
+def _remedy(shape: tuple[int, ...]) -> str:
+    if len(shape) == 4 and shape[1] in (1, 3) and shape[-1] not in (1, 3):
+        return (
+            "; this looks like (n, channels, height, width): write it by"
+            " arr_0.transpose(0, 2, 3, 1)"
+        )
+    return ""
+
+
+def _range_of(images: np.ndarray) -> str:
+    if not np.issubdtype(images.dtype, np.floating) or not images.size:
+        return ""
+    bad = int((~np.isfinite(images)).sum())
+    if bad:
+        return f" with {bad} values that are NaN or infinite"
+    return f" with values from {images.min():g} to {images.max():g}"
+
+
+def check_made_by(stored: StoredImages, stage: StageConfig, *, flag: str) -> None:
+    """Raises UserError unless the images are of a size and kind as a stage makes them."""
+    expected = (stage.resolution, stage.resolution, stage.channels)
+    if tuple(stored.images.shape[1:]) != expected:
+        raise UserError(
+            f"--{flag}={stored.path}: images of {tuple(stored.images.shape[1:])}, expected"
+            f" {expected}, as {stage.name!r} makes"
+        )
+    if stage.num_classes and stored.labels is None:
+        raise UserError(
+            f"--{flag}={stored.path}: no labels; {stage.name!r} has {stage.num_classes} classes,"
+            " so that an .npz with arr_1 is needed"
+        )
+    if stage.num_classes and not 0 <= stored.labels.min() <= stored.labels.max() < (
+        stage.num_classes
+    ):
+        raise UserError(
+            f"--{flag}={stored.path}: labels from {stored.labels.min()} to {stored.labels.max()},"
+            f" expected 0 to {stage.num_classes - 1}, as {stage.name!r} has"
+        )
+
+
+def load_samples(path: str, stage: StageConfig) -> StoredImages:
+    """Opens stored samples, checked to be what a stage makes: `--samples`.
+
+    Raises:
+      UserError: they cannot be read, or are of another size or kind.
+    """
+    stored = open_images(path, flag="samples")
+    check_made_by(stored, stage, flag="samples")
+    return stored

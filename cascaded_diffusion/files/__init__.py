@@ -1,0 +1,1 @@
+"""Files as others write them: npz archives, images, paths."""

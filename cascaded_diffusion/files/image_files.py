@@ -1,0 +1,192 @@
+"""Folders of PNG files, as other frameworks leave their samples."""
+
+from __future__ import annotations
+
+import collections
+import io
+import os
+import pathlib
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.litter import is_litter
+from cascaded_diffusion.files.png_chunks import SIGNATURE, essential_png
+
+# Checked from the header, before anything is decoded.
+_MAX_PIXELS = 64_000_000
+_MAX_BYTES = 1 << 30
+_LOSSY = {".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".heic"}
+_END = b"\0\0\0\0IEND\xaeB`\x82"
+_HEADER_BYTES = 33
+_COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
+_CHANNELS = {0: 1, 2: 3}
+_MAX_KINDS = 10
+
+
+class PngFolder:
+    """The PNGs of a folder and of the folders in it, in order of their paths, read when indexed.
+
+    Folders that are links are followed, hidden files and folders are passed over. Lossy formats
+    are refused: compression that the eye does not see moves an FID by much. The headers of all
+    files are compared at once; their pixels are read later.
+
+    Args:
+      path: the folder.
+      flag: the flag that named it, for error messages.
+
+    Attributes:
+      shape: (n, H, W, C).
+      passed_over: how many other files there are, by kind.
+
+    Raises:
+      UserError: fewer than two PNGs, images of a lossy format, or a file whose header is
+        damaged or says another size or kind than the first one's.
+    """
+
+    def __init__(self, path: pathlib.Path, *, flag: str):
+        self._flag, self._root = flag, path
+        self._files: list[str] = []
+        self.passed_over: collections.Counter[str] = collections.Counter()
+        try:
+            self._list()
+        except OSError as e:
+            where = os.fsdecode(e.filename or os.fspath(path))
+            raise UserError(f"--{flag}={path}: {where} cannot be listed ({e.strerror})") from e
+        if len(self._files) < 2:
+            raise UserError(
+                f"--{flag}={path}: {len(self._files)} .png files there, expected at least 2"
+                + (f" ({told(self.passed_over)})" if self.passed_over else "")
+            )
+        first = self._header(self._files[0])
+        for name in self._files[1:]:
+            self._check_shape(name, self._header(name), first)
+        self.shape = (len(self._files), *first)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """uint8 [m, H, W, C] for a slice or an array of indices.
+
+        Raises:
+          UserError: a file cannot be read, or has changed since its header was looked at.
+        """
+        files = np.asarray(self._files, dtype=object)[rows]
+        return np.stack([self._read(name) for name in np.atleast_1d(files)])
+
+    def _list(self) -> None:
+        """Finds the files, in order of their paths; each folder once, however links lead to it."""
+        left, seen = [""], set()
+        while left:
+            below = left.pop()
+            folder = os.path.join(self._root, below)
+            info = os.stat(folder)
+            if (info.st_dev, info.st_ino) in seen:
+                self.passed_over["links to a folder that was read already"] += 1
+                continue
+            seen.add((info.st_dev, info.st_ino))
+            folders = []
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = os.path.join(below, entry.name)
+                    if is_litter(entry.name):
+                        self._pass_over_litter(entry)
+                    elif entry.is_dir():
+                        folders.append(name)
+                    else:
+                        self._add(entry, name)
+            left.extend(sorted(folders, reverse=True))
+        self._files.sort(key=lambda name: name.split(os.sep))
+
+    def _pass_over_litter(self, entry: os.DirEntry[str]) -> None:
+        if not entry.is_dir(follow_symlinks=False):
+            self.passed_over["hidden"] += 1
+        elif count := sum(len(files) for *_, files in os.walk(entry.path)):
+            self.passed_over[f"in {entry.name}"] += count
+
+    def _add(self, entry: os.DirEntry[str], name: str) -> None:
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if suffix in _LOSSY:
+            raise UserError(
+                f"{self._named(name)} is of a lossy format, expected PNG: compression changes the"
+                " features"
+            )
+        if suffix != ".png":
+            self.passed_over[suffix or "without suffix"] += 1
+        elif not entry.is_file():  # a pipe, say, of which reading would not come back
+            raise UserError(f"{self._named(name)} is no regular file")
+        else:
+            self._files.append(name)
+
+    def _named(self, name: str) -> str:
+        return f"--{self._flag}={self._root}: {name}"
+
+    def _header(self, name: str) -> tuple[int, int, int]:
+        """(H, W, C) of a file, of which no more is read than tells that it is whole."""
+        try:
+            with open(os.path.join(self._root, name), "rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                head = f.read(_HEADER_BYTES)
+                f.seek(max(size - len(_END), 0))
+                end = f.read(len(_END))
+        except OSError as e:
+            raise UserError(f"{self._named(name)} cannot be read ({e.strerror})") from e
+        if size > _MAX_BYTES:
+            raise UserError(f"{self._named(name)} has {size} bytes, expected at most {_MAX_BYTES}")
+        whole = len(head) == _HEADER_BYTES and head.startswith(SIGNATURE) and head[12:16] == b"IHDR"
+        if not whole or zlib.crc32(head[12:29]) != int.from_bytes(head[29:], "big"):
+            raise UserError(f"{self._named(name)} cannot be read as PNG (its header is damaged)")
+        if end != _END:  # cut off, unless something follows that does no harm
+            self._essential(name)
+        width, height, depth, color = struct.unpack(">IIBB", head[16:26])
+        if not 0 < width * height <= _MAX_PIXELS:
+            raise UserError(
+                f"{self._named(name)} has {width} x {height} pixels, expected at most {_MAX_PIXELS}"
+            )
+        if depth != 8 or color not in _CHANNELS:
+            raise UserError(
+                f"{self._named(name)} is {depth}-bit {_COLORS.get(color, 'of an unknown kind')},"
+                " expected 8-bit grey or RGB"
+            )
+        return height, width, _CHANNELS[color]
+
+    def _essential(self, name: str) -> bytes:
+        try:
+            return essential_png(pathlib.Path(self._root, name).read_bytes())
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self._named(name)} cannot be read as PNG ({e})") from e
+
+    def _read(self, name: str) -> np.ndarray:
+        data = self._essential(name)
+        try:
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+                if getattr(image, "n_frames", 1) > 1:
+                    raise ValueError(f"animated, {image.n_frames} frames")
+                pixels = np.asarray(image)
+        except Exception as e:  # decoders meet damaged files with whatever they trip over
+            reason = " ".join(str(e).split()) or type(e).__name__
+            raise UserError(f"{self._named(name)} cannot be read as PNG ({reason})") from e
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        self._check_shape(name, pixels.shape, self.shape[1:])
+        return pixels
+
+    def _check_shape(self, name: str, shape: tuple[int, ...], first: tuple[int, ...]) -> None:
+        if shape != first:
+            raise UserError(
+                f"{self._named(name)} is {shape}, expected {first}, as the first image,"
+                f" {self._files[0]}, is"
+            )
+
+
+def told(passed_over: collections.Counter[str]) -> str:
+    """`3 files passed over: 2 .txt, 1 hidden`, the most frequent kinds first."""
+    most = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))[:_MAX_KINDS]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in most)
+    more = "" if len(passed_over) <= _MAX_KINDS else ", ..."
+    total = passed_over.total()
+    return f"{total} file{'' if total == 1 else 's'} passed over: {kinds}{more}"

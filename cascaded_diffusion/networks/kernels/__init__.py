@@ -1,0 +1,1 @@
+"""How a platform computes attention, normalization, sums and convolutions."""

@@ -1,0 +1,394 @@
+"""What all binaries set up."""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+import jax
+import pytest
+from absl import flags
+
+from cascaded_diffusion.cascade.build import build_stage
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.training import loop
+from tests.tiny import ROOT, tiny_base
+
+_SET_UP = """
+import os
+from cascaded_diffusion import cli
+cli.set_up_jax()
+"""
+_COMPILE = """
+import os, sys
+if sys.argv[1] != "all":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from cascaded_diffusion import cli
+jax = cli.set_up_jax()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity is Linux's")
+def test_programs_compiled_on_one_cpu_are_not_taken_on_several(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "NPROC")}
+
+    def folders_after(cpus, **more):
+        subprocess.run(
+            [sys.executable, "-c", _COMPILE, cpus],
+            env={**env, "HOME": str(tmp_path), **more},
+            check=True,
+        )
+        cache = tmp_path / ".cache" / "cascaded_diffusion" / "xla"
+        assert all(any(folder.iterdir()) for folder in cache.iterdir())
+        return {folder.name for folder in cache.iterdir()}
+
+    assert folders_after("one") == {"1cpus"}
+    everything = f"{len(os.sched_getaffinity(0))}cpus"
+    assert folders_after("all") == {"1cpus", everything}
+    assert folders_after("all", NPROC="3") == {"1cpus", everything, "3cpus"}
+
+
+def test_a_cache_named_by_the_user_is_taken(tmp_path):
+    cache = tmp_path / "mine"
+    subprocess.run(
+        [sys.executable, "-c", _COMPILE, "all"],
+        env={**os.environ, "HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(cache)},
+        check=True,
+    )
+    assert any(cache.iterdir())
+    assert not (tmp_path / ".cache").exists()
+
+
+@pytest.mark.skipif(
+    not cli.CPU_FLAG_VERSIONS[0]
+    <= tuple(int(x) for x in version("jaxlib").split(".")[:2])
+    <= cli.CPU_FLAG_VERSIONS[1],
+    reason="a flag this jaxlib may not know is left out",
+)
+@pytest.mark.parametrize("given", ["", "--xla_cpu_experimental_ynn_fusion_type=dot"])
+def test_the_flag_for_the_cpu_is_set_unless_the_user_set_it(given):
+    result = subprocess.run(
+        [sys.executable, "-c", _SET_UP + "print(os.environ['XLA_FLAGS'])"],
+        env={**os.environ, "XLA_FLAGS": given},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert result.stdout.split() == [given or "--xla_cpu_experimental_ynn_fusion_type="]
+
+
+_STEP = """
+import numpy as np
+from cascaded_diffusion import cli
+jax = cli.set_up_jax()
+step = jax.jit(lambda x: jax.lax.fori_loop(0, 2000, lambda _, x: jax.numpy.sin(x @ x), x))
+print(step(np.ones((128, 128), np.float32)).is_ready())
+"""
+
+
+def test_on_one_cpu_device_a_call_returns_when_the_step_is_done():
+    result = subprocess.run(
+        [sys.executable, "-c", _STEP],
+        env={**os.environ, "XLA_FLAGS": ""},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert result.stdout == "True\n"
+
+
+_FUNCTIONS = """
+import numpy as np
+from cascaded_diffusion import cli
+jax = cli.set_up_jax()
+x = np.linspace(-20, 20, 256, dtype=np.float32)
+for name in ("arctan", "exp", "tanh", "sin", "cos", "expm1"):
+    found = jax.jit(getattr(jax.numpy, name))(x)
+    np.testing.assert_allclose(found, getattr(np, name)(x), rtol=1e-4, atol=1e-5, err_msg=name)
+"""
+
+
+def test_with_the_flags_of_the_binaries_functions_are_what_they_are():
+    # Vectors of 512 bits are a flag with which arctan is not.
+    subprocess.run(
+        [sys.executable, "-c", _FUNCTIONS], env={**os.environ, "XLA_FLAGS": ""}, check=True
+    )
+
+
+_ALLOCATE = """
+import resource
+from cascaded_diffusion import cli
+cli.set_up_jax()
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"x" * (100 << 20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+@pytest.mark.parametrize("given", [None, "glibc.malloc.mmap_max=65536"])
+def test_on_a_cpu_freed_memory_is_kept_unless_the_user_tuned_malloc(given):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    env.pop("GLIBC_TUNABLES", None)
+    result = subprocess.run(
+        [sys.executable, "-c", _ALLOCATE],
+        env=env if given is None else {**env, "GLIBC_TUNABLES": given},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    first, *later = (int(x) for x in result.stdout.split())
+    # 100 MB, in pages of 4 KB or of 2 MB, from the kernel: the first time, or every time.
+    assert first > 40
+    assert max(later) < 20 if given is None else min(later) > 40
+
+
+_PLATFORM = """
+from cascaded_diffusion import cli
+jax = cli.set_up_jax(platform="cpu")
+print(jax.default_backend(), jax.config.jax_platforms)
+"""
+
+
+def test_a_program_for_the_cpu_leaves_other_platforms_alone():
+    env = {**os.environ, "JAX_PLATFORMS": "tpu"}  # which is not there, or somebody else's
+    result = subprocess.run(
+        [sys.executable, "-c", _PLATFORM], env=env, check=True, stdout=subprocess.PIPE, text=True
+    )
+    assert result.stdout.split() == ["cpu", "cpu"]
+
+
+BASE = f"--config={ROOT}/configs/mnist_base16.py:smoke"
+
+
+def _main(*argv, cwd, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "cascaded_diffusion.main", BASE, *argv],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("name", ["cuda", "tpu", "nonsense"])
+def test_a_platform_that_is_not_there_is_one_line(name, tmp_path):
+    if any(device.platform == name for device in jax.devices()):
+        pytest.skip("it is there")
+    found = _main(cwd=tmp_path, JAX_PLATFORMS=name)
+    assert found.returncode == 2
+    (line,) = found.stderr.splitlines()
+    assert line.startswith(f"error: JAX_PLATFORMS={name}: ")
+    assert line.endswith("; here there is cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whatever_the_environment_says_binaries_compute_with_32_bits():
+    code = _SET_UP + "import jax; print(jax.config.jax_enable_x64, jax.numpy.arange(2.0).dtype)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "JAX_ENABLE_X64": "1"},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert result.stdout.split() == ["False", "float32"]
+
+
+def test_the_library_refuses_64_bits_and_writes_nothing(tmp_path):
+    config = tiny_base()
+    with jax.enable_x64(True):
+        with pytest.raises(UserError, match="jax_enable_x64 is on: expected off"):
+            build_stage(config.stage)
+        with pytest.raises(UserError, match="jax_enable_x64 is on: expected off"):
+            loop.train(config, RunFolder(tmp_path), iter, image_shape=(32, 32, 1), grid_examples={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_is_prepared_by_the_command_as_typed(tmp_path):
+    found = _main(
+        "--config.data.name=folder",
+        "--config.data.path=my photos",
+        "--config.data.prepared_dir=there",
+        cwd=tmp_path,
+    )
+    assert found.returncode == 2
+    assert f"prepare {BASE} --config.data.name=folder '--config.data.path=my photos'" in (
+        found.stderr.replace(str(tmp_path) + "/", "")
+    ), found.stderr
+    assert "..." not in found.stderr
+
+
+def _values(*argv):
+    fv = flags.FlagValues()
+    argv = ["prog", BASE, *argv]
+    cli.define_config(fv, argv, "")
+    cli.parse(fv, argv, "")
+    return cli.config_values(fv, argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2024_05", "2024_05"),
+        ("True", "True"),
+        ("1e3", "1e3"),
+        ("(a)", "(a)"),
+        ("(1, 2)", "(1, 2)"),
+        ("0x10", "0x10"),
+        ("nan", "nan"),
+        ("", ""),
+        ("None", None),
+        ("'None'", "None"),
+        ("'a b'", "a b"),
+        ('"2024"', "2024"),
+        ("'it", "'it"),
+        ("caf\udce9", "caf\udce9"),  # a file's name that is not UTF-8
+    ],
+)
+def test_text_stays_as_typed(text, value):
+    assert _values(f"--config.data.path={text}")["data"]["path"] == value
+    # No key of text may become something else; what may not be None is its name.
+    name = _values(f"--config.data.name={text}")["data"]["name"]
+    assert name == ("None" if text == "None" else value)
+
+
+def test_numbers_are_numbers_all_the_same():
+    values = _values("--config.train.seed=2_0", "--config.train.remat=None", "--config.x=1")
+    assert values["train"]["seed"] == 20
+    assert values["train"]["remat"] is None
+    assert values["x"] == 1  # refused by name later
+
+
+_IMPORTING = """
+from ml_collections import ConfigDict
+import shared_settings
+import helpers.sizes
+
+def get_config(variant=None):
+    return ConfigDict(dict(value=shared_settings.VALUE, size=helpers.sizes.SIZE, variant=variant))
+"""
+
+
+def test_a_config_imports_what_lies_beside_it_and_no_other_does(tmp_path):
+    before = list(sys.path)
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        (folder / "helpers").mkdir(parents=True)
+        (folder / "config.py").write_text(_IMPORTING)
+        (folder / "shared_settings.py").write_text(f"VALUE = {number}\n")
+        (folder / "helpers" / "sizes.py").write_text(f"SIZE = {10 * number}\n")
+    for number in (1, 2, 1):
+        values = cli.load_config_file(tmp_path / str(number), "config.py:small")
+        assert values == {"value": number, "size": 10 * number, "variant": "small"}
+        assert sys.path == before
+        assert not {"shared_settings", "helpers", "helpers.sizes"} & set(sys.modules)
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "config.py").write_text(_IMPORTING)
+    with pytest.raises(UserError, match="cannot be loaded .No module named 'shared_settings'"):
+        cli.load_config_file(tmp_path / "3", "config.py")
+    assert sys.path == before
+
+
+def test_paths_of_flags_are_checked_by_name():
+    fv = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "", flag_values=fv)
+    flags.DEFINE_list("low_res_run", [], "", flag_values=fv)
+    fv(["prog"])
+    cli.check_paths(fv, "workdir", "low_res_run")
+    fv(["prog", "--low_res_run=a,b[1]"])
+    with pytest.raises(UserError, match=r"^--low_res_run=b\[1\]: "):
+        cli.check_paths(fv, "workdir", "low_res_run")
+
+
+def _interrupted(args, tmp_path, *, begun, secs, times=1):
+    """What Python says that is sent SIGINT some time after it said `begun`, imports left out."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *args],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in process.stderr:
+            if begun in line:
+                break
+        time.sleep(secs)
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        said = [line for line in process.stderr if not line.startswith("import time:")]
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+# From the package's first line on: before it, the interpreter answers by itself.
+@pytest.mark.parametrize(("secs", "times"), [(0.0, 1), (0.1, 3), (0.3, 1), (0.8, 2), (1.5, 3)])
+def test_ctrl_c_ends_a_binary_that_is_starting(secs, times, tmp_path):
+    args = ["-m", "cascaded_diffusion.main", BASE]
+    found = _interrupted(
+        args,
+        tmp_path,
+        begun="cascaded_diffusion.commands.interrupts",
+        secs=secs + 0.01,
+        times=times,
+    )
+    assert found == (130, ["interrupted\n"])
+
+
+_SWALLOWS = """
+import sys, time
+from cascaded_diffusion import cli
+from cascaded_diffusion.commands.interrupts import INTERRUPTS
+
+class Slow:
+    def __del__(self):
+        time.sleep(30)
+
+def main(argv):
+    INTERRUPTS.at_once = False  # as after set_up_jax
+    print("it begins", file=sys.stderr, flush=True)
+    {body}
+    return 0
+
+cli.run(main)
+"""
+_BODIES = {
+    "in a destructor": "s = Slow(); del s",
+    "made another error": """
+    try:
+        time.sleep(30)
+    except KeyboardInterrupt as e:
+        raise ImportError("a library's own") from e""",
+    "as it should be": "time.sleep(30)",
+}
+
+
+@pytest.mark.parametrize("body", _BODIES)
+def test_ctrl_c_is_not_swallowed(body, tmp_path):
+    args = ["-c", _SWALLOWS.replace("{body}", _BODIES[body])]
+    found = _interrupted(args, tmp_path, begun="it begins", secs=0.5)
+    assert found == (130, ["interrupted\n"])
+
+
+def test_importing_the_package_leaves_signals_alone():
+    code = (
+        "import signal, sys; before = signal.getsignal(signal.SIGINT), sys.unraisablehook;"
+        " import cascaded_diffusion, cascaded_diffusion.main;"
+        " assert before == (signal.getsignal(signal.SIGINT), sys.unraisablehook)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

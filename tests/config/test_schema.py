@@ -1,0 +1,1053 @@
+"""Bad input: one line that names key, value and what is allowed; exit code 2; nothing written."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from cascaded_diffusion import evaluate, main, plan, sample
+from cascaded_diffusion.commands import cli
+from cascaded_diffusion.config.run_checks import (
+    cascade_config_from,
+    check_chain,
+    check_devices,
+    check_resume,
+    evaluation_mesh,
+    run_config_from,
+)
+from cascaded_diffusion.config.schema import to_dict
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.run_folder import RunFolder
+from tests.tiny import ROOT, config_values, round_trip, tiny_base, tiny_sr, with_overrides
+
+_FILES = {path.stem: path.read_text() for path in sorted((ROOT / "configs").glob("*.py"))}
+CASCADES = [name for name, text in _FILES.items() if "config.cascade = " in text]
+STAGES = [name for name in _FILES if name not in CASCADES]
+PAPER = {"base32", "sr64", "sr128", "sr256", "cascade64", "cascade128", "cascade256"}
+PAPER |= {"base16", "sr64_from16", "base64", "lsun_base64", "lsun_sr128"}
+
+
+def test_every_model_of_the_paper_has_its_config():
+    assert set(_FILES) >= PAPER
+
+
+@pytest.mark.parametrize("variant", [None, "smoke"])
+@pytest.mark.parametrize("name", STAGES)
+def test_shipped_configs_are_good_and_survive_json(name, variant):
+    config = run_config_from(config_values(name, variant))
+    assert run_config_from(json.loads(json.dumps(to_dict(config)))) == config
+    check_devices(config, config.mesh.fsdp_size)
+    check_devices(config, 8 * config.mesh.fsdp_size)
+    # A run folder has the stage's name; a cascade finds it by that.
+    assert name.removeprefix("mnist_").removeprefix("cifar10_") == config.stage.name
+
+
+@pytest.mark.parametrize("variant", [None, "smoke"])
+@pytest.mark.parametrize("name", CASCADES)
+def test_the_shipped_cascades_chain(name, variant):
+    config = cascade_config_from(config_values(name, variant))
+    assert cascade_config_from(json.loads(json.dumps(to_dict(config)))) == config
+    files = [file.removesuffix(":smoke") for file in config.cascade.configs]
+    assert all((variant == "smoke") == (":smoke" in file) for file in config.cascade.configs)
+    stages = [
+        run_config_from(config_values(file.removesuffix(".py"), variant)).stage for file in files
+    ]
+    check_chain(config.cascade, stages)
+    assert tuple(stage.name for stage in stages) == config.cascade.stages
+
+
+def test_the_ablation_is_a_variant():
+    config = run_config_from(config_values("mnist_sr32", "no_augment"))
+    assert config.stage.augment.name == "none"
+
+
+def test_every_smoke_variant_has_the_structure_of_the_whole_model():
+    for name in STAGES:
+        whole, small = (run_config_from(config_values(name, v)).stage for v in (None, "smoke"))
+        assert whole.diffusion == small.diffusion, name
+        assert whole.augment == small.augment, name
+        assert whole.sampler.name == small.sampler.name, name
+        assert whole.schedule.name == small.schedule.name, name
+        assert whole.schedule.noise_levels == small.schedule.noise_levels, name
+        for key in ("name", "resample", "scale_shift", "scale_skips", "noise_input", "upsample"):
+            assert getattr(whole.network, key) == getattr(small.network, key), (name, key)
+        if whole.low_res_resolution is not None:
+            factor = whole.resolution / whole.low_res_resolution
+            assert factor == small.resolution / small.low_res_resolution, name
+
+
+_DISCRETE = {"stage.schedule.num_timesteps": 20, "stage.schedule.noise_levels": "discrete"}
+_ANCESTRAL = {"stage.sampler.name": "ancestral", "stage.sampler.eta": None}
+
+_BLUR = {
+    "stage.augment.name": "blur",
+    "stage.augment.max_level": None,
+    "stage.augment.blur_kernel_size": 3,
+    "stage.augment.blur_sigmas": (0.4, 0.6),
+    "stage.augment.blur_prob": 0.5,
+    "stage.low_res_schedule": None,
+    "eval.aug_level": 0.0,
+}
+
+BAD_RUNS = [
+    (
+        {"train.learning_rat": 1e-3},
+        "config.train.learning_rat is not a config key; did you mean 'learning_rate'?",
+    ),
+    (
+        {"stage.network.chanels": 3},
+        "config.stage.network.chanels is not a config key; did you mean 'channels'?",
+    ),
+    ({"data.zzzz": 3}, "config.data.zzzz is not a config key; known keys: name, path"),
+    ({"train": 3}, "config.train = 3: expected a section"),
+    ({"train.batch_size": "64"}, "config.train.batch_size = '64': expected an integer"),
+    ({"train.batch_size": 64.0}, "config.train.batch_size = 64.0: expected an integer"),
+    ({"train.batch_size": True}, "config.train.batch_size = True: expected an integer"),
+    ({"train.batch_size": 0}, "config.train.batch_size = 0: expected a value from 1"),
+    ({"train.learning_rate": "fast"}, "config.train.learning_rate = 'fast': expected a number"),
+    (
+        {"train.learning_rate": math.nan},
+        "config.train.learning_rate = nan: expected a finite number",
+    ),
+    (
+        {"train.learning_rate": math.inf},
+        "config.train.learning_rate = inf: expected a finite number",
+    ),
+    (
+        {"train.learning_rate": -1e-4},
+        "config.train.learning_rate = -0.0001: expected a value above 0",
+    ),
+    ({"train.learning_rate": 0}, "config.train.learning_rate = 0.0: expected a value above 0"),
+    (
+        {"train.lr_decay": "cosin"},
+        "config.train.lr_decay = 'cosin': expected one of 'none', 'cosine' (did you mean",
+    ),
+    (
+        {"train.warmup_steps": 31},
+        "config.train.warmup_steps = 31: expected less than config.train.train_steps, which is 30",
+    ),
+    (
+        {"train.ema_decays": (0.9, 1.0)},
+        "config.train.ema_decays[1] = 1.0: expected a value from 0.0 to 0.999999",
+    ),
+    ({"train.ema_decays": ()}, "config.train.ema_decays = (): expected at least one decay"),
+    (
+        {"eval.ema_decays": (0.9,)},
+        "config.eval.ema_decays = (0.9,): expected at least one, each of config.train.ema_decays,",
+    ),
+    ({"eval.ema_decays": ()}, "config.eval.ema_decays = (): expected at least one, each of"),
+    ({"train.grad_clip_norm": 0.0}, "config.train.grad_clip_norm = 0.0: expected a value above 0"),
+    (
+        {"train.seed": 2**32},
+        "config.train.seed = 4294967296: expected a value from 0 to 4294967295",
+    ),
+    ({"train.seed": 2**64}, "config.train.seed = 18446744073709551616: expected a value from 0"),
+    ({"train.learning_rate": 10**400}, "config.train.learning_rate = 10000"),
+    ({"train.learning_rate": 1e300}, "config.train.learning_rate = 1e+300: expected a value above"),
+    ({"stage.sampler.num_steps": 10**30}, "config.stage.sampler.num_steps = 1000000000000000"),
+    ({"stage.sampler.guidance_scale": 1e300}, "config.stage.sampler.guidance_scale = 1e+300: exp"),
+    ({"stage.network.channels": 2**31}, "config.stage.network.channels = 2147483648: expected a"),
+    ({"stage.network.channel_mults": (1, 2**40)}, "config.stage.network.channel_mults[1] = 10995"),
+    ({"stage.resolution": 2**20}, "config.stage.resolution = 1048576: expected a value from 1 to"),
+    ({"train.ema_decays": (0.9,) * 17}, "config.train.ema_decays = (0.9, 0.9, 0.9, 0.9, 0.9, 0.9"),
+    (
+        {"stage.network.channels": 65_536, "stage.network.channel_mults": (1, 1000)},
+        "config.stage.resolution = 16, config.stage.num_classes = 10, config.stage.network.channels"
+        " = 65536, channel_mults = (1, 1000), num_res_blocks = (1, 1), attention_resolutions = ",
+    ),
+    (
+        {"stage.resolution": 16384, "data.resolution": 16384, "stage.network.channels": 4096},
+        "config.stage.resolution = 16384, ",
+    ),
+    ({"train.batch_size": 2**20, "data.resolution": 16384}, "config.train.batch_size = 1048576: "),
+    ({"eval.batch_size": 2**21}, "config.eval.batch_size = 2097152: expected a value from 1 to"),
+    ({"data.train_split": "a\0b"}, "config.data.train_split = 'a\\x00b': expected text of at most"),
+    ({"data.train_split": "\ud800"}, "config.data.train_split = '\\ud800': expected text that"),
+    ({"data.train_split": "x" * 5000}, "config.data.train_split = 'xxxx"),
+    ({"data.path": 3}, "config.data.path = 3: expected a string or None"),
+    ({"train.seed": -1}, "config.train.seed = -1: expected a value from 0"),
+    ({"stage.kind": "sr"}, "config.stage.kind = 'sr': expected one of 'base', 'super_resolution'"),
+    ({"stage.name": "a/b"}, "config.stage.name = 'a/b': expected letters, digits and underscores"),
+    ({"stage.resolution": 15}, "config.stage.resolution = 15: expected a multiple of 4"),
+    ({"stage.network.patch_size": 3}, "config.stage.resolution = 16: expected a multiple of 6"),
+    (
+        {
+            "stage.network.channel_mults": (1, 2, 2, 2, 2),
+            "stage.network.num_res_blocks": (1,) * 5,
+        },
+        "config.stage.resolution = 16: expected a multiple of 32",
+    ),
+    (
+        {"stage.network.channel_mults": ()},
+        "config.stage.network.channel_mults = (): expected at least one level",
+    ),
+    (
+        {"stage.network.channel_mults": (1, 0)},
+        "config.stage.network.channel_mults[1] = 0: expected a value from 1",
+    ),
+    (
+        {"stage.network.channel_mults": (1, "2")},
+        "config.stage.network.channel_mults[1] = '2': expected an integer",
+    ),
+    (
+        {"stage.network.channel_mults": 2},
+        "config.stage.network.channel_mults = 2: expected a tuple of an integer",
+    ),
+    ({"stage.network.channels": 15}, "config.stage.network.channels = 15: expected an even number"),
+    ({"stage.network.num_heads": 5}, "config.stage.network.num_heads = 5: expected a divisor"),
+    (
+        {"stage.network.attention_resolutions": (16,)},
+        "config.stage.network.attention_resolutions = (16,): expected sizes of feature maps",
+    ),
+    (
+        {"stage.network.dtype": "float16"},
+        "config.stage.network.dtype = 'float16': expected one of 'float32', 'bfloat16'",
+    ),
+    (
+        {"stage.network.dropout_rate": 1.0},
+        "config.stage.network.dropout_rate = 1.0: expected a value from 0.0 to 0.99",
+    ),
+    (
+        {"stage.low_res_resolution": 8},
+        "config.stage.low_res_resolution = 8: expected None, since config.stage.kind is 'base'",
+    ),
+    ({"stage.augment.name": "gaussian"}, "config.stage.augment.name = 'gaussian': expected 'none'"),
+    (
+        {"stage.diffusion.label_dropout_prob": 0.0},
+        "config.stage.sampler.guidance_scale = 1.5: expected 1.0 (no guidance)",
+    ),
+    (
+        {"stage.schedule.num_timesteps": 0},
+        "config.stage.schedule.num_timesteps = 0: expected a value from 2",
+    ),
+    (
+        {"stage.schedule.num_timesteps": 1.5},
+        "config.stage.schedule.num_timesteps = 1.5: expected an integer or None",
+    ),
+    (
+        {"stage.schedule.noise_levels": "discrete"},
+        "config.stage.schedule.noise_levels = 'discrete': expected 'continuous', since",
+    ),
+    (
+        {"stage.schedule.name": "linear"},
+        "config.stage.schedule.cosine_offset = 0.008: expected None, since"
+        " config.stage.schedule.name is 'linear', not 'cosine'",
+    ),
+    (
+        {"stage.schedule.cosine_offset": None},
+        "config.stage.schedule.cosine_offset = None: expected a value, since",
+    ),
+    (
+        {
+            "stage.schedule.name": "linear",
+            "stage.schedule.cosine_offset": None,
+            "stage.schedule.linear_betas": (0.02, 0.01),
+        },
+        "config.stage.schedule.linear_betas = (0.02, 0.01): expected two values, the lower one",
+    ),
+    (
+        {"stage.schedule": None},
+        "config.stage.schedule = None: expected a section with the keys of ScheduleConfig",
+    ),
+    (
+        {"stage.network.scale_skips": 1},
+        "config.stage.network.scale_skips = 1: expected True or False",
+    ),
+    (
+        {"stage.network.num_res_blocks": (1, 1, 1)},
+        "config.stage.network.num_res_blocks = (1, 1, 1): expected 2 values, one per level",
+    ),
+    (
+        {"stage.network.name": "efficient_unet"},
+        "config.stage.network.patch_size = 2: expected 1, since config.stage.network.name is",
+    ),
+    (
+        {"stage.augment.name": "blur"},
+        "config.stage.augment.name = 'blur': expected 'none': a stage of config.stage.kind 'base'"
+        " has no low-res input to damage",
+    ),
+    (
+        {"stage.diffusion.variance": "learned"},
+        "config.stage.diffusion.loss = 'simple': expected 'hybrid' or 'vlb', since",
+    ),
+    (
+        {"stage.diffusion.loss": "vlb"},
+        "config.stage.diffusion.loss = 'vlb': expected 'simple', since the bound is over the steps",
+    ),
+    (
+        {"stage.diffusion.loss": "hybrid"},
+        "config.stage.diffusion.vlb_weight = None: expected a value, since",
+    ),
+    (
+        {**_DISCRETE, "stage.diffusion.loss": "hybrid", "stage.diffusion.vlb_weight": 0.001},
+        "config.stage.diffusion.variance = 'fixed': expected 'learned', since",
+    ),
+    (
+        {"stage.num_classes": 0, "stage.sampler.guidance_scale": 1.0},
+        "config.stage.diffusion.label_dropout_prob = 0.15: expected 0.0, since",
+    ),
+    (
+        {
+            "stage.diffusion.parameterization": "eps",
+            "stage.diffusion.weighting": "truncated_snr",
+        },
+        "config.stage.diffusion.weighting = 'truncated_snr': expected another weighting, or",
+    ),
+    (
+        {
+            "stage.schedule.name": "linear",
+            "stage.schedule.cosine_offset": None,
+            "stage.schedule.linear_betas": (1e-4, 0.02),
+            "stage.schedule.num_timesteps": 20,
+        },
+        "config.stage.schedule.num_timesteps = 20: expected more than 20: with fewer steps",
+    ),
+    (
+        {
+            **_DISCRETE,
+            "stage.diffusion.loss": "vlb",
+            "stage.diffusion.weighting": "min_snr",
+        },
+        "config.stage.diffusion.weighting = 'min_snr': expected 'none', since",
+    ),
+    (
+        {"stage.sampler.variance": "learned"},
+        "config.stage.sampler.variance = 'learned': expected None, or config.stage.sampler.name ="
+        " 'ancestral': 'ddim' draws no noise of a learned variance",
+    ),
+    (
+        {**_ANCESTRAL, "stage.sampler.variance": "learned"},
+        "config.stage.sampler.variance = 'learned': expected 'small', 'large' or 'interpolated':",
+    ),
+    (
+        {**_ANCESTRAL, "stage.sampler.variance": None},
+        "config.stage.sampler.variance = None: expected a value, since",
+    ),
+    (
+        {**_ANCESTRAL, "stage.sampler.variance": "interpolated"},
+        "config.stage.sampler.variance_interpolation = None: expected a value, since",
+    ),
+    ({"stage.sampler.eta": None}, "config.stage.sampler.eta = None: expected a value, since"),
+    (
+        {"stage.sampler.name": "heun"},
+        "config.stage.sampler.eta = 0.0: expected None, since config.stage.sampler.name is 'heun'",
+    ),
+    (
+        {"stage.sampler.threshold": "dynamic"},
+        "config.stage.sampler.threshold_percentile = None: expected a value, since",
+    ),
+    (
+        {"stage.sampler.guidance_interval": (0.5,)},
+        "config.stage.sampler.guidance_interval = (0.5,): expected two values, the lower one first",
+    ),
+    (
+        {**_DISCRETE, "stage.sampler.num_steps": 21},
+        "config.stage.sampler.num_steps = 21: expected at most 20, the"
+        " config.stage.schedule.num_timesteps of stage 'base16'",
+    ),
+    (
+        {"data.resolution": 8},
+        "config.stage.resolution = 16: expected at most config.data.resolution, which is 8",
+    ),
+    ({"data.read_threads": 1.0}, "config.data.read_threads = 1.0: expected an integer"),
+    (
+        {"eval.num_samples": 41},
+        "config.eval.num_samples = 41: expected a multiple of config.stage.num_classes",
+    ),
+    ({"eval.aug_level": 1.5}, "config.eval.aug_level = 1.5: expected a value from 0.0 to 1.0"),
+    ({"eval.aug_level": 0.1}, "config.eval.aug_level = 0.1: expected 0.0: stage"),
+    ({"eval.features": "vgg"}, "config.eval.features = 'vgg': expected one of 'classifier'"),
+    ({"eval.features": "inception"}, "config.eval.resize = None: expected 'legacy' (as"),
+    ({"eval.resize": "clean"}, "config.eval.resize = 'clean': expected None, since"),
+    (
+        {"eval.final_num_samples": 41},
+        "config.eval.final_num_samples = 41: expected a multiple of config.stage.num_classes",
+    ),
+    ({"eval.sampler": "euler"}, "config.eval.sampler = 'euler': expected one of 'ancestral'"),
+    ({"eval.num_steps": 0}, "config.eval.num_steps = 0: expected a value from 1"),
+    ({"mesh.data": 3}, "config.train.batch_size = 16: expected a multiple of 3"),
+    ({"mesh.data": 0}, "config.mesh.data = 0: expected -1 (all devices) or a value of at least 1"),
+    ({"mesh.fsdp": 3}, "config.train.batch_size = 16: expected a multiple of 3"),
+    ({"mesh.fsdp": 0}, "config.mesh.fsdp = 0: expected a value from 1"),
+    (
+        {"checkpoint.save_every_steps": -1},
+        "config.checkpoint.save_every_steps = -1: expected a value from 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_RUNS, ids=lambda x: str(x)[:60])
+def test_bad_run_configs(overrides, message):
+    with pytest.raises(UserError) as error:
+        run_config_from(with_overrides(config_values("mnist_base16"), overrides))
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["train.seed", "train.learning_rate", "data.name", "train"])
+def test_an_integer_too_long_to_print_is_refused_in_one_line(key):
+    values = with_overrides(config_values("mnist_base16"), {key: 10**5000})
+    with pytest.raises(UserError, match=rf"^config.{key} = \(an int too long to print\): expected"):
+        run_config_from(values)
+
+
+BAD_SR_RUNS = [
+    (
+        {"stage.low_res_schedule": None},
+        "config.stage.low_res_schedule = None: expected the low-res stage's own"
+        " config.stage.schedule, since config.stage.augment.name is 'gaussian'",
+    ),
+    (
+        {"stage.augment.name": "none", "stage.augment.max_level": None, "eval.aug_level": 0.0},
+        "config.stage.low_res_schedule = '(a section)': expected None, since",
+    ),
+    (
+        {"stage.augment.max_level": None},
+        "config.stage.augment.max_level = None: expected a value, since",
+    ),
+    (
+        {"stage.augment.max_level": 0.05},
+        "config.eval.aug_level = 0.1: expected at most 0.05, the config.stage.augment.max_level",
+    ),
+    (
+        {"stage.augment.blur_prob": 0.5},
+        "config.stage.augment.blur_prob = 0.5: expected None, since config.stage.augment.name is",
+    ),
+    (
+        {**_BLUR, "stage.augment.blur_kernel_size": 4},
+        "config.stage.augment.blur_kernel_size = 4: expected an odd number",
+    ),
+    (
+        {**_BLUR, "stage.augment.blur_sigmas": (0.6, 0.4)},
+        "config.stage.augment.blur_sigmas = (0.6, 0.4): expected two values, the lower one first",
+    ),
+    (
+        {**_BLUR, "eval.aug_level": 0.1},
+        "config.eval.aug_level = 0.1: expected 0.0: stage 'sr32' was configured with"
+        " config.stage.augment.name = 'blur' and has no level to choose",
+    ),
+    ({"stage.low_res_resolution": 15}, "config.stage.low_res_resolution = 15: expected a size"),
+    ({"stage.low_res_resolution": 24}, "config.stage.low_res_resolution = 24: expected a size"),
+    (
+        {
+            "stage.low_res_schedule.num_timesteps": 10,
+            "stage.low_res_schedule.noise_levels": "discrete",
+            "stage.augment.max_level": 0.05,
+        },
+        "config.stage.augment.max_level = 0.05: expected at least one of the 10 steps",
+    ),
+    (
+        {
+            "stage.low_res_schedule.num_timesteps": 30,
+            "stage.low_res_schedule.noise_levels": "discrete",
+            "stage.augment.max_level": 0.25,
+            "eval.aug_level": 0.25,
+        },
+        "config.eval.aug_level = 0.25: expected at most 0.25, the",  # step 8 of 30 is 0.267
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_SR_RUNS, ids=lambda x: str(x)[:60])
+def test_bad_super_resolution_configs(overrides, message):
+    with pytest.raises(UserError) as error:
+        run_config_from(with_overrides(config_values("mnist_sr32"), overrides))
+    assert str(error.value).startswith(message)
+
+
+def test_keys_that_may_be_none_may_be_left_out():
+    values = config_values("mnist_base16")
+    assert "linear_betas" not in values["stage"]["schedule"]
+    assert run_config_from(values).stage.schedule.linear_betas is None
+
+
+@pytest.mark.parametrize("value", [None, 32, 64])
+def test_super_resolution_needs_a_smaller_low_res(value):
+    values = with_overrides(config_values("mnist_sr32"), {"stage.low_res_resolution": value})
+    with pytest.raises(
+        UserError, match=f"config.stage.low_res_resolution = {value}: expected the size"
+    ):
+        run_config_from(values)
+
+
+def test_missing_keys_are_named():
+    values = config_values("mnist_base16")
+    del values["train"]["adam_b2"]
+    with pytest.raises(UserError, match="^config.train.adam_b2 is missing$"):
+        run_config_from(values)
+    del values["mesh"]
+    with pytest.raises(UserError):
+        run_config_from(values)
+
+
+_DDIM = {
+    "name": "ddim",
+    "num_steps": 8,
+    "grid": "uniform",
+    "eta": 0.0,
+    "guidance_scale": 1.0,
+    "guidance_interval": (0.0, 1.0),
+    "threshold": "static",
+}
+
+BAD_CASCADES = [
+    ({"cascade.stages": ()}, {}, "config.cascade.stages = (): expected the names"),
+    ({"cascade.stages": ("../base16", "sr32")}, {}, "config.cascade.stages = "),
+    (
+        {"cascade.aug_levels": (0.1, 0.1)},
+        {},
+        "config.cascade.aug_levels = (0.1, 0.1): expected 1 values",
+    ),
+    (
+        {"cascade.aug_levels": (1.2,)},
+        {},
+        "config.cascade.aug_levels[0] = 1.2: expected a value from 0.0 to 1.0",
+    ),
+    ({"cascade.configs": ("a.py",)}, {}, "config.cascade.configs = ('a.py',): expected 2 values"),
+    (
+        {"cascade.samplers": ("ddim", "dpm")},
+        {},
+        "config.cascade.samplers[0] = 'ddim': expected a section with the keys of SamplerConfig",
+    ),
+    (
+        {"cascade.samplers": (_DDIM, {**_DDIM, "name": "dpm"})},
+        {},
+        "config.cascade.samplers[1].name = 'dpm': expected one of",
+    ),
+    ({"cascade.samplers": (_DDIM,)}, {}, "config.cascade.samplers = "),
+    (
+        {"cascade.truncated": True},
+        {"stage.low_res_schedule.cosine_offset": 0.1},
+        "config.cascade.truncated = True: expected False: the config.stage.schedule of 'base16' and"
+        " the config.stage.low_res_schedule of 'sr32' differ",
+    ),
+    (
+        {},
+        {"stage.augment.max_level": 0.05, "eval.aug_level": 0.0},
+        "config.cascade.aug_levels[0] = 0.1: expected at most 0.05, the",
+    ),
+    (
+        {"cascade.truncated": True, "cascade.aug_levels": (0.0,)},
+        _BLUR,
+        "config.cascade.truncated = True: expected False: no stage was trained with",
+    ),
+    (
+        {"cascade.samplers": (_DDIM, {**_DDIM, "num_steps": 21})},
+        _DISCRETE,
+        "config.cascade.samplers[1].num_steps = 21: expected at most 20",
+    ),
+    (
+        {"cascade.aug_levels": (1.0,), "cascade.truncated": True},
+        {},
+        "config.cascade.aug_levels[0] = 1.0: expected a level below 1",
+    ),
+    (
+        {},
+        {"stage.low_res_resolution": 8},
+        "config.cascade.stages = ('base16', 'sr32'): expected sizes that chain: 'base16' makes",
+    ),
+    (
+        {},
+        {"stage.num_classes": 8},
+        "config.cascade.stages = ('base16', 'sr32'): expected stages with the same num_classes",
+    ),
+    (
+        {},
+        {
+            "stage.augment.name": "none",
+            "stage.augment.max_level": None,
+            "stage.low_res_schedule": None,
+            "eval.aug_level": 0.0,
+        },
+        "config.cascade.aug_levels[0] = 0.1: expected 0.0",
+    ),
+    (
+        {"cascade.samplers": (_DDIM, {**_DDIM, "guidance_scale": 1.5})},
+        {"stage.diffusion.label_dropout_prob": 0.0},
+        "config.cascade.samplers[1].guidance_scale = 1.5: expected 1.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sr_overrides", "message"), BAD_CASCADES, ids=lambda x: str(x)[:60]
+)
+def test_bad_cascades(overrides, sr_overrides, message):
+    base = run_config_from(config_values("mnist_base16")).stage
+    sr = run_config_from(with_overrides(config_values("mnist_sr32"), sr_overrides)).stage
+    with pytest.raises(UserError) as error:
+        config = cascade_config_from(with_overrides(config_values("mnist_cascade32"), overrides))
+        check_chain(config.cascade, [base, sr])
+    assert str(error.value).startswith(message)
+
+
+def test_a_cascade_begins_with_a_base_model():
+    config = cascade_config_from(config_values("mnist_cascade32"))
+    sr = tiny_sr().stage
+    with pytest.raises(UserError, match="a base model first; 'sr32' is none"):
+        check_chain(config.cascade, [sr, sr])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "message"),
+    [
+        (
+            {"mesh__data": 2},
+            8,
+            "config.mesh.data = 2: expected data x fsdp 1 x tensor 1 to be the 8 devices found",
+        ),
+        (
+            {"mesh__data": 4, "mesh__fsdp": 2, "mesh__tensor": 2},
+            8,
+            "config.mesh.data = 4: expected data x fsdp 2 x tensor 2 to be the 8 devices found",
+        ),
+        (
+            {"mesh__tensor": 3},
+            8,
+            "config.mesh.tensor = 3: expected a divisor of the 8 devices found",
+        ),
+        (
+            {"mesh__fsdp": 4, "mesh__tensor": 4},
+            8,
+            "config.mesh.fsdp = 4: expected a divisor, times config.mesh.tensor, of the 8 devices",
+        ),
+        (
+            {"train__batch_size": 16, "train__accumulation_steps": 4},
+            8,
+            "config.train.batch_size = 16: expected a multiple of 32, the devices of config.mesh"
+            " that a batch is split over (data 8 x fsdp 1), times config.train.accumulation_steps"
+            " = 4",
+        ),
+        ({"mesh__fsdp": 8}, 4, "config.mesh.fsdp = 8: expected a divisor of the 4 devices found"),
+        (
+            {"train__batch_size": 12},
+            8,
+            "config.train.batch_size = 12: expected a multiple of 8, the devices",
+        ),
+        (
+            {"train__batch_size": 4},
+            8,
+            "config.train.batch_size = 4: expected a multiple of 8, the devices of config.mesh that"
+            " a batch is split over (data 8 x fsdp 1); with fewer examples than devices, raise"
+            " config.mesh.tensor",
+        ),
+    ],
+)
+def test_mesh_and_batches_are_checked_against_the_devices(mesh, devices, message):
+    with pytest.raises(UserError) as error:
+        check_devices(tiny_base(**mesh), devices)
+    assert str(error.value).startswith(message)
+
+
+def test_a_run_of_any_mesh_is_evaluated_on_all_devices():
+    config = tiny_base(mesh__fsdp=8, eval__batch_size=40, train__batch_size=16)
+    mesh = evaluation_mesh(config, 4)
+    assert (mesh.data, mesh.fsdp, mesh.tensor_size) == (-1, 1, 1)
+    with pytest.raises(UserError, match="config.eval.batch_size = 40: expected a multiple of 16"):
+        evaluation_mesh(config, 16)
+    cascade = cascade_config_from(config_values("mnist_cascade32"))
+    assert evaluation_mesh(cascade, 1) == cascade.mesh
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train__remat": "all"}, "config.train.remat = 'all': expected"),
+        (
+            {"train__remat": "resolutions"},
+            "config.train.remat_resolutions = None: expected sizes, since config.train.remat is",
+        ),
+        (
+            {"train__remat": "everything", "train__remat_resolutions": (8,)},
+            "config.train.remat_resolutions = (8,): expected None, since config.train.remat is",
+        ),
+        (
+            {"train__remat": "resolutions", "train__remat_resolutions": (8, 5)},
+            "config.train.remat_resolutions = (8, 5): expected sizes of feature maps, which are 8,",
+        ),
+        ({"train__accumulation_steps": 0}, "config.train.accumulation_steps = 0: expected"),
+        ({"mesh__tensor": 0}, "config.mesh.tensor = 0: expected"),
+    ],
+)
+def test_ways_of_computing_that_are_none_are_refused(overrides, message):
+    with pytest.raises(UserError) as error:
+        tiny_base(**overrides)
+    assert str(error.value).startswith(message)
+
+
+def test_how_a_run_is_computed_may_change_when_it_goes_on():
+    config = tiny_base()
+    other = round_trip(
+        config, train__accumulation_steps=2, train__remat="everything", mesh__tensor=2
+    )
+    assert len(check_resume(config, other, "RUN")) == 3
+
+
+def test_resuming_with_another_config():
+    config = tiny_base()
+    assert check_resume(config, config, "RUN") == []
+    longer = round_trip(config, train__train_steps=99, eval__patience_evals=9)
+    assert check_resume(config, longer, "RUN") == [
+        "config.train.train_steps: 30 -> 99",
+        "config.eval.patience_evals: 5 -> 9",
+    ]
+    for key, value in (
+        ("train__seed", 1),
+        ("stage__network__channels", 16),
+        ("train__batch_size", 32),
+    ):
+        with pytest.raises(UserError, match="set it back, or choose another --workdir"):
+            check_resume(config, round_trip(config, **{key: value}), "RUN")
+
+
+BASE = f"--config={ROOT}/configs/mnist_base16.py:smoke"
+SR = f"--config={ROOT}/configs/mnist_sr32.py:smoke"
+CASCADE = f"--config={ROOT}/configs/mnist_cascade32.py"
+BAD_COMMANDS = [
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.train.batch_size=1.5"],
+        "config.train.batch_size = 1.5: expected an integer",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.stage.network.scale_skips=maybe"],
+        "config.stage.network.scale_skips = 'maybe': expected True or False",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.stage.network.channel_mults=(1,x)"],
+        "config.stage.network.channel_mults = '(1,x)': expected a tuple of an integer",
+    ),
+    (main, [BASE, "--workdir=RUN", "--config.trian.seed=1"], "config.trian is not a config key"),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.train.seed.x=1"],
+        "--config.train.seed.x=1: config key 'seed' is not a section",
+    ),
+    (main, [BASE, "--workdir=RUN", "--config.train.seed"], "--config.train.seed: expected"),
+    (
+        main,
+        [SR, "--workdir=RUN", "--config.stage.low_res_resolution=None"],
+        "config.stage.low_res_resolution = None: expected the size",
+    ),
+    (main, ["--config", "--workdir=RUN"], "--config=--workdir=RUN: no such .py file"),
+    (main, [f"--config={ROOT}/README.md", "--workdir=RUN"], f"--config={ROOT}/README.md: no such"),
+    (main, ["--workdir=RUN"], "--config is missing: "),
+    (
+        main,
+        [BASE, "--workdir=gs://bucket/run"],
+        "--workdir=gs://bucket/run: expected a path on this machine",
+    ),
+    (main, [BASE, "--workdir=run[1]"], "--workdir=run[1]: "),
+    (main, [BASE, "--workdir="], "--workdir='': expected the path of a file or folder"),
+    (
+        main,
+        [BASE, "--config.data.name=folder", "--config.data.path=s3://x/y"],
+        "config.data.path=s3://x/y: expected a path on this machine",
+    ),
+    (main, [BASE, "--config.data.prepared_dir=a*"], "config.data.prepared_dir=a*: "),
+    *(
+        (main, [BASE, f"--profile_steps={steps}"], f"--profile_steps={steps}: expected FIRST:LAST")
+        for steps in ("1", "0:3", "3:2", "20:31", "1:" + "9" * 5000, "\u0663:4")
+    ),
+    (main, [BASE, "--coordinator_timeout_secs=nan"], "--coordinator_timeout_secs=nan: expected"),
+    (main, [BASE, "--coordinator_timeout_secs=inf"], "--coordinator_timeout_secs=inf: expected"),
+    (main, [BASE, "--num_processes=9999999999"], "--num_processes=1e+10: expected a number of"),
+    (plan, [BASE, "--efficiency=nan"], "--efficiency=nan: expected"),
+    (plan, [BASE, "--efficiency=1e-300"], "--efficiency=1e-300: expected a share"),
+    (plan, [BASE, "--topology=h100:100000"], "--topology=h100:100000: h100 comes in shapes"),
+    (evaluate, ["--workdir=RUN", "--num_images=99999999999"], "--num_images=1e+11: expected a"),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--wrokdir=x"],
+        "Unknown command line flag 'wrokdir'. Did you mean: workdir ?",
+    ),
+    (main, [BASE, "--workdir=RUN", "stray"], "'stray' is not a flag"),
+    (
+        main,
+        ["--config=configs/none.py", "--workdir=RUN"],
+        "--config=configs/none.py: no such .py file",
+    ),
+    (
+        main,
+        [BASE[:-6] + ":tiny", "--workdir=RUN"],
+        "--config=...:tiny: expected no variant, or ':smoke'",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.train.learning_rat=1"],
+        "config.train.learning_rat is not a config key; did you mean 'learning_rate'?",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.train.batch_size=many"],
+        "config.train.batch_size = 'many': expected an integer",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.train.learning_rate=nan"],
+        "config.train.learning_rate = nan: expected a finite number",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.train.learning_rate=-1"],
+        "config.train.learning_rate = -1.0: expected a value above 0",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.stage.resolution=18"],
+        "config.stage.resolution = 18: expected a multiple of 4",
+    ),
+    (
+        main,
+        [BASE, "--workdir=RUN", "--config.mesh.data=5"],
+        "config.train.batch_size = 16: expected a multiple of 5",
+    ),
+    (main, [BASE, "--workdir=/proc/RUN"], "--workdir=/proc/RUN: cannot write to /proc"),
+    (main, [CASCADE, "--workdir=RUN"], "config.cascade is not a config key"),
+    (evaluate, [], "--workdir is missing: "),
+    (evaluate, ["--workdir=RUN"], "--workdir=RUN: no run there"),
+    (
+        evaluate,
+        ["--workdir=RUN", "--num_images=3"],
+        "--num_images does not go with --workdir alone; it is for --bits_per_dim: leave one",
+    ),
+    (
+        evaluate,
+        ["--workdir=RUN", "--stage=sr32"],
+        "--stage does not go with --workdir alone; it is for --sweep: leave one of them out",
+    ),
+    (
+        evaluate,
+        ["--workdir=RUN", "--final", "--samples=a.npz"],
+        "--samples does not go with --final; it is for --cas: leave one of them out",
+    ),
+    (evaluate, ["--workdir=RUN", "--cas"], "--workdir=RUN: no run there"),
+    (evaluate, ["--workdir=RUN", "--final"], "--workdir=RUN: no run there"),
+    (
+        evaluate,
+        ["--workdir=RUN", "--final", "--config.eval.seed=3"],
+        "--workdir=RUN: no run there",
+    ),
+    (
+        evaluate,
+        ["--workdir=RUN", "--samples=a.npz", "--reference=b.npz"],
+        "--reference, --resize: only without --workdir, which has its own; leave one out",
+    ),
+    (
+        evaluate,
+        ["--workdir=RUN", "--final", CASCADE],
+        "--workdir=RUN: no run 'base16' there; train it with",
+    ),
+    (
+        evaluate,
+        ["--workdir=RUN", "--sweep", "--follow", CASCADE],
+        "--follow does not go with --sweep; it is for scoring checkpoints: leave one of them out",
+    ),
+    (evaluate, ["--workdir=RUN", "--sweep"], "--config is missing: "),
+    (
+        evaluate,
+        ["--workdir=RUN", "--sweep", BASE],
+        f"{BASE}: the config of a stage, expected a cascade's",
+    ),
+    (
+        evaluate,
+        ["--workdir=RUN", "--config.stage.sampler.num_steps=3"],
+        "--config.stage.sampler.num_steps=3: only for --sweep and --final of a cascade; a run is",
+    ),
+    (
+        evaluate,
+        ["--workdir=RUN", "--sweep", "--stage=sr99", CASCADE],
+        "--stage=sr99: expected one of config.cascade.stages, base16, sr32",
+    ),
+    (
+        sample,
+        [CASCADE, "--workdir=RUN"],
+        "--workdir=RUN: no run 'base16' there; train it with `python -m cascaded_diffusion.main"
+        " --config=configs/mnist_base16.py --workdir=RUN/base16`",
+    ),
+    (sample, ["--workdir=RUN"], "--config is missing: "),
+    (
+        sample,
+        [CASCADE, "--workdir=RUN", "--config.cascade.samplers.2.num_steps=3"],
+        "--config.cascade.samplers.2.num_steps=3: expected a number below 2 for '2'",
+    ),
+    (
+        sample,
+        [CASCADE, "--workdir=RUN", "--config.cascade.samplers.0.num_steps=0"],
+        "config.cascade.samplers[0].num_steps = 0: expected a value from 1",
+    ),
+    (plan, [], "--config is missing: "),
+    (plan, [BASE, "--config.stage.resolution=18"], "config.stage.resolution = 18: expected"),
+    (
+        plan,
+        [CASCADE, "--config.cascade.configs=('mnist_base16.py', 'none.py')"],
+        f"--config={ROOT}/configs/none.py: no such .py file",
+    ),
+    (
+        sample,
+        [CASCADE, "--workdir=RUN", "--config.cascade.aug_levels=(2.0,)"],
+        "config.cascade.aug_levels[0] = 2.0: ",
+    ),
+    (sample, [BASE, "--workdir=RUN"], f"{BASE}: the config of a stage, expected a cascade's"),
+]
+
+
+@pytest.mark.parametrize(("binary", "argv", "message"), BAD_COMMANDS, ids=lambda x: str(x)[-60:])
+def test_bad_commands(binary, argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
+    with pytest.raises(UserError) as error:
+        binary.main(["prog", *argv])
+    assert str(error.value).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_checkpoints_cannot_be_scored(tmp_path, monkeypatch):
+    RunFolder(tmp_path).write_config(tiny_base())
+    monkeypatch.setattr(cli, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
+    with pytest.raises(UserError, match="no checkpoint there; train first, or add --follow"):
+        evaluate.main(["evaluate", f"--workdir={tmp_path}"])
+    with pytest.raises(
+        UserError, match="--config.eval.seed=3: a run is measured by its own config"
+    ):
+        evaluate.main(["evaluate", f"--workdir={tmp_path}", "--final", "--config.eval.seed=3"])
+    for extra in (["--final"], ["--bits_per_dim=test"]):
+        with pytest.raises(UserError, match="no checkpoint was chosen yet; run .*evaluate"):
+            evaluate.main(["evaluate", f"--workdir={tmp_path}", *extra])
+
+
+def test_a_run_without_a_chosen_checkpoint_cannot_be_sampled(tmp_path, monkeypatch):
+    for config in (tiny_base(), tiny_sr()):
+        RunFolder(tmp_path / config.stage.name).write_config(config)
+    monkeypatch.setattr(cli, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
+    with pytest.raises(UserError, match="base16: no checkpoint was chosen yet; run .*evaluate"):
+        sample.main(["prog", CASCADE, f"--workdir={tmp_path}"])
+    with pytest.raises(UserError, match="base16: no checkpoint was chosen yet"):
+        evaluate.main(["prog", f"--workdir={tmp_path}/sr32", f"--low_res_run={tmp_path}/base16"])
+    with pytest.raises(UserError, match="only for super-resolution stages"):
+        evaluate.main(["prog", f"--workdir={tmp_path}/base16", f"--low_res_run={tmp_path}/sr32"])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["main", "--config=configs/none.py", "--workdir=RUN"],
+        ["main", f"--config={ROOT}/tests/tiny.py", "--workdir=RUN"],
+        ["main", BASE, "--workdir=RUN", "--config.train.batch_size=0"],
+        ["evaluate", "--workdir=RUN"],
+        ["sample", CASCADE, "--workdir=RUN"],
+    ],
+)
+def test_the_process_says_one_line_and_exits_with_2(argv, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", f"cascaded_diffusion.{argv[0]}", *argv[1:]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overrides_reach_keys_of_every_type():
+    fv = flags.FlagValues()
+    argv = [
+        "prog",
+        BASE,
+        "--config.stage.schedule.num_timesteps=1000",
+        "--config.stage.network.channel_mults=(1, 1)",
+        "--config.stage.network.scale_skips=true",
+        "--config.train.learning_rate=1e-4",
+        "--config.data.eval_split=train",
+    ]
+    cli.define_config(fv, argv, "")
+    cli.parse(fv, argv, "")
+    config = run_config_from(cli.config_values(fv, argv))
+    assert config.stage.schedule.num_timesteps == 1000
+    assert config.stage.network.channel_mults == (1, 1)
+    assert config.stage.network.scale_skips is True
+    assert config.train.learning_rate == 1e-4
+    assert config.data.eval_split == "train"
+
+
+def test_an_override_changes_one_section_alone():
+    # The file may give two sections the same dict.
+    for name in STAGES:
+        values = config_values(name)
+        if values["stage"].get("low_res_schedule") is None:
+            continue
+        path = "--config.stage.low_res_schedule.num_timesteps=77"
+        changed = cli.with_overrides(values, ["prog", path])["stage"]
+        assert changed["low_res_schedule"]["num_timesteps"] == 77
+        assert changed["schedule"] == values["stage"]["schedule"]
+        assert values["stage"]["low_res_schedule"].get("num_timesteps") != 77
+
+
+def test_overrides_count_in_tuples():
+    fv = flags.FlagValues()
+    argv = ["prog", CASCADE, "--config.cascade.samplers.1.num_steps=5"]
+    cli.define_config(fv, argv, "")
+    cli.parse(fv, argv, "")
+    section = cascade_config_from(cli.config_values(fv, argv)).cascade
+    assert [s.num_steps for s in section.samplers] == [10, 5]
+
+
+SWEEP = ["prog", "--sweep", CASCADE]
+BAD_SWEEPS = [
+    (["--aug_levels=0,x"], "--aug_levels=0,x: expected numbers between commas"),
+    (["--num_steps=1.5"], "--num_steps=1.5: expected integers between commas"),
+    (["--truncated=maybe"], "--truncated=maybe: expected true, false, or both"),
+    (
+        ["--aug_levels=0,1.5"],
+        "--aug_levels: config.cascade.aug_levels[0] = 1.5: expected a value from 0.0",
+    ),
+    (
+        ["--samplers=euler"],
+        "--samplers: config.cascade.samplers[1].name = 'euler': expected one of",
+    ),
+    (
+        ["--num_steps=0"],
+        "--num_steps: config.cascade.samplers[1].num_steps = 0: expected a value from 1",
+    ),
+    (["--stage=base16", "--aug_levels=0"], "--aug_levels, --truncated: 'base16' is a base model"),
+    (
+        ["--aug_levels=1", "--truncated=true"],
+        "--aug_levels, --truncated: config.cascade.aug_levels[0] = 1.0: expected a level below 1",
+    ),
+    ([], "{}/base16: no checkpoint was chosen yet"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_SWEEPS, ids=lambda x: str(x)[:60])
+def test_bad_sweeps(argv, message, tmp_path, monkeypatch):
+    for config in (tiny_base(), tiny_sr()):
+        RunFolder(tmp_path / config.stage.name).write_config(config)
+    monkeypatch.setattr(cli, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
+    with pytest.raises(UserError) as error:
+        evaluate.main([*SWEEP, f"--workdir={tmp_path}", *argv])
+    assert str(error.value).startswith(message.format(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base16", "sr32"]
+
+
+def test_a_warm_up_leaves_steps_to_train():
+    values = with_overrides(config_values("mnist_base16"), {"train.train_steps": 3})
+    with pytest.raises(UserError, match="config.train.warmup_steps = 3: expected less than"):
+        run_config_from(values)
+
+
+def test_help_names_the_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(["prog", "--help"])
+    assert stop.value.code == 0
+    assert "--workdir" in capsys.readouterr().out

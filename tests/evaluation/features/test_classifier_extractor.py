@@ -1,0 +1,156 @@
+import dataclasses
+import zipfile
+
+import numpy as np
+import pytest
+
+from cascaded_diffusion.data.builtin import load_mnist
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.features import classifier_extractor as lib
+from cascaded_diffusion.evaluation.features.classifier_training import NUM_TURNS, RECIPES, turned
+from cascaded_diffusion.evaluation.samples.real_images import resized
+
+
+@pytest.mark.parametrize("resolution", [16, 32])
+def test_it_recognises_real_digits(resolution, tmp_path):
+    train, held_out = (
+        resized(lib.LabelledImages(*load_mnist(split)), resolution) for split in ("train", "test")
+    )
+    said = []
+    path = tmp_path / "classifier.npz"
+
+    def load():
+        return lib.load_or_train(path, train, held_out, num_classes=10, seed=0, say=said.append)
+
+    first = load()
+    assert first.accuracy >= 0.97
+    features = first(held_out.images)
+    assert (features.pooled.shape, features.logits.shape) == ((1000, 64), (1000, 10))
+    assert (features.logits.argmax(-1) == held_out.labels).mean() == first.accuracy
+    assert (first.name, first.identity) == ("classifier", f"classifier:{first.digest}")
+    assert said == []
+
+    second = load()
+    assert (second.digest, second.accuracy) == (first.digest, first.accuracy)
+    again = second(held_out.images[:9]).pooled
+    np.testing.assert_array_equal(again, first(held_out.images[:9]).pooled)
+
+
+def _small(seed):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(128) % 2
+    images = (labels[:, None, None, None] * 200 + rng.integers(0, 50, (128, 16, 16, 1))).astype(
+        np.uint8
+    )
+    return lib.LabelledImages(images, labels.astype(np.int32))
+
+
+@pytest.mark.parametrize("network", ["small", "resnet"])
+def test_a_stored_classifier_is_only_used_for_its_own_data(network, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, network, dataclasses.replace(RECIPES[network], epochs=2))
+    path = tmp_path / "classifier.npz"
+    said = []
+
+    def load(data, seed=0):
+        return lib.load_or_train(
+            path, data, data, num_classes=2, seed=seed, network=network, say=said.append
+        ).digest
+
+    first = load(_small(0))
+    assert load(_small(0)) == first
+    assert said == []
+    assert load(_small(1)) != first
+    assert "other data" in said.pop()
+    assert load(_small(0), seed=1) != first
+    assert "other data" in said.pop()
+
+    assert load(_small(0)) == first  # deterministic
+    said.clear()
+    path.write_bytes(path.read_bytes()[:-100])
+    assert load(_small(0)) == first
+    assert "cannot be read" in said.pop()
+
+
+def _upright(seed, count=96):
+    """Photos by daylight: bright at the top, noise over it."""
+    rng = np.random.default_rng(seed)
+    light = np.linspace(200, 0, 16)[None, :, None, None]
+    images = light + rng.integers(0, 56, (count, 16, 16, 3))
+    return lib.LabelledImages(images.astype(np.uint8), np.zeros(count, np.int32))
+
+
+def test_turned_images_are_those_of_numpy():
+    images = np.arange(4 * 6 * 6 * 2).reshape(4, 6, 6, 2)
+    turns = np.asarray([2, 0, 3, 1])
+    expected = [np.rot90(x, k) for x, k in zip(images, turns, strict=True)]
+    np.testing.assert_array_equal(turned(images, turns), expected)
+
+
+def test_images_without_labels_are_told_apart_by_rotation(tmp_path):
+    path, said = tmp_path / "rotation.npz", []
+
+    def load(data):
+        how = dict(num_classes=0, seed=0, network="rotation", say=said.append)
+        return lib.load_or_train(path, data, _upright(1, 20), **how)
+
+    data = _upright(0)
+    first = load(data)
+    assert first.accuracy > 0.9
+    assert (first.name, first.identity) == ("rotation", f"rotation:{first.digest}")
+    turns = np.random.default_rng(0).integers(0, NUM_TURNS, 20)
+    images = np.stack([np.rot90(x, k) for x, k in zip(data.images, turns, strict=False)])
+    assert (first.predictions(images) == turns).mean() > 0.9
+    # Rotations are no classes: neither an accuracy nor an inception score is made of them.
+    features = first(data.images)
+    assert (features.pooled.shape, features.logits) == ((96, 64), None)
+
+    # Labels do not matter.
+    again = load(lib.LabelledImages(data.images, np.arange(96, dtype=np.int32) % 3))
+    assert again.digest == first.digest
+    assert said == []
+    assert load(_upright(2)).digest != first.digest
+    assert "made from other data" in said.pop()
+
+
+def test_rotations_of_symmetric_images_cannot_be_told(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 1), np.uint8)
+    noise = np.maximum.reduce([np.rot90(noise, k, (1, 2)) for k in range(NUM_TURNS)])
+    data = lib.LabelledImages(noise, np.zeros(64, np.int32))
+    found = lib.load_or_train(
+        tmp_path / "rotation.npz", data, data, num_classes=0, seed=0, network="rotation"
+    )
+    assert found.accuracy == 0.25
+
+
+def test_a_classifier_of_one_class_is_refused(tmp_path):
+    data = _small(0)
+    one = lib.LabelledImages(data.images, np.full_like(data.labels, 3))
+    path = tmp_path / "classifier.npz"
+    with pytest.raises(UserError, match="all 128 training images are of one class, expected at"):
+        lib.load_or_train(path, one, data, num_classes=10, seed=0)
+    assert not path.exists()
+
+
+def test_classes_without_images_count(tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "small", dataclasses.replace(RECIPES["small"], epochs=1))
+    path, data, said = tmp_path / "classifier.npz", _small(0), []
+
+    def load(num_classes):
+        return lib.load_or_train(path, data, data, num_classes=num_classes, seed=0, say=said.append)
+
+    load(2)
+    assert load(5)(data.images[:3]).logits.shape == (3, 5)
+    assert "made for other classes" in said.pop()
+    assert load(5)(data.images[:3]).logits.shape == (3, 5)
+    assert said == []
+
+
+def test_a_stored_classifier_that_declares_petabytes_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "small", dataclasses.replace(RECIPES["small"], epochs=1))
+    path, data, said = tmp_path / "classifier.npz", _small(0), []
+    header = {"descr": "<f4", "fortran_order": False, "shape": (1 << 50,)}
+    with zipfile.ZipFile(path, "w") as archive, archive.open("params.npy", "w") as f:
+        np.lib.format.write_array_header_1_0(f, header)
+    lib.load_or_train(path, data, data, num_classes=2, seed=0, say=said.append)
+    (line,) = said
+    assert "cannot be read (params is declared as" in line

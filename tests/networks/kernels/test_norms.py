@@ -1,0 +1,108 @@
+"""Group normalization in one piece, against flax's and its own definition."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from cascaded_diffusion.networks.kernels.norms import GroupNorm
+
+
+def _variables(channels, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "params": {
+            "scale": 1 + 0.3 * jax.random.normal(keys[0], (channels,)),
+            "bias": 0.3 * jax.random.normal(keys[1], (channels,)),
+        }
+    }
+
+
+def _inputs(channels, dtype=jnp.float32, batch=3):
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = 1.5 + 2.0 * jax.random.normal(keys[0], (batch, 6, 4, channels))
+    steer = tuple(0.4 * jax.random.normal(k, (batch, channels)) for k in keys[1:])
+    return x.astype(dtype), steer
+
+
+def _flax(variables, x, steer, swish):
+    """The same by flax's norm, in the steps that `GroupNorm` does at once."""
+    groups = np.gcd(32, x.shape[-1])
+    h = nn.GroupNorm(num_groups=int(groups), epsilon=1e-5).apply(variables, x)
+    if steer is not None:
+        by, plus = (v[:, None, None, :] for v in steer)
+        h = h * (1 + by) + plus
+    return nn.swish(h) if swish else h
+
+
+@pytest.mark.parametrize("swish", [False, True])
+@pytest.mark.parametrize("steered", [False, True])
+@pytest.mark.parametrize("channels", [8, 48, 64])
+def test_values_and_gradients_are_those_of_flax(channels, steered, swish):
+    variables, (x, steer) = _variables(channels), _inputs(channels)
+    steer = steer if steered else None
+    weights = jax.random.normal(jax.random.key(2), x.shape)
+
+    def ours(variables, x, steer):
+        return GroupNorm(swish=swish).apply(variables, x, steer)
+
+    def theirs(variables, x, steer):
+        return _flax(variables, x, steer, swish)
+
+    args = (variables, x, steer)
+    np.testing.assert_allclose(ours(*args), theirs(*args), atol=2e-5)
+    grads = [
+        jax.grad(lambda *a, f=f: (weights * f(*a)).sum(), argnums=(0, 1, 2))(*args)
+        for f in (ours, theirs)
+    ]
+    for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    (x, steer), variables = _inputs(4, batch=1), _variables(4)
+
+    def f(x, scale, shift):
+        return GroupNorm(swish=True).apply(variables, x, (scale, shift))
+
+    check_grads(f, (x, *steer), order=1, modes=["rev"], rtol=2e-2, atol=2e-2)
+
+
+def test_bfloat16_is_normalized_in_float32():
+    variables, (x, _) = _variables(32), _inputs(32, jnp.bfloat16)
+    out = GroupNorm(dtype=jnp.bfloat16, swish=True).apply(variables, x)
+    assert out.dtype == jnp.bfloat16
+    exact = _flax(variables, x.astype(jnp.float32), None, True)
+    # Rounded once, at the end: half a unit in the last of 8 bits.
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)
+
+
+def test_a_constant_image_has_a_finite_gradient():
+    variables, x = _variables(8), jnp.full((2, 4, 4, 8), 7.0)
+    out, back = jax.vjp(lambda x: GroupNorm(swish=True).apply(variables, x), x)
+    assert np.isfinite(out).all()
+    assert np.isfinite(back(jnp.ones_like(out))[0]).all()
+
+
+def test_images_do_not_mix():
+    variables, (x, _) = _variables(8), _inputs(8)
+    apply = GroupNorm(swish=True).apply
+    np.testing.assert_array_equal(apply(variables, x)[1], apply(variables, x.at[0].add(9.0))[1])
+
+
+def test_an_image_is_normalized_within_its_groups():
+    x = 5 + 3 * jax.random.normal(jax.random.key(0), (2, 8, 8, 48))
+    norm = GroupNorm()
+    out = norm.apply(norm.init(jax.random.key(0), x), x)
+    np.testing.assert_allclose(np.asarray(out).mean((1, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(out).std((1, 2, 3)), 1, atol=1e-3)
+
+
+def test_the_jaxpr_keeps_nothing_but_the_input():
+    # What stays between forward and backward: x, and [B, C] arrays.
+    variables, (x, _) = _variables(64), _inputs(64)
+    _, back = jax.vjp(lambda x: GroupNorm(swish=True).apply(variables, x), x)
+    large = [leaf for leaf in jax.tree.leaves(back) if np.size(leaf) >= x.size]
+    assert len(large) == 1
