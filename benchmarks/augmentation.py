@@ -56,7 +56,7 @@ def main() -> None:
 
     cli.set_up_jax()
     from cascaded_diffusion.cascade.cascade import Cascade
-    from cascaded_diffusion.evaluation.judge import build_extractor, build_judge
+    from cascaded_diffusion.evaluation.evaluator import build_evaluator, build_extractor
     from cascaded_diffusion.evaluation.measure import metric_name
     from cascaded_diffusion.evaluation.samples import generate
     from cascaded_diffusion.evaluation.trained import load_trained
@@ -70,7 +70,7 @@ def main() -> None:
     extractor = build_extractor(
         config, folders["sr32"], train, held_out, mesh, load_inception=_no_inception
     )
-    judge = build_judge(config, folders["sr32"], extractor, {"train": train})
+    evaluator = build_evaluator(config, folders["sr32"], extractor, {"train": train})
     fd, accuracy = (metric_name(name, extractor.name, 1000) for name in ("fid", "accuracy"))
     labels = generate.class_balanced_labels(1000, 10)
     models = {name: load_trained(folder, mesh) for name, folder in folders.items()}
@@ -92,14 +92,14 @@ def main() -> None:
                 batch_size=200,
                 label=f"{name}, level {level}, {'truncated' if truncated else 'non-truncated'}",
             )[-1]
-            rows.append(judge.scores(images, labels))
+            rows.append(evaluator.scores(images, labels))
         return rows
 
     non_truncated = measure("sr32", LEVELS, False)
     truncated = measure("sr32", LEVELS, True)
     (ablation,) = measure("sr32_no_augment", (0.0,), False)
     others = held_out.whole(32)
-    floor = judge.scores(others.images, others.labels)
+    floor = evaluator.scores(others.images, others.labels)
 
     def cell(row: dict[str, float]) -> str:
         return f"{row[fd]:.2f} / {100 * row[accuracy]:.1f} %"
@@ -122,7 +122,7 @@ def main() -> None:
             *lines,
             "",
             f"Base samples: {sampler.name}, {sampler.num_steps} steps, guidance"
-            f" {sampler.guidance_scale:g}; reference {judge.reference}; the same seeds in every"
+            f" {sampler.guidance_scale:g}; reference {evaluator.reference}; the same seeds in every"
             " row, the same base samples in every row that is not truncated.",
             f"Measured on: {machine.describe()}.",
             "Command: `python benchmarks/augmentation.py --runs=RUN` after `./launch/demo.sh`.",

@@ -9,7 +9,7 @@ class UserError(Exception):
     """
 
 
-class LoneError(UserError):
+class SingleProcessError(UserError):
     """An error of one process of several, in a place where the others cannot be told.
 
     They wait for it in a collective until JAX finds that it is gone.

@@ -75,24 +75,29 @@ def main(argv: Sequence[str]) -> int:
     from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.data.loader import build_stream, iterate
     from cascaded_diffusion.data.sources import load_splits, spread_examples
-    from cascaded_diffusion.runtime.mesh import batch_share, build_mesh, together, told_by_first
+    from cascaded_diffusion.runtime.mesh import (
+        batch_share,
+        broadcast_from_process_0,
+        build_mesh,
+        fail_on_all_processes,
+    )
     from cascaded_diffusion.training.grid import GRID_COLUMNS, GRID_ROWS
     from cascaded_diffusion.training.loop import train
 
     # Whatever may be wrong is found before anything is written.
     build_stage(config.stage)
-    with together():
+    with fail_on_all_processes():
         splits = [config.data.train_split, config.data.eval_split]
         sources = load_splits(config.data, list(dict.fromkeys(splits)), config.stage)
         source, held_out = (sources[split] for split in splits)
         grid_examples = spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS)
-    (memory_mib,) = told_by_first([int(plan_topology.device_bytes() / 2**20)])
+    (memory_mib,) = broadcast_from_process_0([int(plan_topology.device_bytes() / 2**20)])
     divided, choice = plan_topology.divided(config, jax.device_count(), memory_mib * 2**20)
     check_devices(divided, jax.device_count())
     warning = plan_topology.check_memory(divided, jax.device_count(), memory_mib * 2**20)
     mesh = build_mesh(divided.mesh)
     index, count = batch_share(mesh)
-    with together():
+    with fail_on_all_processes():
         stream = build_stream(
             source,
             config.data,

@@ -70,7 +70,9 @@ def main(argv: Sequence[str]) -> int:
         cli.set_up_jax(platform="cpu")
         plans = []
         for i, (config, sampler) in enumerate(zip(configs, section.samplers, strict=True)):
-            is_cut = section.truncated and i + 1 < len(configs) and configs[i + 1].stage.has_level
+            is_cut = (
+                section.truncated and i + 1 < len(configs) and configs[i + 1].stage.has_aug_level
+            )
             stop_t = section.aug_levels[i] if is_cut else 0.0
             plans.append(stage_plan(config, sampler, stop_t=stop_t))
     from cascaded_diffusion.networks.kernels.execution import traced_for

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from cascaded_diffusion.commands import cli
-from cascaded_diffusion.commands.evaluate_run import build_run_judge
+from cascaded_diffusion.commands.evaluate_run import build_run_evaluator
 from cascaded_diffusion.config.run_checks import evaluation_mesh, run_config_from
 from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.errors import UserError
@@ -79,9 +79,12 @@ def _of_run(fv: flags.FlagValues, argv: Sequence[str]) -> int:
 
     mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     with folder.writer_lock("eval"):
-        judge = build_run_judge(fv, config, folder, mesh, fv.roles)
-    for role, reference in judge.references.items():
-        print(f"{folder.eval}/reference_{role}.npz: {reference.name}, {judge.features}", flush=True)
+        evaluator = build_run_evaluator(fv, config, folder, mesh, fv.roles)
+    for role, reference in evaluator.references.items():
+        print(
+            f"{folder.eval}/reference_{role}.npz: {reference.name}, {evaluator.features}",
+            flush=True,
+        )
     return 0
 
 

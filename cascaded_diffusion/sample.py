@@ -92,13 +92,18 @@ def main(argv: Sequence[str]) -> int:
     from cascaded_diffusion.evaluation.samples import generate
     from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
     from cascaded_diffusion.evaluation.trained import load_trained
-    from cascaded_diffusion.runtime.mesh import build_mesh, check_shared, together, told_by_first
+    from cascaded_diffusion.runtime.mesh import (
+        broadcast_from_process_0,
+        build_mesh,
+        check_shared,
+        fail_on_all_processes,
+    )
     from cascaded_diffusion.runtime.pictures import save_png
 
     # Every process samples by itself, on its own devices: nothing has to meet.
     check_devices(request.config, jax.local_device_count())
     mesh = build_mesh(request.config.mesh, jax.local_devices())
-    with together():
+    with fail_on_all_processes():
         real = None if request.low_res is not None or request.chosen else _real_images(request)
         trained = [load_trained(folder, mesh) for folder in request.folders]
     check_shared(output.path, "output")
@@ -117,21 +122,21 @@ def main(argv: Sequence[str]) -> int:
         sampler = generate.make_sampler_above(
             cascade, section.aug_levels, request.low_res.images, first=request.first, **how
         )
-    with together():
+    with fail_on_all_processes():
         store = SampleStore(
             output.path / ".batches",
             {**request.identity(), "stages": [t.identity for t in trained]},
             num_samples=section.num_samples,
             batch_size=min(section.batch_size, section.num_samples),
         )
-    with together():
-        if told_by_first([store.number]) != [store.number]:
+    with fail_on_all_processes():
+        if broadcast_from_process_0([store.number]) != [store.number]:
             raise UserError(
                 f"--workdir={fv.workdir}: the processes found other checkpoints, labels or images"
                 " when they started; run the same command again"
             )
     with contextlib.ExitStack() as stack:
-        with together():
+        with fail_on_all_processes():
             if is_first:
                 stack.enter_context(output.writer_lock("sample"))
                 store.clear_failure()

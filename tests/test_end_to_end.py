@@ -232,7 +232,7 @@ def test_sigterm_saves_and_exits_with_75_and_the_same_command_goes_on(tmp_path):
     assert "stopped by a signal" in out
     (step,) = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     again = _run("main", *(f.replace("steps=100000", f"steps={step + 2}") for f in flags))
-    assert f"going on from step {step}" in again
+    assert f"resuming from step {step}" in again
     assert f"finished, {step + 2} steps" in again
 
 
@@ -310,7 +310,7 @@ def test_photos_from_a_folder_are_prepared_shown_and_trained_on(tmp_path):
     assert curves[0] == curves[1]
     # And from the one to the other.
     longer = [f.replace("train_steps=6", "train_steps=8") for f in flags]
-    assert "going on from step 6" in _run("main", *longer, f"--workdir={tmp_path}/a")
+    assert "resuming from step 6" in _run("main", *longer, f"--workdir={tmp_path}/a")
 
     (tmp_path / "photos" / "train" / "bee" / "new.jpg").write_bytes(photo(1))
     even_longer = [f.replace("train_steps=6", "train_steps=9") for f in flags]

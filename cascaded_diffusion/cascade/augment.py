@@ -110,7 +110,7 @@ def condition(
 class NoAugment:
     """The clean low-res image, and no `aug_level` input (the paper's ablation)."""
 
-    has_level = False
+    has_aug_level = False
 
     def for_training(self, key: jax.Array, shape: tuple[int, ...]) -> Damage:
         """The damage of a training batch of low-res images of `shape` [B, h, w, C]."""
@@ -161,7 +161,7 @@ class GaussianAugment:
     num_timesteps: int | None
     max_level: float
 
-    has_level = True
+    has_aug_level = True
 
     def for_training(self, key: jax.Array, shape: tuple[int, ...]) -> Damage:
         level_key, noise_key = jax.random.split(key)

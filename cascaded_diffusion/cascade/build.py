@@ -74,7 +74,7 @@ def build_network(config: StageConfig) -> Network:
         scale_shift=network.scale_shift,
         scale_skips=network.scale_skips,
         noise_input=network.noise_input,
-        aug_level_input=config.has_level,
+        aug_level_input=config.has_aug_level,
         upsample=None if is_base else resize.UPSAMPLERS[network.upsample],
         dtype=jnp.dtype(network.dtype),
     )

@@ -65,7 +65,7 @@ class Cascade:
             self.truncated
             and 0 <= index < len(self.stages) - 1
             and self.stages[index] is not None
-            and self.stages[index + 1].config.has_level
+            and self.stages[index + 1].config.has_aug_level
         )
 
     def make_sampler(self) -> Callable[..., list[jax.Array]]:

@@ -72,7 +72,7 @@ class Stage:
             cond = Conditioning(
                 label=label,
                 low_res=jnp.zeros((batch_size, size, size, config.channels)),
-                aug_level=jnp.zeros((batch_size,)) if self.augment.has_level else None,
+                aug_level=jnp.zeros((batch_size,)) if self.augment.has_aug_level else None,
             )
         xt = jnp.zeros((batch_size, config.resolution, config.resolution, config.channels))
         return xt, jnp.zeros((batch_size,)), cond

@@ -30,7 +30,7 @@ from cascaded_diffusion.commands.interrupts import EXIT_INTERRUPTED, INTERRUPTS
 from cascaded_diffusion.config.convert import takes_text
 from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, StageConfig, to_dict
-from cascaded_diffusion.errors import LoneError, UserError
+from cascaded_diffusion.errors import SingleProcessError, UserError
 from cascaded_diffusion.files.paths import check_local_path
 from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster, meet
 from cascaded_diffusion.runtime.run_folder import CascadeFolder
@@ -76,7 +76,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     except (UserError, OSError) as e:
         print(f"error: {_one_line(e)}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
-        if isinstance(e, LoneError):
+        if isinstance(e, SingleProcessError):
             # At once: JAX would say goodbye to the others first, who do not listen.
             sys.stdout.flush()
             os._exit(code)
@@ -505,7 +505,7 @@ def set_up_jax(cluster: Cluster | None = None, *, platform: str | None = None) -
         asked = jax.config.jax_platforms or ""
         reason = (str(e).splitlines() or ["JAX finds no such device"])[0].strip()
         error = f"JAX_PLATFORMS={asked}: {reason}; here there is {_platforms_here(jax)}"
-        raise (UserError if cluster is None else LoneError)(error) from e
+        raise (UserError if cluster is None else SingleProcessError)(error) from e
     if backend == "cpu":
         _keep_freed_memory()
     INTERRUPTS.at_once = False
@@ -655,7 +655,7 @@ def check_cascade(config: CascadeConfig, stages: Sequence[StageConfig]) -> None:
         configs=section.configs[:num_stages],
         samplers=section.samplers[:num_stages],
         aug_levels=section.aug_levels[: num_stages - 1],
-        truncated=section.truncated and any(s.has_level for s in stages),
+        truncated=section.truncated and any(s.has_aug_level for s in stages),
     )
     values = to_dict(dataclasses.replace(config, cascade=first))
     check_chain(cascade_config_from(values).cascade, stages)

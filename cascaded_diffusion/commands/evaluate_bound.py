@@ -86,7 +86,7 @@ def evaluate_bound(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -
         "standard_error": values["bits_per_dim_error"],
         "num_images": count,
         "reference": f"{config.data.name}:{fv.bits_per_dim}:{stage.resolution}px",
-        "aug_level": config.eval.aug_level if stage.has_level else None,
+        "aug_level": config.eval.aug_level if stage.has_aug_level else None,
         "chain": to_dict(chain),
         "seed": config.eval.seed,
     }

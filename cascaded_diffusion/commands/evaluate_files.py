@@ -47,7 +47,7 @@ def _record(fv: flags.FlagValues) -> dict[str, Any]:
 
     cli.set_up_jax()
     from cascaded_diffusion.evaluation import reference as reference_lib
-    from cascaded_diffusion.evaluation.judge import Judge
+    from cascaded_diffusion.evaluation.evaluator import Evaluator
     from cascaded_diffusion.runtime.mesh import build_mesh
 
     statistics = images = None
@@ -78,9 +78,9 @@ def _record(fv: flags.FlagValues) -> dict[str, Any]:
             resize="none",
         )
         statistics = _joined(statistics, measured)
-    judge = Judge(extractor=extractor, references={"train": statistics}, classes=False)
+    evaluator = Evaluator(extractor=extractor, references={"train": statistics}, classes=False)
     try:
-        scores = judge.scores(samples.images, None, count)
+        scores = evaluator.scores(samples.images, None, count)
     except ValueError as e:  # features of another size, a covariance that is none
         raise UserError(f"--reference={fv.reference}: {e}") from e
     return {

@@ -9,7 +9,7 @@ from absl import flags
 
 from cascaded_diffusion.commands import cli
 from cascaded_diffusion.commands.evaluate_run import (
-    build_run_judge,
+    build_run_evaluator,
     folders_below,
     live_source,
     low_res_samples,
@@ -69,7 +69,7 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     mesh = build_mesh(evaluation_mesh(settings, jax.device_count()))
     seed = config.eval.seed if section is None else section.seed
     with folder.writer_lock("eval"):
-        judge = build_run_judge(fv, config, folder, splits, mesh, ("train", "val"))
+        evaluator = build_run_evaluator(fv, config, folder, splits, mesh, ("train", "val"))
         trained = load_trained(folder, mesh)
         stage = trained.stage
         sampler = config.stage.sampler if section is None else section.samplers[-1]
@@ -94,7 +94,7 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         else:
             source = sources.of_real_images(stage, sampler, splits["val"], **how)
         levels = None
-        if config.stage.has_level:
+        if config.stage.has_aug_level:
             levels = sources.at_levels(
                 stage,
                 sampler,
@@ -108,7 +108,7 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
                 config,
                 folder,
                 trained,
-                judge,
+                evaluator,
                 source,
                 num_samples=count,
                 seed=seed,

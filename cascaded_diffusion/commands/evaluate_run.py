@@ -19,7 +19,7 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 _POLL_SECS = 5.0
 
 
-def build_run_judge(
+def build_run_evaluator(
     fv: flags.FlagValues,
     config: RunConfig,
     folder: RunFolder,
@@ -27,8 +27,8 @@ def build_run_judge(
     mesh: Any,
     roles: Sequence[str],
 ) -> Any:
-    """The judge of a run, with the references of the roles "train" and "val" that are asked for."""
-    from cascaded_diffusion.evaluation.judge import build_extractor, build_judge
+    """Builds the evaluator of a run, with the references of the given roles ("train", "val")."""
+    from cascaded_diffusion.evaluation.evaluator import build_evaluator, build_extractor
 
     extractor = build_extractor(
         config,
@@ -39,7 +39,7 @@ def build_run_judge(
         load_inception=cli.inception_loader(fv, mesh),
         say=lambda line: print(line, flush=True),
     )
-    return build_judge(config, folder, extractor, {role: splits[role] for role in roles})
+    return build_evaluator(config, folder, extractor, {role: splits[role] for role in roles})
 
 
 def evaluate_checkpoints(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> int:
@@ -61,9 +61,9 @@ def evaluate_checkpoints(fv: flags.FlagValues, folder: RunFolder, config: RunCon
     splits = real_splits(folder, config, data_path=fv.data_path)
     mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     with folder.writer_lock("eval"):
-        judge = build_run_judge(fv, config, folder, splits, mesh, ("train",))
+        evaluator = build_run_evaluator(fv, config, folder, splits, mesh, ("train",))
         sources = _sources(config, splits["val"], below, stored, mesh)
-        scorer = score.RunScorer(config, folder, judge, sources, mesh)
+        scorer = score.RunScorer(config, folder, evaluator, sources, mesh)
         while True:
             # Asked before scoring: what is saved before the end is then seen by
             # the scoring that follows.

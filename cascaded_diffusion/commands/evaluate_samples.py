@@ -10,7 +10,7 @@ from absl import flags
 
 from cascaded_diffusion.commands import cli
 from cascaded_diffusion.commands.evaluate_files import num_samples
-from cascaded_diffusion.commands.evaluate_run import build_run_judge
+from cascaded_diffusion.commands.evaluate_run import build_run_evaluator
 from cascaded_diffusion.commands.run_images import real_splits
 from cascaded_diffusion.config.run_checks import check_sample_count, evaluation_mesh
 from cascaded_diffusion.config.schema import RunConfig
@@ -34,10 +34,10 @@ def evaluate_samples(fv: flags.FlagValues, folder: RunFolder, config: RunConfig)
     splits = real_splits(folder, config, data_path=fv.data_path)
     mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     with folder.writer_lock("eval"):
-        judge = build_run_judge(fv, config, folder, splits, mesh, ("train",))
+        evaluator = build_run_evaluator(fv, config, folder, splits, mesh, ("train",))
         labels = None if stored.labels is None else stored.labels[:count]
         record = score.record_for_samples(
-            judge,
+            evaluator,
             fv.samples,
             stored.images[:count],
             labels,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from cascaded_diffusion.commands import cli
-from cascaded_diffusion.commands.evaluate_run import build_run_judge
+from cascaded_diffusion.commands.evaluate_run import build_run_evaluator
 from cascaded_diffusion.commands.run_images import check_same_run_classes, real_splits
 from cascaded_diffusion.config.run_checks import check_sample_count, evaluation_mesh
 from cascaded_diffusion.config.schema import CascadeConfig
@@ -46,7 +46,7 @@ def evaluate_sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         raise UserError(
             f"--aug_levels, --truncated: {name!r} is a base model, without a low-res input"
         )
-    if fv.truncated and not stages[-1].has_level:
+    if fv.truncated and not stages[-1].has_aug_level:
         raise UserError(
             f"--truncated: {name!r} was trained with config.stage.augment.name ="
             f" {stages[-1].augment.name!r} and has no level to truncate at"
@@ -88,11 +88,11 @@ def evaluate_sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
     with runs.sweep_lock():
         with last.writer_lock("eval"):
-            judge = build_run_judge(fv, last_config, last, splits, mesh, ("train",))
+            evaluator = build_run_evaluator(fv, last_config, last, splits, mesh, ("train",))
         search = sweep_lib.Sweep(
             section,
             [load_trained(folder, mesh) for folder in folders],
-            judge,
+            evaluator,
             runs.sweep,
             mesh,
             num_samples=section.num_samples,

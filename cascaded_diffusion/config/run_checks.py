@@ -310,7 +310,7 @@ def check_chain(cascade: CascadeSection, stages: typing.Sequence[StageConfig]) -
                 )
         level = cascade.aug_levels[i]
         check_level(f"cascade.aug_levels[{i}]", level, stage)
-        if cascade.truncated and stage.has_level:
+        if cascade.truncated and stage.has_aug_level:
             if stage.low_res_schedule != below.schedule:
                 fail(
                     "cascade.truncated",
@@ -320,7 +320,7 @@ def check_chain(cascade: CascadeSection, stages: typing.Sequence[StageConfig]) -
                 )
             if rounded_level(level, stage) >= 1.0:
                 fail(f"cascade.aug_levels[{i}]", level, "a level below 1 to truncate at")
-    if cascade.truncated and not any(stage.has_level for stage in stages):
+    if cascade.truncated and not any(stage.has_aug_level for stage in stages):
         fail(
             "cascade.truncated",
             True,

@@ -141,7 +141,7 @@ class StageConfig:
         return self.num_classes
 
     @property
-    def has_level(self) -> bool:
+    def has_aug_level(self) -> bool:
         """Whether the stage has an `aug_level` to choose."""
         return self.augment.name == "gaussian"
 

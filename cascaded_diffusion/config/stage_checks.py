@@ -294,7 +294,7 @@ def rounded_level(level: float, stage: StageConfig) -> float:
 
 def check_level(key: str, level: float, stage: StageConfig) -> None:
     """Checks a level of conditioning augmentation. Raises UserError."""
-    if not stage.has_level:
+    if not stage.has_aug_level:
         if level != 0.0:
             fail(
                 key,

@@ -53,7 +53,7 @@ def stage_cost(stage: StageConfig) -> StageCost:
     efficient = network.name == "efficient_unet"
     embedding = 4 * network.channels
     cost._linear(stage.num_classes + 1, embedding, 0)
-    cost._linear(network.channels + embedding, embedding, 1 + stage.has_level)
+    cost._linear(network.channels + embedding, embedding, 1 + stage.has_aug_level)
     image = stage.channels * network.patch_size**2
     size = stage.resolution // network.patch_size
     width = network.channels

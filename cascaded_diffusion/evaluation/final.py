@@ -21,7 +21,7 @@ import numpy as np
 
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.evaluation import health
-from cascaded_diffusion.evaluation.judge import Judge
+from cascaded_diffusion.evaluation.evaluator import Evaluator
 from cascaded_diffusion.evaluation.samples.sample_sources import LevelSource, SampleSource, fill
 from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
@@ -38,7 +38,7 @@ def final_numbers(
     config: RunConfig,
     folder: RunFolder,
     trained: TrainedStage,
-    judge: Judge,
+    evaluator: Evaluator,
     source: SampleSource,
     *,
     num_samples: int,
@@ -52,7 +52,7 @@ def final_numbers(
       config: the run's.
       folder: the run's.
       trained: its chosen checkpoint.
-      judge: with the references "train" and "val".
+      evaluator: with the references "train" and "val".
       source: of the samples.
       num_samples: how many.
       seed: of the samples' noise.
@@ -72,9 +72,10 @@ def final_numbers(
         "num_samples": num_samples,
         **source.record,
         "seed": seed,
-        "features": judge.features,
+        "features": evaluator.features,
         "references": {
-            role: {"name": r.name, **vars(r.fingerprint)} for role, r in judge.references.items()
+            role: {"name": r.name, **vars(r.fingerprint)}
+            for role, r in evaluator.references.items()
         },
     }
     known = _stored(folder, name, about)
@@ -84,14 +85,14 @@ def final_numbers(
         store.remove()
         return known
     fill(store, source, trained.params, label=f"{trained.name}, low-res {source.about}")
-    measurement, agreement, first = measured(judge, store, stage.num_classes)
+    measurement, agreement, first = measured(evaluator, store, stage.num_classes)
     metrics: dict[str, float] = {}
-    for role, reference in judge.references.items():
+    for role, reference in evaluator.references.items():
         for metric, value in measurement.distances(reference).items():
             metrics[f"{metric}_{role}"] = value
     metrics |= measurement.own()
     condition: dict[str, Any] = {}
-    real = judge.references["train"].pixels
+    real = evaluator.references["train"].pixels
     if real is not None:
         condition |= health.drift(measurement.pixels, real)
     if agreement is not None:

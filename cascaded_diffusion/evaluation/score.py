@@ -14,7 +14,7 @@ from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import early_stopping, health
-from cascaded_diffusion.evaluation.judge import Judge, judged_labels, shown
+from cascaded_diffusion.evaluation.evaluator import Evaluator, evaluated_labels, shown
 from cascaded_diffusion.evaluation.measure import Measurement, counted, metric_name
 from cascaded_diffusion.evaluation.samples.sample_sources import SampleSource, fill
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
@@ -34,7 +34,7 @@ class RunScorer:
     Args:
       config: the run's config.
       folder: the run folder.
-      judge: from `build_judge`.
+      evaluator: from `build_evaluator`.
       sources: of the samples. Checkpoints are chosen by the first. Stages are trained
         independently of each other (paper, section 4): for a super-resolution stage
         that is best real low-res images.
@@ -45,14 +45,14 @@ class RunScorer:
         self,
         config: RunConfig,
         folder: RunFolder,
-        judge: Judge,
+        evaluator: Evaluator,
         sources: Sequence[SampleSource],
         mesh: Mesh,
     ):
-        self._config, self._folder, self._judge = config, folder, judge
+        self._config, self._folder, self._evaluator = config, folder, evaluator
         self._sources = sources
         self._abstract_params = abstract_params(build_stage(config.stage), mesh)
-        self._metric = metric_name("fid", judge.extractor.name, config.eval.num_samples)
+        self._metric = metric_name("fid", evaluator.extractor.name, config.eval.num_samples)
         self._curves = ScoreCurves(folder)
 
     def score_new_checkpoints(self) -> int:
@@ -86,8 +86,8 @@ class RunScorer:
         """What is measured, without the step: the part of a record that is its identity."""
         return {
             "num_samples": self._config.eval.num_samples,
-            "reference": self._judge.reference,
-            "features": self._judge.features,
+            "reference": self._evaluator.reference,
+            "features": self._evaluator.features,
             **source.record,
             "seed": self._config.eval.seed,
         }
@@ -199,8 +199,8 @@ class RunScorer:
         config, name = self._config, self._config.stage.name
         about = f"step {step}, EMA {ema_decay:g}, low-res {source.about}"
         fill(store, source, params, label=about)
-        measurement, agreement, first = measured(self._judge, store, config.stage.num_classes)
-        values = {**measurement.distances(self._judge.references["train"]), **measurement.own()}
+        measurement, agreement, first = measured(self._evaluator, store, config.stage.num_classes)
+        values = {**measurement.distances(self._evaluator.references["train"]), **measurement.own()}
         if agreement is not None:
             values[counted("psnr_low_res", store.num_samples)] = agreement.psnr
         several = f"_ema_{ema_decay:g}" if len(config.eval.ema_decays) > 1 else ""
@@ -229,14 +229,14 @@ class RunScorer:
 
 
 def measured(
-    judge: Judge, store: SampleStore, num_classes: int
+    evaluator: Evaluator, store: SampleStore, num_classes: int
 ) -> tuple[Measurement, health.LowResAgreement | None, np.ndarray]:
     """The sums over a full store, what an enlargement kept of its input, the first images."""
-    measurement = judge.measurement(store.num_samples)
+    measurement = evaluator.measurement(store.num_samples)
     errors, first = [], []
     for arrays in store.batches():
         images = arrays["images"]
-        measurement.add(images, judged_labels(arrays["labels"], num_classes))
+        measurement.add(images, evaluated_labels(arrays["labels"], num_classes))
         if "low_res" in arrays:
             errors.append(health.low_res_errors(images, arrays["low_res"]))
         if sum(map(len, first)) < GRID_IMAGES:
@@ -252,14 +252,14 @@ def save_grid(folder: RunFolder, name: str, images: np.ndarray) -> None:
 
 
 def record_for_samples(
-    judge: Judge, path: str, images: Any, labels: np.ndarray | None, *, num_classes: int
+    evaluator: Evaluator, path: str, images: Any, labels: np.ndarray | None, *, num_classes: int
 ) -> Mapping[str, Any]:
     """The scores of a stored set of samples as one record."""
-    judged = None if labels is None else judged_labels(labels, num_classes)
+    evaluated = None if labels is None else evaluated_labels(labels, num_classes)
     return {
         "samples": path,
         "num_samples": len(images),
-        "reference": judge.reference,
-        "features": judge.features,
-        **judge.scores(images, judged),
+        "reference": evaluator.reference,
+        "features": evaluator.features,
+        **evaluator.scores(images, evaluated),
     }

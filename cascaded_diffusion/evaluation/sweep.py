@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.config.schema import CascadeSection, to_dict
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.judge import Judge, judged_labels
+from cascaded_diffusion.evaluation.evaluator import Evaluator, evaluated_labels
 from cascaded_diffusion.evaluation.measure import metric_name
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.stored_images import save_samples, stored_samples
@@ -37,7 +37,7 @@ class Sweep:
     Args:
       section: the cascade.
       trained: its stages up to the one that is swept, which is the last of them.
-      judge: of that stage's run.
+      evaluator: of that stage's run.
       folder: where records, table, plot and stored samples are kept.
       mesh: the device mesh.
       num_samples: per setting.
@@ -54,7 +54,7 @@ class Sweep:
         self,
         section: CascadeSection,
         trained: Sequence[TrainedStage],
-        judge: Judge,
+        evaluator: Evaluator,
         folder: pathlib.Path,
         mesh: Mesh,
         *,
@@ -66,14 +66,19 @@ class Sweep:
                 f"config.cascade.num_samples = {num_samples}: expected at least 2 to compare"
                 " settings by"
             )
-        self._section, self._trained, self._judge, self._mesh = section, trained, judge, mesh
+        self._section, self._trained, self._evaluator, self._mesh = (
+            section,
+            trained,
+            evaluator,
+            mesh,
+        )
         self._folder, self._num_samples, self._batch_size = folder, num_samples, batch_size
         self._index = len(trained) - 1
         self._name = trained[-1].stage.config.name
         self._params = [t.params for t in trained]
         self._num_classes = trained[0].stage.config.num_classes
         self._labels = generate.class_balanced_labels(num_samples, self._num_classes)
-        self.metric = metric_name("fid", judge.extractor.name, num_samples)
+        self.metric = metric_name("fid", evaluator.extractor.name, num_samples)
         self._programs: dict[Any, tuple[Cascade, Callable[..., Any]]] = {}
         self._below: dict[bool, np.ndarray] = {}
         self._records_path = folder / f"{self._name}.jsonl"
@@ -121,8 +126,8 @@ class Sweep:
             "truncated": setting.truncated,
             "num_samples": self._num_samples,
             "seed": self._section.seed,
-            "reference": self._judge.reference,
-            "features": self._judge.features,
+            "reference": self._evaluator.reference,
+            "features": self._evaluator.features,
         }
 
     def _stored(self, setting: Setting) -> dict[str, Any] | None:
@@ -153,7 +158,7 @@ class Sweep:
             images = self._generate(sampler, self._params, label)[-1]
         except ValueError as e:  # samples that are not finite: of this setting alone
             return {**self._identity(setting), self.metric: None, "failed": str(e)}
-        scores = self._judge.scores(images, judged_labels(self._labels, self._num_classes))
+        scores = self._evaluator.scores(images, evaluated_labels(self._labels, self._num_classes))
         return {**self._identity(setting), **scores}
 
     def _generate(
@@ -168,7 +173,7 @@ class Sweep:
         )
 
     def _stops_the_chain_below(self, setting: Setting) -> bool:
-        return setting.truncated and self._trained[-1].stage.config.has_level
+        return setting.truncated and self._trained[-1].stage.config.has_aug_level
 
     def _samples_below(self, truncated: bool) -> np.ndarray:
         """The samples to enlarge; `truncated` is about the enlargements below them."""

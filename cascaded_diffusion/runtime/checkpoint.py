@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from cascaded_diffusion.config.schema import CheckpointConfig, ema_name
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.mesh import together, told_by_first
+from cascaded_diffusion.runtime.mesh import broadcast_from_process_0, fail_on_all_processes
 from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
 
 MANIFEST = "manifest.json"
@@ -185,7 +185,7 @@ class CheckpointWriter:
           UserError: this save, or an earlier one that ran in the background, failed, or the
             run folder is not there any more.
         """
-        with together():  # the first process's manifest alone may have failed
+        with fail_on_all_processes():  # the first process's manifest alone may have failed
             self._finish(step)
             if jax.process_index() == 0:
                 self._folder.check_held()
@@ -262,7 +262,7 @@ class CheckpointWriter:
 
         To be called by every process; the first one, which writes the manifest, looks.
         """
-        with together():
+        with fail_on_all_processes():
             self._finish(step)
             if jax.process_index() == 0:
                 problem = damage(self._folder.checkpoints / str(step))
@@ -298,10 +298,10 @@ class CheckpointWriter:
         """
         # Of several processes the first looks, and clears away: all must restore the same.
         step: int | None = None
-        with together():
+        with fail_on_all_processes():
             if jax.process_index() == 0:
                 step = self._newest_intact(start_over)
-        (told,) = told_by_first([-1 if step is None else step])
+        (told,) = broadcast_from_process_0([-1 if step is None else step])
         step = None if told < 0 else told
         if jax.process_index() > 0:
             self._manager.reload()

@@ -108,7 +108,7 @@ def global_batch(local: Any, mesh: Mesh) -> Any:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def fail_on_all_processes() -> Iterator[None]:
     """What one process cannot do in the block, none does: its error is raised in all.
 
     Every process must come to the block's end, which no collective may lie before.
@@ -121,10 +121,10 @@ def together() -> Iterator[None]:
     except OSError as e:
         error = UserError(str(e))
         error.__cause__ = e
-    raise_together(error)
+    raise_on_all_processes(error)
 
 
-def told_by_first(values: Sequence[int]) -> list[int]:
+def broadcast_from_process_0(values: Sequence[int]) -> list[int]:
     """The first process's numbers, in all processes."""
     if jax.process_count() == 1:
         return list(values)
@@ -141,13 +141,13 @@ def check_shared(folder: pathlib.Path, flag: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    (number,) = told_by_first([secrets.randbelow(2**31)])
+    (number,) = broadcast_from_process_0([secrets.randbelow(2**31)])
     mark = folder / f".shared-{number}"
-    with together():
+    with fail_on_all_processes():
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             mark.touch()
-    with together():
+    with fail_on_all_processes():
         deadline = time.monotonic() + _SHARED_SECS
         while not mark.exists():
             if time.monotonic() > deadline:
@@ -161,7 +161,7 @@ def check_shared(folder: pathlib.Path, flag: str) -> None:
         mark.unlink(missing_ok=True)
 
 
-def raise_together(error: UserError | None) -> None:
+def raise_on_all_processes(error: UserError | None) -> None:
     """Raises `error`, and in the processes that have none that another one has.
 
     To be called by every process: otherwise the others would wait for ever for one that is gone.

@@ -40,7 +40,7 @@ class GridSampler:
         if stage.augment is not None:
             self._low_res = np.asarray(stage.low_res_from(float_from_uint8(examples["image"])))
             self._labels = examples["label"] if num_classes else None
-            level = config.eval.aug_level if stage.augment.has_level else None
+            level = config.eval.aug_level if stage.augment.has_aug_level else None
 
         def sample(params: Any, key: jax.Array, indices: Any, labels: Any, low_res: Any) -> Any:
             image = stage.sample(

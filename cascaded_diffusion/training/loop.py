@@ -17,7 +17,7 @@ from cascaded_diffusion.cascade.build import build_stage, check_precision
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.run_checks import check_resume
 from cascaded_diffusion.config.schema import RunConfig, ema_name
-from cascaded_diffusion.errors import LoneError, UserError
+from cascaded_diffusion.errors import SingleProcessError, UserError
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import monitor
 from cascaded_diffusion.runtime.accelerators import accelerator_of
@@ -132,13 +132,13 @@ _REASONS = ("complete", "early_stop")
 def _finished_for_all(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outcome | None:
     """The same as the first process sees it, in all."""
     outcome = None
-    with mesh_lib.together():
+    with mesh_lib.fail_on_all_processes():
         if jax.process_index() == 0:
             outcome = _finished(folder, config, start_over=start_over)
     told = (-1, 0)
     if outcome is not None:
         told = (_REASONS.index(outcome.reason), outcome.step)
-    reason, step = mesh_lib.told_by_first(told)
+    reason, step = mesh_lib.broadcast_from_process_0(told)
     return None if reason < 0 else Outcome(reason=_REASONS[reason], step=step)
 
 
@@ -179,11 +179,11 @@ def train(
     mesh = mesh_lib.build_mesh(config.mesh) if mesh is None else mesh
     is_first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        with mesh_lib.together():
+        with mesh_lib.fail_on_all_processes():
             if is_first_process:
                 stack.enter_context(folder.writer_lock("train"))
         mesh_lib.check_shared(folder.path, "workdir")
-        with mesh_lib.together():
+        with mesh_lib.fail_on_all_processes():
             _prepare_folder(folder, config, data)
         outcome = _finished_for_all(folder, config, start_over=start_over)
         if outcome is not None:
@@ -260,7 +260,7 @@ def _train(
         f" {_mesh_name(mesh)}; state {_state_gb(state):.2g} GB per device"
     )
     if first_step:
-        say(f"going on from step {first_step}")
+        say(f"resuming from step {first_step}")
 
     writer = MetricWriter(folder, resume_step=first_step) if is_first_process else None
     sample_grid = GridSampler(step_lib.sampled_stage(stage, mesh), config, mesh, grid_examples)
@@ -409,7 +409,7 @@ def _asked_to_stop(folder: RunFolder, config: RunConfig, step: int) -> bool:
     if step % config.train.log_every_steps:
         return False
     asked = jax.process_index() == 0 and folder.asked_to_stop(config.eval.patience_evals)
-    return bool(mesh_lib.told_by_first([int(asked)])[0])
+    return bool(mesh_lib.broadcast_from_process_0([int(asked)])[0])
 
 
 @contextlib.contextmanager
@@ -420,7 +420,7 @@ def _alone() -> Iterator[None]:
     except (UserError, OSError) as e:
         if jax.process_count() == 1:
             raise
-        raise LoneError(str(e)) from e
+        raise SingleProcessError(str(e)) from e
 
 
 def _check_finite(values: dict[str, float], step: int, checkpoints: CheckpointWriter) -> None:

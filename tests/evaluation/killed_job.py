@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 from cascaded_diffusion.config.schema import MeshConfig
-from cascaded_diffusion.evaluation.judge import Judge
+from cascaded_diffusion.evaluation.evaluator import Evaluator
 from cascaded_diffusion.evaluation.reference import measure_reference
 from cascaded_diffusion.evaluation.samples.sample_sources import SampleSource
 from cascaded_diffusion.evaluation.score import RunScorer
@@ -46,7 +46,7 @@ def score(path, pause_secs):
         crop="none",
         resize="none",
     )
-    judge = Judge(extractor=extractor, references={"train": reference}, classes=True)
+    evaluator = Evaluator(extractor=extractor, references={"train": reference}, classes=True)
 
     def make(params, indices):
         time.sleep(pause_secs)
@@ -56,7 +56,7 @@ def score(path, pause_secs):
     source = SampleSource(kind="none", record={"low_res": "none"}, about="no network", make=make)
     with folder.writer_lock("eval"):
         scorer = RunScorer(
-            config, folder, judge, [source], build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+            config, folder, evaluator, [source], build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
         )
         scorer.score_new_checkpoints()
         scorer.close()

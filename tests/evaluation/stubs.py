@@ -1,4 +1,4 @@
-"""An extractor that takes no network, and a judge whose verdicts are known."""
+"""An extractor that takes no network, and a evaluator whose verdicts are known."""
 
 import types
 
@@ -22,7 +22,7 @@ class Extractor:
         return Features(features.astype(np.float32), 3 * features[:, :10], spatial)
 
 
-class Judge:
+class Evaluator:
     """Gives each set of samples the next of a list of distances.
 
     `seen` has the images and labels of every set.
@@ -46,8 +46,8 @@ class Judge:
 
 
 class _Measurement:
-    def __init__(self, judge, num_samples):
-        self._judge, self._num_samples = judge, num_samples
+    def __init__(self, evaluator, num_samples):
+        self._evaluator, self._num_samples = evaluator, num_samples
         self._images, self._labels = [], []
 
     def add(self, images, labels):
@@ -57,8 +57,8 @@ class _Measurement:
     def distances(self, reference):
         del reference
         labels = None if self._labels[0] is None else np.concatenate(self._labels)
-        self._judge.seen.append((np.concatenate(self._images), labels))
-        return {metric_name("fid", "stub", self._num_samples): next(self._judge.distances)}
+        self._evaluator.seen.append((np.concatenate(self._images), labels))
+        return {metric_name("fid", "stub", self._num_samples): next(self._evaluator.distances)}
 
     def own(self):
         return {metric_name("accuracy", "stub", self._num_samples): 0.5}

@@ -1,4 +1,4 @@
-"""Scoring a real (tiny) run with a judge whose verdicts are known."""
+"""Scoring a real (tiny) run with a evaluator whose verdicts are known."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ import pytest
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.data.sources import examples
 from cascaded_diffusion.evaluation import score
+from cascaded_diffusion.evaluation.evaluator import build_evaluator
 from cascaded_diffusion.evaluation.final import final_numbers
-from cascaded_diffusion.evaluation.judge import build_judge
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples import sample_sources as sources
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
@@ -24,7 +24,7 @@ from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
-from tests.evaluation.stubs import Extractor, Judge
+from tests.evaluation.stubs import Evaluator, Extractor
 from tests.tiny import ROOT, random_source, round_trip, tiny_base, tiny_sr
 from tests.training.test_training import SOURCE, _train
 
@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
     return folders
 
 
-def _scorer(folder, judge, *, below=None, config=None):
+def _scorer(folder, evaluator, *, below=None, config=None):
     config = config or folder.read_config()
     mesh, stage = build_mesh(config.mesh), build_stage(config.stage)
     how = dict(seed=config.eval.seed, mesh=mesh)
@@ -84,7 +84,7 @@ def _scorer(folder, judge, *, below=None, config=None):
                 **how,
             )
         )
-    return score.RunScorer(config, folder, judge, made, mesh)
+    return score.RunScorer(config, folder, evaluator, made, mesh)
 
 
 @pytest.fixture
@@ -97,8 +97,8 @@ def clean(runs):
 
 def test_every_checkpoint_once_the_best_chosen_and_training_stopped(clean):
     folder = clean["base16"]
-    judge = Judge([3.0, 5.0, 4.0])
-    assert _scorer(folder, judge).score_new_checkpoints() == 3
+    evaluator = Evaluator([3.0, 5.0, 4.0])
+    assert _scorer(folder, evaluator).score_new_checkpoints() == 3
     records = read_lines(folder.results_path)
     assert [(r["step"], r["metric"], r["value"]) for r in records] == [
         (step, metric, value)
@@ -108,13 +108,13 @@ def test_every_checkpoint_once_the_best_chosen_and_training_stopped(clean):
     assert all(r["num_samples"] == 40 and r["low_res"] == "none" for r in records)
     assert folder.chosen().step == 2
     assert folder.early_stop_path.exists()  # two scores without a better one
-    images, labels = judge.seen[0]
+    images, labels = evaluator.seen[0]
     assert (images.shape, images.dtype) == ((40, 16, 16, 1), np.uint8)
     np.testing.assert_array_equal(labels, np.arange(40) % 10)
     assert (folder.eval / "step_2_none.png").exists()
 
-    # Again: nothing is scored twice (the judge has no verdict left).
-    assert _scorer(folder, Judge([])).score_new_checkpoints() == 0
+    # Again: nothing is scored twice (the evaluator has no verdict left).
+    assert _scorer(folder, Evaluator([])).score_new_checkpoints() == 0
     assert read_lines(folder.results_path) == records
 
     # The trainer honours it.
@@ -131,13 +131,13 @@ def _restore_config(folder):
 
 def test_super_resolution_is_scored_on_real_and_on_generated_input(clean):
     base, sr = clean["base16"], clean["sr32"]
-    _scorer(base, Judge([3.0, 2.0, 1.0])).score_new_checkpoints()
+    _scorer(base, Evaluator([3.0, 2.0, 1.0])).score_new_checkpoints()
     mesh = build_mesh(sr.read_config().mesh)
     previous = load_trained(base, mesh)
     assert previous.name == "base16@6, EMA 0.995"
     source = f"samples:{previous.identity}"
-    judge = Judge([1.0, 9.0, 2.0, 8.0, 3.0, 7.0])
-    _scorer(sr, judge, below=previous).score_new_checkpoints()
+    evaluator = Evaluator([1.0, 9.0, 2.0, 8.0, 3.0, 7.0])
+    _scorer(sr, evaluator, below=previous).score_new_checkpoints()
     everything = read_lines(sr.results_path)
     assert {r["metric"] for r in everything} == {FD, ACCURACY, PSNR}
     records = [r for r in everything if r["metric"] == FD]
@@ -150,7 +150,7 @@ def test_super_resolution_is_scored_on_real_and_on_generated_input(clean):
         (6, source, 7.0),
     ]
     assert sr.chosen().step == 2  # by real input: stages are trained independently
-    real_images, real_labels = judge.seen[0]
+    real_images, real_labels = evaluator.seen[0]
     assert real_images.shape == (40, 32, 32, 1)
     rows = np.arange(40) * 64 // 40
     np.testing.assert_array_equal(real_labels, SOURCE.reader.raw.labels[rows])
@@ -162,12 +162,12 @@ def test_a_damaged_checkpoint_is_recorded_as_failed_once_and_passed_over(clean):
     original = data.read_bytes()
     data.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     try:
-        assert _scorer(folder, Judge([3.0, 2.0])).score_new_checkpoints() == 3
+        assert _scorer(folder, Evaluator([3.0, 2.0])).score_new_checkpoints() == 3
         failed = [r for r in read_lines(folder.results_path) if r["value"] is None]
         assert [r["step"] for r in failed] == [4]
         assert "has changed since it was written" in failed[0]["failed"]
         assert folder.chosen().step == 6
-        assert _scorer(folder, Judge([])).score_new_checkpoints() == 0
+        assert _scorer(folder, Evaluator([])).score_new_checkpoints() == 0
     finally:
         data.write_bytes(original)
 
@@ -177,9 +177,9 @@ def test_samples_do_not_depend_on_the_batch_size(clean):
     images = []
     for batch_size in (40, 16):
         config = round_trip(folder.read_config(), eval__batch_size=batch_size)
-        judge = Judge([1.0] * 3)
-        _scorer(folder, judge, config=config).score_new_checkpoints()
-        images.append(judge.seen[0][0].astype(int))
+        evaluator = Evaluator([1.0] * 3)
+        _scorer(folder, evaluator, config=config).score_new_checkpoints()
+        images.append(evaluator.seen[0][0].astype(int))
         folder.results_path.unlink()
     # Another batch size may round a last bit, never draw other noise.
     assert np.abs(images[0] - images[1]).max() <= 1
@@ -187,7 +187,7 @@ def test_samples_do_not_depend_on_the_batch_size(clean):
 
 def test_results_are_one_json_object_a_line(clean):
     folder = clean["base16"]
-    _scorer(folder, Judge([3.0, 2.0, 1.0])).score_new_checkpoints()
+    _scorer(folder, Evaluator([3.0, 2.0, 1.0])).score_new_checkpoints()
     lines = folder.results_path.read_text().splitlines()
     assert len(lines) == 6
     assert all(isinstance(json.loads(line), dict) for line in lines)
@@ -198,14 +198,14 @@ def test_every_ema_is_scored_and_the_best_is_chosen(tmp_path):
     config = _config(tiny_base, train__ema_decays=(0.05, 0.99), eval__ema_decays=(0.05, 0.99))
     folder = RunFolder(tmp_path)
     _train(config, folder.path)
-    judge = Judge([3.0, 4.0, 5.0, 2.0, 6.0, 7.0])
-    _scorer(folder, judge).score_new_checkpoints()
+    evaluator = Evaluator([3.0, 4.0, 5.0, 2.0, 6.0, 7.0])
+    _scorer(folder, evaluator).score_new_checkpoints()
     chosen = folder.chosen()
     assert (chosen.step, chosen.ema_decay) == (4, 0.99)
-    assert not np.array_equal(judge.seen[2][0], judge.seen[3][0])  # of two EMAs of one step
+    assert not np.array_equal(evaluator.seen[2][0], evaluator.seen[3][0])  # of two EMAs of one step
     assert len(list(folder.eval.glob("step_4_ema_*_none.png"))) == 2
     assert load_trained(folder, build_mesh(config.mesh)).name == "base16@4, EMA 0.99"
-    assert _scorer(folder, Judge([])).score_new_checkpoints() == 0
+    assert _scorer(folder, Evaluator([])).score_new_checkpoints() == 0
 
 
 def test_the_identity_of_a_stage_changes_with_its_config_and_its_weights(clean, tmp_path):
@@ -307,12 +307,12 @@ def _final(folder, mesh, *, num_samples=30, below=(), held_out=HELD_OUT):
             kind="cascade",
             **how,
         )
-    judge = build_judge(config, folder, Extractor(), {"train": HELD_OUT, "val": HELD_OUT})
+    evaluator = build_evaluator(config, folder, Extractor(), {"train": HELD_OUT, "val": HELD_OUT})
     return final_numbers(
         config,
         folder,
         trained,
-        judge,
+        evaluator,
         source,
         num_samples=num_samples,
         seed=config.eval.seed,
@@ -379,11 +379,11 @@ def test_final_numbers_are_one_table_one_json_and_the_samples(clean):
 def test_a_reference_is_made_once(clean):
     folder = clean["base16"]
     config = folder.read_config()
-    judge = build_judge(config, folder, Extractor(), {"train": HELD_OUT})
-    assert judge.reference.startswith("noise:test:64:16px:crop none:resize area:")
+    evaluator = build_evaluator(config, folder, Extractor(), {"train": HELD_OUT})
+    assert evaluator.reference.startswith("noise:test:64:16px:crop none:resize area:")
     path = folder.eval / "reference_train.npz"
     before = path.stat().st_mtime_ns
-    build_judge(config, folder, Extractor(), {"train": HELD_OUT})
+    build_evaluator(config, folder, Extractor(), {"train": HELD_OUT})
     assert path.stat().st_mtime_ns == before
 
 
@@ -434,7 +434,7 @@ def test_curves_are_the_records(clean):
 
     folder = clean["base16"]
     for distances in ([3.0, 2.0, 1.0], []):  # a second process adds nothing, and loses nothing
-        scorer = _scorer(folder, Judge(distances))
+        scorer = _scorer(folder, Evaluator(distances))
         scorer.score_new_checkpoints()
         scorer.close()
         events = EventAccumulator(str(folder.eval)).Reload()
@@ -445,15 +445,15 @@ def test_curves_are_the_records(clean):
 def test_a_step_that_was_trained_again_is_scored_again(clean, tmp_path):
     folder = RunFolder(tmp_path)
     shutil.copytree(clean["base16"].path, folder.path, dirs_exist_ok=True)
-    _scorer(folder, Judge([3.0, 2.0, 1.0])).score_new_checkpoints()
+    _scorer(folder, Evaluator([3.0, 2.0, 1.0])).score_new_checkpoints()
     assert folder.chosen().step == 6
     # As if step 6 had been lost, and saved anew with other weights.
     shutil.rmtree(folder.checkpoints / "6")
     shutil.copytree(folder.checkpoints / "4", folder.checkpoints / "6")
     checkpoint.write_manifest(folder.checkpoints / "6", 6)
-    assert _scorer(folder, Judge([2.5])).score_new_checkpoints() == 1
+    assert _scorer(folder, Evaluator([2.5])).score_new_checkpoints() == 1
     assert folder.chosen().step == 4
-    assert _scorer(folder, Judge([])).score_new_checkpoints() == 0
+    assert _scorer(folder, Evaluator([])).score_new_checkpoints() == 0
 
 
 def test_the_best_is_chosen_before_the_next_checkpoint_is_read(clean, monkeypatch):
@@ -465,7 +465,7 @@ def test_the_best_is_chosen_before_the_next_checkpoint_is_read(clean, monkeypatc
         return original(self, step)
 
     monkeypatch.setattr(RunFolder, "reading", reading)
-    _scorer(folder, Judge([1.0, 2.0, 0.5])).score_new_checkpoints()
+    _scorer(folder, Evaluator([1.0, 2.0, 0.5])).score_new_checkpoints()
     assert chosen == [None, 2, 2]
 
 
@@ -480,5 +480,5 @@ def test_a_stored_batch_that_is_damaged_is_made_again(clean, monkeypatch):
             damaged[0].write_bytes(damaged[0].read_bytes()[:100])
 
     monkeypatch.setattr(score, "fill", fill)
-    assert _scorer(folder, Judge([3.0, 2.0, 1.0])).score_new_checkpoints() == 3
+    assert _scorer(folder, Evaluator([3.0, 2.0, 1.0])).score_new_checkpoints() == 3
     assert all(r["value"] is not None for r in read_lines(folder.results_path))

@@ -1,4 +1,4 @@
-"""The search after training, on a real (tiny) cascade with a judge whose verdicts are known."""
+"""The search after training, on a real (tiny) cascade with a evaluator whose verdicts are known."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder
-from tests.evaluation.stubs import Judge
+from tests.evaluation.stubs import Evaluator
 from tests.tiny import config_values, tiny_base, tiny_sr
 from tests.training.test_training import _train
 
@@ -50,9 +50,9 @@ def _section(truncated=False):
     return dataclasses.replace(section, samplers=short, truncated=truncated)
 
 
-def _sweep(section, trained, judge, folder, mesh):
+def _sweep(section, trained, evaluator, folder, mesh):
     return Sweep(
-        section, trained, judge, folder, mesh, num_samples=NUM_SAMPLES, batch_size=BATCH_SIZE
+        section, trained, evaluator, folder, mesh, num_samples=NUM_SAMPLES, batch_size=BATCH_SIZE
     )
 
 
@@ -63,10 +63,10 @@ def _settings(section, trained, **choices):
 def test_every_setting_gives_what_sampling_the_cascade_with_it_gives(trained, tmp_path, mesh):
     section = _section()
     settings = _settings(section, trained, aug_levels=[0.1, 0.6], truncated=[False, True])
-    judge = Judge([4.0, 3.0, 2.0, 5.0])
-    rows = _sweep(section, trained, judge, tmp_path, mesh).run(settings)
+    evaluator = Evaluator([4.0, 3.0, 2.0, 5.0])
+    rows = _sweep(section, trained, evaluator, tmp_path, mesh).run(settings)
     assert [row[METRIC] for row in rows] == [4.0, 3.0, 2.0, 5.0]
-    for setting, (images, labels) in zip(settings, judge.seen, strict=True):
+    for setting, (images, labels) in zip(settings, evaluator.seen, strict=True):
         chosen = with_setting(section, 1, setting)
         cascade = Cascade(
             stages=[t.stage for t in trained],
@@ -99,16 +99,16 @@ def test_every_setting_gives_what_sampling_the_cascade_with_it_gives(trained, tm
 def test_what_is_scored_is_not_scored_again_and_base_samples_are_made_once(trained, tmp_path, mesh):
     section = _section()
     first = _settings(section, trained, aug_levels=[0.1])
-    _sweep(section, trained, Judge([4.0]), tmp_path, mesh).run(first)
+    _sweep(section, trained, Evaluator([4.0]), tmp_path, mesh).run(first)
     stamp = (tmp_path / "base16.npz").stat().st_mtime_ns
     more = _settings(section, trained, aug_levels=[0.1, 0.2])
-    rows = _sweep(section, trained, Judge([3.0]), tmp_path, mesh).run(more)
+    rows = _sweep(section, trained, Evaluator([3.0]), tmp_path, mesh).run(more)
     assert [row[METRIC] for row in rows] == [4.0, 3.0]
     assert (tmp_path / "base16.npz").stat().st_mtime_ns == stamp
 
     # Other base samples, other scores.
     other = dataclasses.replace(section, seed=7)
-    rows = _sweep(other, trained, Judge([9.0]), tmp_path, mesh).run(first)
+    rows = _sweep(other, trained, Evaluator([9.0]), tmp_path, mesh).run(first)
     assert rows[0][METRIC] == 9.0
     about = read_arrays(tmp_path / "base16.npz")["provenance"]
     assert json.loads(str(about))["seed"] == 7
@@ -126,7 +126,7 @@ def test_a_base_model_is_swept_over_steps_and_samplers(trained, tmp_path, mesh):
         ("heun", 2),
         ("heun", 3),
     ]
-    rows = _sweep(section, base, Judge([4.0, 3.0, 2.0, 1.0]), tmp_path, mesh).run(settings)
+    rows = _sweep(section, base, Evaluator([4.0, 3.0, 2.0, 1.0]), tmp_path, mesh).run(settings)
     best = best_setting(settings, rows, METRIC)
     chosen = with_setting(section, 0, best)
     assert (chosen.samplers[0].name, chosen.samplers[0].num_steps) == ("heun", 3)
@@ -145,7 +145,7 @@ def test_a_setting_that_fails_is_recorded_and_passed_over(trained, tmp_path, mes
         return whole(sampler, params, label=label, **kwargs)
 
     monkeypatch.setattr(generate, "generate", failing)
-    rows = _sweep(section, trained, Judge([3.0]), tmp_path, mesh).run(settings)
+    rows = _sweep(section, trained, Evaluator([3.0]), tmp_path, mesh).run(settings)
     assert [row[METRIC] for row in rows] == [None, 3.0]
     assert best_setting(settings, rows, METRIC).aug_level == 0.2
     assert "failed (a sample is not finite)" in (tmp_path / "sr32.md").read_text()

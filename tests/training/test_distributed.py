@@ -98,7 +98,7 @@ def test_stopped_as_two_processes_and_ended_as_four_it_is_the_same_training(alon
 
     codes, text = Job(folder.path, 4).wait()
     assert codes == [0] * 4, text
-    assert f"going on from step {saved}" in text
+    assert f"resuming from step {saved}" in text
     # One of them speaks and writes for all.
     assert text.count("train step compiled") == 1
     expected, found = _curve(alone), _curve(folder)

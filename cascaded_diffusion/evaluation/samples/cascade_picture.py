@@ -66,7 +66,7 @@ def cascade_picture(
             mesh=mesh,
         )
         enlarged = generate.generate(
-            partial(sampler, aug_level=level if stage.config.has_level else None),
+            partial(sampler, aug_level=level if stage.config.has_aug_level else None),
             [params[i]],
             num_samples=len(real.images),
             batch_size=-(-len(real.images) // mesh.size) * mesh.size,

@@ -162,7 +162,7 @@ def fill_together(
     # Hours, perhaps: no collective would wait so long.
     while store.missing() and not store.has_failed():
         time.sleep(_POLL_SECS)
-    mesh_lib.raise_together(error)
+    mesh_lib.raise_on_all_processes(error)
 
 
 def make_cascade_sampler(

@@ -155,7 +155,7 @@ def _enlargements(
         seed=seed,
         mesh=mesh,
     )
-    level = aug_level if stage.config.has_level else None
+    level = aug_level if stage.config.has_aug_level else None
 
     def make(params: Params, indices: np.ndarray) -> Arrays:
         return {
@@ -192,12 +192,12 @@ def of_stages(
         cascade, aug_levels, seed=seed, mesh=mesh, keep_first_stages=kind == "samples"
     )
     num_classes = stage.config.num_classes
-    stops_below = truncated and stage.config.has_level
+    stops_below = truncated and stage.config.has_aug_level
     names = "; ".join(t.identity for t in below)
     record = _record(
         f"{kind}:{names}",
         samplers[-1],
-        aug_level=aug_levels[-1] if stage.config.has_level else None,
+        aug_level=aug_levels[-1] if stage.config.has_aug_level else None,
         below={
             "samplers": [to_dict(s) for s in samplers[:-1]],
             "aug_levels": list(aug_levels[:-1]),

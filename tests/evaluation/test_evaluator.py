@@ -11,7 +11,7 @@ from cascaded_diffusion import evaluate, main, report
 from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.data.sources import examples
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation import judge as lib
+from cascaded_diffusion.evaluation import evaluator as lib
 from cascaded_diffusion.evaluation.features.classifier_training import RECIPES
 from cascaded_diffusion.evaluation.likelihood import bits_per_dim
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
@@ -70,9 +70,9 @@ def test_rotations_that_cannot_be_told_are_said(tmp_path):
         "base16: rotation at 16 px tells the rotation of 25.0 % of the 64 held-out real images"
     )
     assert "base16: that is near the 25 % of guessing: the features are those of an" in doubt
-    judge = lib.build_judge(config, RunFolder(tmp_path), extractor, {"train": split})
-    assert not judge.classes
-    assert set(judge.scores(noise[:40], None)) == {
+    evaluator = lib.build_evaluator(config, RunFolder(tmp_path), extractor, {"train": split})
+    assert not evaluator.classes
+    assert set(evaluator.scores(noise[:40], None)) == {
         f"{name}_rotation_40" for name in ("fd", "kid", "kid_std", "precision", "recall")
     }
 
@@ -139,8 +139,8 @@ def test_what_no_metric_can_be_of_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"split 'train' of config.data: 1 image, expected at le"):
         lib.run_reference(config, RunFolder(tmp_path), Extractor(), "train", _split(SOURCE, size=1))
     with pytest.raises(UserError, match="samples with labels from 0 to 10: expected 0 to 9"):
-        lib.judged_labels(np.asarray([0, 10]), 10)
-    assert lib.judged_labels(np.asarray([0, 10]), 0) is None
+        lib.evaluated_labels(np.asarray([0, 10]), 10)
+    assert lib.evaluated_labels(np.asarray([0, 10]), 0) is None
     with pytest.raises(UserError, match=r"config.cascade.num_samples = 1: expected at least 2"):
         Sweep(None, [], None, tmp_path, None, num_samples=1, batch_size=8)
     one = _split(SOURCE).rows([0], 16)

@@ -38,7 +38,7 @@ _LEAST_ROTATIONS = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """Feature extractor and references.
 
     Attributes:
@@ -90,7 +90,7 @@ class Judge:
         return {**measurement.distances(self.references["train"]), **measurement.own()}
 
 
-def judged_labels(labels: np.ndarray, num_classes: int) -> np.ndarray | None:
+def evaluated_labels(labels: np.ndarray, num_classes: int) -> np.ndarray | None:
     """The labels that samples are to be recognised as; None for a model without classes.
 
     Raises:
@@ -170,15 +170,15 @@ def _doubt(classifier: Classifier, held_out: LabelledImages) -> str | None:
     return f"that is no more than the {100 * most:.1f} % of their most frequent class"
 
 
-def build_judge(
+def build_evaluator(
     config: RunConfig,
     folder: RunFolder,
     extractor: FeatureExtractor,
     splits: Mapping[str, RealSplit],
     *,
     say: Callable[[str], None] = print,
-) -> Judge:
-    """A run's judge. References that the folder does not hold yet are made and kept.
+) -> Evaluator:
+    """A run's evaluator. References that the folder does not hold yet are made and kept.
 
     Args:
       config: the run's.
@@ -195,7 +195,7 @@ def build_judge(
         role: run_reference(config, folder, extractor, role, split, say=say)
         for role, split in splits.items()
     }
-    return Judge(
+    return Evaluator(
         extractor=extractor,
         references=references,
         classes=config.eval.features in LABELLED_FEATURES,
