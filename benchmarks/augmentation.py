@@ -20,7 +20,8 @@ from typing import NoReturn
 
 import machine
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import entry, jax_setup
+from cascaded_diffusion.commands.run_images import real_split
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
@@ -54,8 +55,9 @@ def main() -> None:
         folders[name].chosen()  # complains if the demo has not run
     train_without_augmentation(folders["sr32_no_augment"])
 
-    cli.set_up_jax()
+    jax_setup.set_up_jax()
     from cascaded_diffusion.cascade.cascade import Cascade
+    from cascaded_diffusion.data.sources import load_source
     from cascaded_diffusion.evaluation.evaluator import build_evaluator, build_extractor
     from cascaded_diffusion.evaluation.measure import metric_name
     from cascaded_diffusion.evaluation.samples import generate
@@ -65,7 +67,8 @@ def main() -> None:
     config: RunConfig = folders["sr32"].read_config()
     mesh = build_mesh(config.mesh)
     train, held_out = (
-        cli.real_split(config, split) for split in (config.data.train_split, config.data.eval_split)
+        real_split(config, split, load_source(config.data, split, config.stage))
+        for split in (config.data.train_split, config.data.eval_split)
     )
     extractor = build_extractor(
         config, folders["sr32"], train, held_out, mesh, load_inception=_no_inception
@@ -134,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda argv: main() or 0)
+    entry.run(lambda argv: main() or 0)

@@ -37,7 +37,7 @@ import numpy as np
 from PIL import Image
 
 from cascaded_diffusion import prepare
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, entry
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.data.sources import load_source
@@ -86,7 +86,7 @@ def make_photos(folder: pathlib.Path, count: int) -> float:
 
 def config_of(folder: pathlib.Path, threads: int, workers: int, prepared: bool) -> object:
     """The run config that reads the photos."""
-    values = cli.load_config_file(ROOT / "configs", "cifar10_base16.py")
+    values = config_flags.load_config_file(ROOT / "configs", "cifar10_base16.py")
     values["data"].update(
         name="folder",
         path=str(folder),
@@ -263,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda argv: main() or 0)
+    entry.run(lambda argv: main() or 0)

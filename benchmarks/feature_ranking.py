@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import entry, jax_setup
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.runtime.run_folder import write_whole
 
@@ -204,7 +204,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--folder", type=pathlib.Path, help="where trained networks are kept")
     flags = parser.parse_args(argv[1:])
-    cli.set_up_jax()
+    jax_setup.set_up_jax()
 
     from cascaded_diffusion.data.builtin import load_mnist
 
@@ -238,4 +238,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -23,7 +23,7 @@ import time
 import machine
 from PIL import Image
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import entry
 from cascaded_diffusion.runtime.run_folder import write_whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -114,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda argv: main() or 0)
+    entry.run(lambda argv: main() or 0)

@@ -20,7 +20,7 @@ import machine
 import numpy as np
 import scipy.linalg
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import entry, jax_setup
 from cascaded_diffusion.runtime.run_folder import write_whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
     write = parser.parse_args().write
-    cli.set_up_jax()
+    jax_setup.set_up_jax()
     sys.path.insert(0, str(ROOT))
     from cascaded_diffusion.config.schema import MeshConfig
     from cascaded_diffusion.evaluation.features.inception_extractor import InceptionExtractor
@@ -113,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda argv: main() or 0)
+    entry.run(lambda argv: main() or 0)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import machine
 import numpy as np
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, entry, jax_setup
 from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain, run_config_from
 from cascaded_diffusion.evaluation.settings import sampler_named
 
@@ -37,14 +37,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args(list(argv)[1:])
     folder, file = args.config.parent, args.config.name
-    config = cascade_config_from(cli.load_config_file(folder, file))
+    config = cascade_config_from(config_flags.load_config_file(folder, file))
     section = config.cascade
     configs = [
-        run_config_from(cli.load_config_file(folder, name)).stage for name in section.configs
+        run_config_from(config_flags.load_config_file(folder, name)).stage
+        for name in section.configs
     ]
     check_chain(section, configs)
 
-    jax = cli.set_up_jax()
+    jax = jax_setup.set_up_jax()
     from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.cascade.cascade import Cascade
     from cascaded_diffusion.evaluation.samples import generate
@@ -104,4 +105,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -22,13 +22,13 @@ import time
 
 import machine
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, jax_setup
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 VARIANTS = {
     "XLA's defaults": "",
-    "YNN fusions off, steps in the calling thread (ours)": cli.CPU_FLAG,
-    "ours, fast math": f"{cli.CPU_FLAG} --xla_cpu_enable_fast_math=true",
+    "YNN fusions off, steps in the calling thread (ours)": jax_setup.CPU_FLAG,
+    "ours, fast math": f"{jax_setup.CPU_FLAG} --xla_cpu_enable_fast_math=true",
 }
 
 
@@ -47,8 +47,8 @@ def measure_here(config_path: str, steps: int) -> dict[str, float]:
     from cascaded_diffusion.training import step as step_lib
 
     if os.environ["XLA_FLAGS"]:
-        cli.set_up_jax()
-    config = run_config_from(cli.load_config_file(pathlib.Path(), config_path))
+        jax_setup.set_up_jax()
+    config = run_config_from(config_flags.load_config_file(pathlib.Path(), config_path))
     mesh = mesh_lib.build_mesh(config.mesh)
     stage, train = build_stage(config.stage), config.train
     size = config.data.resolution

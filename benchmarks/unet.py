@@ -47,7 +47,7 @@ from typing import Any
 import machine
 import numpy as np
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, entry, jax_setup
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
@@ -73,7 +73,7 @@ TITLES = {"train": "training step", "sample": f"sampling, DDIM, {DDIM_STEPS} ste
 # Calls of a round.
 TIMES = {"train": 3, "sample": 1}
 MAX_DIFFERENCE = 1e-3
-# What `cli.set_up_jax` asks of malloc.
+# What `jax_setup.set_up_jax` asks of malloc.
 TUNABLES = f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**62}"
 MEMORY = (
     "Both sides keep freed memory: ours by itself, PyTorch's process by"
@@ -88,7 +88,7 @@ Runner = Callable[[int], float]
 
 def config_of(batch_size: int) -> RunConfig:
     """Our run config of the network."""
-    values = cli.load_config_file(ROOT / "configs", "cifar10_base16.py")
+    values = config_flags.load_config_file(ROOT / "configs", "cifar10_base16.py")
     stage = values["stage"]
     stage.update(resolution=SIZE, num_classes=0)
     stage["network"].update(NETWORK)
@@ -317,7 +317,7 @@ def say(text: str) -> None:
 def run_pair(args: argparse.Namespace) -> dict[str, Any]:
     """One process of ours, this one, and one of PyTorch's: all that they measured."""
     torch = Torch(args.torch_python, args.batch_size, no_compile=args.no_compile)
-    cli.set_up_jax()
+    jax_setup.set_up_jax()
     config = config_of(args.batch_size)
     found = {"notes": [ceiling(), *same_network(torch, config)], "parts": {}, **torch.about}
     say("\n".join(found["notes"]))
@@ -433,4 +433,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

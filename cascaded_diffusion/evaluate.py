@@ -40,7 +40,14 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import (
+    cluster_flags,
+    config_flags,
+    entry,
+    flag_checks,
+    inception_flags,
+    overrides,
+)
 from cascaded_diffusion.commands.evaluate_bound import evaluate_bound
 from cascaded_diffusion.commands.evaluate_files import evaluate_files
 from cascaded_diffusion.commands.evaluate_final import evaluate_final
@@ -103,7 +110,7 @@ def _define_flags(argv: Sequence[str]) -> flags.FlagValues:
         "allow_few_samples", False, "an FID of fewer than 2,048 samples", flag_values=fv
     )
     define_data_path(fv)
-    cli.define_inception(fv)
+    inception_flags.define_inception(fv)
     flags.DEFINE_bool("cas", False, "classification accuracy score of --samples", flag_values=fv)
     flags.DEFINE_enum(
         "network",
@@ -123,7 +130,7 @@ def _define_flags(argv: Sequence[str]) -> flags.FlagValues:
         "num_images", None, "of that split; default: all of it", lower_bound=2, flag_values=fv
     )
     flags.DEFINE_bool("sweep", False, "search a trained cascade's settings", flag_values=fv)
-    cli.define_config(fv, argv, "with --sweep or --final: the cascade's config file")
+    config_flags.define_config(fv, argv, "with --sweep or --final: the cascade's config file")
     flags.DEFINE_string("stage", None, "stage to sweep; default: the last", flag_values=fv)
     flags.DEFINE_list("aug_levels", [], "levels to try, e.g. 0,0.1,0.2", flag_values=fv)
     flags.DEFINE_list("truncated", [], "false, true or false,true", flag_values=fv)
@@ -131,19 +138,19 @@ def _define_flags(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_list("num_steps", [], "e.g. 4,8,16", flag_values=fv)
     flags.DEFINE_list("guidance_scales", [], "e.g. 1,1.5", flag_values=fv)
     flags.DEFINE_bool("write_best", False, "write RUN/cascade.json", flag_values=fv)
-    cli.define_cluster(fv)
+    cluster_flags.define_cluster(fv)
     return fv
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = _define_flags(argv)
-    cli.parse(fv, argv, __doc__)
-    cli.check_paths(
+    config_flags.parse(fv, argv, __doc__)
+    flag_checks.check_paths(
         fv, "workdir", "samples", "reference", "low_res_run", "low_res_samples", "data_path",
     )  # fmt: skip
-    cli.check_inception(fv)
-    cli.refuse_cluster(fv)
+    inception_flags.check_inception(fv)
+    cluster_flags.refuse_cluster(fv)
     mode = next(name for name in _MODES if not name or fv[name].value not in (None, False))
     _check_flags(fv, argv, mode)
     if mode == "samples" and fv.workdir is None:
@@ -154,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             "--reference, --resize: only without --workdir, which has its own; leave one out"
         )
-    cli.require(fv, "workdir")
+    flag_checks.require(fv, "workdir")
     if mode == "sweep":
         return evaluate_sweep(fv, argv)
     if mode == "final":
@@ -165,7 +172,7 @@ def main(argv: Sequence[str]) -> int:
     if mode == "bits_per_dim":
         return evaluate_bound(fv, folder, config)
     if mode == "cas":
-        cli.require(fv, "samples")
+        flag_checks.require(fv, "samples")
         return evaluate_cas(fv, folder, config)
     if mode == "samples":
         return evaluate_samples(fv, folder, config)
@@ -174,10 +181,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_flags(fv: flags.FlagValues, argv: Sequence[str], mode: str) -> None:
     """Raises UserError for a flag that means nothing in this mode."""
-    overrides = cli.overrides_in(argv)
-    if overrides and "config" not in _MODES[mode]:
+    overridden = overrides.overrides_in(argv)
+    if overridden and "config" not in _MODES[mode]:
         raise UserError(
-            f"{overrides[0]}: only for --sweep and --final of a cascade; a run is scored by its"
+            f"{overridden[0]}: only for --sweep and --final of a cascade; a run is scored by its"
             " own config, which a call of `main` with this override changes where that is allowed"
         )
     for name in sorted({*_MODES, *(flag for taken in _MODES.values() for flag in taken)} - {""}):
@@ -193,4 +200,4 @@ def _check_flags(fv: flags.FlagValues, argv: Sequence[str], mode: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

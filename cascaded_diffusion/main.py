@@ -27,7 +27,14 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from cascaded_diffusion.commands import cli, run_images
+from cascaded_diffusion.commands import (
+    cluster_flags,
+    config_flags,
+    entry,
+    flag_checks,
+    jax_setup,
+    run_images,
+)
 from cascaded_diffusion.config.run_checks import check_devices, check_resume, run_config_from
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.planning import plan_topology
@@ -37,7 +44,7 @@ from cascaded_diffusion.runtime.run_folder import RunData, RunFolder
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = flags.FlagValues()
-    cli.define_config(fv, argv, "the stage's config file, e.g. configs/mnist_base16.py")
+    config_flags.define_config(fv, argv, "the stage's config file, e.g. configs/mnist_base16.py")
     flags.DEFINE_string(
         "workdir",
         None,
@@ -54,15 +61,15 @@ def main(argv: Sequence[str]) -> int:
         flag_values=fv,
     )
     run_images.define_data_path(fv)
-    cli.define_cluster(fv)
-    cli.parse(fv, argv, __doc__)
-    cli.require(fv, "config")
-    as_given = run_config_from(cli.config_values(fv, argv))
+    cluster_flags.define_cluster(fv)
+    config_flags.parse(fv, argv, __doc__)
+    flag_checks.require(fv, "config")
+    as_given = run_config_from(config_flags.config_values(fv, argv))
     name, said = as_given.stage.name, []
     if fv.workdir is None:
         fv.workdir = str(pathlib.Path("RUN") / name)
         said.append(f"--workdir was not given: the run goes to {fv.workdir}")
-    cli.check_paths(fv, "workdir", "data_path")
+    flag_checks.check_paths(fv, "workdir", "data_path")
     profile_steps = _profile_steps(fv.profile_steps, as_given.train.train_steps)
     config = run_images.with_absolute_paths(as_given, fv.data_path)
     folder = RunFolder(fv.workdir)
@@ -70,8 +77,8 @@ def main(argv: Sequence[str]) -> int:
     if folder.exists():
         check_resume(folder.read_config(), config, fv.workdir)
 
-    cluster = cli.join_cluster(fv, config, "workdir")
-    jax = cli.set_up_jax(cluster)
+    cluster = cluster_flags.join_cluster(fv, config, "workdir")
+    jax = jax_setup.set_up_jax(cluster)
     from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.data.loader import build_stream, iterate
     from cascaded_diffusion.data.sources import load_splits, spread_examples
@@ -127,10 +134,10 @@ def main(argv: Sequence[str]) -> int:
         mesh=mesh,
     )
     if jax.process_index() > 0:  # one of them speaks for all
-        return cli.EXIT_PREEMPTED if outcome.reason == "preempted" else 0
+        return entry.EXIT_PREEMPTED if outcome.reason == "preempted" else 0
     if outcome.reason == "preempted":
         print(f"{name}: stopped by a signal at step {outcome.step}, saved; run it again to go on")
-        return cli.EXIT_PREEMPTED
+        return entry.EXIT_PREEMPTED
     if outcome.reason == "early_stop":
         print(
             f"{name}: stopped early at step {outcome.step}, as {folder.early_stop_path} asks; to go"
@@ -154,4 +161,4 @@ def _profile_steps(text: str | None, train_steps: int) -> tuple[int, int] | None
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

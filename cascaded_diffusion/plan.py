@@ -31,7 +31,7 @@ from typing import Any
 
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, entry, flag_checks, jax_setup
 from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain, run_config_from
 from cascaded_diffusion.config.schema import RunConfig, SamplerConfig
 from cascaded_diffusion.errors import UserError
@@ -42,7 +42,7 @@ from cascaded_diffusion.planning.topologies import Topology, parse_topology, set
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = flags.FlagValues()
-    cli.define_config(fv, argv, "a stage's or a cascade's config file")
+    config_flags.define_config(fv, argv, "a stage's or a cascade's config file")
     flags.DEFINE_string(
         "topology", None, "a slice, as v5e:16x16, v5p:4x4x8 or h100:8", flag_values=fv
     )
@@ -53,21 +53,23 @@ def main(argv: Sequence[str]) -> int:
         "compile", None, "compile for the topology; default: if libtpu is there", flag_values=fv
     )
     flags.DEFINE_bool("json", False, "print one JSON object instead of a table", flag_values=fv)
-    cli.parse(fv, argv, __doc__)
-    cli.require(fv, "config")
-    values = cli.config_values(fv, argv)
+    config_flags.parse(fv, argv, __doc__)
+    flag_checks.require(fv, "config")
+    values = config_flags.config_values(fv, argv)
     topology = _topology(fv)
     if "cascade" not in values:
         config = run_config_from(values)
-        cli.set_up_jax(platform="cpu")
+        jax_setup.set_up_jax(platform="cpu")
         plans = [stage_plan(config, config.stage.sampler)]
         configs = [config]
     else:
         section = cascade_config_from(values).cascade
-        folder = pathlib.Path(cli.config_path(argv)).parent
-        configs = [run_config_from(cli.load_config_file(folder, name)) for name in section.configs]
+        folder = pathlib.Path(config_flags.config_path(argv)).parent
+        configs = [
+            run_config_from(config_flags.load_config_file(folder, name)) for name in section.configs
+        ]
         check_chain(section, [c.stage for c in configs])
-        cli.set_up_jax(platform="cpu")
+        jax_setup.set_up_jax(platform="cpu")
         plans = []
         for i, (config, sampler) in enumerate(zip(configs, section.samplers, strict=True)):
             is_cut = (
@@ -191,7 +193,11 @@ _SUMMED = (
 
 def _sum_of(stages: Sequence[dict[str, Any]], argv: Sequence[str]) -> dict[str, Any]:
     sums = {key: sum(stage[key] for stage in stages) for key in _SUMMED}
-    return {"name": pathlib.Path(cli.config_path(argv)).stem, **sums, "stages": list(stages)}
+    return {
+        "name": pathlib.Path(config_flags.config_path(argv)).stem,
+        **sums,
+        "stages": list(stages),
+    }
 
 
 def stage_plan(config: RunConfig, sampler: SamplerConfig, *, stop_t: float = 0.0) -> dict[str, Any]:
@@ -261,4 +267,4 @@ def _cell(plan: dict[str, Any], key: str, form: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

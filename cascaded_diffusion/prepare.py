@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 from absl import flags
 from absl import logging as absl_logging
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, entry, flag_checks
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
@@ -44,7 +44,7 @@ _TRIAL_IMAGES, _TRIAL_SECS = 256, 5.0
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = flags.FlagValues()
-    cli.define_config(fv, argv, "the stage's config file, e.g. configs/sr64.py")
+    config_flags.define_config(fv, argv, "the stage's config file, e.g. configs/sr64.py")
     flags.DEFINE_list(
         "splits", None, "which splits; by default the config's train_split and eval_split",
         flag_values=fv,
@@ -59,9 +59,9 @@ def main(argv: Sequence[str]) -> int:
         "verify", False, "compare shards, and what they were made of, with their SHA-256",
         flag_values=fv,
     )  # fmt: skip
-    cli.parse(fv, argv, __doc__)
-    cli.require(fv, "config")
-    config = run_config_from(cli.config_values(fv, argv))
+    config_flags.parse(fv, argv, __doc__)
+    flag_checks.require(fv, "config")
+    config = run_config_from(config_flags.config_values(fv, argv))
     if config.data.prepared_dir is None:
         raise UserError(
             "config.data.prepared_dir = None: expected the folder to write to, as"
@@ -373,4 +373,4 @@ def _verify(config: RunConfig, split: str, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

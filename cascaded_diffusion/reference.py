@@ -19,7 +19,14 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import (
+    config_flags,
+    entry,
+    flag_checks,
+    inception_flags,
+    jax_setup,
+    overrides,
+)
 from cascaded_diffusion.commands.evaluate_run import build_run_evaluator
 from cascaded_diffusion.config.run_checks import evaluation_mesh, run_config_from
 from cascaded_diffusion.config.schema import MeshConfig
@@ -33,7 +40,7 @@ _BATCH = 500
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = flags.FlagValues()
-    cli.define_config(fv, argv, "the stage's config file, where there is no run yet")
+    config_flags.define_config(fv, argv, "the stage's config file, where there is no run yet")
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=fv)
     flags.DEFINE_list("roles", ["train", "val"], "which splits of a run", flag_values=fv)
     flags.DEFINE_string("images", None, "an .npz or a folder of PNGs", flag_values=fv)
@@ -41,20 +48,20 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_enum(
         "resize", None, ["legacy", "clean"], "with --images: to 299 px; legacy", flag_values=fv
     )
-    cli.define_inception(fv)
-    cli.parse(fv, argv, __doc__)
-    cli.check_paths(fv, "workdir", "images", "output")
-    cli.check_inception(fv)
+    inception_flags.define_inception(fv)
+    config_flags.parse(fv, argv, __doc__)
+    flag_checks.check_paths(fv, "workdir", "images", "output")
+    inception_flags.check_inception(fv)
     if fv.images is not None:
         for name in ("workdir", "config"):
             if fv[name].value is not None:
                 raise UserError(f"--images does not go with --{name}: leave one of them out")
-        cli.refuse_overrides(argv, "means nothing for --images")
+        overrides.refuse_overrides(argv, "means nothing for --images")
         return _of_images(fv)
     for name in ("output", "resize"):
         if fv[name].value is not None:
             raise UserError(f"--{name} is only for --images: a run's config says it")
-    cli.require(fv, "workdir")
+    flag_checks.require(fv, "workdir")
     return _of_run(fv, argv)
 
 
@@ -67,14 +74,14 @@ def _of_run(fv: flags.FlagValues, argv: Sequence[str]) -> int:
             raise UserError(
                 f"--config: the run in {fv.workdir} has its own config.json; leave it out"
             )
-        cli.refuse_overrides(argv, f"the run in {fv.workdir} has its own config.json")
+        overrides.refuse_overrides(argv, f"the run in {fv.workdir} has its own config.json")
         config = folder.read_config()
     else:
         if fv.config is None:
             folder.read_config()  # says that there is none
-        config = run_config_from(cli.config_values(fv, argv))
+        config = run_config_from(config_flags.config_values(fv, argv))
     folder.check_writable()
-    jax = cli.set_up_jax()
+    jax = jax_setup.set_up_jax()
     from cascaded_diffusion.runtime.mesh import build_mesh
 
     mesh = build_mesh(evaluation_mesh(config, jax.device_count()))
@@ -89,18 +96,18 @@ def _of_run(fv: flags.FlagValues, argv: Sequence[str]) -> int:
 
 
 def _of_images(fv: flags.FlagValues) -> int:
-    cli.require(fv, "output")
+    flag_checks.require(fv, "output")
     output = RunFolder(fv.output, flag="output").path
     if output.suffix != ".npz" or output.is_dir():
         raise UserError(f"--output={fv.output}: expected a name that ends with .npz, of a file")
     check_writable(output.parent, "output")
     images = open_images(fv.images, flag="images")
-    cli.set_up_jax()
+    jax_setup.set_up_jax()
     from cascaded_diffusion.evaluation.reference import measure_reference, save_reference
     from cascaded_diffusion.runtime.mesh import build_mesh
 
     mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
-    extractor = cli.inception_loader(fv, mesh)(fv.resize or "legacy")
+    extractor = inception_flags.inception_loader(fv, mesh)(fv.resize or "legacy")
     reference = measure_reference(
         batches(images.images, _BATCH),
         extractor,
@@ -117,4 +124,4 @@ def _of_images(fv: flags.FlagValues) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

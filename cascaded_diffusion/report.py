@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, entry, flag_checks
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.reporting.page import (
     Section,
@@ -46,9 +46,9 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string(
         "output", None, "file to write; default: WORKDIR/report.html", flag_values=fv
     )
-    cli.parse(fv, argv, __doc__)
-    cli.require(fv, "workdir")
-    cli.check_paths(fv, "workdir", "output")
+    config_flags.parse(fv, argv, __doc__)
+    flag_checks.require(fv, "workdir")
+    flag_checks.check_paths(fv, "workdir", "output")
     root = pathlib.Path(fv.workdir)
     output = pathlib.Path(fv.output) if fv.output else root / "report.html"
     folders = _runs(root)
@@ -122,4 +122,4 @@ def _cascade_sections(runs: CascadeFolder) -> list[Section]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import cluster_flags, config_flags, entry, flag_checks, jax_setup
 from cascaded_diffusion.commands.run_images import open_splits
 from cascaded_diffusion.commands.sample_inputs import Request, define_inputs, read_request
 from cascaded_diffusion.config.run_checks import check_devices
@@ -68,14 +68,16 @@ _SHOWN = 2000
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = flags.FlagValues()
-    cli.define_config(fv, argv, "the cascade's config file, e.g. configs/mnist_cascade32.py")
+    config_flags.define_config(
+        fv, argv, "the cascade's config file, e.g. configs/mnist_cascade32.py"
+    )
     define_inputs(fv)
     flags.DEFINE_bool(
         "png", False, "write every image as a PNG file too, below OUTPUT/png", flag_values=fv
     )
-    cli.define_cluster(fv)
-    cli.parse(fv, argv, __doc__)
-    cli.require(fv, "workdir")
+    cluster_flags.define_cluster(fv)
+    config_flags.parse(fv, argv, __doc__)
+    flag_checks.require(fv, "workdir")
     request = read_request(fv, argv)
     section, output = request.config.cascade, request.output
     output.check_writable()
@@ -86,8 +88,8 @@ def main(argv: Sequence[str]) -> int:
             " choose another --output"
         )
 
-    cluster = cli.join_cluster(fv, request.config, "workdir", "output")
-    jax = cli.set_up_jax(cluster)
+    cluster = cluster_flags.join_cluster(fv, request.config, "workdir", "output")
+    jax = jax_setup.set_up_jax(cluster)
     from cascaded_diffusion.cascade.cascade import Cascade
     from cascaded_diffusion.evaluation.samples import generate
     from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
@@ -259,4 +261,4 @@ def _picture(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

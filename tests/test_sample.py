@@ -12,7 +12,7 @@ from PIL import Image
 
 from cascaded_diffusion import sample
 from cascaded_diffusion.cascade.build import build_stage
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags
 from cascaded_diffusion.commands.sample_inputs import define_inputs, read_request
 from cascaded_diffusion.config.run_checks import cascade_config_from, run_config_from
 from cascaded_diffusion.config.schema import ema_name
@@ -82,9 +82,9 @@ def _refused(root, *argv):
 def _request(root, *argv):
     fv = flags.FlagValues()
     argv = ["sample", f"--workdir={root}", *argv]
-    cli.define_config(fv, argv, "")
+    config_flags.define_config(fv, argv, "")
     define_inputs(fv)
-    cli.parse(fv, argv, "")
+    config_flags.parse(fv, argv, "")
     return read_request(fv, argv)
 
 

@@ -7,7 +7,7 @@ import json
 
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import flag_checks, jax_setup
 from cascaded_diffusion.commands.run_images import open_splits, real_split
 from cascaded_diffusion.config.run_checks import evaluation_mesh
 from cascaded_diffusion.config.schema import RunConfig, SamplerConfig, StageConfig, to_dict
@@ -22,7 +22,7 @@ def _bound_chain(fv: flags.FlagValues, stage: StageConfig) -> SamplerConfig:
     """
     steps = stage.schedule.num_timesteps or 1000
     if fv.num_steps:
-        given = cli.numbers_in(fv, "num_steps", int)
+        given = flag_checks.numbers_in(fv, "num_steps", int)
         if len(given) != 1 or given[0] < 1:
             raise UserError(f"--num_steps={','.join(fv.num_steps)}: expected one number of steps")
         (steps,) = given
@@ -50,7 +50,7 @@ def evaluate_bound(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -
     """Computes and records bits/dim. Returns the exit code; raises UserError."""
     folder.chosen()
     chain = _bound_chain(fv, config.stage)
-    jax = cli.set_up_jax()
+    jax = jax_setup.set_up_jax()
     from cascaded_diffusion.evaluation.likelihood import bits_per_dim
     from cascaded_diffusion.evaluation.trained import load_trained
     from cascaded_diffusion.runtime.mesh import build_mesh

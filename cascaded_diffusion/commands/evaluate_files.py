@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import flag_checks, inception_flags, jax_setup
 from cascaded_diffusion.config.run_checks import check_sample_count
 from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.errors import UserError
@@ -38,14 +38,14 @@ def evaluate_files(fv: flags.FlagValues) -> int:
 
 
 def _record(fv: flags.FlagValues) -> dict[str, Any]:
-    cli.require(fv, "reference")
-    cli.check_paths(fv, "samples", "reference")
-    cli.check_inception(fv)
+    flag_checks.require(fv, "reference")
+    flag_checks.check_paths(fv, "samples", "reference")
+    inception_flags.check_inception(fv)
     samples = open_images(fv.samples, flag="samples")
     count = num_samples(fv, samples)
     check_sample_count(count, "inception", allow_few=fv.allow_few_samples)
 
-    cli.set_up_jax()
+    jax_setup.set_up_jax()
     from cascaded_diffusion.evaluation import reference as reference_lib
     from cascaded_diffusion.evaluation.evaluator import Evaluator
     from cascaded_diffusion.runtime.mesh import build_mesh
@@ -60,7 +60,7 @@ def _record(fv: flags.FlagValues) -> dict[str, Any]:
         _say_what_is_missing(statistics, images)
     resize = _resize(fv, statistics)
     mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
-    extractor = cli.inception_loader(fv, mesh)(resize)
+    extractor = inception_flags.inception_loader(fv, mesh)(resize)
     if statistics is not None:
         reference_lib.check_reference(
             statistics, fv.reference, "reference", features=extractor.identity

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, jax_setup, overrides
 from cascaded_diffusion.commands.evaluate_run import (
     build_run_evaluator,
     folders_below,
@@ -30,7 +30,7 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         runs = CascadeFolder(fv.workdir)
         if fv.config is None and not runs.cascade_path.exists():
             RunFolder(fv.workdir).read_config()  # says that there is no run
-        cascade = cli.cascade_config(fv, argv, runs)
+        cascade = config_flags.cascade_config(fv, argv, runs)
         section = cascade.cascade
         *below, folder = runs.stage_folders(section)
         config = folder.read_config()
@@ -40,7 +40,7 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
             if fv[name].value:
                 raise UserError(f"--{name}: not with a cascade, which makes its own; leave it out")
     else:
-        cli.refuse_overrides(
+        overrides.refuse_overrides(
             argv,
             "a run is measured by its own config, which a call of `main` with this override"
             " changes where that is allowed",
@@ -57,7 +57,7 @@ def evaluate_final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         run.chosen()
     folder.check_writable()
 
-    jax = cli.set_up_jax()
+    jax = jax_setup.set_up_jax()
     from cascaded_diffusion.evaluation.final import final_numbers
     from cascaded_diffusion.evaluation.samples import sample_sources as sources
     from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError

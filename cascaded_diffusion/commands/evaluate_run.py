@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import inception_flags, jax_setup
 from cascaded_diffusion.commands.run_images import check_same_run_classes, real_splits
 from cascaded_diffusion.config.run_checks import check_chain, check_sample_count, evaluation_mesh
 from cascaded_diffusion.config.schema import CascadeSection, RunConfig, eval_sampler
@@ -36,7 +36,7 @@ def build_run_evaluator(
         splits["train"],
         splits["val"],
         mesh,
-        load_inception=cli.inception_loader(fv, mesh),
+        load_inception=inception_flags.inception_loader(fv, mesh),
         say=lambda line: print(line, flush=True),
     )
     return build_evaluator(config, folder, extractor, {role: splits[role] for role in roles})
@@ -54,7 +54,7 @@ def evaluate_checkpoints(fv: flags.FlagValues, folder: RunFolder, config: RunCon
     check_sample_count(
         config.eval.num_samples, config.eval.features, allow_few=fv.allow_few_samples
     )
-    jax = cli.set_up_jax()
+    jax = jax_setup.set_up_jax()
     from cascaded_diffusion.evaluation import score
     from cascaded_diffusion.runtime.mesh import build_mesh
 

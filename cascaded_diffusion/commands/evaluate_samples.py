@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import jax_setup
 from cascaded_diffusion.commands.evaluate_files import num_samples
 from cascaded_diffusion.commands.evaluate_run import build_run_evaluator
 from cascaded_diffusion.commands.run_images import real_splits
@@ -27,7 +27,7 @@ def evaluate_samples(fv: flags.FlagValues, folder: RunFolder, config: RunConfig)
     stored = load_samples(fv.samples, config.stage)
     count = num_samples(fv, stored)
     check_sample_count(count, config.eval.features, allow_few=fv.allow_few_samples)
-    jax = cli.set_up_jax()
+    jax = jax_setup.set_up_jax()
     from cascaded_diffusion.evaluation import score
     from cascaded_diffusion.runtime.mesh import build_mesh
 
@@ -54,7 +54,7 @@ def evaluate_cas(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> 
         raise UserError(f"--cas: {stage.name!r} has no classes to tell apart")
     stored = load_samples(fv.samples, config.stage)
     labels = stored.labels
-    jax = cli.set_up_jax()
+    jax = jax_setup.set_up_jax()
     from cascaded_diffusion.evaluation.cas import cas_record
     from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
     from cascaded_diffusion.runtime.mesh import build_mesh

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, flag_checks, jax_setup
 from cascaded_diffusion.commands.evaluate_run import build_run_evaluator
 from cascaded_diffusion.commands.run_images import check_same_run_classes, real_splits
 from cascaded_diffusion.config.run_checks import check_sample_count, evaluation_mesh
@@ -31,7 +31,7 @@ def _truth_values(fv: flags.FlagValues) -> list[bool]:
 def evaluate_sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     """Scores every setting. Returns the exit code; raises UserError."""
     runs = CascadeFolder(fv.workdir)
-    config = cli.cascade_config(fv, argv, runs)
+    config = config_flags.cascade_config(fv, argv, runs)
     section = config.cascade
     name = fv.stage or section.stages[-1]
     if name not in section.stages:
@@ -55,18 +55,18 @@ def evaluate_sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         section,
         index,
         stages[-1],
-        aug_levels=cli.numbers_in(fv, "aug_levels", float),
+        aug_levels=flag_checks.numbers_in(fv, "aug_levels", float),
         truncated=_truth_values(fv),
         samplers=fv.samplers,
-        num_steps=cli.numbers_in(fv, "num_steps", int),
-        guidance_scales=cli.numbers_in(fv, "guidance_scales", float),
+        num_steps=flag_checks.numbers_in(fv, "num_steps", int),
+        guidance_scales=flag_checks.numbers_in(fv, "guidance_scales", float),
     )
     if fv.write_best:  # what is written must be good as a whole
         stages = [folder.read_config().stage for folder in runs.stage_folders(section)]
     for setting in settings:
         candidate = settings_lib.with_setting(section, index, setting)
         try:
-            cli.check_cascade(dataclasses.replace(config, cascade=candidate), stages)
+            config_flags.check_cascade(dataclasses.replace(config, cascade=candidate), stages)
         except UserError as e:
             given = [f"--{name}" for name in SWEEP_FLAGS if fv[name].value]
             raise UserError(f"{', '.join(given) or '--sweep'}: {e}") from e
@@ -78,7 +78,7 @@ def evaluate_sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     )
     runs.check_writable()
 
-    jax = cli.set_up_jax()
+    jax = jax_setup.set_up_jax()
     from cascaded_diffusion.evaluation import sweep as sweep_lib
     from cascaded_diffusion.evaluation.trained import load_trained
     from cascaded_diffusion.runtime.mesh import build_mesh

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, flag_checks, overrides
 from cascaded_diffusion.commands.run_images import check_same_run_classes, define_data_path
 from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain
 from cascaded_diffusion.config.schema import (
@@ -157,7 +157,7 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> Request:
     Raises:
       UserError: something does not go together, or is not there.
     """
-    cli.check_paths(fv, "workdir", "output", "low_res", "data_path")
+    flag_checks.check_paths(fv, "workdir", "output", "low_res", "data_path")
     enlarging = fv.low_res is not None
     if enlarging and fv.per_class is not None:
         raise UserError(
@@ -227,7 +227,7 @@ def _check_apart(low_res: pathlib.Path, request: Request) -> None:
 
 
 def _refuse_number(argv: Sequence[str], flag: str | None) -> None:
-    for arg in cli.overrides_in(argv):
+    for arg in overrides.overrides_in(argv):
         if flag is not None and "cascade.num_samples" in arg:
             raise UserError(f"{arg}: expected none with --{flag}, which says how many")
 
@@ -239,7 +239,7 @@ def _cascade(
     alone = RunFolder(fv.workdir)
     if fv["config"].value is not None or not alone.exists():
         runs = CascadeFolder(fv.workdir)
-        config = cli.cascade_config(fv, argv, runs)
+        config = config_flags.cascade_config(fv, argv, runs)
         return config, list(runs.stage_folders(config.cascade))
     run = alone.read_config()
     stage, settings = run.stage, run.eval
@@ -270,7 +270,7 @@ def _cascade(
         },
         "mesh": {"data": -1, "fsdp": 1},
     }
-    config = cascade_config_from(cli.with_overrides(values, argv))
+    config = cascade_config_from(overrides.with_overrides(values, argv))
     section = config.cascade
     check_sampler(f"cascade.samplers[{num_stages - 1}]", section.samplers[-1], stage)
     if not is_base:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, flag_checks, jax_setup
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
@@ -37,7 +37,7 @@ _PART_IMAGES, _PART_SECS = 512, 5.0
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = flags.FlagValues()
-    cli.define_config(fv, argv, "the stage's config file, e.g. configs/sr64.py")
+    config_flags.define_config(fv, argv, "the stage's config file, e.g. configs/sr64.py")
     flags.DEFINE_bool("show", False, "write the picture and print what is there", flag_values=fv)
     flags.DEFINE_string("split", None, "which split; train_split of the config", flag_values=fv)
     flags.DEFINE_string("output", "data.png", "the picture to write", flag_values=fv)
@@ -49,12 +49,12 @@ def main(argv: Sequence[str]) -> int:
         "secs", 10.0, "how long to measure the loader", lower_bound=0.1, upper_bound=3600.0,
         flag_values=fv,
     )  # fmt: skip
-    cli.parse(fv, argv, __doc__)
-    cli.require(fv, "config")
+    config_flags.parse(fv, argv, __doc__)
+    flag_checks.require(fv, "config")
     if not fv.show:
         raise UserError("nothing to do: add --show")
-    config = run_config_from(cli.config_values(fv, argv))
-    cli.check_paths(fv, "output")
+    config = run_config_from(config_flags.config_values(fv, argv))
+    flag_checks.check_paths(fv, "output")
     output = pathlib.Path(fv.output)
     if output.suffix != ".png":
         raise UserError(f"--output={fv.output}: expected a name that ends with .png")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     from cascaded_diffusion.runtime.run_folder import check_writable
 
     check_writable(output.absolute().parent, "output")
-    jax = cli.set_up_jax()
+    jax = jax_setup.set_up_jax()
     from cascaded_diffusion.data.loader import build_stream, iterate
     from cascaded_diffusion.data.sources import load_splits
     from cascaded_diffusion.data.throughput import measure_loader, measure_parts

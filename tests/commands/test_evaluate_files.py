@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cascaded_diffusion import evaluate, reference
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import inception_flags
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
 from cascaded_diffusion.evaluation.samples.stored_images import save_samples
@@ -35,7 +35,7 @@ def extractors(monkeypatch):
 
         return load
 
-    monkeypatch.setattr(cli, "inception_loader", loader)
+    monkeypatch.setattr(inception_flags, "inception_loader", loader)
     return asked
 
 
@@ -174,7 +174,7 @@ def test_paths_that_are_not_utf_8_are_measured_and_recorded(files, capsys):
     record = _record(capsys, files, *flags)
     assert record["samples"] == folder
     argv = ["reference", f"--images={folder}/\udcff.npz", f"--output={folder}/r\udcff.npz"]
-    for stream in (sys.stdout, sys.stderr):  # as cli.run does
+    for stream in (sys.stdout, sys.stderr):  # as entry.run does
         stream.reconfigure(errors="backslashreplace")
     assert reference.main(argv) == 0
     assert "caf\\udce9" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import typing
 
 import pytest
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import entry, overrides
 from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain, run_config_from
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, to_dict
 from cascaded_diffusion.errors import UserError
@@ -78,7 +78,7 @@ def fuzz(seed: int, count: int) -> int:
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
-                changed = cli.with_overrides(values, argv)
+                changed = overrides.with_overrides(values, argv)
                 if is_cascade:
                     config = cascade_config_from(changed)
                     check_chain(config.cascade, stages)
@@ -87,7 +87,7 @@ def fuzz(seed: int, count: int) -> int:
         except UserError as e:
             assert str(e).strip(), argv
             sys.argv = argv
-            assert "\n" not in cli._one_line(e), argv
+            assert "\n" not in entry.one_line(e), argv
             continue
         except BaseException as e:
             raise AssertionError(f"{argv}: {type(e).__name__}: {e}") from e

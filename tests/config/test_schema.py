@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 from cascaded_diffusion import evaluate, main, plan, sample
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, jax_setup, overrides
 from cascaded_diffusion.config.run_checks import (
     cascade_config_from,
     check_chain,
@@ -901,7 +901,7 @@ BAD_COMMANDS = [
 @pytest.mark.parametrize(("binary", "argv", "message"), BAD_COMMANDS, ids=lambda x: str(x)[-60:])
 def test_bad_commands(binary, argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
+    monkeypatch.setattr(jax_setup, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
     with pytest.raises(UserError) as error:
         binary.main(["prog", *argv])
     assert str(error.value).startswith(message)
@@ -910,7 +910,7 @@ def test_bad_commands(binary, argv, message, tmp_path, monkeypatch):
 
 def test_a_run_without_checkpoints_cannot_be_scored(tmp_path, monkeypatch):
     RunFolder(tmp_path).write_config(tiny_base())
-    monkeypatch.setattr(cli, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
+    monkeypatch.setattr(jax_setup, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
     with pytest.raises(UserError, match="no checkpoint there; train first, or add --follow"):
         evaluate.main(["evaluate", f"--workdir={tmp_path}"])
     with pytest.raises(
@@ -925,7 +925,7 @@ def test_a_run_without_checkpoints_cannot_be_scored(tmp_path, monkeypatch):
 def test_a_run_without_a_chosen_checkpoint_cannot_be_sampled(tmp_path, monkeypatch):
     for config in (tiny_base(), tiny_sr()):
         RunFolder(tmp_path / config.stage.name).write_config(config)
-    monkeypatch.setattr(cli, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
+    monkeypatch.setattr(jax_setup, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
     with pytest.raises(UserError, match="base16: no checkpoint was chosen yet; run .*evaluate"):
         sample.main(["prog", CASCADE, f"--workdir={tmp_path}"])
     with pytest.raises(UserError, match="base16: no checkpoint was chosen yet"):
@@ -971,9 +971,9 @@ def test_overrides_reach_keys_of_every_type():
         "--config.train.learning_rate=1e-4",
         "--config.data.eval_split=train",
     ]
-    cli.define_config(fv, argv, "")
-    cli.parse(fv, argv, "")
-    config = run_config_from(cli.config_values(fv, argv))
+    config_flags.define_config(fv, argv, "")
+    config_flags.parse(fv, argv, "")
+    config = run_config_from(config_flags.config_values(fv, argv))
     assert config.stage.schedule.num_timesteps == 1000
     assert config.stage.network.channel_mults == (1, 1)
     assert config.stage.network.scale_skips is True
@@ -988,7 +988,7 @@ def test_an_override_changes_one_section_alone():
         if values["stage"].get("low_res_schedule") is None:
             continue
         path = "--config.stage.low_res_schedule.num_timesteps=77"
-        changed = cli.with_overrides(values, ["prog", path])["stage"]
+        changed = overrides.with_overrides(values, ["prog", path])["stage"]
         assert changed["low_res_schedule"]["num_timesteps"] == 77
         assert changed["schedule"] == values["stage"]["schedule"]
         assert values["stage"]["low_res_schedule"].get("num_timesteps") != 77
@@ -997,9 +997,9 @@ def test_an_override_changes_one_section_alone():
 def test_overrides_count_in_tuples():
     fv = flags.FlagValues()
     argv = ["prog", CASCADE, "--config.cascade.samplers.1.num_steps=5"]
-    cli.define_config(fv, argv, "")
-    cli.parse(fv, argv, "")
-    section = cascade_config_from(cli.config_values(fv, argv)).cascade
+    config_flags.define_config(fv, argv, "")
+    config_flags.parse(fv, argv, "")
+    section = cascade_config_from(config_flags.config_values(fv, argv)).cascade
     assert [s.num_steps for s in section.samplers] == [10, 5]
 
 
@@ -1033,7 +1033,7 @@ BAD_SWEEPS = [
 def test_bad_sweeps(argv, message, tmp_path, monkeypatch):
     for config in (tiny_base(), tiny_sr()):
         RunFolder(tmp_path / config.stage.name).write_config(config)
-    monkeypatch.setattr(cli, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
+    monkeypatch.setattr(jax_setup, "set_up_jax", lambda **_: pytest.fail("a device was touched"))
     with pytest.raises(UserError) as error:
         evaluate.main([*SWEEP, f"--workdir={tmp_path}", *argv])
     assert str(error.value).startswith(message.format(tmp_path))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion import prepare
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import entry
 from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.data.prepared import digest_of
 from cascaded_diffusion.data.sources import load_source, load_splits
@@ -464,7 +464,7 @@ def test_the_command_that_prepares_is_told_as_it_is_typed(tmp_path, monkeypatch)
     config = _config(tmp_path)
     with pytest.raises(UserError) as e:
         load_source(config.data, "train", config.stage)
-    told = cli._one_line(e.value)
+    told = entry.one_line(e.value)
     command = re.search("run `python -m cascaded_diffusion.prepare (.*)` of this", told)[1]
     assert shlex.split(command) == [arg for arg in argv if arg.startswith("--config")]
     for name in ("cifar10", "imagenet2012"):
@@ -557,10 +557,11 @@ def test_a_full_disk_is_told_and_leaves_no_shard(tmp_path):
     # No file may become larger than half of a shard.
     code = (
         "import resource, sys\n"
-        "from cascaded_diffusion import cli, prepare\n"
+        "from cascaded_diffusion import prepare\n"
+        "from cascaded_diffusion.commands import entry\n"
         "if __name__ == '__main__':\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))\n"
-        "    cli.run(prepare.main)\n"
+        "    entry.run(prepare.main)\n"
     )
     script = tmp_path / "limited.py"
     script.write_text(code)

@@ -368,7 +368,7 @@ def test_a_folder_that_was_moved_away_is_not_made_again(tmp_path):
 def test_a_full_disk_is_named_without_stack_traces(tmp_path):
     code = (
         "import sys, resource\n"
-        "from cascaded_diffusion import cli\n"
+        "from cascaded_diffusion.commands import entry\n"
         "from tests.runtime.test_checkpoint import CONFIG, RunFolder, _state, checkpoint\n"
         "def main(argv):\n"
         "    writer = checkpoint.CheckpointWriter(RunFolder(argv[1]), CONFIG)\n"
@@ -378,7 +378,7 @@ def test_a_full_disk_is_named_without_stack_traces(tmp_path):
         "        writer.wait(1)\n"
         "    finally:\n"
         "        writer.close()\n"
-        "cli.run(main)\n"
+        "entry.run(main)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300

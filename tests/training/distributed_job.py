@@ -9,7 +9,7 @@ import json
 import pathlib
 import sys
 
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import entry, jax_setup
 from cascaded_diffusion.runtime.cluster import Cluster, meet
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -32,7 +32,7 @@ def main():
     if int(count) > 1:
         cluster = Cluster(address, int(count), int(index))
         meet(cluster, {"config": "the same"}, timeout_secs=120)
-    jax = cli.set_up_jax(cluster)
+    jax = jax_setup.set_up_jax(cluster)
     from cascaded_diffusion.data.loader import build_stream, iterate
     from cascaded_diffusion.runtime import mesh as mesh_lib
     from cascaded_diffusion.training import loop
@@ -68,8 +68,8 @@ def main():
     )
     assert jax.process_count() == int(count)
     print(f"ended: {outcome.reason} at {outcome.step}", flush=True)
-    return cli.EXIT_PREEMPTED if outcome.reason == "preempted" else 0
+    return entry.EXIT_PREEMPTED if outcome.reason == "preempted" else 0
 
 
 if __name__ == "__main__":
-    cli.run(lambda argv: main())
+    entry.run(lambda argv: main())

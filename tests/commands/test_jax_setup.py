@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 from cascaded_diffusion.cascade.build import build_stage
-from cascaded_diffusion.commands import cli
+from cascaded_diffusion.commands import config_flags, flag_checks, jax_setup
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import loop
@@ -21,15 +21,15 @@ from tests.tiny import ROOT, tiny_base
 
 _SET_UP = """
 import os
-from cascaded_diffusion import cli
-cli.set_up_jax()
+from cascaded_diffusion.commands import jax_setup
+jax_setup.set_up_jax()
 """
 _COMPILE = """
 import os, sys
 if sys.argv[1] != "all":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from cascaded_diffusion import cli
-jax = cli.set_up_jax()
+from cascaded_diffusion.commands import jax_setup
+jax = jax_setup.set_up_jax()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8)))
 """
@@ -67,9 +67,9 @@ def test_a_cache_named_by_the_user_is_taken(tmp_path):
 
 
 @pytest.mark.skipif(
-    not cli.CPU_FLAG_VERSIONS[0]
+    not jax_setup.CPU_FLAG_VERSIONS[0]
     <= tuple(int(x) for x in version("jaxlib").split(".")[:2])
-    <= cli.CPU_FLAG_VERSIONS[1],
+    <= jax_setup.CPU_FLAG_VERSIONS[1],
     reason="a flag this jaxlib may not know is left out",
 )
 @pytest.mark.parametrize("given", ["", "--xla_cpu_experimental_ynn_fusion_type=dot"])
@@ -86,8 +86,8 @@ def test_the_flag_for_the_cpu_is_set_unless_the_user_set_it(given):
 
 _STEP = """
 import numpy as np
-from cascaded_diffusion import cli
-jax = cli.set_up_jax()
+from cascaded_diffusion.commands import jax_setup
+jax = jax_setup.set_up_jax()
 step = jax.jit(lambda x: jax.lax.fori_loop(0, 2000, lambda _, x: jax.numpy.sin(x @ x), x))
 print(step(np.ones((128, 128), np.float32)).is_ready())
 """
@@ -106,8 +106,8 @@ def test_on_one_cpu_device_a_call_returns_when_the_step_is_done():
 
 _FUNCTIONS = """
 import numpy as np
-from cascaded_diffusion import cli
-jax = cli.set_up_jax()
+from cascaded_diffusion.commands import jax_setup
+jax = jax_setup.set_up_jax()
 x = np.linspace(-20, 20, 256, dtype=np.float32)
 for name in ("arctan", "exp", "tanh", "sin", "cos", "expm1"):
     found = jax.jit(getattr(jax.numpy, name))(x)
@@ -124,8 +124,8 @@ def test_with_the_flags_of_the_binaries_functions_are_what_they_are():
 
 _ALLOCATE = """
 import resource
-from cascaded_diffusion import cli
-cli.set_up_jax()
+from cascaded_diffusion.commands import jax_setup
+jax_setup.set_up_jax()
 faults = []
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -154,8 +154,8 @@ def test_on_a_cpu_freed_memory_is_kept_unless_the_user_tuned_malloc(given):
 
 
 _PLATFORM = """
-from cascaded_diffusion import cli
-jax = cli.set_up_jax(platform="cpu")
+from cascaded_diffusion.commands import jax_setup
+jax = jax_setup.set_up_jax(platform="cpu")
 print(jax.default_backend(), jax.config.jax_platforms)
 """
 
@@ -233,9 +233,9 @@ def test_missing_data_is_prepared_by_the_command_as_typed(tmp_path):
 def _values(*argv):
     fv = flags.FlagValues()
     argv = ["prog", BASE, *argv]
-    cli.define_config(fv, argv, "")
-    cli.parse(fv, argv, "")
-    return cli.config_values(fv, argv)
+    config_flags.define_config(fv, argv, "")
+    config_flags.parse(fv, argv, "")
+    return config_flags.config_values(fv, argv)
 
 
 @pytest.mark.parametrize(
@@ -290,14 +290,14 @@ def test_a_config_imports_what_lies_beside_it_and_no_other_does(tmp_path):
         (folder / "shared_settings.py").write_text(f"VALUE = {number}\n")
         (folder / "helpers" / "sizes.py").write_text(f"SIZE = {10 * number}\n")
     for number in (1, 2, 1):
-        values = cli.load_config_file(tmp_path / str(number), "config.py:small")
+        values = config_flags.load_config_file(tmp_path / str(number), "config.py:small")
         assert values == {"value": number, "size": 10 * number, "variant": "small"}
         assert sys.path == before
         assert not {"shared_settings", "helpers", "helpers.sizes"} & set(sys.modules)
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "config.py").write_text(_IMPORTING)
     with pytest.raises(UserError, match="cannot be loaded .No module named 'shared_settings'"):
-        cli.load_config_file(tmp_path / "3", "config.py")
+        config_flags.load_config_file(tmp_path / "3", "config.py")
     assert sys.path == before
 
 
@@ -306,10 +306,10 @@ def test_paths_of_flags_are_checked_by_name():
     flags.DEFINE_string("workdir", None, "", flag_values=fv)
     flags.DEFINE_list("low_res_run", [], "", flag_values=fv)
     fv(["prog"])
-    cli.check_paths(fv, "workdir", "low_res_run")
+    flag_checks.check_paths(fv, "workdir", "low_res_run")
     fv(["prog", "--low_res_run=a,b[1]"])
     with pytest.raises(UserError, match=r"^--low_res_run=b\[1\]: "):
-        cli.check_paths(fv, "workdir", "low_res_run")
+        flag_checks.check_paths(fv, "workdir", "low_res_run")
 
 
 def _interrupted(args, tmp_path, *, begun, secs, times=1):
@@ -352,7 +352,7 @@ def test_ctrl_c_ends_a_binary_that_is_starting(secs, times, tmp_path):
 
 _SWALLOWS = """
 import sys, time
-from cascaded_diffusion import cli
+from cascaded_diffusion.commands import entry
 from cascaded_diffusion.commands.interrupts import INTERRUPTS
 
 class Slow:
@@ -365,7 +365,7 @@ def main(argv):
     {body}
     return 0
 
-cli.run(main)
+entry.run(main)
 """
 _BODIES = {
     "in a destructor": "s = Slow(); del s",

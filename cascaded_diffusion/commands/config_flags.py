@@ -1,0 +1,171 @@
+"""The `--config` flag and the strict parsing of all flags."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from cascaded_diffusion.commands.flag_checks import check_number
+from cascaded_diffusion.commands.overrides import with_overrides, without_overrides
+from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain
+from cascaded_diffusion.config.schema import CascadeConfig, StageConfig, to_dict
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.run_folder import CascadeFolder
+
+
+def define_config(flag_values: flags.FlagValues, argv: Sequence[str], help_text: str) -> None:
+    """Adds `--config=FILE.py[:variant]`; see `config_values` for its overrides."""
+    config_flags.DEFINE_config_file(
+        "config", None, help_text, flag_values=flag_values, sys_argv=without_overrides(argv)
+    )
+
+
+def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
+    """Parses `argv` strictly, but for the overrides of the config.
+
+    Raises:
+      UserError: an unknown flag, a stray argument, a config file that is not there
+        or cannot be loaded.
+    """
+    flags.DEFINE_bool("help", False, "show this help", flag_values=flag_values)
+    config_arg = config_argument(argv)
+    try:
+        with importing_from(config_arg):
+            rest = flag_values(without_overrides(argv))
+    except flags.Error as e:
+        raise UserError(str(e)) from e
+    except UserError:
+        raise
+    except Exception as e:  # whatever the config file raises while it is loaded
+        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
+        raise UserError(f"--config={config_arg}: cannot be loaded ({reason})") from e
+    if flag_values["help"].value:
+        print(f"{usage}\n{flag_values.get_help()}")
+        sys.exit(0)
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag: flags look like --name=value")
+    for name in flag_values:
+        check_number(f"--{name}", flag_values[name].value)
+
+
+@contextlib.contextmanager
+def importing_from(config_arg: str | None) -> Iterator[None]:
+    """While a config file is read, it can import what lies beside it; afterwards nobody can.
+
+    What was imported from there is forgotten, for another config's folder may have a module of
+    the same name.
+    """
+    if config_arg is None:
+        yield
+        return
+    folder = pathlib.Path(config_arg.partition(":")[0]).resolve().parent
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            root = name.partition(".")[0]
+            beside = (folder / f"{root}.py").exists() or (folder / root).is_dir()
+            if beside and root not in before:
+                del sys.modules[name]
+
+
+def config_values(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[str, Any]:
+    """The config file's values with the overrides `--config.section.key=value` applied.
+
+    Overrides are read here, not by config_flags: it knows no type for a key whose
+    value is None. Whether keys and types are right is for `config.py` to say.
+    """
+    config = flag_values["config"].value
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: get_config() returned {config!r:.40}, expected a ConfigDict")
+    try:
+        return with_overrides(config.to_dict(), argv)
+    except RecursionError as e:
+        raise UserError(f"--config={config_argument(argv)}: nested too deeply") from e
+
+
+def config_path(argv: Sequence[str]) -> str:
+    """The path of the config file, without its variant."""
+    return (config_argument(argv) or "").partition(":")[0]
+
+
+def load_config_file(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """The values of another config file, `name.py` or `name.py:variant`, in `folder`.
+
+    Raises:
+      UserError: it is not there or cannot be loaded.
+    """
+    fv = flags.FlagValues()
+    argv = ["plan", f"--config={folder / name}"]
+    define_config(fv, argv, "")
+    parse(fv, argv, "")
+    return config_values(fv, argv)
+
+
+def config_argument(argv: Sequence[str]) -> str | None:
+    """The value of `--config`, whose file is there; None where it was not given."""
+    for i, arg in enumerate(argv):
+        name, equals, value = arg.lstrip("-").partition("=")
+        if name == "config" and arg.startswith("-"):
+            if not equals:
+                value = argv[i + 1] if i + 1 < len(argv) else ""
+            path = pathlib.Path(value.partition(":")[0])
+            if not path.is_file() or path.suffix != ".py":
+                folder = path.parent if value and path.parent.is_dir() else pathlib.Path("configs")
+                known = ", ".join(sorted(p.name for p in folder.glob("[a-z]*.py"))) or "none"
+                raise UserError(f"--config={value}: no such .py file; in {folder}: {known}")
+            return value
+    return None
+
+
+def cascade_config(
+    flag_values: flags.FlagValues, argv: Sequence[str], runs: CascadeFolder
+) -> CascadeConfig:
+    """The cascade of `--config`, or without it the one that a sweep wrote to the folder.
+
+    Raises:
+      UserError: neither is there, or it is not a cascade's.
+    """
+    if flag_values["config"].value is not None:
+        values = config_values(flag_values, argv)
+        if "stage" in values:
+            raise UserError(
+                f"--config={config_argument(argv)}: the config of a stage, expected a cascade's"
+            )
+        return cascade_config_from(values)
+    if not runs.cascade_path.exists():
+        raise UserError(
+            f"--config is missing: {flag_values['config'].help}; there is no {runs.cascade_path},"
+            " as `evaluate --sweep --write_best` writes it, to be used without"
+        )
+    values = with_overrides(runs.read_cascade(), argv)
+    try:
+        return cascade_config_from(values)
+    except UserError as e:
+        raise UserError(f"{runs.cascade_path}: {e}") from e
+
+
+def check_cascade(config: CascadeConfig, stages: Sequence[StageConfig]) -> None:
+    """Checks the first stages of a cascade, those given, as a cascade of their own."""
+    section, num_stages = config.cascade, len(stages)
+    first = dataclasses.replace(
+        section,
+        stages=section.stages[:num_stages],
+        configs=section.configs[:num_stages],
+        samplers=section.samplers[:num_stages],
+        aug_levels=section.aug_levels[: num_stages - 1],
+        truncated=section.truncated and any(s.has_aug_level for s in stages),
+    )
+    values = to_dict(dataclasses.replace(config, cascade=first))
+    check_chain(cascade_config_from(values).cascade, stages)

@@ -1,0 +1,113 @@
+"""What surrounds every binary: one-line errors, exit codes, Ctrl-C."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cascaded_diffusion.commands.config_flags import config_argument
+from cascaded_diffusion.commands.interrupts import EXIT_INTERRUPTED, INTERRUPTS
+from cascaded_diffusion.commands.overrides import overrides_in
+from cascaded_diffusion.errors import SingleProcessError, UserError
+
+EXIT_BAD_INPUT = 2
+
+
+# EX_TEMPFAIL: stopped by a signal after saving; the same command goes on.
+EXIT_PREEMPTED = 75
+
+
+_MAX_LINE = 4000  # characters of an error: values can be long
+
+
+# What asyncio says of it.
+_LOOP_CLOSED = "Event loop is closed"
+
+
+# What `data` advises, which knows no flags.
+_OPEN_COMMAND = "prepare --config=..."
+
+
+def run(main: Callable[[Sequence[str]], int]) -> None:
+    """Runs a binary's `main(argv)` and exits with what it returns.
+
+    A `UserError`, and an error of the operating system such as a full disk, becomes one line
+    on stderr and exit code 2; Ctrl-C one line and exit code 130. File names that are not UTF-8
+    are printed with escapes.
+    """
+    INTERRUPTS.install()
+    threading.excepthook = _thread_failed
+    sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main(sys.argv)
+    except BrokenPipeError:  # whoever read the output, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except (UserError, OSError) as e:
+        print(f"error: {one_line(e)}", file=sys.stderr, flush=True)
+        code = EXIT_BAD_INPUT
+        if isinstance(e, SingleProcessError):
+            # At once: JAX would say goodbye to the others first, who do not listen.
+            sys.stdout.flush()
+            os._exit(code)
+    except BaseException as e:
+        # A library may have made another error of it.
+        if not (isinstance(e, KeyboardInterrupt) or INTERRUPTS.seen):
+            raise
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    INTERRUPTS.at_once = True
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """One line for a thread that could not write, TensorBoard's for one; the trace of others."""
+    if isinstance(args.exc_value, OSError):
+        _warn(args.exc_value)
+    else:
+        threading.__excepthook__(args)
+
+
+def _unraisable(print_it: Callable[[Any], None], error: Any) -> None:
+    """Tells of what fails where nobody can catch it, in a library's thread or at the exit.
+
+    Left out is what tensorstore finds after Orbax's first error. Orbax closes its event loop as
+    soon as one file cannot be written or read, and raises that error. Each thread that still
+    works on another file then fails to hand over its result, for which nobody waits.
+    """
+    if isinstance(error.exc_value, OSError):  # TensorBoard's files are closed at the exit
+        _warn(error.exc_value)
+    elif not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == _LOOP_CLOSED):
+        print_it(error)
+
+
+def _warn(error: OSError) -> None:
+    print(f"warning: {one_line(error)}", file=sys.stderr, flush=True)
+
+
+def one_line(error: UserError | OSError) -> str:
+    """What is printed of an error: of limited length, with the command that the user has typed."""
+    text = " ".join(_told(error).split())
+    # Only then: it is an error itself if the config file is not there.
+    if _OPEN_COMMAND in text and (config := config_argument(sys.argv)):
+        given = [f"--config={config}", *overrides_in(sys.argv)]
+        text = text.replace(_OPEN_COMMAND, f"prepare {shlex.join(given)}")
+    half = _MAX_LINE // 2
+    return text if len(text) <= _MAX_LINE else f"{text[:half]} ... {text[-half:]}"
+
+
+def _told(error: UserError | OSError) -> str:
+    if isinstance(error, UserError) or error.strerror is None:
+        return str(error) or type(error).__name__
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{where}{error.strerror}"

@@ -1,0 +1,49 @@
+"""Checks of flag values that several binaries need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags
+
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.paths import check_local_path
+
+# Of the numbers of flags: each has its own reason to be smaller, none to be larger.
+_MAX_NUMBER = 10**9
+
+
+def check_number(flag: str, value: Any) -> None:
+    """Raises UserError if the number given with a flag is not finite or too large."""
+    if isinstance(value, (int, float)) and not abs(value) <= _MAX_NUMBER:  # nan neither
+        raise UserError(f"{flag}={value:.4g}: expected a number of at most {_MAX_NUMBER:.0e}")
+
+
+def check_paths(flag_values: flags.FlagValues, *names: str) -> None:
+    """Checks the paths that flags name, if they were given: see `check_local_path`."""
+    for name in names:
+        value = flag_values[name].value
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None:
+                check_local_path(path, f"--{name}")
+
+
+def require(flag_values: flags.FlagValues, *names: str) -> None:
+    """Raises UserError unless each of the flags was given."""
+    for name in names:
+        if flag_values[name].value in (None, ""):
+            raise UserError(f"--{name} is missing: {flag_values[name].help}")
+
+
+def numbers_in(flag_values: flags.FlagValues, name: str, kind: type) -> list[Any]:
+    """The numbers of a list flag. Raises UserError for what is none."""
+    try:
+        numbers = [kind(x) for x in flag_values[name].value]
+    except ValueError as e:
+        wanted = "integers" if kind is int else "numbers"
+        raise UserError(
+            f"--{name}={','.join(flag_values[name].value)}: expected {wanted} between commas"
+        ) from e
+    for number in numbers:
+        check_number(f"--{name}", number)
+    return numbers

@@ -1,0 +1,104 @@
+"""Overrides of a config on the command line: `--config.section.key=value`."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+from cascaded_diffusion.config.convert import takes_text
+from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
+from cascaded_diffusion.errors import UserError
+
+
+def with_overrides(values: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """A copy of `values`, nested, with the overrides of the command line applied.
+
+    A number in a path counts in a tuple: `--config.cascade.samplers.0.num_steps=50`.
+    """
+    values = _unshared(values)
+    for arg in argv[1:]:
+        if not _is_override(arg):
+            continue
+        path, equals, text = arg.lstrip("-").partition("=")
+        *sections, name = path.split(".")[1:]
+        if not equals:
+            raise UserError(f"{arg}: expected {arg}=value")
+        node: Any = values
+        for section in sections:
+            node = _entered(node, section, arg)
+        if not isinstance(node, dict):
+            raise UserError(f"{arg}: {sections[-1]!r} has no keys by name; give it as a whole")
+        root = CascadeConfig if "cascade" in values else RunConfig
+        is_text, optional = takes_text(root, [*sections, name])
+        if is_text:
+            node[name] = None if optional and text == "None" else _unquoted(text)
+        else:
+            node[name] = _parse_value(text)
+    return values
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which no section is in two places, as it may be in a config file."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(_unshared(value) for value in node)
+    return node
+
+
+def _entered(node: Any, section: str, arg: str) -> Any:
+    """The section of `node`, made if missing; tuples become lists that can be changed."""
+    if isinstance(node, list):
+        if section not in map(str, range(len(node))):
+            raise UserError(f"{arg}: expected a number below {len(node)} for {section!r}")
+        child = node[int(section)]
+    else:
+        if isinstance(node.get(section), tuple):
+            node[section] = list(node[section])
+        child = node.setdefault(section, {})
+    if not isinstance(child, (dict, list)):
+        raise UserError(f"{arg}: config key {section!r} is not a section")
+    return child
+
+
+def _parse_value(text: str) -> Any:
+    """A Python literal, `nan`, `inf`, `true` or `false`; any other text is a string."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for read in (ast.literal_eval, float):
+        try:
+            return read(text)
+        # The last two: of thousands of brackets.
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return text
+
+
+def _unquoted(text: str) -> str:
+    """The text itself; of a quoted string of Python, what it quotes."""
+    if text[:1] in ("'", '"'):
+        value = _parse_value(text)
+        return value if isinstance(value, str) else text
+    return text
+
+
+def overrides_in(argv: Sequence[str]) -> list[str]:
+    """The arguments that override config keys."""
+    return [arg for arg in argv[1:] if _is_override(arg)]
+
+
+def refuse_overrides(argv: Sequence[str], why: str) -> None:
+    """Raises UserError if a config key is overridden where that would mean nothing."""
+    overrides = overrides_in(argv)
+    if overrides:
+        raise UserError(f"{overrides[0]}: {why}")
+
+
+def _is_override(arg: str) -> bool:
+    return arg.startswith(("--config.", "-config."))
+
+
+def without_overrides(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments that do not override config keys."""
+    return [argv[0], *(arg for arg in argv[1:] if not _is_override(arg))]
