@@ -5,7 +5,7 @@
 
 PY is the interpreter of an environment with PyTorch and diffusers. The network: 32 px RGB,
 64, 128 and 128 channels, two residual blocks a level (three on the way up), attention with
-four heads at 16 px and in the middle, scale-shift steering, 32 groups, swish, strided
+four heads at 16 px and in the middle, scale-shift modulation, 32 groups, swish, strided
 convolutions, no classes, no dropout, float32. That both are one function is checked and
 printed: diffusers' model takes our weights, name by name and none left over, and must give
 our output for the same input; parameters and the FLOPs of a forward pass must be equal within

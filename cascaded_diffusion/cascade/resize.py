@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from cascaded_diffusion.resize_weights import area_weights
 
 
-def area_resize(image: jax.Array, resolution: int) -> jax.Array:
+def area_downsample(image: jax.Array, resolution: int) -> jax.Array:
     """Shrinks [B, H, W, C] to [B, resolution, resolution, C] by area averages.
 
     Raises:

@@ -79,15 +79,15 @@ class Stage:
 
     def target_from(self, image: jax.Array) -> jax.Array:
         """What this stage shall generate [B, H, W, C], of data at any size from that upwards."""
-        return quantized(resize.area_resize(image, self.config.resolution))
+        return quantized(resize.area_downsample(image, self.config.resolution))
 
     def low_res_from(self, image: jax.Array) -> jax.Array:
         """The clean low-res input [B, h, w, C] of data: the target of the stage below."""
-        return quantized(resize.area_resize(image, self.config.low_res_resolution))
+        return quantized(resize.area_downsample(image, self.config.low_res_resolution))
 
-    def executed(self, execution: Execution) -> Stage:
+    def with_execution(self, execution: Execution) -> Stage:
         """The same stage, whose network is computed in another way."""
-        return dataclasses.replace(self, network=self.network.executed(execution))
+        return dataclasses.replace(self, network=self.network.with_execution(execution))
 
     def loss(
         self, params: Params, batch: Batch, key: jax.Array

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8
-from cascaded_diffusion.cascade.resize import area_resize
+from cascaded_diffusion.cascade.resize import area_downsample
 from cascaded_diffusion.evaluation.reference import PixelStatistics
 from cascaded_diffusion.evaluation.samples.sample_sources import LevelSource
 from cascaded_diffusion.types import Params
@@ -41,7 +41,7 @@ def low_res_errors(images: np.ndarray, low_res: np.ndarray) -> np.ndarray:
     Returns:
       [n] float64, grey levels squared.
     """
-    shrunk = np.asarray(area_resize(float_from_uint8(images), low_res.shape[1]), np.float64)
+    shrunk = np.asarray(area_downsample(float_from_uint8(images), low_res.shape[1]), np.float64)
     difference = (shrunk + 1) * 127.5 - low_res.astype(np.float64)
     return np.square(difference).mean((1, 2, 3))
 

@@ -2,7 +2,7 @@
 
 Input `xt` is joined, channel by channel, by the enlarged `low_res` image (paper,
 section 2.2). The noise level, the class label and `aug_level` are embedded and
-summed; the sum steers every residual block.
+summed; the sum modulates every residual block.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ConditionalNetwork(nn.Module):
         channels (space-to-depth), before the first convolution.
       resample: "conv" for strided convolutions, "pool" for 2x2 averages,
         "biggan" for residual blocks that resample inside.
-      scale_shift: how the embedding steers a residual block, see `layers.ResBlock`.
+      scale_shift: how the embedding modulates a residual block, see `layers.ResBlock`.
       scale_skips: whether what skips across the U is multiplied by 1/sqrt(2),
         as in SR3 and Imagen.
       noise_input: a key of `embeddings.NOISE_INPUTS`.
@@ -86,7 +86,7 @@ class ConditionalNetwork(nn.Module):
         **settings: Any,
     ) -> jax.Array:
         """A residual block, computed as `execution` says. `settings` as `layers.ResBlock` has."""
-        block = self._executed(layers.ResBlock, name, h.shape[1])(
+        block = self._block(layers.ResBlock, name, h.shape[1])(
             features,
             dropout_rate=self.dropout_rate,
             scale_shift=self.scale_shift,
@@ -94,21 +94,21 @@ class ConditionalNetwork(nn.Module):
             name=name,
             **settings,
         )
-        return self.placed(block(h, embedding, rows))
+        return self.constrain_sharding(block(h, embedding, rows))
 
     def attention_block(self, h: jax.Array, name: str) -> jax.Array:
         """Self-attention, computed as `execution` says."""
-        block = self._executed(layers.AttentionBlock, name, h.shape[1])(
+        block = self._block(layers.AttentionBlock, name, h.shape[1])(
             self.num_heads, self.dtype, self.execution.per_device, name=name
         )
-        return self.placed(block(h))
+        return self.constrain_sharding(block(h))
 
-    def placed(self, h: jax.Array) -> jax.Array:
+    def constrain_sharding(self, h: jax.Array) -> jax.Array:
         """A feature map where `execution` says that it be."""
-        place = self.execution.place
-        return h if place is None else place(h)
+        constrain = self.execution.constrain_sharding
+        return h if constrain is None else constrain(h)
 
-    def _executed(self, block: type[nn.Module], name: str, size: int) -> type[nn.Module]:
+    def _block(self, block: type[nn.Module], name: str, size: int) -> type[nn.Module]:
         gather = self.execution.gather
         if gather is not None and not self.is_initializing():
             block = nn.map_variables(

@@ -54,12 +54,14 @@ class EfficientUNet(ConditionalNetwork):
             return self.attention_block(h, f"{name}_attention")
 
         levels = list(enumerate(zip(self.channel_mults, self.num_res_blocks, strict=True)))
-        h = self.placed(layers.conv3x3(self.channels, self.dtype, "conv_in")(h.astype(self.dtype)))
+        h = self.constrain_sharding(
+            layers.conv3x3(self.channels, self.dtype, "conv_in")(h.astype(self.dtype))
+        )
         skips = []
         for level, (mult, count) in levels:
             features = self.channels * mult
             downsample = layers.conv3x3(features, self.dtype, f"down{level}_resample", stride=2)
-            h = self.placed(downsample(h))
+            h = self.constrain_sharding(downsample(h))
             h = blocks(h, features, count, f"down{level}")
             skips.append(h)
         skips.pop()
@@ -68,7 +70,9 @@ class EfficientUNet(ConditionalNetwork):
             if level + 1 < len(levels):
                 h = layers.concat_skip(h, skips.pop(), scale=self.scale_skips)
             h = blocks(h, self.channels * mult, count, f"up{level}")
-            h = self.placed(layers.Upsample("conv", self.dtype, name=f"up{level}_resample")(h))
+            h = self.constrain_sharding(
+                layers.Upsample("conv", self.dtype, name=f"up{level}_resample")(h)
+            )
         assert not skips
 
         return layers.image_out(h, self.out_channels, self.dtype)

@@ -144,7 +144,7 @@ class Dropout(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block steered by the embedding.
+    """Residual block modulated by the embedding.
 
     Its second norm is scaled and shifted by it, as in Dhariwal & Nichol 2021
     ("adaptive group normalization"), or it is added before that norm, as in
@@ -181,12 +181,12 @@ class ResBlock(nn.Module):
             h, x = resample(h), resample(x)
         h = conv3x3(features, dtype, "conv0")(h)
 
-        norm, steer = GroupNorm(dtype, swish=True, name="norm1"), nn.swish(embedding)
+        norm, modulation = GroupNorm(dtype, swish=True, name="norm1"), nn.swish(embedding)
         if self.scale_shift:
-            scale_shift = dense(2 * features, dtype, "scale_shift", zero_init=True)(steer)
-            h = norm(h, jnp.split(scale_shift, 2, axis=-1))
+            modulation = dense(2 * features, dtype, "scale_shift", zero_init=True)(modulation)
+            h = norm(h, jnp.split(modulation, 2, axis=-1))
         else:
-            h = norm(add_to_pixels(h, dense(features, dtype, "shift")(steer)))
+            h = norm(add_to_pixels(h, dense(features, dtype, "shift")(modulation)))
 
         h = Dropout(self.dropout_rate, name="dropout")(h, rows)
         h = conv3x3(features, dtype, "conv1", zero_init=True)(h)

@@ -47,11 +47,11 @@ class UNet(ConditionalNetwork):
             if self.resample == "biggan":
                 return res_block(h, h.shape[-1], name, resample=direction)
             layer = {"down": layers.Downsample, "up": layers.Upsample}[direction]
-            return self.placed(layer(self.resample, self.dtype, name=name)(h))
+            return self.constrain_sharding(layer(self.resample, self.dtype, name=name)(h))
 
         levels = list(enumerate(zip(self.channel_mults, self.num_res_blocks, strict=True)))
         h = layers.space_to_depth(h, self.patch_size).astype(self.dtype)
-        h = self.placed(layers.conv3x3(self.channels, self.dtype, "conv_in")(h))
+        h = self.constrain_sharding(layers.conv3x3(self.channels, self.dtype, "conv_in")(h))
         skips = [h]
         for level, (mult, num_blocks) in levels:
             if level > 0:
@@ -92,7 +92,7 @@ class Network:
             lambda: self.module.init(key, xt, logsnr, cond)["params"], key
         )
 
-    def executed(self, execution: Execution) -> Network:
+    def with_execution(self, execution: Execution) -> Network:
         """The same network, computed in another way."""
         return Network(module=self.module.clone(execution=execution))
 

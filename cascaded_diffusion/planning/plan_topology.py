@@ -140,7 +140,7 @@ def _kept_bytes(stage_config: StageConfig, remat: tuple[int, ...]) -> int:
     from cascaded_diffusion.networks.kernels.execution import Execution
 
     execution = Execution(per_device=lambda function: function, remat_sizes=remat)
-    stage = build_stage(stage_config).executed(execution)
+    stage = build_stage(stage_config).with_execution(execution)
     params = jax.eval_shape(stage.init, jax.random.key(0))
     inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=1))
 

@@ -151,7 +151,9 @@ def _gathered(x: jax.Array, dtype: Any, stored: NamedSharding, computed: NamedSh
     return gathered(x)
 
 
-def make_placer(mesh: Mesh, *, batch_size: int) -> Callable[[jax.Array], jax.Array] | None:
+def make_sharding_constraint(
+    mesh: Mesh, *, batch_size: int
+) -> Callable[[jax.Array], jax.Array] | None:
     """Returns `place(h)`, which says where a feature map [B, H, W, C] is; None on one device.
 
     Args:

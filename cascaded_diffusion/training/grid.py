@@ -25,7 +25,7 @@ class GridSampler:
     """Grids of EMA samples, always of the same noise and labels.
 
     Args:
-      stage: from `step.sampled_stage`: its parameters may be split over the mesh.
+      stage: from `step.stage_for_sampling`: its parameters may be split over the mesh.
       config: the run's.
       mesh: the device mesh.
       examples: real ones, whose low-res versions a super-resolution stage enlarges.

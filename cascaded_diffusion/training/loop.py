@@ -263,7 +263,7 @@ def _train(
         say(f"resuming from step {first_step}")
 
     writer = MetricWriter(folder, resume_step=first_step) if is_first_process else None
-    sample_grid = GridSampler(step_lib.sampled_stage(stage, mesh), config, mesh, grid_examples)
+    sample_grid = GridSampler(step_lib.stage_for_sampling(stage, mesh), config, mesh, grid_examples)
     local_batches = data_from(first_step)
     batches = mesh_lib.DeviceBatches(local_batches, mesh)
     progress = Progress(

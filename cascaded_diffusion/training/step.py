@@ -52,27 +52,27 @@ def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
     return init
 
 
-def executed_stage(stage: Stage, config: TrainConfig, mesh: Mesh) -> Stage:
+def stage_for_training(stage: Stage, config: TrainConfig, mesh: Mesh) -> Stage:
     """The stage as it is trained: over a mesh, within its memory."""
     params = jax.eval_shape(stage.init, jax.random.key(0))
     execution = Execution(
         gather=sharding.make_gather(params, mesh),
-        place=sharding.make_placer(
+        constrain_sharding=sharding.make_sharding_constraint(
             mesh, batch_size=config.batch_size // (config.accumulation_steps or 1)
         ),
         per_device=sharding.make_per_device(mesh),
         remat_sizes=remat_sizes(config, stage.config),
     )
-    return stage.executed(execution)
+    return stage.with_execution(execution)
 
 
-def sampled_stage(stage: Stage, mesh: Mesh) -> Stage:
+def stage_for_sampling(stage: Stage, mesh: Mesh) -> Stage:
     """The stage as it samples from parameters that are stored as they are trained.
 
     Any number of images: it is not said where they are, since devices may not divide them.
     """
     params = jax.eval_shape(stage.init, jax.random.key(0))
-    return stage.executed(Execution(gather=sharding.make_gather(params, mesh)))
+    return stage.with_execution(Execution(gather=sharding.make_gather(params, mesh)))
 
 
 def _in_parts(noised: NoisedBatch, parts: int, mesh: Mesh) -> NoisedBatch:
@@ -98,7 +98,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     optimizer = build_optimizer(config)
     learning_rate = build_learning_rate(config)
     parts = config.accumulation_steps or 1
-    stage = executed_stage(stage, config, mesh)
+    stage = stage_for_training(stage, config, mesh)
     grad_fn = jax.grad(stage.loss_of, has_aux=True)
 
     def gradient(params: Any, noised: NoisedBatch, key: jax.Array) -> tuple[Any, Metrics]:

@@ -90,7 +90,7 @@ def test_training_and_sampling_show_the_network_the_same_low_res_input(augment):
     stage.loss({}, batch, jax.random.key(3))
     trained = recorder.calls[-1][2]
 
-    handed_on = resize.area_resize(batch.image, 16)
+    handed_on = resize.area_downsample(batch.image, 16)
     stored = float_from_uint8(uint8_from_float(handed_on))
     for low_res in (handed_on, stored, stage.low_res_from(batch.image)):
         recorder.calls.clear()

@@ -145,13 +145,13 @@ def test_fewer_examples_than_devices_are_split_by_rows(alone):
     mesh = _mesh(data=2, fsdp=2, tensor=2)
     curve, _ = _curve(config, mesh)
     np.testing.assert_allclose(curve, expected, rtol=1e-5)
-    place = sharding.make_placer(mesh, batch_size=4)
+    place = sharding.make_sharding_constraint(mesh, batch_size=4)
     specs = [
         jax.jit(place).lower(jnp.zeros((4, size, size, 8))).compile().output_shardings.spec
         for size in (32, 16, 8)
     ]
     assert [spec[1] if len(spec) > 1 else None for spec in specs] == ["tensor", "tensor", None]
-    assert sharding.make_placer(_mesh(), batch_size=4) is None
+    assert sharding.make_sharding_constraint(_mesh(), batch_size=4) is None
 
 
 def test_parameters_are_stored_by_rules_over_paths_and_shapes():
@@ -238,6 +238,6 @@ def test_a_grid_is_sampled_on_devices_that_do_not_divide_it():
     raw = SOURCE.reader.raw
     examples = {"image": raw.images[:40], "label": raw.labels[:40]}
     params = init(jax.random.key(0))
-    picture = GridSampler(step.sampled_stage(stage, mesh), config, mesh, examples)(params)
+    picture = GridSampler(step.stage_for_sampling(stage, mesh), config, mesh, examples)(params)
     alone = GridSampler(stage, config, _mesh(), examples)(jax.device_get(params))
     assert np.abs(picture.astype(int) - alone).max() <= 2

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
-from cascaded_diffusion.cascade.resize import area_resize
+from cascaded_diffusion.cascade.resize import area_downsample
 from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
 
 _CHUNK = 500
@@ -73,5 +73,5 @@ class RealSplit:
 
 def resized(data: LabelledImages, resolution: int) -> LabelledImages:
     """Data shrunk by the cascade's own area operator and rounded by its own rule."""
-    images = uint8_from_float(area_resize(float_from_uint8(data.images), resolution))
+    images = uint8_from_float(area_downsample(float_from_uint8(data.images), resolution))
     return LabelledImages(np.asarray(images), data.labels)

@@ -46,7 +46,7 @@ class Execution:
     Attributes:
       gather: called on the parameters of each block right before the block uses them,
         so that whatever is split over devices is whole there for that long only.
-      place: called on each feature map [B, H, W, C]; says where it is to be.
+      constrain_sharding: called on each feature map [B, H, W, C]; constrains how it is sharded.
       per_device: for what XLA cannot divide among devices, splash attention; without it that is
         not used. None where examples may not divide, as in sampling.
       remat_sizes: sizes of the feature maps whose blocks keep their inputs only, and
@@ -54,6 +54,6 @@ class Execution:
     """
 
     gather: Gather | None = None
-    place: Callable[[jax.Array], jax.Array] | None = None
+    constrain_sharding: Callable[[jax.Array], jax.Array] | None = None
     per_device: PerDevice | None = None
     remat_sizes: tuple[int, ...] = ()

@@ -140,13 +140,15 @@ class GroupNorm(nn.Module):
     swish: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, steer: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-        """`steer` is a scale and a shift [B, C] of each example, applied after the norm's own."""
+    def __call__(
+        self, x: jax.Array, modulation: tuple[jax.Array, jax.Array] | None = None
+    ) -> jax.Array:
+        """`modulation`: a scale and a shift [B, C] per example, applied after the norm's own."""
         b, *_, c = x.shape
         scale = self.param("scale", nn.initializers.ones_init(), (c,))
         shift = self.param("bias", nn.initializers.zeros_init(), (c,))
-        if steer is not None:
-            by, plus = (value.astype(jnp.float32) for value in steer)
+        if modulation is not None:
+            by, plus = (value.astype(jnp.float32) for value in modulation)
             scale, shift = scale * (1 + by), shift * (1 + by) + plus
         scale, shift = (jnp.broadcast_to(v, (b, c)).astype(jnp.float32) for v in (scale, shift))
         return normalize(x.astype(self.dtype), scale, shift, math.gcd(32, c), self.swish)

@@ -36,9 +36,13 @@ def test_rematerialization_and_gathering_change_nothing(name):
     expected = _gradient(network, args, params)
     for execution in (
         Execution(remat_sizes=(16, 8, 4)),
-        Execution(gather=gather, place=lambda h: placed.append(h.shape) or h, remat_sizes=(8,)),
+        Execution(
+            gather=gather,
+            constrain_sharding=lambda h: placed.append(h.shape) or h,
+            remat_sizes=(8,),
+        ),
     ):
-        found = _gradient(network.executed(execution), args, params)
+        found = _gradient(network.with_execution(execution), args, params)
         # Dropout, too, is the same.
         np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
         jax.tree.map(
@@ -59,8 +63,8 @@ def test_rematerialized_blocks_keep_less():
         return sum(np.size(x) for x in jax.tree.leaves(back))
 
     none = residuals(network)
-    some = residuals(network.executed(Execution(remat_sizes=(16,))))
-    everything = residuals(network.executed(Execution(remat_sizes=(16, 8))))
+    some = residuals(network.with_execution(Execution(remat_sizes=(16,))))
+    everything = residuals(network.with_execution(Execution(remat_sizes=(16, 8))))
     assert everything < some < none
 
 

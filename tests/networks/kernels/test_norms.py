@@ -23,35 +23,35 @@ def _variables(channels, seed=0):
 def _inputs(channels, dtype=jnp.float32, batch=3):
     keys = jax.random.split(jax.random.key(1), 3)
     x = 1.5 + 2.0 * jax.random.normal(keys[0], (batch, 6, 4, channels))
-    steer = tuple(0.4 * jax.random.normal(k, (batch, channels)) for k in keys[1:])
-    return x.astype(dtype), steer
+    modulation = tuple(0.4 * jax.random.normal(k, (batch, channels)) for k in keys[1:])
+    return x.astype(dtype), modulation
 
 
-def _flax(variables, x, steer, swish):
+def _flax(variables, x, modulation, swish):
     """The same by flax's norm, in the steps that `GroupNorm` does at once."""
     groups = np.gcd(32, x.shape[-1])
     h = nn.GroupNorm(num_groups=int(groups), epsilon=1e-5).apply(variables, x)
-    if steer is not None:
-        by, plus = (v[:, None, None, :] for v in steer)
+    if modulation is not None:
+        by, plus = (v[:, None, None, :] for v in modulation)
         h = h * (1 + by) + plus
     return nn.swish(h) if swish else h
 
 
 @pytest.mark.parametrize("swish", [False, True])
-@pytest.mark.parametrize("steered", [False, True])
+@pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("channels", [8, 48, 64])
-def test_values_and_gradients_are_those_of_flax(channels, steered, swish):
-    variables, (x, steer) = _variables(channels), _inputs(channels)
-    steer = steer if steered else None
+def test_values_and_gradients_are_those_of_flax(channels, modulated, swish):
+    variables, (x, modulation) = _variables(channels), _inputs(channels)
+    modulation = modulation if modulated else None
     weights = jax.random.normal(jax.random.key(2), x.shape)
 
-    def ours(variables, x, steer):
-        return GroupNorm(swish=swish).apply(variables, x, steer)
+    def ours(variables, x, modulation):
+        return GroupNorm(swish=swish).apply(variables, x, modulation)
 
-    def theirs(variables, x, steer):
-        return _flax(variables, x, steer, swish)
+    def theirs(variables, x, modulation):
+        return _flax(variables, x, modulation, swish)
 
-    args = (variables, x, steer)
+    args = (variables, x, modulation)
     np.testing.assert_allclose(ours(*args), theirs(*args), atol=2e-5)
     grads = [
         jax.grad(lambda *a, f=f: (weights * f(*a)).sum(), argnums=(0, 1, 2))(*args)
@@ -62,12 +62,12 @@ def test_values_and_gradients_are_those_of_flax(channels, steered, swish):
 
 
 def test_the_gradient_is_that_of_finite_differences():
-    (x, steer), variables = _inputs(4, batch=1), _variables(4)
+    (x, modulation), variables = _inputs(4, batch=1), _variables(4)
 
     def f(x, scale, shift):
         return GroupNorm(swish=True).apply(variables, x, (scale, shift))
 
-    check_grads(f, (x, *steer), order=1, modes=["rev"], rtol=2e-2, atol=2e-2)
+    check_grads(f, (x, *modulation), order=1, modes=["rev"], rtol=2e-2, atol=2e-2)
 
 
 def test_bfloat16_is_normalized_in_float32():
