@@ -24,7 +24,8 @@ from cascaded_diffusion.commands import entry, jax_setup
 from cascaded_diffusion.commands.run_images import real_split
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
+from cascaded_diffusion.files.whole import write_whole
+from cascaded_diffusion.runtime.run_folder import RunFolder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4)

@@ -41,7 +41,7 @@ from cascaded_diffusion.commands import config_flags, entry
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.data.sources import load_source
-from cascaded_diffusion.runtime.run_folder import write_whole
+from cascaded_diffusion.files.whole import write_whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WIDTH, HEIGHT, SIZE, BATCH = 400, 350, 64, 64

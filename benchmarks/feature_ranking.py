@@ -28,7 +28,7 @@ from scipy.ndimage import gaussian_filter
 
 from cascaded_diffusion.commands import entry, jax_setup
 from cascaded_diffusion.files.npz_archive import read_arrays
-from cascaded_diffusion.runtime.run_folder import write_whole
+from cascaded_diffusion.files.whole import write_whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _NUM_TRAIN, _NUM_TEST = 4000, 1000

@@ -24,7 +24,7 @@ import machine
 from PIL import Image
 
 from cascaded_diffusion.commands import entry
-from cascaded_diffusion.runtime.run_folder import write_whole
+from cascaded_diffusion.files.whole import write_whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _CLASSES = 1000

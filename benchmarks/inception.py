@@ -21,7 +21,7 @@ import numpy as np
 import scipy.linalg
 
 from cascaded_diffusion.commands import entry, jax_setup
-from cascaded_diffusion.runtime.run_folder import write_whole
+from cascaded_diffusion.files.whole import write_whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _NUM, _FEATURES = 10_000, 2048

@@ -51,7 +51,7 @@ from cascaded_diffusion.commands import config_flags, entry, jax_setup
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.run_folder import write_whole
+from cascaded_diffusion.files.whole import write_whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NETWORK = {

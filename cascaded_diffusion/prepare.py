@@ -184,7 +184,8 @@ def _prepare(split: str, plan: Plan, workers: int) -> None:
         read_manifest,
     )
     from cascaded_diffusion.data.write_prepared import manifest_of, stored_manifest
-    from cascaded_diffusion.runtime.run_folder import check_writable, held_lock, write_whole
+    from cascaded_diffusion.files.folders import check_writable, held_lock
+    from cascaded_diffusion.files.whole import write_whole
 
     folder, raw = plan.folder, plan.reader.raw
     check_writable(folder, "config.data.prepared_dir")
@@ -234,7 +235,7 @@ def _write_shards(split: str, plan: Plan, workers: int) -> list[Report]:
     """Writes the shards that are not there yet. Returns the reports of all, in order."""
     from cascaded_diffusion.data.corruption import CorruptionGuard
     from cascaded_diffusion.data.write_prepared import finished_shard, write_shard
-    from cascaded_diffusion.runtime.run_folder import write_whole
+    from cascaded_diffusion.files.whole import write_whole
 
     found = {number: finished_shard(plan, number) for number in range(plan.num_shards)}
     reports = {number: report for number, report in found.items() if report is not None}
@@ -320,7 +321,8 @@ def _verify(config: RunConfig, split: str, workers: int) -> None:
     )
     from cascaded_diffusion.data.raw import DataMissing, printable
     from cascaded_diffusion.data.sources import load_source
-    from cascaded_diffusion.data.write_prepared import file_sha256, plan_split, source_content
+    from cascaded_diffusion.data.write_prepared import plan_split, source_content
+    from cascaded_diffusion.files.whole import sha256_of
     from cascaded_diffusion.runtime.logging import Progress
 
     low_res = config.stage.low_res_resolution if config.data.low_res == "stored" else None
@@ -330,7 +332,7 @@ def _verify(config: RunConfig, split: str, workers: int) -> None:
     progress = Progress(len(manifest["shards"]), unit="shards", label=f"verify {name}")
     for count, shard in enumerate(manifest["shards"], start=1):
         path = folder / shard["file"]
-        if file_sha256(path) != shard["sha256"]:
+        if sha256_of(path) != shard["sha256"]:
             progress.close()
             raise UserError(
                 f"{path}: its SHA-256 is not the manifest's: it is damaged; remove"

@@ -32,7 +32,8 @@ from cascaded_diffusion.config.run_checks import evaluation_mesh, run_config_fro
 from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import batches, open_images
-from cascaded_diffusion.runtime.run_folder import RunFolder, check_writable
+from cascaded_diffusion.files.folders import check_writable
+from cascaded_diffusion.runtime.run_folder import RunFolder
 
 _BATCH = 500
 

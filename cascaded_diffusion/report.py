@@ -19,6 +19,9 @@ from absl import flags
 
 from cascaded_diffusion.commands import config_flags, entry, flag_checks
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.folders import check_writable
+from cascaded_diffusion.files.json_files import read_lines
+from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.reporting.page import (
     Section,
     key_values,
@@ -28,13 +31,7 @@ from cascaded_diffusion.reporting.page import (
     table,
 )
 from cascaded_diffusion.reporting.run_report import run_sections
-from cascaded_diffusion.runtime.run_folder import (
-    CascadeFolder,
-    RunFolder,
-    check_writable,
-    read_lines,
-    write_whole,
-)
+from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 _PACKAGES = ("cascaded_diffusion", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

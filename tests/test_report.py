@@ -10,8 +10,9 @@ import pytest
 
 from cascaded_diffusion import report
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import append_line
 from cascaded_diffusion.runtime import pictures
-from cascaded_diffusion.runtime.run_folder import RunFolder, append_line
+from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import ROOT, tiny_base, tiny_sr
 
 VOID = {"meta", "img", "br"}

@@ -53,8 +53,8 @@ def evaluate_bound(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -
     jax = jax_setup.set_up_jax()
     from cascaded_diffusion.evaluation.likelihood import bits_per_dim
     from cascaded_diffusion.evaluation.trained import load_trained
+    from cascaded_diffusion.files.json_files import append_line
     from cascaded_diffusion.runtime.mesh import build_mesh
-    from cascaded_diffusion.runtime.run_folder import append_line
 
     names = [fv.bits_per_dim, config.data.train_split]
     try:

@@ -16,7 +16,8 @@ from cascaded_diffusion.config.run_checks import check_sample_count, evaluation_
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import load_samples
-from cascaded_diffusion.runtime.run_folder import RunFolder, append_line
+from cascaded_diffusion.files.json_files import append_line
+from cascaded_diffusion.runtime.run_folder import RunFolder
 
 # From this resolution on, CAS is by ResNet-50, as published; below, by a small ResNet.
 _LARGE = 64

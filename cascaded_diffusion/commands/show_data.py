@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--output={fv.output}: expected a name that ends with .png")
     split = fv.split or config.data.train_split
 
-    from cascaded_diffusion.runtime.run_folder import check_writable
+    from cascaded_diffusion.files.folders import check_writable
 
     check_writable(output.absolute().parent, "output")
     jax = jax_setup.set_up_jax()

@@ -30,6 +30,7 @@ from cascaded_diffusion.data.prepared import (
 )
 from cascaded_diffusion.data.raw import ContentDigest
 from cascaded_diffusion.data.sources import ProcessingReader, load_raw
+from cascaded_diffusion.files.whole import sha256_of
 
 _SHARD_BYTES = 128_000_000
 _MIN_SHARD_EXAMPLES = 256
@@ -149,7 +150,7 @@ def write_shard(number: int) -> Report:
         write_array_record(str(temporary), records())
         with temporary.open("rb+") as f:
             os.fsync(f.fileno())
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        digest = sha256_of(temporary)
         size = temporary.stat().st_size
         os.replace(temporary, path)
     finally:
@@ -206,15 +207,9 @@ def finished_shard(plan: Plan, number: int) -> Report | None:
         )
         if not same or not whole or path.stat().st_size != report["bytes"]:
             return None
-        return cast(Report, report) if file_sha256(path) == report["sha256"] else None
+        return cast(Report, report) if sha256_of(path) == report["sha256"] else None
     except (OSError, ValueError, RecursionError):
         return None  # whatever it is, the shard is made anew
-
-
-def file_sha256(path: pathlib.Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def manifest_of(plan: Plan, reports: Sequence[Report], content_sample: str) -> Manifest:

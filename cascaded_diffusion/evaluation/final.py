@@ -27,7 +27,9 @@ from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.score import measured, save_grid
 from cascaded_diffusion.evaluation.trained import TrainedStage
-from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
+from cascaded_diffusion.files.json_files import write_json
+from cascaded_diffusion.files.whole import write_whole
+from cascaded_diffusion.runtime.run_folder import RunFolder
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 # How many levels, up to the highest one that the stage was trained for.
@@ -119,7 +121,7 @@ def final_numbers(
     )
     # The table before the JSON, which says that all is there; the store after both.
     write_whole(folder.eval / f"{name}.md", _table(record).encode())
-    write_whole(folder.eval / f"{name}.json", json.dumps(record, indent=2).encode() + b"\n")
+    write_json(folder.eval / f"{name}.json", record)
     store.remove()
     return record
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -26,8 +25,8 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, Moments
 from cascaded_diffusion.files.npz_archive import array_names, read_arrays
+from cascaded_diffusion.files.whole import sha256_of_arrays, write_npz_whole
 from cascaded_diffusion.runtime.logging import Progress
-from cascaded_diffusion.runtime.run_folder import write_whole
 
 # Features that are kept for KID, precision and recall: of images spread over the set.
 _KEPT_FEATURES = 10_000
@@ -205,16 +204,7 @@ def save_reference(path: pathlib.Path, reference: Reference) -> None:
         )
     fingerprint = dataclasses.asdict(reference.fingerprint)
     arrays["fingerprint"] = np.asarray(json.dumps(fingerprint, sort_keys=True))
-    data = io.BytesIO()
-    np.savez(data, **arrays, digest=np.asarray(_digest(arrays)))
-    write_whole(path, data.getvalue())
-
-
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
+    write_npz_whole(path, {**arrays, "digest": np.asarray(sha256_of_arrays(arrays))})
 
 
 def holds_statistics(path: str, *, flag: str) -> bool:
@@ -248,7 +238,7 @@ def read_reference(path: str, *, flag: str) -> Reference:
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"--{flag}={path}: cannot be read as .npz ({reason})") from e
     recorded = arrays.pop("digest", None)
-    if recorded is not None and str(recorded) != _digest(arrays):
+    if recorded is not None and str(recorded) != sha256_of_arrays(arrays):
         raise UserError(
             f"--{flag}={path}: its arrays have changed since it was written; make it anew"
         )
@@ -269,7 +259,7 @@ def _reference_of(arrays: Mapping[str, np.ndarray], name: str) -> Reference:
         fingerprint = _fingerprint_of(str(arrays["fingerprint"]))
         name = str(fingerprint)
     else:
-        name = f"{name}:{_digest(arrays)[:12]}"
+        name = f"{name}:{sha256_of_arrays(arrays)[:12]}"
     pooled = _moments(arrays["mu"], arrays["sigma"])
     if (features := arrays.get("features")) is not None:
         size = len(pooled.mean)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,9 +18,10 @@ from cascaded_diffusion.evaluation.measure import Measurement, counted, metric_n
 from cascaded_diffusion.evaluation.samples.sample_sources import SampleSource, fill
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
 from cascaded_diffusion.evaluation.trained import abstract_params, checkpoint_digest
+from cascaded_diffusion.files.json_files import append_line, write_json
 from cascaded_diffusion.runtime import checkpoint, pictures
 from cascaded_diffusion.runtime.logging import ScoreCurves
-from cascaded_diffusion.runtime.run_folder import RunFolder, append_line, write_whole
+from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
 
 _GRID_COLUMNS, _GRID_ROWS = 20, 5
@@ -221,7 +221,7 @@ class RunScorer:
         on_disk = set(checkpoint.finished_steps(self._folder))
         best = early_stopping.best_record([r for r in comparable if r["step"] in on_disk])
         if best is not None:
-            write_whole(self._folder.best_path, json.dumps(best, indent=2).encode() + b"\n")
+            write_json(self._folder.best_path, best)
         patience = self._config.eval.patience_evals
         if early_stopping.should_stop(early_stopping.lowest_per_step(comparable), patience):
             self._folder.ask_to_stop(patience)

@@ -27,8 +27,9 @@ from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.stored_images import save_samples, stored_samples
 from cascaded_diffusion.evaluation.settings import Setting, with_setting
 from cascaded_diffusion.evaluation.trained import TrainedStage
+from cascaded_diffusion.files.json_files import append_line, read_lines
+from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime import pictures
-from cascaded_diffusion.runtime.run_folder import append_line, read_lines, write_whole
 
 
 class Sweep:

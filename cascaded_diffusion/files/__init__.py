@@ -1,1 +1,1 @@
-"""Files as others write them: npz archives, images, paths."""
+"""Files: written whole or not at all, read with care where others wrote them."""

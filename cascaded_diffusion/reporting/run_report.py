@@ -10,6 +10,7 @@ from typing import Any
 
 from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.reporting.page import (
     Markup,
     Section,
@@ -21,7 +22,7 @@ from cascaded_diffusion.reporting.page import (
     table,
 )
 from cascaded_diffusion.runtime.pictures import line_plot_png
-from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
+from cascaded_diffusion.runtime.run_folder import RunFolder
 
 Record = Mapping[str, Any]
 

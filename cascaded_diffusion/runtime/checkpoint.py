@@ -12,7 +12,6 @@ falls back to the newest checkpoint that is intact, saying which it passed over 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -28,8 +27,9 @@ import orbax.checkpoint as ocp
 
 from cascaded_diffusion.config.schema import CheckpointConfig, ema_name
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.whole import sha256_of, write_whole
 from cascaded_diffusion.runtime.mesh import broadcast_from_process_0, fail_on_all_processes
-from cascaded_diffusion.runtime.run_folder import RunFolder, write_whole
+from cascaded_diffusion.runtime.run_folder import RunFolder
 
 MANIFEST = "manifest.json"
 _NEVER_COMPLETED = f"{MANIFEST} is missing: it was never completed"
@@ -84,9 +84,7 @@ def _file_hashes(folder: pathlib.Path) -> dict[str, str]:
     hashes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
-            with path.open("rb") as f:
-                digest = hashlib.file_digest(f, "sha256").hexdigest()
-            hashes[path.relative_to(folder).as_posix()] = digest
+            hashes[path.relative_to(folder).as_posix()] = sha256_of(path)
     return hashes
 
 

@@ -15,7 +15,9 @@ import tqdm
 from clu import parameter_overview
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.run_folder import RunFolder, append_line, write_whole
+from cascaded_diffusion.files.json_files import append_line
+from cascaded_diffusion.files.whole import write_whole
+from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
 def print_parameter_overview(params: Any) -> None:

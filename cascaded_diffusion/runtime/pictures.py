@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cascaded_diffusion.runtime.run_folder import write_whole
+from cascaded_diffusion.files.whole import write_whole
 
 _WHITE = (255, 255, 255)
 

@@ -36,7 +36,6 @@ import fcntl
 import json
 import os
 import pathlib
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -44,139 +43,8 @@ from typing import Any, Protocol
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import CascadeConfig, CascadeSection, RunConfig, to_dict
 from cascaded_diffusion.errors import UserError
-
-
-@contextlib.contextmanager
-def _named(path: pathlib.Path) -> Iterator[None]:
-    """Puts the path into errors of writing, which have none: "No space left on device"."""
-    try:
-        yield
-    except OSError as e:
-        raise OSError(e.errno, f"cannot be written ({e.strerror or e})", str(path)) from e
-
-
-def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file so that readers see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        _named(path),
-        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f,
-    ):
-        try:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-            os.chmod(f.name, 0o644)
-            os.replace(f.name, path)
-        except BaseException:
-            os.unlink(f.name)
-            raise
-
-
-def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Appends one JSON line, durably, in a single write.
-
-    A line cut off by a crash of an earlier writer is closed first, so that it
-    spoils nothing but itself.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _named(path), path.open("a+b") as f:
-        f.seek(0, os.SEEK_END)
-        if f.tell():
-            f.seek(-1, os.SEEK_END)
-            if f.read(1) != b"\n":
-                f.write(b"\n")
-        f.write(json.dumps(record).encode() + b"\n")
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one per line; a line that is none is passed over.
-
-    A crash cuts off a line, a damaged disk spoils one: the others are as good as before.
-    """
-    return [record for record in map(_parsed, _lines(path)) if record is not None]
-
-
-def _lines(path: pathlib.Path) -> list[bytes]:
-    return path.read_bytes().split(b"\n") if path.exists() else []
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _records(path: pathlib.Path, types: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """The lines that have values of these types, and the number of the other whole lines."""
-    lines = [line for line in _lines(path) if line.strip()]
-    kept = [record for record in map(_parsed, lines) if record is not None and _has(record, types)]
-    return kept, len(lines) - len(kept)
-
-
-def _has(record: Mapping[str, Any], types: Mapping[str, Any]) -> bool:
-    return all(
-        isinstance(record.get(name), kind) and not isinstance(record.get(name), bool)
-        for name, kind in types.items()
-    )
-
-
-def read_json(path: pathlib.Path, *, remedy: str) -> Any:
-    """A JSON file. Raises UserError, which ends with `remedy`, if it cannot be read."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
-        reason = e.strerror if isinstance(e, OSError) else " ".join(str(e).split())[:200]
-        raise UserError(f"{path}: cannot be read as JSON ({reason}); {remedy}") from e
-
-
-def check_writable(path: pathlib.Path, flag: str) -> None:
-    """Raises UserError if the folder cannot be written; leaves no trace."""
-    parent = path
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir():
-        raise UserError(f"--{flag}={path}: {parent} is not a folder")
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as e:
-        raise UserError(
-            f"--{flag}={path}: cannot write to {parent} ({e.strerror}); choose a"
-            " folder that you may write to"
-        ) from e
-
-
-@contextlib.contextmanager
-def held_lock(path: pathlib.Path, role: str, flag: str) -> Iterator[pathlib.Path]:
-    """Holds a folder for one writer of a kind. Yields the lock's file.
-
-    The lock is the operating system's: it ends with the process that holds
-    it, however that ends.
-
-    Raises:
-      UserError: another process holds it.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / f".{role}.lock").open("a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            f.seek(0)
-            holder = f.read().strip() or "unknown"
-            raise UserError(
-                f"--{flag}={path}: another {role} process (pid {holder}) is writing"
-                " there; wait for it, or choose another folder"
-            ) from e
-        f.truncate(0)
-        f.write(str(os.getpid()))
-        f.flush()
-        yield path / f".{role}.lock"
-
+from cascaded_diffusion.files.folders import check_writable, held_lock
+from cascaded_diffusion.files.json_files import has_types, read_json, read_records, write_json
 
 # What lines must have to count: of metrics.jsonl, of eval/results.jsonl, and best.json.
 _METRICS = {"step": int}
@@ -300,7 +168,7 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Stores the resolved config."""
-        write_whole(self.config_path, json.dumps(to_dict(config), indent=2).encode() + b"\n")
+        write_json(self.config_path, to_dict(config))
 
     def check_data(self, data: RunData, *, say: Callable[[str], None] = print) -> None:
         """Checks that images are those that the run began with.
@@ -372,7 +240,7 @@ class RunFolder:
                 for name, split in data.splits.items()
             },
         }
-        write_whole(self.data_path, json.dumps(facts, indent=2).encode() + b"\n")
+        write_json(self.data_path, facts)
 
     def class_names(self) -> tuple[str, ...] | None:
         """The classes of the images that the run is trained on; None where it is not known."""
@@ -388,7 +256,7 @@ class RunFolder:
             return None
         remedy = f"remove it and run `python -m cascaded_diffusion.evaluate --workdir={self.path}`"
         record = read_json(self.best_path, remedy=remedy)
-        if not isinstance(record, dict) or not _has(record, _CHOSEN):
+        if not isinstance(record, dict) or not has_types(record, _CHOSEN):
             raise UserError(f"{self.best_path}: not a record of evaluation; {remedy}")
         return record if record["step"] >= 0 else None
 
@@ -451,7 +319,7 @@ class RunFolder:
 
     def note_saved(self, step: int) -> None:
         """Records that the checkpoint of a step was completed."""
-        write_whole(self.saved_path, json.dumps({"step": step}).encode() + b"\n")
+        write_json(self.saved_path, {"step": step}, indent=None)
 
     def metrics(self, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, each with a `step`. `say` is told of others."""
@@ -466,7 +334,7 @@ class RunFolder:
     ) -> list[dict[str, Any]]:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: expected a file; move away what is there")
-        records, others = _records(path, types)
+        records, others = read_records(path, types)
         if others and say is not None:
             say(f"{path}: {others} line(s) that are no records of this program were passed over")
         return records
@@ -524,8 +392,7 @@ class RunFolder:
 
     def ask_to_stop(self, patience_evals: int) -> None:
         """Writes EARLY_STOP, saying which patience ran out."""
-        record = {"patience_evals": patience_evals}
-        write_whole(self.early_stop_path, json.dumps(record).encode() + b"\n")
+        write_json(self.early_stop_path, {"patience_evals": patience_evals}, indent=None)
 
     def asked_to_stop(self, patience_evals: int) -> bool:
         """Whether EARLY_STOP holds for a run with this patience.
@@ -549,7 +416,7 @@ class RunFolder:
             record = json.loads(self.early_stop_path.read_bytes())
         except (OSError, ValueError, RecursionError):
             return None
-        known = isinstance(record, dict) and _has(record, {"patience_evals": (int, float)})
+        known = isinstance(record, dict) and has_types(record, {"patience_evals": (int, float)})
         return record["patience_evals"] if known else None
 
     def chosen(self) -> Chosen:
@@ -623,4 +490,4 @@ class CascadeFolder:
 
     def write_cascade(self, config: CascadeConfig) -> None:
         """Stores a cascade's config."""
-        write_whole(self.cascade_path, json.dumps(to_dict(config), indent=2).encode() + b"\n")
+        write_json(self.cascade_path, to_dict(config))

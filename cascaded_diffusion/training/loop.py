@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,18 +17,13 @@ from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.run_checks import check_resume
 from cascaded_diffusion.config.schema import RunConfig, ema_name
 from cascaded_diffusion.errors import SingleProcessError, UserError
+from cascaded_diffusion.files.json_files import read_json, write_json
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import monitor
 from cascaded_diffusion.runtime.accelerators import accelerator_of
 from cascaded_diffusion.runtime.checkpoint import CheckpointWriter, finished_steps
 from cascaded_diffusion.runtime.logging import MetricWriter, Progress, print_parameter_overview
-from cascaded_diffusion.runtime.run_folder import (
-    CONFIG_REMEDY,
-    RunData,
-    RunFolder,
-    read_json,
-    write_whole,
-)
+from cascaded_diffusion.runtime.run_folder import CONFIG_REMEDY, RunData, RunFolder
 from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.training.clock import Clock
 from cascaded_diffusion.training.grid import GridSampler, Records
@@ -209,9 +203,7 @@ def train(
             checkpoints.close()
         if outcome.reason != "preempted" and is_first_process:
             folder.check_held()
-            write_whole(
-                folder.complete_path, json.dumps(dataclasses.asdict(outcome)).encode() + b"\n"
-            )
+            write_json(folder.complete_path, dataclasses.asdict(outcome), indent=None)
         return outcome
 
 

@@ -16,8 +16,9 @@ from cascaded_diffusion.evaluation.features.classifier_training import RECIPES
 from cascaded_diffusion.evaluation.likelihood import bits_per_dim
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 from cascaded_diffusion.evaluation.sweep import Sweep
+from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime.mesh import build_mesh
-from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
+from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.data.photos import photo
 from tests.evaluation.stubs import Extractor
 from tests.tiny import ROOT, array_source, random_source, tiny_base

@@ -21,9 +21,10 @@ from cascaded_diffusion.evaluation.samples import sample_sources as sources
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 from cascaded_diffusion.evaluation.samples.stored_images import open_images, save_samples
 from cascaded_diffusion.evaluation.trained import load_trained
+from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime.mesh import build_mesh
-from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
+from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.evaluation.stubs import Evaluator, Extractor
 from tests.tiny import ROOT, random_source, round_trip, tiny_base, tiny_sr
 from tests.training.test_training import SOURCE, _train

@@ -8,9 +8,10 @@ import pytest
 
 from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.logging import MetricWriter, Progress
-from cascaded_diffusion.runtime.run_folder import RunFolder, append_line, read_lines, write_whole
+from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import tiny_sr
 
 
@@ -32,25 +33,6 @@ def test_missing_and_broken_runs_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="config.json: config.stage is missing"):
         RunFolder(tmp_path).read_config()
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_whole(path, b"old")
-    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_line_cut_off_by_a_crash_spoils_only_itself(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    append_line(path, {"value": 0.1})
-    with path.open("a") as f:
-        f.write('{"value": 0.')
-    append_line(path, {"value": 1 / 3})
-    assert read_lines(path) == [{"value": 0.1}, {"value": 1 / 3}]  # floats exact
 
 
 def test_unwritable_folder_is_found_out_without_a_trace(tmp_path):

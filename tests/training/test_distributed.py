@@ -12,7 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from cascaded_diffusion.runtime.run_folder import RunFolder, read_lines
+from cascaded_diffusion.files.json_files import read_lines
+from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import ROOT
 
 # Nearly all of the time is compilation.

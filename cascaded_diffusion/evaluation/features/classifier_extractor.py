@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,9 +25,9 @@ from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.evaluation.features.classifier_training import NUM_TURNS, train_classifier
 from cascaded_diffusion.evaluation.features.extractor import Features, concatenated
 from cascaded_diffusion.files.npz_archive import read_arrays
+from cascaded_diffusion.files.whole import sha256_of_arrays, write_npz_whole
 from cascaded_diffusion.networks import classifier as networks
 from cascaded_diffusion.runtime import mesh as mesh_lib
-from cascaded_diffusion.runtime.run_folder import write_whole
 
 # Goes up with every change to how the classifier is built or trained.
 _RECIPE = 2
@@ -118,10 +117,7 @@ def _fingerprint(train: LabelledImages, network: str, seed: int) -> str:
 
 
 def _digest(flat: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(flat):
-        digest.update(name.encode() + np.ascontiguousarray(flat[name]).tobytes())
-    return digest.hexdigest()[:16]
+    return sha256_of_arrays(flat)[:16]
 
 
 def _unflatten(flat: Mapping[str, np.ndarray]) -> dict:
@@ -222,12 +218,6 @@ def load_or_train(
         label=f"{network} classifier of the real images",
     )
     classifier = _finished(network, module, variables, held_out, mesh)
-    data = io.BytesIO()
-    np.savez(
-        data,
-        fingerprint=fingerprint,
-        digest=classifier.digest,
-        **networks.flatten_params(variables),
-    )
-    write_whole(path, data.getvalue())
+    about = {"fingerprint": fingerprint, "digest": classifier.digest}
+    write_npz_whole(path, {**about, **networks.flatten_params(variables)})
     return classifier

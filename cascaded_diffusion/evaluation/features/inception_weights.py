@@ -26,6 +26,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.torch_file import read_tensors
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.paths import check_local_path
+from cascaded_diffusion.files.whole import sha256_of, write_npz_whole, write_whole
 from cascaded_diffusion.networks.inception import (
     NUM_FEATURES,
     NUM_LOGITS,
@@ -33,7 +34,6 @@ from cascaded_diffusion.networks.inception import (
     checkpoint_tensors,
     params_from_checkpoint,
 )
-from cascaded_diffusion.runtime.run_folder import write_whole
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -96,7 +96,7 @@ def load_weights(
         if weights.sha256 != SHA256 and not allow_other:
             _refuse_other(path, weights.sha256)
         return weights
-    digest = _sha256(file)
+    digest = sha256_of(file)
     if digest == SHA256 and (weights := _kept(kept)) is not None:
         return weights
     weights = _read_public(file, allow_other=allow_other, digest=digest)
@@ -113,15 +113,10 @@ def _refuse_other(path: str, digest: str) -> None:
     )
 
 
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _read_public(
     path: pathlib.Path, *, allow_other: bool, digest: str | None = None
 ) -> InceptionWeights:
-    digest = _sha256(path) if digest is None else digest
+    digest = sha256_of(path) if digest is None else digest
     if digest != SHA256 and not allow_other:
         size = path.stat().st_size
         if size < NUM_BYTES:
@@ -178,12 +173,10 @@ def _digest(arrays: Mapping[str, np.ndarray], sha256: str) -> str:
 
 def _keep(path: pathlib.Path, weights: InceptionWeights) -> None:
     arrays = _arrays_of(weights)
-    data = io.BytesIO()
     about = dict(sha256=np.asarray(weights.sha256), digest=_digest(arrays, weights.sha256))
-    np.savez(data, **arrays, **about)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_whole(path, data.getvalue())
+        write_npz_whole(path, {**arrays, **about})
     except OSError as e:  # it saves time, no more
         print(
             f"{path}: cannot be kept ({e.strerror}); weights are read again each time",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import pathlib
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from cascaded_diffusion.files.npz_archive import read_arrays
-from cascaded_diffusion.runtime.run_folder import write_whole
+from cascaded_diffusion.files.whole import write_npz_whole, write_whole
 
 # The arrays of a batch: "images" uint8 [b, H, W, C], "labels" int64 [b] and, of an
 # enlargement, "low_res" uint8 [b, h, w, C].
@@ -105,9 +104,7 @@ class SampleStore:
                 raise ValueError(
                     f"batch {batch}: {len(array)} {name}, expected {len(self.rows(batch))}"
                 )
-        data = io.BytesIO()
-        np.savez(data, **arrays)
-        write_whole(self._path(batch), data.getvalue())
+        write_npz_whole(self._path(batch), arrays)
 
     def read(self, batch: int) -> Arrays | None:
         """A batch; None where its file has been damaged, which then is removed."""

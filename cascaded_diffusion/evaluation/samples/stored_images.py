@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -20,7 +19,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.image_files import PngFolder, told
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.paths import check_local_path
-from cascaded_diffusion.runtime.run_folder import write_whole
+from cascaded_diffusion.files.whole import write_npz_whole
 
 _DIGEST_BATCH = 1000
 _MAX_PROVENANCE_BYTES = 1 << 24
@@ -81,12 +80,10 @@ def save_samples(
 
     `provenance`, all that the samples are a function of, is kept beside them as JSON.
     """
-    data = io.BytesIO()
     arrays = {"arr_0": images, "arr_1": labels.astype(np.int64)}
     if provenance is not None:
         arrays["provenance"] = np.asarray(json.dumps(provenance))
-    np.savez(data, **arrays)
-    write_whole(path, data.getvalue())
+    write_npz_whole(path, arrays)
 
 
 def save_sample_batches(

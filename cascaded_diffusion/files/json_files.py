@@ -1,0 +1,76 @@
+"""JSON files, and files of one JSON object per line that a crash cannot spoil."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.whole import naming_path, write_whole
+
+
+def write_json(path: pathlib.Path, value: Any, *, indent: int | None = 2) -> None:
+    """Writes a JSON file whole."""
+    write_whole(path, json.dumps(value, indent=indent).encode() + b"\n")
+
+
+def read_json(path: pathlib.Path, *, remedy: str) -> Any:
+    """Reads a JSON file. Raises UserError, which ends with `remedy`, if it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        reason = e.strerror if isinstance(e, OSError) else " ".join(str(e).split())[:200]
+        raise UserError(f"{path}: cannot be read as JSON ({reason}); {remedy}") from e
+
+
+def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+    """Appends one JSON line, durably, in a single write.
+
+    If the last line was cut off by a crash, it is ended first, so that it spoils only itself.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming_path(path), path.open("a+b") as f:
+        f.seek(0, os.SEEK_END)
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                f.write(b"\n")
+        f.write(json.dumps(record).encode() + b"\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one per line; lines that hold none are skipped.
+
+    A crash cuts off a line and a damaged disk spoils one, but the others remain good.
+    """
+    return read_records(path, {})[0]
+
+
+def read_records(path: pathlib.Path, types: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """The objects that have values of the given types, and the number of all other lines."""
+    data = path.read_bytes() if path.exists() else b""
+    lines = [line for line in data.split(b"\n") if line.strip()]
+    kept = [record for record in map(_parsed, lines) if record is not None]
+    kept = [record for record in kept if has_types(record, types)]
+    return kept, len(lines) - len(kept)
+
+
+def has_types(record: Mapping[str, Any], types: Mapping[str, Any]) -> bool:
+    """Whether each key named by `types` has a value of its type; True is not a number."""
+    return all(
+        isinstance(record.get(name), kind) and not isinstance(record.get(name), bool)
+        for name, kind in types.items()
+    )
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
