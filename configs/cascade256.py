@@ -11,46 +11,27 @@ sr256 was trained with blur, and sees clean images when sampling.
 """
 
 from ml_collections import ConfigDict
-
-from cascaded_diffusion.errors import UserError
-
-#        num_samples  batch_size  low_res_steps  high_res_steps
-_VARIANTS = {
-    None: (50_000, 256, 4000, 100),
-    "smoke": (20, 16, 8, 8),
-}
-
-
-def _ancestral(**kwargs: int | str) -> dict:
-    return dict(
-        name="ancestral",
-        grid="uniform",
-        guidance_scale=1.0,  # paper: no guidance
-        guidance_interval=(0.0, 1.0),
-        threshold="static",  # DDPM
-        **kwargs,
-    )
+from sections import ancestral, check_variant, data_mesh, files_of, shrink_cascade
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    if variant not in _VARIANTS:
-        raise UserError(f"--config=...:{variant}: expected no variant, or ':smoke'")
-    num_samples, batch_size, low_res_steps, high_res_steps = _VARIANTS[variant]
-    suffix = f":{variant}" if variant else ""
+    check_variant(variant, "smoke")
     config = ConfigDict()
     config.cascade = dict(
         stages=("base32", "sr64", "sr256"),
-        configs=(f"base32.py{suffix}", f"sr64.py{suffix}", f"sr256.py{suffix}"),
+        configs=files_of(variant, "base32", "sr64", "sr256"),
         aug_levels=(501 / 4000, 0.0),  # paper, Table 5; blur has no level
         truncated=True,  # as cascade64
         samplers=(
-            _ancestral(num_steps=low_res_steps, variance="learned"),  # paper
-            _ancestral(num_steps=low_res_steps, variance="learned"),  # paper
-            _ancestral(num_steps=high_res_steps, variance="large"),  # paper: 100 steps; SR3
+            ancestral(4000, "learned"),  # paper
+            ancestral(4000, "learned"),  # paper
+            ancestral(100, "large"),  # paper: 100 steps; SR3
         ),
-        num_samples=num_samples,  # paper: 50,000
-        batch_size=batch_size,
+        num_samples=50_000,  # paper
+        batch_size=256,
         seed=0,
     )
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = data_mesh()
+    if variant == "smoke":
+        shrink_cascade(config)
     return config

@@ -9,8 +9,7 @@ a U-Net conditioned on class and noise level, the cosine schedule, Adam, EMA.
 """
 
 from ml_collections import ConfigDict
-
-from cascaded_diffusion.errors import UserError
+from sections import check_variant, cifar10, classifier_eval, data_mesh, ddim, save_every
 
 #              channels  train_steps  batch_size  num_samples
 _VARIANTS = {
@@ -21,8 +20,7 @@ _VARIANTS = {
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    if variant not in _VARIANTS:
-        raise UserError(f"--config=...:{variant}: expected no variant, ':cpu' or ':smoke'")
+    check_variant(variant, *_VARIANTS)
     channels, train_steps, batch_size, num_samples = _VARIANTS[variant]
     config = ConfigDict()
     config.stage = dict(
@@ -58,30 +56,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
             label_dropout_prob=0.1,
         ),
         augment=dict(name="none"),
-        sampler=dict(
-            name="ddim",
-            num_steps=25,
-            grid="uniform",
-            eta=0.0,
-            guidance_scale=1.2,
-            guidance_interval=(0.0, 1.0),
-            threshold="static",
-        ),
+        sampler=ddim(25, guidance_scale=1.2),
     )
-    config.data = dict(
-        name="cifar10",
-        prepared_dir="prepared",
-        train_split="train",
-        eval_split="test",
-        resolution=32,  # as they are: one prepared set for both stages
-        crop="center",
-        resize="area",
-        low_res="derived",
-        random_flip=True,
-        shuffle_seed=0,
-        on_corrupt="fail",
-        read_threads=2,
-    )
+    config.data = cifar10()
     config.train = dict(
         seed=0,
         batch_size=batch_size,
@@ -95,18 +72,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
         log_every_steps=max(5, train_steps // 1000),
         sample_every_steps=max(15, train_steps // 20),
     )
-    config.eval = dict(
-        features="classifier",
-        num_samples=num_samples,
-        final_num_samples=num_samples,
-        batch_size=min(200, num_samples),
-        seed=0,
-        aug_level=0.0,
-        ema_decays=(0.999,),
-        patience_evals=10,
-    )
-    config.mesh = dict(data=-1, fsdp=1)
-    config.checkpoint = dict(save_every_steps=max(15, train_steps // 20), max_to_keep=3)
+    config.eval = classifier_eval(num_samples, ema_decay=0.999, patience_evals=10)
+    config.mesh = data_mesh()
+    config.checkpoint = save_every(max(15, train_steps // 20))
     if variant == "smoke":
         config.data.update(name="shapes", prepared_dir=None, resolution=64)
     return config

@@ -9,8 +9,7 @@ cosine schedule, Adam, EMA, checkpoints chosen by Fréchet distance.
 """
 
 from ml_collections import ConfigDict
-
-from cascaded_diffusion.errors import UserError
+from sections import check_variant, classifier_eval, data_mesh, ddim, mnist, save_every
 
 #              channels  train_steps  batch_size  num_samples
 _VARIANTS = {
@@ -20,8 +19,7 @@ _VARIANTS = {
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    if variant not in _VARIANTS:
-        raise UserError(f"--config=...:{variant}: expected no variant, or ':smoke'")
+    check_variant(variant, *_VARIANTS)
     channels, train_steps, batch_size, num_samples = _VARIANTS[variant]
     config = ConfigDict()
     config.stage = dict(
@@ -59,29 +57,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
             label_dropout_prob=0.15,
         ),
         augment=dict(name="none"),
-        sampler=dict(
-            name="ddim",
-            num_steps=10,
-            grid="uniform",
-            eta=0.0,
-            guidance_scale=1.5,
-            guidance_interval=(0.0, 1.0),
-            threshold="static",
-        ),
+        sampler=ddim(10, guidance_scale=1.5),
     )
-    config.data = dict(
-        name="mnist",
-        train_split="train",
-        eval_split="test",
-        resolution=32,
-        crop="none",
-        resize="area",
-        low_res="derived",
-        random_flip=False,
-        shuffle_seed=0,
-        on_corrupt="fail",
-        read_threads=2,
-    )
+    config.data = mnist()
     config.train = dict(
         seed=0,
         batch_size=batch_size,
@@ -95,16 +73,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         log_every_steps=max(1, train_steps // 40),
         sample_every_steps=train_steps // 2,
     )
-    config.eval = dict(
-        features="classifier",
-        num_samples=num_samples,
-        final_num_samples=num_samples,
-        batch_size=min(200, num_samples),
-        seed=0,
-        aug_level=0.0,
-        ema_decays=(0.995,),
-        patience_evals=5,
-    )
-    config.mesh = dict(data=-1, fsdp=1)
-    config.checkpoint = dict(save_every_steps=train_steps // 2, max_to_keep=3)
+    config.eval = classifier_eval(num_samples, ema_decay=0.995, patience_evals=5)
+    config.mesh = data_mesh()
+    config.checkpoint = save_every(train_steps // 2)
     return config

@@ -9,14 +9,7 @@ Guidance, steps and level are to be chosen when trained: `evaluate --sweep`.
 """
 
 from ml_collections import ConfigDict
-
-from cascaded_diffusion.errors import UserError
-
-#        num_samples  batch_size  base_steps  sr_steps
-_VARIANTS = {
-    None: (50_000, 256, 32, 32),
-    "smoke": (20, 16, 8, 8),
-}
+from sections import check_variant, data_mesh, files_of, shrink_cascade
 
 
 def _dpmpp_2m(**kwargs: int | float | tuple[float, float]) -> dict:
@@ -24,23 +17,22 @@ def _dpmpp_2m(**kwargs: int | float | tuple[float, float]) -> dict:
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    if variant not in _VARIANTS:
-        raise UserError(f"--config=...:{variant}: expected no variant, or ':smoke'")
-    num_samples, batch_size, base_steps, sr_steps = _VARIANTS[variant]
-    suffix = f":{variant}" if variant else ""
+    check_variant(variant, "smoke")
     config = ConfigDict()
     config.cascade = dict(
         stages=("modern_base64", "modern_sr256"),
-        configs=(f"modern_base64.py{suffix}", f"modern_sr256.py{suffix}"),
+        configs=files_of(variant, "modern_base64", "modern_sr256"),
         aug_levels=(0.1,),
         truncated=False,
         samplers=(
-            _dpmpp_2m(num_steps=base_steps, guidance_scale=1.5, guidance_interval=(0.2, 0.8)),
-            _dpmpp_2m(num_steps=sr_steps, guidance_scale=1.0, guidance_interval=(0.0, 1.0)),
+            _dpmpp_2m(num_steps=32, guidance_scale=1.5, guidance_interval=(0.2, 0.8)),
+            _dpmpp_2m(num_steps=32, guidance_scale=1.0, guidance_interval=(0.0, 1.0)),
         ),
-        num_samples=num_samples,
-        batch_size=batch_size,
+        num_samples=50_000,
+        batch_size=256,
         seed=0,
     )
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = data_mesh()
+    if variant == "smoke":
+        shrink_cascade(config)
     return config

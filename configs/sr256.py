@@ -12,13 +12,11 @@ Ours besides: computation in bfloat16, when to save and stop.
 """
 
 from ml_collections import ConfigDict
-
-from cascaded_diffusion.errors import UserError
+from sections import check_variant, fid_eval, fitting_mesh, imagenet, save_every, shrink
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    if variant not in (None, "smoke"):
-        raise UserError(f"--config=...:{variant}: expected no variant, or ':smoke'")
+    check_variant(variant, "smoke")
     config = ConfigDict()
     config.stage = dict(
         name="sr256",
@@ -72,20 +70,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
             threshold="static",  # DDPM
         ),
     )
-    config.data = dict(
-        name="imagenet2012",
-        prepared_dir="prepared",
-        train_split="train",
-        eval_split="validation",
-        resolution=256,
-        crop="center",  # as BigGAN (paper)
-        resize="area",  # the authors' code of other works
-        low_res="derived",
-        random_flip=True,  # paper, App. B
-        shuffle_seed=0,
-        on_corrupt="fail",
-        read_threads=16,
-    )
+    config.data = imagenet(256)
     config.train = dict(
         seed=0,
         batch_size=1024,  # paper, App. B
@@ -99,29 +84,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
         log_every_steps=100,
         sample_every_steps=10_000,
     )
-    config.eval = dict(
-        features="inception",
-        resize="legacy",  # as the original FID, and ADM's evaluator
-        num_samples=10_000,  # paper
-        final_num_samples=50_000,  # paper
-        sampler="ddim",  # to compare checkpoints: not published; ours
-        num_steps=25,
-        batch_size=512,
-        seed=0,
-        aug_level=0.0,
-        ema_decays=(0.9999,),
-        patience_evals=10,
-    )
-    config.mesh = dict(data=-1, fsdp=None)  # None: as few as it fits on
-    config.checkpoint = dict(save_every_steps=10_000, max_to_keep=3)
-    if variant == "smoke":  # less of everything, and drawn pictures at a quarter of the size
-        config.stage.update(resolution=64, num_classes=10, low_res_resolution=16)
-        config.stage.network.update(channels=8, channel_mults=(1, 2, 2), num_res_blocks=(1, 1, 1))
-        config.stage.network.dtype = "float32"
-        config.stage.update(schedule=dict(num_timesteps=40), sampler=dict(num_steps=8))
-        config.data.update(name="shapes", prepared_dir=None, eval_split="test", resolution=64)
-        config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
-        config.eval.update(features="classifier", resize=None, num_samples=20, batch_size=16)
-        config.eval.update(final_num_samples=20, num_steps=8)
-        config.checkpoint.update(save_every_steps=10)
+    config.eval = fid_eval(batch_size=512, ddim_steps=25)
+    config.mesh = fitting_mesh()
+    config.checkpoint = save_every(10_000)
+    if variant == "smoke":
+        shrink(config, channels=8, channel_mults=(1, 2, 2))
     return config

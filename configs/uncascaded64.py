@@ -8,44 +8,25 @@ Expected FID: 2.35 to the training images (paper); here not measured.
 """
 
 from ml_collections import ConfigDict
-
-from cascaded_diffusion.errors import UserError
-
-#        num_samples  batch_size  num_steps
-_VARIANTS = {
-    None: (50_000, 512, 2000),
-    "smoke": (20, 16, 8),
-}
-
-
-def _ancestral(**kwargs: int | str) -> dict:
-    return dict(
-        name="ancestral",
-        grid="uniform",
-        guidance_scale=1.0,  # paper: no guidance
-        guidance_interval=(0.0, 1.0),
-        threshold="static",  # DDPM
-        **kwargs,
-    )
+from sections import ancestral, check_variant, data_mesh, files_of, shrink_cascade
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    if variant not in _VARIANTS:
-        raise UserError(f"--config=...:{variant}: expected no variant, or ':smoke'")
-    num_samples, batch_size, num_steps = _VARIANTS[variant]
-    suffix = f":{variant}" if variant else ""
+    check_variant(variant, "smoke")
     config = ConfigDict()
     config.cascade = dict(
         stages=("base64",),
-        configs=(f"base64.py{suffix}",),
+        configs=files_of(variant, "base64"),
         aug_levels=(),
         truncated=False,
         samplers=(
-            _ancestral(num_steps=num_steps, variance="learned"),  # paper, Table 3
+            ancestral(2000, "learned"),  # paper, Table 3
         ),
-        num_samples=num_samples,  # paper: 50,000
-        batch_size=batch_size,
+        num_samples=50_000,  # paper
+        batch_size=512,
         seed=0,
     )
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = data_mesh()
+    if variant == "smoke":
+        shrink_cascade(config)
     return config

@@ -1,0 +1,193 @@
+"""The parts that config files share: data sets, evaluation, meshes, samplers, smoke runs.
+
+A config file spells out its stage and its training; this module says the rest once, so that
+comparing two files shows only what matters. The loader finds it beside the config file.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cascaded_diffusion.errors import UserError
+
+Section = dict[str, Any]
+
+
+def check_variant(variant: str | None, *known: str | None) -> None:
+    """Raises UserError unless `variant`, of `--config=FILE.py:variant`, is None or known."""
+    *names, last = (f"':{name}'" for name in known if name is not None)
+    if variant not in (None, *known):
+        expected = ", ".join(["no variant", *names]) + ("" if names else ",")
+        raise UserError(f"--config=...:{variant}: expected {expected} or {last}")
+
+
+def _files(name: str, resolution: int, **settings: Any) -> Section:
+    return dict(
+        name=name,
+        prepared_dir="prepared",
+        train_split="train",
+        resolution=resolution,
+        crop="center",  # as BigGAN (paper)
+        low_res="derived",
+        random_flip=True,  # paper, App. B, for base32 and sr256; elsewhere ours
+        shuffle_seed=0,
+        on_corrupt="fail",
+        **settings,
+    )
+
+
+def imagenet(resolution: int) -> Section:
+    """`data`: ImageNet with 1,000 classes."""
+    # The authors' code of other works resizes by area.
+    return _files(
+        "imagenet2012", resolution, resize="area", eval_split="validation", read_threads=16
+    )
+
+
+def lsun_bedrooms(resolution: int) -> Section:
+    """`data`: LSUN bedrooms, without classes."""
+    # The authors' code of other works crops the center and resizes bilinearly.
+    return _files(
+        "lsun/bedroom", resolution, resize="bilinear", eval_split="validation", read_threads=16
+    )
+
+
+def cifar10() -> Section:
+    """`data`: CIFAR-10 at its own size, so that both stages share one prepared set."""
+    return _files("cifar10", 32, resize="area", eval_split="test", read_threads=2)
+
+
+def mnist() -> Section:
+    """`data`: MNIST digits, which come with the package, at 32 px."""
+    return dict(
+        name="mnist",
+        train_split="train",
+        eval_split="test",
+        resolution=32,
+        crop="none",
+        resize="area",
+        low_res="derived",
+        random_flip=False,
+        shuffle_seed=0,
+        on_corrupt="fail",
+        read_threads=2,
+    )
+
+
+def fid_eval(*, batch_size: int, ddim_steps: int | None = None, aug_level: float = 0.0) -> Section:
+    """`eval`: FID-10k for every checkpoint, FID-50k for the chosen one (paper).
+
+    Args:
+      batch_size: images per batch of samples.
+      ddim_steps: steps of DDIM by which checkpoints are compared (not published; ours).
+        None: the stage's own sampler.
+      aug_level: strength of the conditioning augmentation of the low-res input.
+    """
+    sampler = {} if ddim_steps is None else dict(sampler="ddim", num_steps=ddim_steps)
+    return dict(
+        features="inception",
+        resize="legacy",  # as the original FID, and ADM's evaluator
+        num_samples=10_000,  # paper
+        final_num_samples=50_000,  # paper
+        **sampler,
+        batch_size=batch_size,
+        seed=0,
+        aug_level=aug_level,
+        ema_decays=(0.9999,),
+        patience_evals=10,
+    )
+
+
+def classifier_eval(
+    num_samples: int, *, ema_decay: float, patience_evals: int, aug_level: float = 0.0
+) -> Section:
+    """`eval`: Fréchet distance in the features of a small classifier, for small images."""
+    return dict(
+        features="classifier",
+        num_samples=num_samples,
+        final_num_samples=num_samples,
+        batch_size=min(200, num_samples),
+        seed=0,
+        aug_level=aug_level,
+        ema_decays=(ema_decay,),
+        patience_evals=patience_evals,
+    )
+
+
+def data_mesh() -> Section:
+    """`mesh`: every device holds all parameters."""
+    return dict(data=-1, fsdp=1)
+
+
+def fitting_mesh() -> Section:
+    """`mesh`: parameters are split over as few devices as they fit on."""
+    return dict(data=-1, fsdp=None)
+
+
+def save_every(steps: int) -> Section:
+    """`checkpoint`: every so many steps; the latest three and the best are kept."""
+    return dict(save_every_steps=steps, max_to_keep=3)
+
+
+def shrink(config: ConfigDict, **network: Any) -> None:
+    """Makes a stage's run small enough for a CPU: a quarter of the size, on drawn pictures.
+
+    `network` replaces values of the small network.
+    """
+    stage = config.stage
+    for key in ("resolution", "low_res_resolution"):
+        if key in stage:
+            stage[key] //= 4
+    stage.num_classes = min(stage.num_classes, 10)
+    network = dict(channels=16, channel_mults=(1, 2), dtype="float32") | network
+    stage.network.update(network, num_res_blocks=(1,) * len(network["channel_mults"]))
+    for schedule in (stage.schedule, stage.get("low_res_schedule", {})):
+        for key, value in (("num_timesteps", 40), ("reference_resolution", 16)):
+            if key in schedule:
+                schedule[key] = value
+    stage.sampler.num_steps = 8
+    config.data.update(name="shapes", prepared_dir=None, eval_split="test", resolution=64)
+    config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
+    config.eval.update(resize=None, num_samples=20, final_num_samples=20, batch_size=16)
+    config.eval.features = "classifier" if stage.num_classes else "rotation"
+    if "num_steps" in config.eval:
+        config.eval.num_steps = 8
+    config.checkpoint.save_every_steps = 10
+
+
+def ancestral(num_steps: int, variance: str) -> Section:
+    """A sampler of the paper: ancestral, without guidance; x0 is clipped as in DDPM."""
+    return dict(
+        name="ancestral",
+        num_steps=num_steps,
+        grid="uniform",
+        variance=variance,
+        guidance_scale=1.0,
+        guidance_interval=(0.0, 1.0),
+        threshold="static",
+    )
+
+
+def ddim(num_steps: int, guidance_scale: float) -> Section:
+    """A sampler without noise, for the small data sets."""
+    return dict(
+        name="ddim",
+        num_steps=num_steps,
+        grid="uniform",
+        eta=0.0,
+        guidance_scale=guidance_scale,
+        guidance_interval=(0.0, 1.0),
+        threshold="static",
+    )
+
+
+def files_of(variant: str | None, *names: str) -> tuple[str, ...]:
+    """`cascade.configs`: the stages' config files, each in this variant."""
+    return tuple(f"{name}.py:{variant}" if variant else f"{name}.py" for name in names)
+
+
+def shrink_cascade(config: ConfigDict) -> None:
+    """Makes a cascade's samples few and quick, to match its stages' smoke runs."""
+    cascade = config.cascade
+    cascade.update(num_samples=20, batch_size=16)
+    cascade.samplers = tuple({**sampler, "num_steps": 8} for sampler in cascade.samplers)
