@@ -1,11 +1,11 @@
 """Configs and data small enough to train in a test."""
 
-import importlib.util
 import pathlib
 from typing import Any
 
 import numpy as np
 
+from cascaded_diffusion.commands.config_flags import load_config_file
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import RunConfig, to_dict
 from cascaded_diffusion.data.raw import ArraySource
@@ -16,10 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 def config_values(name: str, variant: str | None = "smoke") -> dict[str, Any]:
     """What `configs/<name>.py` returns, as plain nested dicts."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant).to_dict()
+    file = f"{name}.py:{variant}" if variant else f"{name}.py"
+    return load_config_file(ROOT / "configs", file)
 
 
 def with_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> Non
         raise
     except Exception as e:  # whatever the config file raises while it is loaded
         reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
-        raise UserError(f"--config={config_arg}: cannot be loaded ({reason})") from e
+        beside = "; expected it beside the config file, or installed"
+        hint = beside if isinstance(e, ModuleNotFoundError) else ""
+        raise UserError(f"--config={config_arg}: cannot be loaded ({reason}){hint}") from e
     if flag_values["help"].value:
         print(f"{usage}\n{flag_values.get_help()}")
         sys.exit(0)
@@ -123,8 +125,10 @@ def config_argument(argv: Sequence[str]) -> str | None:
             path = pathlib.Path(value.partition(":")[0])
             if not path.is_file() or path.suffix != ".py":
                 folder = path.parent if value and path.parent.is_dir() else pathlib.Path("configs")
-                known = ", ".join(sorted(p.name for p in folder.glob("[a-z]*.py"))) or "none"
-                raise UserError(f"--config={value}: no such .py file; in {folder}: {known}")
+                files = sorted(folder.glob("[a-z]*.py"))
+                known = [p.name for p in files if b"def get_config(" in p.read_bytes()]
+                listed = ", ".join(known) or "none"
+                raise UserError(f"--config={value}: no such .py file; in {folder}: {listed}")
             return value
     return None
 

@@ -296,7 +296,8 @@ def test_a_config_imports_what_lies_beside_it_and_no_other_does(tmp_path):
         assert not {"shared_settings", "helpers", "helpers.sizes"} & set(sys.modules)
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "config.py").write_text(_IMPORTING)
-    with pytest.raises(UserError, match="cannot be loaded .No module named 'shared_settings'"):
+    expected = "cannot be loaded .No module named 'shared_settings'.; expected it beside the config"
+    with pytest.raises(UserError, match=expected):
         config_flags.load_config_file(tmp_path / "3", "config.py")
     assert sys.path == before
 

@@ -26,9 +26,13 @@ from tests.tiny import ROOT, config_values, round_trip, tiny_base, tiny_sr, with
 
 _FILES = {path.stem: path.read_text() for path in sorted((ROOT / "configs").glob("*.py"))}
 CASCADES = [name for name, text in _FILES.items() if "config.cascade = " in text]
-STAGES = [name for name in _FILES if name not in CASCADES]
+STAGES = [name for name, text in _FILES.items() if "config.stage = " in text]
 PAPER = {"base32", "sr64", "sr128", "sr256", "cascade64", "cascade128", "cascade256"}
 PAPER |= {"base16", "sr64_from16", "base64", "lsun_base64", "lsun_sr128"}
+
+
+def test_every_config_file_is_a_stage_or_a_cascade():
+    assert set(_FILES) == {*STAGES, *CASCADES, "sections"}
 
 
 def test_every_model_of_the_paper_has_its_config():
