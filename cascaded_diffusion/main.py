@@ -38,7 +38,8 @@ from cascaded_diffusion.commands import (
 from cascaded_diffusion.config.run_checks import check_devices, check_resume, run_config_from
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.planning import plan_topology
-from cascaded_diffusion.runtime.run_folder import RunData, RunFolder
+from cascaded_diffusion.runtime.run_data import RunData
+from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
 def main(argv: Sequence[str]) -> int:
@@ -141,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
     if outcome.reason == "early_stop":
         print(
             f"{name}: stopped early at step {outcome.step}, as {folder.early_stop_path} asks; to go"
-            f" on all the same, {folder.how_to_go_on()}"
+            f" on all the same, {folder.how_to_resume()}"
         )
     else:
         print(f"{name}: finished, {outcome.step} steps ({folder.path})")

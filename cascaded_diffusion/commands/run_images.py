@@ -13,7 +13,8 @@ from absl import flags
 from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
 from cascaded_diffusion.config.schema import DataConfig, RunConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.run_folder import RunData, RunFolder
+from cascaded_diffusion.runtime.run_data import RunData, check_run_data, trained_classes
+from cascaded_diffusion.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from cascaded_diffusion.data.sources import Source
@@ -86,8 +87,8 @@ def open_splits(
         if whole.data.path is None or data_path is not None:
             raise
         raise DataMissing(f"{e}; if they were moved, say where they lie by --data_path") from e
-    folder.check_data(
-        RunData(splits=sources, path=whole.data.path, given_anew=data_path is not None)
+    check_run_data(
+        folder, RunData(splits=sources, path=whole.data.path, given_anew=data_path is not None)
     )
     return sources
 
@@ -125,6 +126,6 @@ def check_same_run_classes(folders: Sequence[RunFolder]) -> None:
     """Raises UserError if the runs of a cascade were trained on different classes."""
     from cascaded_diffusion.data.sources import check_same_classes
 
-    known = {f"run {folder.path.name!r}": folder.class_names() for folder in folders}
+    known = {f"run {folder.path.name!r}": trained_classes(folder) for folder in folders}
     # Of runs without classes, and of those that do not say, there is nothing to compare.
     check_same_classes({name: classes for name, classes in known.items() if classes})

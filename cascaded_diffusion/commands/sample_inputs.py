@@ -26,6 +26,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import open_images
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.paths import check_local_path
+from cascaded_diffusion.runtime.run_data import trained_classes
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 _LABEL_FILES = (".txt", ".npz", ".npy")
@@ -418,7 +419,7 @@ def _array_of_labels(path: pathlib.Path) -> list[int | str]:
 
 def _class_names(labels: str, folder: RunFolder) -> Sequence[str]:
     """The names of a run's classes, in order of label."""
-    names = folder.class_names()
+    names = trained_classes(folder)
     if not names:
         raise UserError(
             f"--labels={labels}: the run in {folder.path} does not say what its classes are called;"

@@ -338,7 +338,7 @@ _FREE_TO_CHANGE = (
     "train.accumulation_steps",
     "train.remat",
     # Where the images are, and how they get here. That they are the same ones is for
-    # RunFolder.check_data to say.
+    # runtime.run_data to say.
     "data.path",
     "data.prepared_dir",
     "data.on_corrupt",

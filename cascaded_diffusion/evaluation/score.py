@@ -21,6 +21,8 @@ from cascaded_diffusion.evaluation.trained import abstract_params, checkpoint_di
 from cascaded_diffusion.files.json_files import append_line, write_json
 from cascaded_diffusion.runtime import checkpoint, pictures
 from cascaded_diffusion.runtime.logging import ScoreCurves
+from cascaded_diffusion.runtime.manifest import finished_steps, is_finished
+from cascaded_diffusion.runtime.pins import pinned
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
 
@@ -59,7 +61,7 @@ class RunScorer:
         """Scores what is new; updates best.json and EARLY_STOP. Returns how many were."""
         scored, looked_at = 0, set()
         # Those that the trainer deleted before their turn came have newer ones in their place.
-        while steps := set(checkpoint.finished_steps(self._folder)) - looked_at:
+        while steps := set(finished_steps(self._folder)) - looked_at:
             looked_at |= steps
             outcomes = [self._score(step) for step in sorted(steps)]
             scored += sum(outcome == "scored" for outcome in outcomes)
@@ -98,7 +100,7 @@ class RunScorer:
         A checkpoint that cannot be read, or that makes samples which are not finite,
         is recorded as failed, once, and never chosen.
         """
-        with self._folder.reading(step) as is_there:
+        with pinned(self._folder, step) as is_there:
             if not is_there:
                 return self._gone(step)
             try:
@@ -139,7 +141,7 @@ class RunScorer:
                 except DamagedBatchError:  # what was damaged is made again
                     values = self._score_source(step, ema_decay, source, params, store)
             except (UserError, ValueError, OSError) as e:
-                if not checkpoint.is_finished(self._folder, step):  # somebody removed it
+                if not is_finished(self._folder, step):  # somebody removed it
                     return self._gone(step)
                 if isinstance(e, OSError):  # a full disk, say: not the checkpoint's fault
                     raise UserError(f"{self._folder.eval}: {e}; run the same command again") from e
@@ -218,7 +220,7 @@ class RunScorer:
         )
         # The trainer keeps the best and the latest: one that it removed before it had
         # a score cannot be chosen any more.
-        on_disk = set(checkpoint.finished_steps(self._folder))
+        on_disk = set(finished_steps(self._folder))
         best = early_stopping.best_record([r for r in comparable if r["step"] in on_disk])
         if best is not None:
             write_json(self._folder.best_path, best)

@@ -15,6 +15,8 @@ from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import StageConfig, to_dict
 from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.runtime.manifest import read_manifest
+from cascaded_diffusion.runtime.pins import pinned
 from cascaded_diffusion.runtime.run_folder import Chosen, RunFolder
 from cascaded_diffusion.types import Params
 
@@ -48,7 +50,7 @@ def load_trained(folder: RunFolder, mesh: Mesh) -> TrainedStage:
     """
     stage, chosen = build_stage(folder.read_config().stage), folder.chosen()
     while True:
-        with folder.reading(chosen.step) as is_there:
+        with pinned(folder, chosen.step) as is_there:
             # Before it was marked, evaluation may have chosen another, and the trainer deleted it.
             latest = folder.chosen()
             if not is_there and latest != chosen:
@@ -68,7 +70,7 @@ def checkpoint_digest(folder: RunFolder, config: StageConfig, step: int) -> str:
     """
     values = to_dict(dataclasses.replace(config, sampler=None))
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    digest.update(checkpoint.manifest_of(folder, step))
+    digest.update(read_manifest(folder, step))
     return digest.hexdigest()[:12]
 
 

@@ -12,7 +12,6 @@ falls back to the newest checkpoint that is intact, saying which it passed over 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import pathlib
@@ -27,12 +26,17 @@ import orbax.checkpoint as ocp
 
 from cascaded_diffusion.config.schema import CheckpointConfig, ema_name
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.whole import sha256_of, write_whole
+from cascaded_diffusion.runtime.manifest import (
+    damage,
+    finished_steps,
+    steps_on_disk,
+    write_manifest,
+)
 from cascaded_diffusion.runtime.mesh import broadcast_from_process_0, fail_on_all_processes
+from cascaded_diffusion.runtime.pins import pinned_steps
+from cascaded_diffusion.runtime.recovery import newest_intact
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
-MANIFEST = "manifest.json"
-_NEVER_COMPLETED = f"{MANIFEST} is missing: it was never completed"
 _ITEM = "state"
 
 
@@ -80,45 +84,6 @@ def _from_storable(stored: Any, abstract: Any) -> Any:
     )
 
 
-def _file_hashes(folder: pathlib.Path) -> dict[str, str]:
-    hashes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            hashes[path.relative_to(folder).as_posix()] = sha256_of(path)
-    return hashes
-
-
-def write_manifest(folder: pathlib.Path, step: int) -> None:
-    """Records the step and the SHA-256 of every file of a finished checkpoint."""
-    manifest = {"step": step, "sha256": _file_hashes(folder)}
-    write_whole(folder / MANIFEST, json.dumps(manifest).encode())
-
-
-def damage(folder: pathlib.Path) -> str | None:
-    """What is wrong with the checkpoint in a folder named by its step, briefly, or None."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return _NEVER_COMPLETED
-    try:
-        manifest = json.loads(path.read_bytes())
-        expected = dict(manifest["sha256"])
-    except (ValueError, KeyError, TypeError, OSError, RecursionError):
-        return f"{MANIFEST} cannot be read"
-    # The manifests of older versions do not name the step.
-    step = manifest.get("step", int(folder.name))
-    if step != int(folder.name):
-        return f"it is a copy of checkpoint {step}"
-    found = _file_hashes(folder)
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            return f"{name} is missing"
-        if name not in expected:
-            return f"{name} does not belong there"
-        if expected[name] != found[name]:
-            return f"{name} has changed since it was written"
-    return None
-
-
 # Name, shape and dtype of every array of a state.
 _Arrays = dict[str, tuple[tuple[int, ...], str]]
 
@@ -145,16 +110,6 @@ def _check_opens(folder: pathlib.Path, expected: _Arrays) -> None:
             )
 
 
-def _is_step(name: str) -> bool:
-    return name.isascii() and name.isdecimal() and str(int(name)) == name
-
-
-def _steps_on_disk(checkpoints: pathlib.Path) -> list[int]:
-    if not checkpoints.is_dir():
-        return []
-    return sorted(int(p.name) for p in checkpoints.iterdir() if _is_step(p.name))
-
-
 class CheckpointWriter:
     """Saves and restores the trainer's state. One per run folder (see the lock)."""
 
@@ -166,6 +121,7 @@ class CheckpointWriter:
         self._finisher: threading.Thread | None = None
         self._error: Exception | None = None
         self._max_to_keep = config.max_to_keep
+        self._deleted = folder.path / ".deleted_checkpoints"
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_not_of_orbax)
         with self._as_user_error(0):
@@ -219,17 +175,13 @@ class CheckpointWriter:
     def _delete_old(self) -> None:
         """Deletes all but the latest, the best, and those that evaluation is reading."""
         best = self._folder.best_step(say=self._say)
-        with self._folder.pins() as pinned:
+        with pinned_steps(self._folder) as pinned:
             kept = {best, *pinned, *finished_steps(self._folder)[-self._max_to_keep :]}
-            for step in (step for step in self.steps()[:-1] if step not in kept):
+            for step in (s for s in steps_on_disk(self._folder)[:-1] if s not in kept):
                 # Gone for readers in one instant; then file by file.
                 self._deleted.mkdir(exist_ok=True)
                 os.replace(self._folder.checkpoints / str(step), self._deleted / str(step))
         shutil.rmtree(self._deleted, ignore_errors=True)
-
-    @property
-    def _deleted(self) -> pathlib.Path:
-        return self._folder.path / ".deleted_checkpoints"
 
     def _finish(self, step: int) -> None:
         if self._finisher is not None:
@@ -276,7 +228,7 @@ class CheckpointWriter:
 
     def steps(self) -> list[int]:
         """Steps that have a folder, ascending. They need not be intact."""
-        return _steps_on_disk(self._folder.checkpoints)
+        return steps_on_disk(self._folder)
 
     def restore_latest(self, abstract_state: Any, *, start_over: bool = False) -> Any | None:
         """The newest intact state, or None where the run is to begin at step 0.
@@ -298,11 +250,11 @@ class CheckpointWriter:
         step: int | None = None
         with fail_on_all_processes():
             if jax.process_index() == 0:
-                step = self._newest_intact(start_over)
+                shutil.rmtree(self._deleted, ignore_errors=True)
+                step = newest_intact(self._folder, start_over=start_over, say=self._say)
         (told,) = broadcast_from_process_0([-1 if step is None else step])
         step = None if told < 0 else told
-        if jax.process_index() > 0:
-            self._manager.reload()
+        self._manager.reload()
         if step is None:
             return None
         try:
@@ -315,73 +267,6 @@ class CheckpointWriter:
             ) from e
         return _from_storable(stored, abstract_state)
 
-    def _newest_intact(self, start_over: bool) -> int | None:
-        """The step to restore; what is newer and damaged is set aside."""
-        shutil.rmtree(self._deleted, ignore_errors=True)
-        self._set_aside_misnamed()
-        steps = self.steps()
-        problems: dict[int, str] = {}
-        for step in reversed(steps):
-            problem = damage(self._folder.checkpoints / str(step))
-            if problem is None:
-                break
-            problems[step] = problem
-        intact = len(problems) < len(steps)
-        if not intact and not start_over:
-            self._check_nothing_is_lost(problems)
-        for bad, problem in problems.items():
-            # With none intact, the very first save was cut off: nothing was kept yet.
-            remedy = "falling back to the one before" if intact else "starting at step 0"
-            self._say(f"checkpoint {bad} is damaged ({problem}); {remedy}")
-            self._set_aside(self._folder.checkpoints / str(bad))
-        if not intact and start_over:
-            moved = self._folder.set_lost_run_aside()
-            if moved is not None:
-                self._say(f"starting over at step 0; what the lost run has left is in {moved}")
-        return step if intact else None
-
-    def _check_nothing_is_lost(self, problems: dict[int, str]) -> None:
-        """Raises UserError where beginning at step 0 would throw a run away."""
-        remedy = (
-            "restore the folder from a backup, choose another --workdir, or add --start_over to"
-            " begin at step 0 here"
-        )
-        damaged = {k: v for k, v in problems.items() if v != _NEVER_COMPLETED}
-        if damaged:
-            newest = max(damaged)
-            raise UserError(
-                f"{self._folder.checkpoints}: none of the checkpoints {sorted(problems)} is intact"
-                f" ({newest}: {damaged[newest]}); {remedy}"
-            )
-        proof = self._folder.proof_of_steps()
-        if proof is not None:
-            raise UserError(
-                f"{self._folder.checkpoints}: no checkpoint is there that was completed, but"
-                f" {proof}; {remedy}"
-            )
-
-    def _set_aside_misnamed(self) -> None:
-        """Moves away what Orbax may take for a checkpoint though no step is named like it."""
-        if not self._folder.checkpoints.is_dir():
-            return
-        for path in list(self._folder.checkpoints.iterdir()):
-            if path.name.isdecimal() and not _is_step(path.name):
-                self._say(
-                    f"{path}: not named as a checkpoint is; moved to {self._damaged_folder()}"
-                )
-                self._set_aside(path)
-
-    def _damaged_folder(self) -> pathlib.Path:
-        return self._folder.path / "checkpoints_damaged"
-
-    def _set_aside(self, path: pathlib.Path) -> None:
-        target = self._damaged_folder() / path.name
-        if target.exists():
-            shutil.rmtree(target)
-        target.parent.mkdir(exist_ok=True)
-        os.replace(path, target)
-        self._manager.reload()
-
 
 def _restore_args(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:
     abstract = _abstract_storable(abstract)
@@ -390,21 +275,6 @@ def _restore_args(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRes
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=partial,
     )
-
-
-def manifest_of(folder: RunFolder, step: int) -> bytes:
-    """The manifest of a checkpoint: the checksums of all that it holds."""
-    return (folder.checkpoints / str(step) / MANIFEST).read_bytes()
-
-
-def finished_steps(folder: RunFolder) -> list[int]:
-    """Steps with a complete checkpoint, ascending. For readers beside a live trainer."""
-    return [step for step in _steps_on_disk(folder.checkpoints) if is_finished(folder, step)]
-
-
-def is_finished(folder: RunFolder, step: int) -> bool:
-    """Whether a step has a complete checkpoint."""
-    return (folder.checkpoints / str(step) / MANIFEST).exists()
 
 
 def load_ema_params(folder: RunFolder, step: int, ema_decay: float, abstract_params: Any) -> Any:

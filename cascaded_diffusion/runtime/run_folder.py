@@ -31,14 +31,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import pathlib
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import CascadeConfig, CascadeSection, RunConfig, to_dict
@@ -54,50 +51,6 @@ CONFIG_REMEDY = (
     "bring it back from a backup, or copy the file that the run's command writes into another"
     " --workdir"
 )
-
-
-_SAME_IMAGES = "bring those images back, or choose another --workdir"
-_SHOWN_CLASSES = 5
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN_CLASSES} more" if len(names) > _SHOWN_CLASSES else ""
-    return ", ".join(map(repr, names[:_SHOWN_CLASSES])) + more if names else "none"
-
-
-class SplitFacts(Protocol):
-    """What a split of a data set is: a `data.sources.Source`, for one.
-
-    Attributes:
-      identity: what the images are, wherever they lie.
-      times: a digest of their files' times of modification; "" where `identity` has the contents.
-      class_names: in order of label.
-    """
-
-    identity: str
-    times: str
-    class_names: tuple[str, ...]
-
-    def content_sample(self) -> str:
-        """A digest of the contents of some images; "" where `identity` has the contents."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunData:
-    """The images that a run is trained on, or is to be scored against.
-
-    Attributes:
-      splits: what they are, by name of the split.
-      path: where they are: absolute, or None for data that is at no path.
-      path_as_given: the same as the user wrote it.
-      given_anew: the user has named the path once more, for images that were moved or touched.
-    """
-
-    splits: Mapping[str, SplitFacts]
-    path: str | None = None
-    path_as_given: str | None = None
-    given_anew: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,86 +123,6 @@ class RunFolder:
         """Stores the resolved config."""
         write_json(self.config_path, to_dict(config))
 
-    def check_data(self, data: RunData, *, say: Callable[[str], None] = print) -> None:
-        """Checks that images are those that the run began with.
-
-        Compared are class names, and of each split the identity (names and sizes of the files)
-        and the times of modification. Where the images lie elsewhere than they did, or are given
-        anew, times may differ, and the contents of up to 256 images are compared instead.
-        `say` is told of that.
-
-        Raises:
-          UserError: they are others, or more or fewer.
-        """
-        if not self.data_path.exists():
-            return
-        remedy = "remove it to go on without comparing the images"
-        stored = read_json(self.data_path, remedy=remedy)
-        if not isinstance(stored, dict) or not isinstance(stored.get("splits"), dict):
-            raise UserError(f"{self.data_path}: of another version of this program; {remedy}")
-        where = data.path or "FOLDER"
-        moved = data.given_anew or stored.get("path") != data.path
-        for split, now in data.splits.items():
-            before = stored["splits"].get(split)
-            names = tuple(stored.get("class_names") or ())
-            if tuple(now.class_names) != names:
-                raise UserError(
-                    f"config.data: split {split!r} has the classes {_few(now.class_names)}, but the"
-                    f" run in {self.path} was started with {_few(names)}; {_SAME_IMAGES}"
-                )
-            if not isinstance(before, dict):
-                continue  # a split that the run does not use
-            if now.identity != before.get("identity"):
-                raise UserError(
-                    f"config.data: split {split!r} is {now.identity!r}, but the run in {self.path}"
-                    f" was started with {before.get('identity')!r}; {_SAME_IMAGES}"
-                )
-            if now.times == before.get("times"):
-                continue
-            if not moved:
-                raise UserError(
-                    f"config.data: files of split {split!r} in {where} were modified since the"
-                    f" run in {self.path} began, though their names and sizes are the same;"
-                    f" {_SAME_IMAGES}; if they are the same, copied or touched, add"
-                    f" --data_path={where}, by which their contents are compared"
-                )
-            if now.content_sample() != before.get("content_sample"):
-                raise UserError(
-                    f"config.data: files of split {split!r} in {where} have other contents than"
-                    f" those that the run in {self.path} was started with, though their names and"
-                    f" sizes are the same; {_SAME_IMAGES}"
-                )
-            say(
-                f"data: files of split {split!r} have other times of modification than when the"
-                " run began; names, sizes and the contents of up to 256 of them are the same"
-            )
-
-    def write_data(self, data: RunData) -> None:
-        """Stores which images a run is trained on, for `check_data`."""
-        first = next(iter(data.splits.values()))
-        facts = {
-            "path": data.path,
-            "path_as_given": data.path_as_given,
-            "class_names": list(first.class_names),
-            "splits": {
-                name: {
-                    "identity": split.identity,
-                    "times": split.times,
-                    "content_sample": split.content_sample(),
-                }
-                for name, split in data.splits.items()
-            },
-        }
-        write_json(self.data_path, facts)
-
-    def class_names(self) -> tuple[str, ...] | None:
-        """The classes of the images that the run is trained on; None where it is not known."""
-        if not self.data_path.exists():
-            return None
-        stored = read_json(self.data_path, remedy="remove it to go on without it")
-        names = stored.get("class_names") if isinstance(stored, dict) else None
-        return tuple(names) if isinstance(names, list) else None
-
     def best(self) -> dict[str, Any] | None:
         """The record of the checkpoint that evaluation chose, if it has."""
         if not self.best_path.exists():
@@ -271,52 +144,6 @@ class RunFolder:
             return None
         return None if best is None else best["step"]
 
-    @contextlib.contextmanager
-    def reading(self, step: int) -> Iterator[bool]:
-        """Keeps the trainer from deleting a checkpoint while it is read.
-
-        Yields whether the checkpoint is there: the trainer may have been faster. The mark is
-        a locked file, so that it ends with the process, however that ends. Where the run
-        folder cannot be written there is no mark.
-        """
-        with contextlib.ExitStack() as stack:
-            try:
-                with self._pins_lock():
-                    self._pins.mkdir(parents=True, exist_ok=True)
-                    pin = self._pins / f"{step}.{os.getpid()}.{uuid.uuid4().hex}"
-                    held = stack.enter_context(pin.open("w"))
-                    fcntl.flock(held, fcntl.LOCK_EX)
-                    stack.callback(pin.unlink, missing_ok=True)
-            except OSError as e:
-                if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                    raise
-            yield (self.checkpoints / str(step) / "manifest.json").exists()
-
-    @contextlib.contextmanager
-    def pins(self) -> Iterator[set[int]]:
-        """The steps that are being read. While this is open, no further reader begins."""
-        with self._pins_lock():
-            pinned = set()
-            for pin in self._pins.iterdir() if self._pins.is_dir() else ():
-                with pin.open() as f:
-                    try:
-                        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        pinned.add(int(pin.name.partition(".")[0]))
-                    else:  # its reader was killed
-                        pin.unlink()
-            yield pinned
-
-    @property
-    def _pins(self) -> pathlib.Path:
-        return self.eval / "reading"
-
-    @contextlib.contextmanager
-    def _pins_lock(self) -> Iterator[None]:
-        with (self.path / ".reading.lock").open("a") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            yield
-
     def note_saved(self, step: int) -> None:
         """Records that the checkpoint of a step was completed."""
         write_json(self.saved_path, {"step": step}, indent=None)
@@ -336,46 +163,8 @@ class RunFolder:
             raise UserError(f"{path}: expected a file; move away what is there")
         records, others = read_records(path, types)
         if others and say is not None:
-            say(f"{path}: {others} line(s) that are no records of this program were passed over")
+            say(f"{path}: {others} line(s) that are no records of this program were skipped")
         return records
-
-    def proof_of_steps(self) -> str | None:
-        """What shows that a checkpoint was once completed here, in a few words, or None.
-
-        A run that was killed before its first checkpoint was complete has a log, and no
-        checkpoint to lose.
-        """
-        if self.saved_path.exists():
-            return f"{self.saved_path.name} says that one was"
-        if self.complete_path.exists():
-            return f"{self.complete_path.name} says that the run has ended"
-        for path in (self.results_path, self.best_path):
-            if path.exists():
-                return f"{path.relative_to(self.path)} has scores of checkpoints"
-        logged = max((record["step"] for record in self.metrics()), default=0)
-        if self.exists() and logged > 2 * self.read_config().checkpoint.save_every_steps:
-            return f"{self.metrics_path.name} goes to step {logged}"
-        return None
-
-    def set_lost_run_aside(self) -> pathlib.Path | None:
-        """Moves what a run without checkpoints has left to `lost_run_N`; None if nothing has."""
-        found = [
-            path
-            for path in (
-                self.metrics_path, self.eval, self.saved_path, self.early_stop_path,
-                self.complete_path,
-            )
-            if path.exists()
-        ]  # fmt: skip
-        if not found:
-            return None
-        number = 1
-        while (target := self.path / f"lost_run_{number}").exists():
-            number += 1
-        target.mkdir()
-        for path in found:
-            os.replace(path, target / path.name)
-        return target
 
     def check_held(self) -> None:
         """Raises UserError if the folder that this process has locked is not there any more."""
@@ -397,21 +186,21 @@ class RunFolder:
     def asked_to_stop(self, patience_evals: int) -> bool:
         """Whether EARLY_STOP holds for a run with this patience.
 
-        A run that goes on with more patience than the file speaks of goes on.
+        It does not hold for a run that has more patience than the file states.
         """
         if not self.early_stop_path.exists():
             return False
         patience = self._stop_patience()
         return patience is None or patience >= patience_evals
 
-    def how_to_go_on(self) -> str:
-        """What to do for a run to go on in spite of EARLY_STOP."""
+    def how_to_resume(self) -> str:
+        """What the user does to resume a run in spite of EARLY_STOP."""
         if self._stop_patience() is None:  # somebody's own file
             return f"remove {self.early_stop_path}"
         return "run it with a larger --config.eval.patience_evals"
 
     def _stop_patience(self) -> float | None:
-        """The patience that EARLY_STOP speaks of; None if evaluation did not write it."""
+        """The patience that EARLY_STOP states; None if evaluation did not write the file."""
         try:
             record = json.loads(self.early_stop_path.read_bytes())
         except (OSError, ValueError, RecursionError):

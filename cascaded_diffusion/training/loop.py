@@ -21,9 +21,11 @@ from cascaded_diffusion.files.json_files import read_json, write_json
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import monitor
 from cascaded_diffusion.runtime.accelerators import accelerator_of
-from cascaded_diffusion.runtime.checkpoint import CheckpointWriter, finished_steps
+from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
 from cascaded_diffusion.runtime.logging import MetricWriter, Progress, print_parameter_overview
-from cascaded_diffusion.runtime.run_folder import CONFIG_REMEDY, RunData, RunFolder
+from cascaded_diffusion.runtime.manifest import finished_steps
+from cascaded_diffusion.runtime.run_data import RunData, check_run_data, write_run_data
+from cascaded_diffusion.runtime.run_folder import CONFIG_REMEDY, RunFolder
 from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.training.clock import Clock
 from cascaded_diffusion.training.grid import GridSampler, Records
@@ -76,11 +78,11 @@ def _prepare_folder(folder: RunFolder, config: RunConfig, data: RunData | None) 
             f"{folder.config_path}: missing, though a run was begun here; {CONFIG_REMEDY}"
         )
     if data is not None:
-        folder.check_data(data)
+        check_run_data(folder, data)
     if is_first_process:
         folder.write_config(config)
         if data is not None:
-            folder.write_data(data)
+            write_run_data(folder, data)
 
 
 def _stretched_schedule(old: RunConfig, new: RunConfig, folder: RunFolder) -> list[str]:

@@ -10,7 +10,8 @@ from cascaded_diffusion import evaluate, sample
 from cascaded_diffusion.commands import run_images
 from cascaded_diffusion.data.sources import load_splits
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.run_folder import RunData, RunFolder
+from cascaded_diffusion.runtime.run_data import RunData, write_run_data
+from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.data.photos import CLASSES, photo, photo_config, write_tree
 
 
@@ -34,7 +35,7 @@ def _run(tmp_path, config, name="run"):
     whole = run_images.with_absolute_paths(config)
     splits = load_splits(whole.data, ["train", "test"], whole.stage)
     folder.write_config(whole)
-    folder.write_data(RunData(splits=splits, path=whole.data.path, path_as_given="photos"))
+    write_run_data(folder, RunData(splits=splits, path=whole.data.path, path_as_given="photos"))
     return folder
 
 

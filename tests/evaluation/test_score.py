@@ -22,8 +22,9 @@ from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 from cascaded_diffusion.evaluation.samples.stored_images import open_images, save_samples
 from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.files.json_files import read_lines
-from cascaded_diffusion.runtime import checkpoint
+from cascaded_diffusion.runtime import manifest
 from cascaded_diffusion.runtime.mesh import build_mesh
+from cascaded_diffusion.runtime.pins import pinned
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.evaluation.stubs import Evaluator, Extractor
 from tests.tiny import ROOT, random_source, round_trip, tiny_base, tiny_sr
@@ -227,7 +228,7 @@ def test_the_identity_of_a_stage_changes_with_its_config_and_its_weights(clean, 
     folder.best_path.write_text(json.dumps({"step": 4, "ema_decay": 0.995}))
     (folder.checkpoints / "6").rename(folder.checkpoints / "60")
     (folder.checkpoints / "4").rename(folder.checkpoints / "6")
-    checkpoint.write_manifest(folder.checkpoints / "6", 6)
+    manifest.write_manifest(folder.checkpoints / "6", 6)
     folder.best_path.write_text(json.dumps({"step": 6, "ema_decay": 0.995}))
     assert load_trained(folder, mesh).identity != first
 
@@ -422,12 +423,12 @@ def test_the_checkpoint_that_is_read_is_not_deleted(clean, tmp_path):
     folder = RunFolder(tmp_path)
     first = round_trip(config, train__train_steps=2)
     _train(first, folder.path)
-    (pinned,) = checkpoint.finished_steps(folder)
-    with folder.reading(pinned):
+    (step,) = manifest.finished_steps(folder)
+    with pinned(folder, step):
         _train(config, folder.path)
-        assert checkpoint.finished_steps(folder) == [pinned, 6]
+        assert manifest.finished_steps(folder) == [step, 6]
     _train(round_trip(config, train__train_steps=7), folder.path)
-    assert checkpoint.finished_steps(folder) == [7]
+    assert manifest.finished_steps(folder) == [7]
 
 
 def test_curves_are_the_records(clean):
@@ -451,7 +452,7 @@ def test_a_step_that_was_trained_again_is_scored_again(clean, tmp_path):
     # As if step 6 had been lost, and saved anew with other weights.
     shutil.rmtree(folder.checkpoints / "6")
     shutil.copytree(folder.checkpoints / "4", folder.checkpoints / "6")
-    checkpoint.write_manifest(folder.checkpoints / "6", 6)
+    manifest.write_manifest(folder.checkpoints / "6", 6)
     assert _scorer(folder, Evaluator([2.5])).score_new_checkpoints() == 1
     assert folder.chosen().step == 4
     assert _scorer(folder, Evaluator([])).score_new_checkpoints() == 0
@@ -459,13 +460,12 @@ def test_a_step_that_was_trained_again_is_scored_again(clean, tmp_path):
 
 def test_the_best_is_chosen_before_the_next_checkpoint_is_read(clean, monkeypatch):
     folder, chosen = clean["base16"], []
-    original = RunFolder.reading
 
-    def reading(self, step):
-        chosen.append(None if self.best() is None else self.best()["step"])
-        return original(self, step)
+    def recording(run, step):
+        chosen.append(None if run.best() is None else run.best()["step"])
+        return pinned(run, step)
 
-    monkeypatch.setattr(RunFolder, "reading", reading)
+    monkeypatch.setattr(score, "pinned", recording)
     _scorer(folder, Evaluator([1.0, 2.0, 0.5])).score_new_checkpoints()
     assert chosen == [None, 2, 2]
 

@@ -11,9 +11,10 @@ import pytest
 
 from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime import checkpoint
+from cascaded_diffusion.runtime import checkpoint, manifest
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding as sharding_lib
+from cascaded_diffusion.runtime.pins import pinned, pinned_steps
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import tiny_base
 
@@ -132,13 +133,13 @@ def test_every_single_file_is_covered(saved):
     for name in files:
         shutil.rmtree(saved.checkpoints / "3")
         shutil.copytree(original, saved.checkpoints / "3")
-        assert checkpoint.damage(saved.checkpoints / "3") is None
+        assert manifest.damage(saved.checkpoints / "3") is None
         target = saved.checkpoints / "3" / name
         if target.stat().st_size:
             _flip_a_bit(target)
-            assert checkpoint.damage(saved.checkpoints / "3") is not None, name
+            assert manifest.damage(saved.checkpoints / "3") is not None, name
         target.unlink()
-        assert checkpoint.damage(saved.checkpoints / "3") is not None, name
+        assert manifest.damage(saved.checkpoints / "3") is not None, name
 
 
 def test_a_stray_folder_is_not_the_latest(saved):
@@ -154,7 +155,7 @@ def test_without_an_intact_checkpoint_the_run_does_not_begin_again(saved):
     for _ in range(2):  # also when asked again
         with pytest.raises(UserError, match=r"none of the checkpoints \[1, 2, 3\] is intact"):
             _restore(saved)
-        assert checkpoint.finished_steps(saved) == [1, 2, 3]
+        assert manifest.finished_steps(saved) == [1, 2, 3]
 
 
 def test_a_first_save_that_was_cut_off_is_no_damage(tmp_path):
@@ -176,13 +177,13 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     writer = _save(folder, [1, 2, 3, 4, 5, 6])
     writer.close()
     assert writer.steps() == [2, 4, 5, 6]
-    assert checkpoint.finished_steps(folder) == [2, 4, 5, 6]
+    assert manifest.finished_steps(folder) == [2, 4, 5, 6]
 
 
 def test_readers_see_only_finished_checkpoints(saved):
     abstract = _abstract(REPLICATED)["ema_params"]["decay_0_99"]
     (saved.checkpoints / "3" / "manifest.json").unlink()
-    assert checkpoint.finished_steps(saved) == [1, 2]
+    assert manifest.finished_steps(saved) == [1, 2]
     with pytest.raises(UserError, match="not an intact checkpoint"):
         checkpoint.load_ema_params(saved, 3, 0.99, abstract)
     with pytest.raises(UserError, match="it is not there"):
@@ -238,16 +239,16 @@ def test_the_old_checkpoint_is_deleted_after_the_new_one_has_its_manifest(tmp_pa
     original = checkpoint.write_manifest
 
     def watched(path, step):
-        whole.append((checkpoint.finished_steps(folder), "before"))
+        whole.append((manifest.finished_steps(folder), "before"))
         original(path, step)
-        whole.append((checkpoint.finished_steps(folder), "after"))
+        whole.append((manifest.finished_steps(folder), "after"))
 
     monkeypatch.setattr(checkpoint, "write_manifest", watched)
     writer = checkpoint.CheckpointWriter(folder, config)
     for step in (1, 2, 3):
         writer.save(step, _state(step))
         writer.wait(step)
-        assert checkpoint.finished_steps(folder) == [step]
+        assert manifest.finished_steps(folder) == [step]
     writer.close()
     assert whole == [
         ([], "before"), ([1], "after"), ([1], "before"), ([1, 2], "after"), ([2], "before"),
@@ -269,7 +270,7 @@ def test_what_was_written_is_opened_before_it_counts(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="saving a checkpoint failed .* cannot be opened"):
         writer.wait(2)
     writer.close()
-    assert checkpoint.finished_steps(folder) == [1]
+    assert manifest.finished_steps(folder) == [1]
     assert _restore(folder)[0]["step"] == 1
 
 
@@ -290,7 +291,7 @@ def test_a_copy_under_another_step_is_damage(saved):
         "checkpoint 999 is damaged (it is a copy of checkpoint 3); falling back to the one before"
     ]
     _save(saved, [4]).close()
-    assert checkpoint.finished_steps(saved) == [2, 3, 4]
+    assert manifest.finished_steps(saved) == [2, 3, 4]
     shutil.rmtree(saved.checkpoints / "4")
     shutil.copytree(saved.checkpoints / "2", saved.checkpoints / "4")
     restored, said = _restore(saved)
@@ -301,13 +302,13 @@ def test_a_copy_under_another_step_is_damage(saved):
 @pytest.mark.parametrize("name", ["0070", "\u0667\u0660"])
 def test_folders_that_no_step_is_named_like_are_set_aside(saved, name):
     shutil.copytree(saved.checkpoints / "3", saved.checkpoints / name)
-    assert checkpoint.finished_steps(saved) == [1, 2, 3]
+    assert manifest.finished_steps(saved) == [1, 2, 3]
     restored, said = _restore(saved)
     assert restored["step"] == 3
     assert f"{name}: not named as a checkpoint is" in said[0]
     assert (saved.path / "checkpoints_damaged" / name).is_dir()
     _save(saved, [60]).close()
-    assert checkpoint.finished_steps(saved)[-1] == 60
+    assert manifest.finished_steps(saved)[-1] == 60
 
 
 def test_lost_checkpoints_are_not_silently_begun_again(saved):
@@ -331,27 +332,28 @@ def test_damaged_json_beside_checkpoints_does_not_stop_a_save(saved):
     saved.eval.mkdir(exist_ok=True)
     saved.best_path.write_text("{")
     _save(saved, [4]).close()
-    assert checkpoint.finished_steps(saved) == [2, 3, 4]
+    assert manifest.finished_steps(saved) == [2, 3, 4]
     assert (saved.eval / "best.json.damaged").exists()
 
 
 def test_the_mark_of_a_killed_reader_is_forgotten(saved):
     code = (
         "import sys, os, signal\n"
+        "from cascaded_diffusion.runtime.pins import pinned\n"
         "from cascaded_diffusion.runtime.run_folder import RunFolder\n"
-        "with RunFolder(sys.argv[1]).reading(1) as is_there:\n"
+        "with pinned(RunFolder(sys.argv[1]), 1) as is_there:\n"
         "  assert is_there\n"
         "  os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     result = subprocess.run([sys.executable, "-c", code, str(saved.path)], timeout=60)
     assert result.returncode == -9
-    with saved.reading(2) as is_there, saved.pins() as pinned:
+    with pinned(saved, 2) as is_there, pinned_steps(saved) as steps:
         assert is_there
-        assert pinned == {2}
-    with saved.reading(77) as is_there:
+        assert steps == {2}
+    with pinned(saved, 77) as is_there:
         assert not is_there
     _save(saved, [4, 5]).close()
-    assert checkpoint.finished_steps(saved) == [3, 4, 5]
+    assert manifest.finished_steps(saved) == [3, 4, 5]
 
 
 def test_a_folder_that_was_moved_away_is_not_made_again(tmp_path):

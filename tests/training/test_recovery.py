@@ -8,8 +8,14 @@ import pytest
 
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime import checkpoint
-from cascaded_diffusion.runtime.run_folder import RunData, RunFolder
+from cascaded_diffusion.runtime import checkpoint, manifest
+from cascaded_diffusion.runtime.run_data import (
+    RunData,
+    check_run_data,
+    trained_classes,
+    write_run_data,
+)
+from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import loop
 from tests.tiny import Split, random_source, round_trip, tiny_base
 
@@ -70,7 +76,7 @@ def _remove(*names):
 
 
 def _unfinish_all(folder):
-    for step in checkpoint.finished_steps(folder):
+    for step in manifest.finished_steps(folder):
         (folder.checkpoints / str(step) / "manifest.json").unlink()
 
 
@@ -132,7 +138,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
 def test_a_copy_of_a_checkpoint_under_a_later_step_does_not_stop_the_run(run):
     shutil.copytree(run.checkpoints / "6", run.checkpoints / "999")
     assert _train(run.path, _longer()).step == 8
-    assert checkpoint.finished_steps(run) == [6, 8]
+    assert manifest.finished_steps(run) == [6, 8]
 
 
 def test_without_its_config_a_run_does_not_go_on(run):
@@ -187,9 +193,9 @@ def test_early_stop_is_honoured_before_anything_is_compiled(run, monkeypatch):
     monkeypatch.setattr(loop.step_lib, "abstract_state", compiles)
     outcome = _train(run.path, _longer())
     assert (outcome.reason, outcome.step) == ("early_stop", 6)
-    assert run.how_to_go_on() == f"remove {run.early_stop_path}"
+    assert run.how_to_resume() == f"remove {run.early_stop_path}"
     run.ask_to_stop(3)
-    assert "patience_evals" in run.how_to_go_on()
+    assert "patience_evals" in run.how_to_resume()
 
 
 def test_a_stretched_schedule_is_said(run, capsys):
@@ -220,11 +226,11 @@ def _data(path="/photos", given_anew=False, **split):
 
 def test_the_images_are_compared_with_those_the_run_began_with(tmp_path):
     folder, said = RunFolder(tmp_path), []
-    folder.write_data(_data())
+    write_run_data(folder, _data())
     assert json.loads(folder.data_path.read_text())["path_as_given"] == "p"
-    assert folder.class_names() == ("a", "b")
-    folder.check_data(_data(), say=said.append)
-    folder.check_data(_data(path="/moved"), say=said.append)
+    assert trained_classes(folder) == ("a", "b")
+    check_run_data(folder, _data(), say=said.append)
+    check_run_data(folder, _data(path="/moved"), say=said.append)
     assert not said
     for data, problem in (
         (_data(identity="folder:41"), "was started with 'folder:40'"),
@@ -235,11 +241,11 @@ def test_the_images_are_compared_with_those_the_run_began_with(tmp_path):
         (_data(given_anew=True, times="t2", contents="c2"), "other contents"),
     ):
         with pytest.raises(UserError, match=problem):
-            folder.check_data(data, say=said.append)
+            check_run_data(folder, data, say=said.append)
     assert not said
-    folder.check_data(_data(path="/moved", times="t2"), say=said.append)
-    folder.check_data(_data(given_anew=True, times="t2"), say=said.append)
+    check_run_data(folder, _data(path="/moved", times="t2"), say=said.append)
+    check_run_data(folder, _data(given_anew=True, times="t2"), say=said.append)
     assert len(said) == 2
     folder.data_path.write_text('{"train": "folder:40"}')
     with pytest.raises(UserError, match="another version"):
-        folder.check_data(_data())
+        check_run_data(folder, _data())

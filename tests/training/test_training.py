@@ -19,7 +19,8 @@ from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime import mesh as mesh_lib
-from cascaded_diffusion.runtime.run_folder import RunData, RunFolder
+from cascaded_diffusion.runtime.run_data import RunData
+from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import loop, optimizer, state
 from tests.tiny import Split, random_source, round_trip, tiny_base, tiny_sr
 

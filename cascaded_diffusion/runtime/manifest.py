@@ -1,0 +1,82 @@
+"""Manifests of checkpoints: which are complete, and whether one was damaged since.
+
+A manifest holds the step and the SHA-256 of each file of a checkpoint. It is written last, so a
+checkpoint without one was never completed.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from cascaded_diffusion.files.whole import sha256_of, write_whole
+from cascaded_diffusion.runtime.run_folder import RunFolder
+
+MANIFEST = "manifest.json"
+NEVER_COMPLETED = f"{MANIFEST} is missing: it was never completed"
+
+
+def _file_hashes(folder: pathlib.Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): sha256_of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def write_manifest(folder: pathlib.Path, step: int) -> None:
+    """Records the step and the SHA-256 of every file of a finished checkpoint."""
+    manifest = {"step": step, "sha256": _file_hashes(folder)}
+    write_whole(folder / MANIFEST, json.dumps(manifest).encode())
+
+
+def read_manifest(folder: RunFolder, step: int) -> bytes:
+    """The manifest of a checkpoint: the checksums of all that it holds."""
+    return (folder.checkpoints / str(step) / MANIFEST).read_bytes()
+
+
+def damage(folder: pathlib.Path) -> str | None:
+    """What is wrong with the checkpoint in a folder named by its step, briefly, or None."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return NEVER_COMPLETED
+    try:
+        manifest = json.loads(path.read_bytes())
+        expected = dict(manifest["sha256"])
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+        return f"{MANIFEST} cannot be read"
+    # The manifests of older versions do not name the step.
+    step = manifest.get("step", int(folder.name))
+    if step != int(folder.name):
+        return f"it is a copy of checkpoint {step}"
+    found = _file_hashes(folder)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} does not belong there"
+        if expected[name] != found[name]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a checkpoint's folder may have this name: a step in plain decimals."""
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
+
+
+def steps_on_disk(folder: RunFolder) -> list[int]:
+    """Steps that have a folder, ascending. They need not be intact."""
+    if not folder.checkpoints.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.checkpoints.iterdir() if is_step_name(p.name))
+
+
+def finished_steps(folder: RunFolder) -> list[int]:
+    """Steps with a complete checkpoint, ascending. For readers beside a live trainer."""
+    return [step for step in steps_on_disk(folder) if is_finished(folder, step)]
+
+
+def is_finished(folder: RunFolder, step: int) -> bool:
+    """Whether a step has a complete checkpoint."""
+    return (folder.checkpoints / str(step) / MANIFEST).exists()

@@ -1,0 +1,129 @@
+"""From which checkpoint a run resumes, and what becomes of those that are damaged."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.manifest import (
+    NEVER_COMPLETED,
+    damage,
+    is_step_name,
+    steps_on_disk,
+)
+from cascaded_diffusion.runtime.run_folder import RunFolder
+
+
+def newest_intact(folder: RunFolder, *, start_over: bool, say: Callable[[str], None]) -> int | None:
+    """The step to restore, or None to begin at step 0. Damaged newer checkpoints are set aside.
+
+    Args:
+      folder: the run.
+      start_over: begin at step 0 if no checkpoint is intact, whatever was lost. What the lost run
+        has left is moved to `lost_run_N/`.
+      say: is told what was set aside and why.
+
+    Raises:
+      UserError: no checkpoint is intact, though there are some, or the rest of the folder shows
+        that there were. Only the user may throw a run away by beginning at step 0.
+    """
+    _set_misnamed_aside(folder, say)
+    steps = steps_on_disk(folder)
+    problems: dict[int, str] = {}
+    for step in reversed(steps):
+        problem = damage(folder.checkpoints / str(step))
+        if problem is None:
+            break
+        problems[step] = problem
+    intact = len(problems) < len(steps)
+    if not intact and not start_over:
+        _check_nothing_is_lost(folder, problems)
+    for bad, problem in problems.items():
+        # With none intact, the very first save was cut off: nothing was kept yet.
+        remedy = "falling back to the one before" if intact else "starting at step 0"
+        say(f"checkpoint {bad} is damaged ({problem}); {remedy}")
+        _set_aside(folder, folder.checkpoints / str(bad))
+    if not intact and start_over:
+        moved = _set_lost_run_aside(folder)
+        if moved is not None:
+            say(f"starting over at step 0; what the lost run has left is in {moved}")
+    return step if intact else None
+
+
+def _check_nothing_is_lost(folder: RunFolder, problems: dict[int, str]) -> None:
+    """Raises UserError where beginning at step 0 would throw a run away."""
+    remedy = (
+        "restore the folder from a backup, choose another --workdir, or add --start_over to"
+        " begin at step 0 here"
+    )
+    damaged = {k: v for k, v in problems.items() if v != NEVER_COMPLETED}
+    if damaged:
+        newest = max(damaged)
+        raise UserError(
+            f"{folder.checkpoints}: none of the checkpoints {sorted(problems)} is intact"
+            f" ({newest}: {damaged[newest]}); {remedy}"
+        )
+    proof = _proof_of_steps(folder)
+    if proof is not None:
+        raise UserError(
+            f"{folder.checkpoints}: no checkpoint is there that was completed, but {proof};"
+            f" {remedy}"
+        )
+
+
+def _proof_of_steps(folder: RunFolder) -> str | None:
+    """What shows that a checkpoint was once completed here, in a few words, or None.
+
+    A run that was killed before its first checkpoint was complete has a log, and no checkpoint
+    to lose.
+    """
+    if folder.saved_path.exists():
+        return f"{folder.saved_path.name} says that one was"
+    if folder.complete_path.exists():
+        return f"{folder.complete_path.name} says that the run has ended"
+    for path in (folder.results_path, folder.best_path):
+        if path.exists():
+            return f"{path.relative_to(folder.path)} has scores of checkpoints"
+    logged = max((record["step"] for record in folder.metrics()), default=0)
+    if folder.exists() and logged > 2 * folder.read_config().checkpoint.save_every_steps:
+        return f"{folder.metrics_path.name} goes to step {logged}"
+    return None
+
+
+def _set_lost_run_aside(folder: RunFolder) -> pathlib.Path | None:
+    """Moves what a run without checkpoints has left to `lost_run_N`; None if nothing has."""
+    left = (folder.metrics_path, folder.eval, folder.saved_path)
+    left += (folder.early_stop_path, folder.complete_path)
+    found = [path for path in left if path.exists()]
+    if not found:
+        return None
+    number = 1
+    while (target := folder.path / f"lost_run_{number}").exists():
+        number += 1
+    target.mkdir()
+    for path in found:
+        os.replace(path, target / path.name)
+    return target
+
+
+def _set_misnamed_aside(folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Moves away what Orbax may take for a checkpoint though no step is named like it."""
+    for path in list(folder.checkpoints.iterdir()) if folder.checkpoints.is_dir() else ():
+        if path.name.isdecimal() and not is_step_name(path.name):
+            say(f"{path}: not named as a checkpoint is; moved to {_damaged_folder(folder)}")
+            _set_aside(folder, path)
+
+
+def _damaged_folder(folder: RunFolder) -> pathlib.Path:
+    return folder.path / "checkpoints_damaged"
+
+
+def _set_aside(folder: RunFolder, path: pathlib.Path) -> None:
+    target = _damaged_folder(folder) / path.name
+    if target.exists():
+        shutil.rmtree(target)
+    target.parent.mkdir(exist_ok=True)
+    os.replace(path, target)

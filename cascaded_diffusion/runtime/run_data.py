@@ -1,0 +1,137 @@
+"""RUN/data.json: which images a run is trained on, so that it resumes with the same ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import read_json, write_json
+from cascaded_diffusion.runtime.run_folder import RunFolder
+
+_SAME_IMAGES = "bring those images back, or choose another --workdir"
+_SHOWN_CLASSES = 5
+
+
+class SplitFacts(Protocol):
+    """The facts that identify a split of a data set; `data.sources.Source` has them.
+
+    Attributes:
+      identity: what the images are, wherever they lie.
+      times: a digest of their files' times of modification; "" where `identity` has the contents.
+      class_names: in order of label.
+    """
+
+    identity: str
+    times: str
+    class_names: tuple[str, ...]
+
+    def content_sample(self) -> str:
+        """A digest of the contents of some images; "" where `identity` has the contents."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The images that a run is trained on, or is to be scored against.
+
+    Attributes:
+      splits: the facts of each split by its name.
+      path: where the images are: absolute, or None for data that has no path.
+      path_as_given: the same as the user wrote it.
+      given_anew: the user has named the path again, for images that were moved or touched.
+    """
+
+    splits: Mapping[str, SplitFacts]
+    path: str | None = None
+    path_as_given: str | None = None
+    given_anew: bool = False
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN_CLASSES} more" if len(names) > _SHOWN_CLASSES else ""
+    return ", ".join(map(repr, names[:_SHOWN_CLASSES])) + more if names else "none"
+
+
+def check_run_data(folder: RunFolder, data: RunData, *, say: Callable[[str], None] = print) -> None:
+    """Checks that images are those that the run began with.
+
+    Class names are compared, and for each split the identity (names and sizes of the files) and
+    the times of modification. If the images have moved or are given anew, times may differ; the
+    contents of up to 256 images are compared instead, and `say` is told.
+
+    Raises:
+      UserError: they are others, or more or fewer.
+    """
+    if not folder.data_path.exists():
+        return
+    remedy = "remove it to resume without comparing the images"
+    stored = read_json(folder.data_path, remedy=remedy)
+    if not isinstance(stored, dict) or not isinstance(stored.get("splits"), dict):
+        raise UserError(f"{folder.data_path}: of another version of this program; {remedy}")
+    where = data.path or "FOLDER"
+    moved = data.given_anew or stored.get("path") != data.path
+    names = tuple(stored.get("class_names") or ())
+    for split, now in data.splits.items():
+        before = stored["splits"].get(split)
+        if tuple(now.class_names) != names:
+            raise UserError(
+                f"config.data: split {split!r} has the classes {_few(now.class_names)}, but the"
+                f" run in {folder.path} was started with {_few(names)}; {_SAME_IMAGES}"
+            )
+        if not isinstance(before, dict):
+            continue  # a split that the run does not use
+        if now.identity != before.get("identity"):
+            raise UserError(
+                f"config.data: split {split!r} is {now.identity!r}, but the run in {folder.path}"
+                f" was started with {before.get('identity')!r}; {_SAME_IMAGES}"
+            )
+        if now.times == before.get("times"):
+            continue
+        files = f"files of split {split!r}"
+        if not moved:
+            raise UserError(
+                f"config.data: {files} in {where} were modified since the run in {folder.path}"
+                f" began, though their names and sizes are the same; {_SAME_IMAGES}; if they are"
+                f" the same, copied or touched, add --data_path={where}, by which their contents"
+                " are compared"
+            )
+        if now.content_sample() != before.get("content_sample"):
+            raise UserError(
+                f"config.data: {files} in {where} have other contents than those that the run in"
+                f" {folder.path} was started with, though their names and sizes are the same;"
+                f" {_SAME_IMAGES}"
+            )
+        say(
+            f"data: {files} have other times of modification than when the run began; names,"
+            " sizes and the contents of up to 256 of them are the same"
+        )
+
+
+def write_run_data(folder: RunFolder, data: RunData) -> None:
+    """Stores which images a run is trained on, for `check_run_data`."""
+    first = next(iter(data.splits.values()))
+    facts = {
+        "path": data.path,
+        "path_as_given": data.path_as_given,
+        "class_names": list(first.class_names),
+        "splits": {
+            name: {
+                "identity": split.identity,
+                "times": split.times,
+                "content_sample": split.content_sample(),
+            }
+            for name, split in data.splits.items()
+        },
+    }
+    write_json(folder.data_path, facts)
+
+
+def trained_classes(folder: RunFolder) -> tuple[str, ...] | None:
+    """The class names of the images that a run is trained on; None if they are not known."""
+    if not folder.data_path.exists():
+        return None
+    stored = read_json(folder.data_path, remedy="remove it to do without it")
+    names = stored.get("class_names") if isinstance(stored, dict) else None
+    return tuple(names) if isinstance(names, list) else None
