@@ -28,6 +28,8 @@ CORE = [
     "tqdm>=4.66",
 ]
 DEMO = ["mlxtend>=0.25"]
+# The generator of the site, and its reader of docstrings.
+DOCS = ["zensical>=0.0.73", "mkdocstrings-python>=2.0.11"]
 
 setup(
     name="cascaded_diffusion",
@@ -41,7 +43,15 @@ setup(
     install_requires=CORE,
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6", "tensorboard>=2.19"],
+        "docs": DOCS,
+        "test": [
+            *DEMO,
+            *DOCS,
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff==0.17.6",
+            "tensorboard>=2.19",
+        ],
         # Only for preparing data sets whose TFDS builders need TensorFlow.
         "tf": ["tensorflow-cpu>=2.21", "tensorboard>=2.19"],
         "tpu": ["jax[tpu]>=0.10.2"],

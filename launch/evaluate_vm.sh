@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Scores a run's checkpoints on a machine of its own, beside the pod that trains. It mounts the same
-# share; the trainer waits for nobody. See launch/README.md.
+# share; the trainer waits for nobody. See docs/launch.md.
 #
 #   ./launch/evaluate_vm.sh COMMAND --kind=tpu|gpu --name=NAME --zone=ZONE [flags] [-- ARGUMENT...]
 #

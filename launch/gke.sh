@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a TPU slice of Google Kubernetes Engine, as a JobSet. See launch/README.md.
+# Trains on a TPU slice of Google Kubernetes Engine, as a JobSet. See docs/launch.md.
 #
 #   ./launch/gke.sh COMMAND --name=NAME [flags] [-- main ARGUMENT...]
 #

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits a training to Slurm: one task per GPU, on as many nodes as asked for. See launch/README.md.
+# Submits a training to Slurm: one task per GPU, on as many nodes as asked for. See docs/launch.md.
 #
 #   ./launch/slurm.sh --nodes=2 --gpus_per_node=8 --time=24:00:00 [flags] -- main ARGUMENT...
 #

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # TensorBoard over a run's event files, for this machine's browser alone: it listens on the loopback
-# of the machine that has the files, and an ssh tunnel brings it here. See launch/README.md.
+# of the machine that has the files, and an ssh tunnel brings it here. See docs/launch.md.
 #
 #   ./launch/tensorboard.sh --logdir=RUN                                       files on this machine
 #   ./launch/tensorboard.sh --kind=ssh --host=USER@HOST --logdir=FOLDER        any host

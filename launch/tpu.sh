@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM or a pod of them, through queued resources. See launch/README.md.
+# Trains on a Cloud TPU VM or a pod of them, through queued resources. See docs/launch.md.
 #
 #   ./launch/tpu.sh COMMAND --name=NAME --zone=ZONE [--project=PROJECT] [flags] [-- main ARGUMENT...]
 #

@@ -38,10 +38,10 @@ def test_help_is_the_manual(stubs, name):
     assert stubs.calls() == []
 
 
-def test_every_command_of_the_readme_is_understood(stubs):
+def test_every_command_of_the_manual_is_understood(stubs):
     """The launch lines of its code blocks, with --dry_run, in the order that they have there."""
-    text = (ROOT / "launch/README.md").read_text().replace("\\\n", " ")
-    blocks = "".join(re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    text = (ROOT / "docs/launch.md").read_text().replace("\\\n", " ")
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     arrays = re.findall(r"^\w+=\([^)]*\)$|^data=.*$", blocks, re.MULTILINE)
     lines = re.findall(r"^ *\./launch/(.*?)(?: \|\| break| +#.*)?$", blocks, re.MULTILINE)
     assert len(arrays) >= 4 and len(lines) >= 20
