@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from absl import flags
 
+import cascaded_diffusion
 from cascaded_diffusion.commands.config_flags import config_values
 from cascaded_diffusion.config.run_checks import cascade_config_from, run_config_from
 from cascaded_diffusion.errors import UserError
@@ -141,6 +142,11 @@ def test_the_configuration_reference_is_that_of_the_dataclasses():
     assert text == CONFIGURATION.markdown(), "run python docs/generate_configuration.py"
     for key in FIELDS:
         assert f"| `{key.rpartition('.')[2]}` |" in text
+
+
+def test_the_api_reference_lists_every_public_name():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/reference/api.md").read_text(), re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == cascaded_diffusion.__all__
 
 
 def test_the_site_builds_without_a_warning(tmp_path, capfd):
