@@ -1,4 +1,4 @@
-"""The flags that say which processes make up one job, and what those processes compare."""
+"""The flags that name the processes of one job, and the facts that those processes compare."""
 
 from __future__ import annotations
 
@@ -15,60 +15,63 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster, meet
 
 
-def define_cluster(flag_values: flags.FlagValues) -> None:
-    """Adds the flags that say which processes make one job."""
+def define_cluster(fv: flags.FlagValues) -> None:
+    """Adds the flags that name the processes of one job."""
     flags.DEFINE_enum(
         "distributed",
         "auto",
         MODES,
-        "where the job's processes are named: auto (what the environment of Slurm or a TPU says),"
-        " slurm, tpu (asks the metadata server), none",
-        flag_values=flag_values,
+        "how to find the processes of the job: auto (from the environment of Slurm or a TPU),"
+        " slurm, tpu (from the metadata server), none",
+        flag_values=fv,
     )
     flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, instead", flag_values=flag_values
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, instead of --distributed",
+        flag_values=fv,
     )
-    flags.DEFINE_integer("num_processes", None, "of the job", flag_values=flag_values)
-    flags.DEFINE_integer("process_id", None, "this one, from 0", flag_values=flag_values)
+    flags.DEFINE_integer("num_processes", None, "number of processes of the job", flag_values=fv)
+    flags.DEFINE_integer("process_id", None, "index of this process, from 0", flag_values=fv)
     flags.DEFINE_float(
         "coordinator_timeout_secs",
         300.0,
         "how long to wait for the other processes",
         lower_bound=0.1,
-        flag_values=flag_values,
+        flag_values=fv,
     )
 
 
-def join_cluster(flag_values: flags.FlagValues, config: Any, *folders: str) -> Cluster | None:
-    """Meets the job's other processes, if there are any, before JAX is set up.
+def join_cluster(fv: flags.FlagValues, config: Any, *folders: str) -> Cluster | None:
+    """Meets the other processes of the job, if there are any, before JAX is set up.
 
     Args:
-      flag_values: with those of `define_cluster`.
-      config: a config dataclass, which all must have alike.
-      folders: names of flags whose folders must be the same, too.
+      fv: parsed values that include the flags of `define_cluster`.
+      config: a config dataclass, which must be equal in all processes.
+      folders: names of flags whose folders must be the same in all processes.
 
     Returns:
-      What `set_up_jax` is to be given.
+      The argument of `set_up_jax`.
 
     Raises:
-      UserError: they do not come, cannot be reached, or are configured differently.
+      UserError: a process is late, cannot be reached, or is configured differently.
     """
-    cluster = _cluster(flag_values)
+    cluster = _cluster(fv)
     if cluster is not None:
         facts = {**_flat("config", to_dict(config)), **_versions(), "our code": _code_digest()}
         for name in folders:
-            given = flag_values[name].value
+            given = fv[name].value
             facts[f"--{name}"] = None if given is None else str(pathlib.Path(given).resolve())
-        meet(cluster, facts, timeout_secs=flag_values.coordinator_timeout_secs)
+        meet(cluster, facts, timeout_secs=fv.coordinator_timeout_secs)
     return cluster
 
 
-def refuse_cluster(flag_values: flags.FlagValues) -> None:
-    """Raises UserError if this is one of several processes, for binaries that are one.
+def refuse_cluster(fv: flags.FlagValues) -> None:
+    """Raises UserError if this is one of several processes, for binaries that run as one.
 
-    With the flags of `define_cluster`, so that all binaries can be started alike.
+    Such binaries have the flags of `define_cluster`, too, so that all are started alike.
     """
-    cluster = _cluster(flag_values)
+    cluster = _cluster(fv)
     if cluster is not None and cluster.num_processes > 1:
         raise UserError(
             f"evaluate is one process, not {cluster.num_processes}: have `sample` make the samples"
@@ -77,18 +80,18 @@ def refuse_cluster(flag_values: flags.FlagValues) -> None:
         )
 
 
-def _cluster(flag_values: flags.FlagValues) -> Cluster | None:
+def _cluster(fv: flags.FlagValues) -> Cluster | None:
     return find_cluster(
-        flag_values.distributed,
+        fv.distributed,
         os.environ,
-        coordinator=flag_values.coordinator,
-        num_processes=flag_values.num_processes,
-        process_id=flag_values.process_id,
+        coordinator=fv.coordinator,
+        num_processes=fv.num_processes,
+        process_id=fv.process_id,
     )
 
 
 def _code_digest() -> str:
-    """Of the package's own files: another commit is another program."""
+    """A digest of the package's own files, which differ between commits."""
     digest = hashlib.sha256()
     package = pathlib.Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):
@@ -103,11 +106,11 @@ def _flat(prefix: str, value: Any) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Of what decides how a program is computed and stored."""
+    """The versions of everything that changes how a program computes and stores."""
     from importlib.metadata import version
 
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    # And of what decides about the pixels.
+    # These decide about the pixels.
     packages += ("grain", "opencv-python-headless", "pillow", "simplejpeg", "tensorflow-datasets")
     python = ".".join(map(str, sys.version_info[:2]))
     return {"python": python, **{f"package {name}": version(name) for name in packages}}

@@ -14,31 +14,41 @@ from ml_collections import ConfigDict, config_flags
 
 from cascaded_diffusion.commands.flag_checks import check_number
 from cascaded_diffusion.commands.overrides import with_overrides, without_overrides
-from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain
-from cascaded_diffusion.config.schema import CascadeConfig, StageConfig, to_dict
+from cascaded_diffusion.config.run_checks import (
+    cascade_config_from,
+    check_chain,
+    run_config_from,
+)
+from cascaded_diffusion.config.schema import (
+    CascadeConfig,
+    CascadeSection,
+    RunConfig,
+    StageConfig,
+    to_dict,
+)
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import CascadeFolder
 
 
-def define_config(flag_values: flags.FlagValues, argv: Sequence[str], help_text: str) -> None:
+def define_config(fv: flags.FlagValues, argv: Sequence[str], help_text: str) -> None:
     """Adds `--config=FILE.py[:variant]`; see `config_values` for its overrides."""
     config_flags.DEFINE_config_file(
-        "config", None, help_text, flag_values=flag_values, sys_argv=without_overrides(argv)
+        "config", None, help_text, flag_values=fv, sys_argv=without_overrides(argv)
     )
 
 
-def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
+def parse(fv: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
     """Parses `argv` strictly, but for the overrides of the config.
 
     Raises:
       UserError: an unknown flag, a stray argument, a config file that is not there
         or cannot be loaded.
     """
-    flags.DEFINE_bool("help", False, "show this help", flag_values=flag_values)
+    flags.DEFINE_bool("help", False, "show this help", flag_values=fv)
     config_arg = config_argument(argv)
     try:
         with importing_from(config_arg):
-            rest = flag_values(without_overrides(argv))
+            rest = fv(without_overrides(argv))
     except flags.Error as e:
         raise UserError(str(e)) from e
     except UserError:
@@ -48,13 +58,13 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> Non
         beside = "; expected it beside the config file, or installed"
         hint = beside if isinstance(e, ModuleNotFoundError) else ""
         raise UserError(f"--config={config_arg}: cannot be loaded ({reason}){hint}") from e
-    if flag_values["help"].value:
-        print(f"{usage}\n{flag_values.get_help()}")
+    if fv["help"].value:
+        print(f"{usage}\n{fv.get_help()}")
         sys.exit(0)
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag: flags look like --name=value")
-    for name in flag_values:
-        check_number(f"--{name}", flag_values[name].value)
+    for name in fv:
+        check_number(f"--{name}", fv[name].value)
 
 
 @contextlib.contextmanager
@@ -82,13 +92,13 @@ def importing_from(config_arg: str | None) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def config_values(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[str, Any]:
+def config_values(fv: flags.FlagValues, argv: Sequence[str]) -> dict[str, Any]:
     """The config file's values with the overrides `--config.section.key=value` applied.
 
     Overrides are read here, not by config_flags: it knows no type for a key whose
     value is None. Whether keys and types are right is for `config.py` to say.
     """
-    config = flag_values["config"].value
+    config = fv["config"].value
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: get_config() returned {config!r:.40}, expected a ConfigDict")
     try:
@@ -115,6 +125,20 @@ def load_config_file(folder: pathlib.Path, name: str) -> dict[str, Any]:
     return config_values(fv, argv)
 
 
+def stage_configs(
+    fv: flags.FlagValues, argv: Sequence[str]
+) -> tuple[CascadeSection | None, list[RunConfig]]:
+    """The stages of `--config`: of a cascade, with its section, or of one stage alone."""
+    values = config_values(fv, argv)
+    if "cascade" not in values:
+        return None, [run_config_from(values)]
+    section = cascade_config_from(values).cascade
+    folder = pathlib.Path(config_path(argv)).parent
+    configs = [run_config_from(load_config_file(folder, name)) for name in section.configs]
+    check_chain(section, [config.stage for config in configs])
+    return section, configs
+
+
 def config_argument(argv: Sequence[str]) -> str | None:
     """The value of `--config`, whose file is there; None where it was not given."""
     for i, arg in enumerate(argv):
@@ -133,16 +157,14 @@ def config_argument(argv: Sequence[str]) -> str | None:
     return None
 
 
-def cascade_config(
-    flag_values: flags.FlagValues, argv: Sequence[str], runs: CascadeFolder
-) -> CascadeConfig:
+def cascade_config(fv: flags.FlagValues, argv: Sequence[str], runs: CascadeFolder) -> CascadeConfig:
     """The cascade of `--config`, or without it the one that a sweep wrote to the folder.
 
     Raises:
       UserError: neither is there, or it is not a cascade's.
     """
-    if flag_values["config"].value is not None:
-        values = config_values(flag_values, argv)
+    if fv["config"].value is not None:
+        values = config_values(fv, argv)
         if "stage" in values:
             raise UserError(
                 f"--config={config_argument(argv)}: the config of a stage, expected a cascade's"
@@ -150,7 +172,7 @@ def cascade_config(
         return cascade_config_from(values)
     if not runs.cascade_path.exists():
         raise UserError(
-            f"--config is missing: {flag_values['config'].help}; there is no {runs.cascade_path},"
+            f"--config is missing: {fv['config'].help}; there is no {runs.cascade_path},"
             " as `evaluate --sweep --write_best` writes it, to be used without"
         )
     values = with_overrides(runs.read_cascade(), argv)

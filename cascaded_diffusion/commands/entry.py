@@ -37,9 +37,9 @@ _OPEN_COMMAND = "prepare --config=..."
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a binary's `main(argv)` and exits with what it returns.
 
-    A `UserError`, and an error of the operating system such as a full disk, becomes one line
-    on stderr and exit code 2; Ctrl-C one line and exit code 130. File names that are not UTF-8
-    are printed with escapes.
+    A `UserError`, or an error of the operating system such as a full disk, becomes one line on
+    stderr and exit code 2. Ctrl-C becomes one line and exit code 130. File names that are not
+    UTF-8 are printed with escapes.
     """
     INTERRUPTS.install()
     threading.excepthook = _thread_failed
@@ -56,7 +56,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         print(f"error: {one_line(e)}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
         if isinstance(e, SingleProcessError):
-            # At once: JAX would say goodbye to the others first, who do not listen.
+            # Exit at once: JAX would first wait for the other processes, which do not listen.
             sys.stdout.flush()
             os._exit(code)
     except BaseException as e:
@@ -71,7 +71,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:
-    """One line for a thread that could not write, TensorBoard's for one; the trace of others."""
+    """Prints one line if a thread could not write, as TensorBoard's; else its stack trace."""
     if isinstance(args.exc_value, OSError):
         _warn(args.exc_value)
     else:
@@ -79,11 +79,11 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 
 
 def _unraisable(print_it: Callable[[Any], None], error: Any) -> None:
-    """Tells of what fails where nobody can catch it, in a library's thread or at the exit.
+    """Reports an error that nobody can catch, raised in a library's thread or at the exit.
 
-    Left out is what tensorstore finds after Orbax's first error. Orbax closes its event loop as
-    soon as one file cannot be written or read, and raises that error. Each thread that still
-    works on another file then fails to hand over its result, for which nobody waits.
+    Orbax closes its event loop as soon as one file cannot be written or read, and raises that
+    error. Each thread of tensorstore that still works on another file then fails to hand over
+    its result, for which nobody waits. Those errors are left out.
     """
     if isinstance(error.exc_value, OSError):  # TensorBoard's files are closed at the exit
         _warn(error.exc_value)
@@ -96,9 +96,9 @@ def _warn(error: OSError) -> None:
 
 
 def one_line(error: UserError | OSError) -> str:
-    """What is printed of an error: of limited length, with the command that the user has typed."""
+    """The line printed about an error: limited in length, with the config that the user typed."""
     text = " ".join(_told(error).split())
-    # Only then: it is an error itself if the config file is not there.
+    # Read the flag only if it is needed: it raises if the config file does not exist.
     if _OPEN_COMMAND in text and (config := config_argument(sys.argv)):
         given = [f"--config={config}", *overrides_in(sys.argv)]
         text = text.replace(_OPEN_COMMAND, f"prepare {shlex.join(given)}")

@@ -9,7 +9,7 @@ from absl import flags
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.paths import check_local_path
 
-# Of the numbers of flags: each has its own reason to be smaller, none to be larger.
+# No flag needs a larger number; most have tighter bounds.
 _MAX_NUMBER = 10**9
 
 
@@ -19,30 +19,30 @@ def check_number(flag: str, value: Any) -> None:
         raise UserError(f"{flag}={value:.4g}: expected a number of at most {_MAX_NUMBER:.0e}")
 
 
-def check_paths(flag_values: flags.FlagValues, *names: str) -> None:
-    """Checks the paths that flags name, if they were given: see `check_local_path`."""
+def check_paths(fv: flags.FlagValues, *names: str) -> None:
+    """Checks the paths given with these flags, if any; see `check_local_path`."""
     for name in names:
-        value = flag_values[name].value
+        value = fv[name].value
         for path in value if isinstance(value, list) else [value]:
             if path is not None:
                 check_local_path(path, f"--{name}")
 
 
-def require(flag_values: flags.FlagValues, *names: str) -> None:
+def require(fv: flags.FlagValues, *names: str) -> None:
     """Raises UserError unless each of the flags was given."""
     for name in names:
-        if flag_values[name].value in (None, ""):
-            raise UserError(f"--{name} is missing: {flag_values[name].help}")
+        if fv[name].value in (None, ""):
+            raise UserError(f"--{name} is missing: {fv[name].help}")
 
 
-def numbers_in(flag_values: flags.FlagValues, name: str, kind: type) -> list[Any]:
-    """The numbers of a list flag. Raises UserError for what is none."""
+def numbers_in(fv: flags.FlagValues, name: str, kind: type) -> list[Any]:
+    """The numbers of a list flag. Raises UserError if an item is not a number."""
     try:
-        numbers = [kind(x) for x in flag_values[name].value]
+        numbers = [kind(x) for x in fv[name].value]
     except ValueError as e:
         wanted = "integers" if kind is int else "numbers"
         raise UserError(
-            f"--{name}={','.join(flag_values[name].value)}: expected {wanted} between commas"
+            f"--{name}={','.join(fv[name].value)}: expected {wanted} between commas"
         ) from e
     for number in numbers:
         check_number(f"--{name}", number)

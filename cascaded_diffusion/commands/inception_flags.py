@@ -12,45 +12,45 @@ from cascaded_diffusion.commands.flag_checks import check_paths
 from cascaded_diffusion.errors import UserError
 
 
-def define_inception(flag_values: flags.FlagValues) -> None:
-    """Adds the flags that say where Inception's weights are."""
+def define_inception(fv: flags.FlagValues) -> None:
+    """Adds the flags that say where the weights of Inception are."""
     flags.DEFINE_string(
         "inception_weights",
         None,
         "file of the FID Inception weights; default: the cached ones, else a download",
-        flag_values=flag_values,
+        flag_values=fv,
     )
     flags.DEFINE_bool(
         "allow_other_inception_weights",
         False,
-        "take weights that are not the public ones: the result is then no FID that others know",
-        flag_values=flag_values,
+        "accept weights other than the public ones; the FID is then not comparable",
+        flag_values=fv,
     )
 
 
-def check_inception(flag_values: flags.FlagValues) -> None:
+def check_inception(fv: flags.FlagValues) -> None:
     """Raises UserError if --inception_weights was given and no file is there."""
-    check_paths(flag_values, "inception_weights")
-    weights = flag_values.inception_weights
+    check_paths(fv, "inception_weights")
+    weights = fv.inception_weights
     if weights is not None and not pathlib.Path(weights).is_file():
         raise UserError(
-            f"--inception_weights={weights}: no such file; without this flag the weights are those"
-            " of the cache, or downloaded"
+            f"--inception_weights={weights}: no such file; without this flag the cached weights are"
+            " used, or downloaded"
         )
 
 
 def inception_loader(
-    flag_values: flags.FlagValues, mesh: Any, *, batch_size: int = 64
+    fv: flags.FlagValues, mesh: Any, *, batch_size: int = 64
 ) -> Callable[[str], Any]:
-    """Returns a function: how to resize -> the Inception extractor of the flags' weights."""
+    """Returns a function from a resize mode to the Inception extractor of the flags' weights."""
 
     def load(resize: str) -> Any:
         from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
 
         return load_inception(
-            flag_values.inception_weights,
+            fv.inception_weights,
             resize=resize,
-            allow_other_weights=flag_values.allow_other_inception_weights,
+            allow_other_weights=fv.allow_other_inception_weights,
             mesh=mesh,
             batch_size=batch_size,
         )

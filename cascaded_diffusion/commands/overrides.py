@@ -12,9 +12,9 @@ from cascaded_diffusion.errors import UserError
 
 
 def with_overrides(values: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values`, nested, with the overrides of the command line applied.
+    """Returns a copy of the nested `values` with the overrides of the command line applied.
 
-    A number in a path counts in a tuple: `--config.cascade.samplers.0.num_steps=50`.
+    A number in a path indexes a tuple: `--config.cascade.samplers.0.num_steps=50`.
     """
     values = _unshared(values)
     for arg in argv[1:]:
@@ -39,7 +39,7 @@ def with_overrides(values: dict[str, Any], argv: Sequence[str]) -> dict[str, Any
 
 
 def _unshared(node: Any) -> Any:
-    """A copy in which no section is in two places, as it may be in a config file."""
+    """A copy in which no two keys share a section, as they may in a config file."""
     if isinstance(node, dict):
         return {key: _unshared(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
@@ -48,7 +48,7 @@ def _unshared(node: Any) -> Any:
 
 
 def _entered(node: Any, section: str, arg: str) -> Any:
-    """The section of `node`, made if missing; tuples become lists that can be changed."""
+    """Returns a section of `node`, made if missing. Tuples become lists, which can be changed."""
     if isinstance(node, list):
         if section not in map(str, range(len(node))):
             raise UserError(f"{arg}: expected a number below {len(node)} for {section!r}")
@@ -63,20 +63,20 @@ def _entered(node: Any, section: str, arg: str) -> Any:
 
 
 def _parse_value(text: str) -> Any:
-    """A Python literal, `nan`, `inf`, `true` or `false`; any other text is a string."""
+    """Reads a Python literal, `nan`, `inf`, `true` or `false`; other text stays a string."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for read in (ast.literal_eval, float):
         try:
             return read(text)
-        # The last two: of thousands of brackets.
+        # Thousands of brackets raise the last two.
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
     return text
 
 
 def _unquoted(text: str) -> str:
-    """The text itself; of a quoted string of Python, what it quotes."""
+    """Removes the quotes of a Python string."""
     if text[:1] in ("'", '"'):
         value = _parse_value(text)
         return value if isinstance(value, str) else text

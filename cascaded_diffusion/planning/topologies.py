@@ -1,23 +1,23 @@
 """Slices of accelerators by name, such as `v5e:16x16`: how many devices, of what kind.
 
-With libtpu installed, the devices of a TPU slice can be had without one: they serve to
-compile for, with the compiler that would be used there.
+With libtpu installed, JAX describes the devices of a TPU slice on a machine without TPUs, so
+that programs can be compiled for them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
-from typing import Any
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.accelerators import ACCELERATORS, Accelerator
 
-# Dimensions of a slice, and the longest it may be along one.
+# The number of dimensions of a slice, and the most chips along one of them.
 _TPU_DIMENSIONS = {"v4": (3, 16), "v5e": (2, 16), "v5p": (3, 28), "v6e": (2, 16)}
 _MOST_GPUS = 16_384
-# What a slice's type counts, per chip: cores where a chip has two.
+# What the name of a slice's type counts per chip: cores, on chips that have two.
 _TYPE_UNITS = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
 
 
@@ -35,10 +35,10 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """The topology of `v5e:16x16`, `v5p:4x4x8` or `h100:8`.
+    """Reads a topology such as `v5e:16x16`, `v5p:4x4x8` or `h100:8`.
 
     Raises:
-      UserError: an unknown accelerator, or a shape that it does not come in.
+      UserError: the accelerator is unknown, or does not come in this shape.
     """
     kind, _, shape = text.partition(":")
     expected = "expected KIND:SHAPE, as v5e:16x16, v5p:4x4x8 or h100:8"
@@ -61,35 +61,19 @@ def parse_topology(text: str) -> Topology:
     return Topology(text, ACCELERATORS[kind], math.prod(numbers))
 
 
+def has_tpu_compiler() -> bool:
+    """Whether libtpu is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
 def set_up_tpu_compiler(topology: Topology) -> None:
-    """Lets libtpu do without a TPU. To be called before JAX is imported."""
+    """Lets libtpu work without a TPU. Call it before JAX is imported."""
     kind = topology.accelerator.name
     os.environ.update(
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE=f"{kind}-{_TYPE_UNITS[kind] * topology.num_devices}",
         TPU_WORKER_HOSTNAMES="localhost",
-        # It holds no TPU: another process that compiles, or has crashed, is no reason to wait.
+        # No TPU is held, so another process that compiles, or has crashed, need not be awaited.
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
-
-
-def tpu_devices(topology: Topology) -> list[Any]:
-    """The devices of a slice, to compile for.
-
-    Raises:
-      UserError: the compiler does not know the slice.
-    """
-    from jax.experimental import topologies
-
-    try:
-        # A v4 chip's two cores are one device, as they are where JAX runs on it.
-        options = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
-    except Exception as e:  # libtpu's errors have no type of their own
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(
-            f"--topology={topology.name}: libtpu does not know it ({reason}); plan without"
-            " its compiler by --nocompile"
-        ) from e
-    return list(found.devices)

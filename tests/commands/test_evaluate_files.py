@@ -193,7 +193,7 @@ BAD = [
     ),
     (
         ["--samples={0}/a.npz", "--reference={0}/b.npz", "--inception_weights={0}"],
-        "--inception_weights={0}: no such file; without this flag the weights are",
+        "--inception_weights={0}: no such file; without this flag the cached weights are used, or",
     ),
     (
         ["--allow_few_samples", "--samples={0}/a.npz", "--reference={0}/none.npz"],

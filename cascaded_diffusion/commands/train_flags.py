@@ -1,0 +1,44 @@
+"""The flags of `main`."""
+
+from __future__ import annotations
+
+import re
+
+from absl import flags
+
+from cascaded_diffusion.commands import cluster_flags, run_images
+from cascaded_diffusion.errors import UserError
+
+
+def define(fv: flags.FlagValues) -> None:
+    """Adds the flags of `main` besides --config."""
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "folder of the run, made if missing; default: RUN/<name of the stage>",
+        flag_values=fv,
+    )
+    flags.DEFINE_string(
+        "profile_steps", None, "FIRST:LAST, the steps to write a trace of", flag_values=fv
+    )
+    flags.DEFINE_bool(
+        "start_over",
+        False,
+        "begin at step 0 where a run is in --workdir but none of its checkpoints is intact",
+        flag_values=fv,
+    )
+    run_images.define_data_path(fv)
+    cluster_flags.define_cluster(fv)
+
+
+def profile_steps(text: str | None, train_steps: int) -> tuple[int, int] | None:
+    """The steps of `--profile_steps`, first and last. Raises UserError if they are none."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]) <= train_steps:
+        raise UserError(
+            f"--profile_steps={text}: expected FIRST:LAST, as 100:105, steps from 1 to"
+            f" config.train.train_steps = {train_steps}"
+        )
+    return int(found[1]), int(found[2])

@@ -1,0 +1,112 @@
+"""Training of one stage, from its config to the outcome: `train_stage`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from cascaded_diffusion.cascade.build import build_stage
+from cascaded_diffusion.commands.run_images import with_absolute_paths
+from cascaded_diffusion.config.run_checks import check_devices
+from cascaded_diffusion.config.schema import RunConfig
+from cascaded_diffusion.data.loader import build_stream, iterate
+from cascaded_diffusion.data.sources import load_splits, spread_examples
+from cascaded_diffusion.planning import fit
+from cascaded_diffusion.runtime.mesh import (
+    batch_share,
+    broadcast_from_process_0,
+    build_mesh,
+    fail_on_all_processes,
+)
+from cascaded_diffusion.runtime.run_data import RunData
+from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.training.grid import GRID_COLUMNS, GRID_ROWS
+from cascaded_diffusion.training.loop import Outcome, train
+
+
+def train_stage(
+    config: RunConfig,
+    folder: RunFolder,
+    *,
+    data_path: str | None = None,
+    start_over: bool = False,
+    profile_steps: tuple[int, int] | None = None,
+    notes: Sequence[str] = (),
+) -> Outcome:
+    """Trains a stage on this process's devices, or resumes its run.
+
+    Args:
+      config: the config of the run. Where `mesh.fsdp` is None, the smallest one that fits is
+        chosen.
+      folder: the run folder. A run in it is resumed.
+      data_path: where the images of the run are now, if they were moved, copied or touched.
+      start_over: begin at step 0 where a run is in the folder but no checkpoint is intact.
+      profile_steps: the first and the last step to write a trace of.
+      notes: lines to print once all checks have passed.
+
+    Raises:
+      UserError: the data cannot be read, the devices or their memory do not suffice, the folder
+        holds another run, or training fails. Nothing is written before all checks have passed.
+    """
+    path_as_given = data_path or config.data.path
+    config = with_absolute_paths(config, data_path)
+    build_stage(config.stage)
+    with fail_on_all_processes():
+        splits = [config.data.train_split, config.data.eval_split]
+        sources = load_splits(config.data, list(dict.fromkeys(splits)), config.stage)
+        source, held_out = (sources[split] for split in splits)
+        grid_examples = spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS)
+    # The first process decides, so that all processes have the same mesh.
+    (memory_mib,) = broadcast_from_process_0([int(fit.device_bytes() / 2**20)])
+    memory_bytes, num_devices = memory_mib * 2**20, jax.device_count()
+    placed, choice = fit.choose_fsdp(config, num_devices, memory_bytes)
+    check_devices(placed, num_devices)
+    warning = fit.check_memory(placed, num_devices, memory_bytes)
+    mesh = build_mesh(placed.mesh)
+    index, count = batch_share(mesh)
+    with fail_on_all_processes():
+        stream = build_stream(
+            source,
+            config.data,
+            global_batch_size=config.train.batch_size,
+            process_index=index,
+            process_count=count,
+        )
+    if jax.process_index() == 0:
+        for line in [*notes, choice, warning and f"warning: {warning}"]:
+            if line:
+                print(f"{config.stage.name}: {line}", flush=True)
+    return train(
+        config,
+        folder,
+        lambda start_step: iterate(stream, source, config.data, start_step=start_step),
+        image_shape=source.image_shape,
+        low_res_shape=source.low_res_shape,
+        data=RunData(
+            splits=sources,
+            path=config.data.path,
+            path_as_given=path_as_given,
+            given_anew=data_path is not None,
+        ),
+        start_over=start_over,
+        grid_examples=grid_examples,
+        profile_steps=profile_steps,
+        mesh=mesh,
+    )
+
+
+def outcome_line(outcome: Outcome, config: RunConfig, folder: RunFolder) -> str | None:
+    """One line about how the training ended, for the first process."""
+    if jax.process_index() > 0:
+        return None
+    if outcome.reason == "preempted":
+        what = f"stopped by a signal at step {outcome.step}, saved; run it again to resume"
+    elif outcome.reason == "early_stop":
+        what = (
+            f"stopped early at step {outcome.step}, as {folder.early_stop_path} asks; to resume"
+            f" all the same, {folder.how_to_resume()}"
+        )
+    else:
+        what = f"finished, {outcome.step} steps ({folder.path})"
+    return f"{config.stage.name}: {what}"
