@@ -34,7 +34,8 @@ from cascaded_diffusion.commands import (
     run_images,
     train_flags,
 )
-from cascaded_diffusion.config.run_checks import check_resume, run_config_from
+from cascaded_diffusion.config.resume_checks import check_resume
+from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 

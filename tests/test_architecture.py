@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -113,7 +114,11 @@ def test_nothing_unpickles_evaluates_or_shells_out(path):
 def test_config_choices_are_the_tables_keys():
     # config.py imports nothing of the rest, so it repeats the names.
     def choices(cls, field):
-        return set(cls.__dataclass_fields__[field].metadata["choices"])
+        hint = typing.get_type_hints(cls)[field]
+        (literal,) = [
+            h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is typing.Literal
+        ]
+        return set(typing.get_args(literal))
 
     assert choices(config.ScheduleConfig, "name") == set(SCHEDULES)
     assert choices(config.DiffusionConfig, "parameterization") == set(PARAMETERIZATIONS)

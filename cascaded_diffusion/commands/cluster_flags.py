@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from cascaded_diffusion.config.schema import to_dict
+from cascaded_diffusion.config.schema import flattened, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster, meet
 
@@ -58,7 +58,7 @@ def join_cluster(fv: flags.FlagValues, config: Any, *folders: str) -> Cluster | 
     """
     cluster = _cluster(fv)
     if cluster is not None:
-        facts = {**_flat("config", to_dict(config)), **_versions(), "our code": _code_digest()}
+        facts = {**flattened(to_dict(config), "config."), **_versions(), "our code": _code_digest()}
         for name in folders:
             given = fv[name].value
             facts[f"--{name}"] = None if given is None else str(pathlib.Path(given).resolve())
@@ -97,12 +97,6 @@ def _code_digest() -> str:
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, part in value.items() for k, v in _flat(f"{prefix}.{key}", part).items()}
 
 
 def _versions() -> dict[str, str]:

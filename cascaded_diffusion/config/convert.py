@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import types
@@ -36,32 +37,50 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:150]}...{text[-30:]}"
 
 
+def fail_at(config: Any, key: str, expected: str) -> typing.NoReturn:
+    """Like `fail`, with the value that `key` has in `config`: a whole config or the key's section.
+
+    `fail_at(run_config, "stage.network.channels", ...)` and
+    `fail_at(stage_config, "stage.network.channels", ...)` mean the same.
+    """
+    first, *path = key.split(".")
+    fail(key, functools.reduce(getattr, path, getattr(config, first, config)), expected)
+
+
+def _split_optional(hint: Any) -> tuple[Any, bool]:
+    """A type without its `| None`, and whether it had it."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (inner,) = (h for h in typing.get_args(hint) if h is not type(None))
+        return inner, True
+    return hint, False
+
+
 def _describe(hint: Any) -> str:
-    if hint is type(None):
-        return "None"
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_describe(h) for h in typing.get_args(hint))
+    hint, optional = _split_optional(hint)
     if typing.get_origin(hint) is tuple:
-        return f"a tuple of {_describe(typing.get_args(hint)[0])}"
-    if dataclasses.is_dataclass(hint):
-        return f"a section with the keys of {hint.__name__}"
-    return {int: "an integer", float: "a number", bool: "True or False", str: "a string"}[hint]
-
-
-def _may_be_none(hint: Any) -> bool:
-    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+        text = f"a tuple of {_describe(typing.get_args(hint)[0])}"
+    elif typing.get_origin(hint) is typing.Literal:
+        text = "a string"
+    elif dataclasses.is_dataclass(hint):
+        text = f"a section with the keys of {hint.__name__}"
+    else:
+        names = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+        text = names[hint]
+    return f"{text} or None" if optional else text
 
 
 def _convert_value(hint: Any, value: Any, key: str, expected: str | None = None) -> Any:
     """`value` as the type `hint`, or UserError. Nothing is silently rounded or cast."""
     expected = expected or _describe(hint)
+    hint, optional = _split_optional(hint)
+    if optional and value is None:
+        return None
     if dataclasses.is_dataclass(hint):
         return convert(hint, value, f"{key}.")
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        (inner,) = (h for h in typing.get_args(hint) if h is not type(None))
-        return _convert_value(inner, value, key, expected)
+    if typing.get_origin(hint) is typing.Literal:
+        text = _convert_value(str, value, key, expected)
+        _check_choice(text, typing.get_args(hint), key)
+        return text
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)[0]
         if isinstance(value, (tuple, list)):
@@ -91,6 +110,13 @@ def _check_text(key: str, text: str) -> None:
         fail(key, text, f"text of at most {_MAX_TEXT} bytes, without NUL characters")
 
 
+def _check_choice(value: str, choices: typing.Sequence[str], key: str) -> None:
+    if value not in choices:
+        close = difflib.get_close_matches(value, choices, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        fail(key, value, f"one of {', '.join(map(repr, choices))}{hint}")
+
+
 def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
     if isinstance(value, tuple):
         for i, item in enumerate(value):
@@ -100,10 +126,6 @@ def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
         return
     if isinstance(value, float) and not math.isfinite(value):
         fail(key, value, "a finite number")
-    if "choices" in metadata and value not in metadata["choices"]:
-        close = difflib.get_close_matches(str(value), metadata["choices"], n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        fail(key, value, f"one of {', '.join(map(repr, metadata['choices']))}{hint}")
     if "minimum" in metadata and not metadata["minimum"] <= value <= metadata["maximum"]:
         fail(key, value, f"a value from {metadata['minimum']} to {metadata['maximum']}")
     if "above" in metadata and not metadata["above"] < value <= metadata["maximum"]:
@@ -125,7 +147,7 @@ def convert(cls: type[T], values: Any, prefix: str = "") -> T:
     converted = {}
     for name, field in fields.items():
         key = prefix + name
-        if name not in values and not _may_be_none(hints[name]):
+        if name not in values and not _split_optional(hints[name])[1]:
             raise UserError(f"config.{key} is missing")
         converted[name] = _convert_value(hints[name], values.get(name), key)
         _check_bounds(converted[name], field.metadata, key)
@@ -139,13 +161,13 @@ def takes_text(cls: type[Any], path: typing.Sequence[str]) -> tuple[bool, bool]:
     """
     hint: Any = cls
     for name in path:
-        if isinstance(hint, types.UnionType):
-            hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        hint, _ = _split_optional(hint)
         if typing.get_origin(hint) is tuple and name.isdecimal():
             hint = typing.get_args(hint)[0]
         else:
             hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
-    return hint in (str, str | None), _may_be_none(hint)
+    hint, optional = _split_optional(hint)
+    return hint is str or typing.get_origin(hint) is typing.Literal, optional
 
 
 def nearest_key(key: str, known: typing.Iterable[str]) -> str:

@@ -1,21 +1,21 @@
-"""What a run is made of: frozen dataclasses, whose fields say what values they take.
+"""The configuration as frozen dataclasses, whose fields state the values they take.
 
-A config file returns an `ml_collections.ConfigDict` with the sections `stage`,
-`data`, `train`, `eval`, `mesh` and `checkpoint` (one stage), or `cascade` (a
-chain of trained stages). `config_checks.run_config_from` and `cascade_config_from`
-turn it, or the JSON of an earlier run, into the dataclasses below and check every
-value (`config_convert`: types and bounds). Nothing has a default, but that a key which
-may be None may be left out: a config file says all there is to say about a run.
+A config file returns an `ml_collections.ConfigDict` with the sections `stage`, `data`, `train`,
+`eval`, `mesh` and `checkpoint` (one stage), or `cascade` and `mesh` (a chain of trained stages).
+`run_checks.run_config_from` and `cascade_config_from` turn it, or the JSON of an earlier run,
+into the dataclasses below and check every value (`convert`: types and bounds). There are no
+defaults; an optional key may be omitted and is then None.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
-# Far above what anybody means, and below what breaks JAX, NumPy or a machine. What several values
-# make together is for `stage_checks` to bound.
+# Far above what anybody means, and below what breaks JAX, NumPy or a machine. `stage_checks` bounds
+# what several values make together.
 MAX_SIZE = 16_384  # pixels of an image's side
 _MAX_STEPS = 10**9  # the step is an int32
 _MAX_SEED = 2**32 - 1  # JAX takes the lower 32 bits
@@ -25,7 +25,7 @@ _MAX_DEVICES = 2**20
 
 
 def _range(minimum: float, maximum: float) -> Any:
-    """Of a number, or of each one of a tuple."""
+    """Bounds of a number, or of each number of a tuple."""
     return dataclasses.field(metadata={"minimum": minimum, "maximum": maximum})
 
 
@@ -33,21 +33,17 @@ def _above(bound: float, maximum: float) -> Any:
     return dataclasses.field(metadata={"above": bound, "maximum": maximum})
 
 
-def _one_of(*choices: str) -> Any:
-    return dataclasses.field(metadata={"choices": choices})
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """`stage.schedule`, `stage.low_res_schedule`: a forward process.
 
-    A parameter of a schedule that `name` does not use is None.
+    Parameters that the schedule `name` does not use are None.
     """
 
-    name: str = _one_of("cosine", "linear", "shifted_cosine")
+    name: Literal["cosine", "linear", "shifted_cosine"]
     num_timesteps: int | None = _range(2, 10**6)  # T; None is continuous time
-    # Of T steps: "discrete" knows those alone; "continuous" draws between neighbours.
-    noise_levels: str = _one_of("discrete", "continuous")
+    # "discrete" trains at the T steps only; "continuous" also draws between neighbours.
+    noise_levels: Literal["discrete", "continuous"]
     cosine_offset: float | None = _range(0.0, 1.0)
     linear_betas: tuple[float, ...] | None = _range(1e-8, 0.999)  # first, last, of 1000 steps
     reference_resolution: int | None = _range(1, MAX_SIZE)  # where "shifted_cosine" is not shifted
@@ -62,7 +58,7 @@ class ScheduleConfig:
 class NetworkConfig:
     """`stage.network`: see `networks.conditioning.ConditionalNetwork` for the meaning."""
 
-    name: str = _one_of("unet", "efficient_unet")
+    name: Literal["unet", "efficient_unet"]
     channels: int = _range(2, 65_536)
     channel_mults: tuple[int, ...] = _range(1, 1024)
     num_res_blocks: tuple[int, ...] = _range(1, 256)  # per level
@@ -70,23 +66,23 @@ class NetworkConfig:
     num_heads: int = _range(1, 1024)
     dropout_rate: float = _range(0.0, 0.99)
     patch_size: int = _range(1, 256)
-    resample: str = _one_of("conv", "pool", "biggan")
+    resample: Literal["conv", "pool", "biggan"]
     scale_shift: bool
     scale_skips: bool
-    noise_input: str = _one_of("cosine_time", "noise_level")
-    upsample: str = _one_of("bilinear", "bicubic")  # of the low-res input
-    dtype: str = _one_of("float32", "bfloat16")  # of the computation
+    noise_input: Literal["cosine_time", "noise_level"]
+    upsample: Literal["bilinear", "bicubic"]  # of the low-res input
+    dtype: Literal["float32", "bfloat16"]  # of the computation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     """`stage.diffusion`: what the network predicts, and the loss it is trained by."""
 
-    parameterization: str = _one_of("eps", "x0", "v")
-    variance: str = _one_of("fixed", "learned")
-    loss: str = _one_of("simple", "vlb", "hybrid")
+    parameterization: Literal["eps", "x0", "v"]
+    variance: Literal["fixed", "learned"]
+    loss: Literal["simple", "vlb", "hybrid"]
     vlb_weight: float | None = _above(0.0, 1e6)  # of "hybrid"
-    weighting: str = _one_of("none", "snr", "truncated_snr", "min_snr", "sigmoid")
+    weighting: Literal["none", "snr", "truncated_snr", "min_snr", "sigmoid"]
     label_dropout_prob: float = _range(0.0, 0.99)  # > 0 allows guidance
 
 
@@ -94,7 +90,7 @@ class DiffusionConfig:
 class AugmentConfig:
     """`stage.augment`: conditioning augmentation of a super-resolution stage."""
 
-    name: str = _one_of("none", "gaussian", "blur")
+    name: Literal["none", "gaussian", "blur"]
     max_level: float | None = _range(1e-6, 1.0)  # gaussian: levels are drawn from (0, max_level]
     blur_kernel_size: int | None = _range(3, 255)
     blur_sigmas: tuple[float, ...] | None = _above(0.0, 1000.0)  # pixels: lowest, highest
@@ -105,16 +101,16 @@ class AugmentConfig:
 class SamplerConfig:
     """`stage.sampler`, `cascade.samplers[i]`: how a stage is sampled. Free after training."""
 
-    name: str = _one_of("ancestral", "ddim", "dpmpp_2m", "heun")
+    name: Literal["ancestral", "ddim", "dpmpp_2m", "heun"]
     num_steps: int = _range(1, 10**6)
-    grid: str = _one_of("uniform", "quadratic", "logsnr")
+    grid: Literal["uniform", "quadratic", "logsnr"]
     # ancestral alone; "interpolated" is log-linear, 0 is small and 1 is large.
-    variance: str | None = _one_of("small", "large", "interpolated", "learned")
+    variance: Literal["small", "large", "interpolated", "learned"] | None
     variance_interpolation: float | None = _range(0.0, 1.0)
     eta: float | None = _range(0.0, 1.0)  # ddim alone; 0 is deterministic
     guidance_scale: float = _range(0.0, 1000.0)  # 1 is no guidance
     guidance_interval: tuple[float, ...] = _range(0.0, 1.0)  # times t, low and high
-    threshold: str = _one_of("none", "static", "dynamic")
+    threshold: Literal["none", "static", "dynamic"]
     threshold_percentile: float | None = _range(0.5, 1.0)  # dynamic alone
 
 
@@ -123,7 +119,7 @@ class StageConfig:
     """`stage`: one diffusion model. With these fields it can be rebuilt and sampled."""
 
     name: str
-    kind: str = _one_of("base", "super_resolution")
+    kind: Literal["base", "super_resolution"]
     resolution: int = _range(1, MAX_SIZE)
     channels: int = _range(1, 1024)
     num_classes: int = _range(0, 10**6)
@@ -165,12 +161,12 @@ class DataConfig:
     train_split: str
     eval_split: str
     resolution: int = _range(1, MAX_SIZE)
-    crop: str = _one_of("center", "none")  # "none": images are square already
-    resize: str = _one_of("area", "bilinear")
-    low_res: str = _one_of("derived", "stored")  # from the high-res image, or from the crop itself
+    crop: Literal["center", "none"]  # "none": images are square already
+    resize: Literal["area", "bilinear"]
+    low_res: Literal["derived", "stored"]  # from the high-res image, or from the crop itself
     random_flip: bool
     shuffle_seed: int = _range(0, _MAX_SEED)
-    on_corrupt: str = _one_of("fail", "skip")
+    on_corrupt: Literal["fail", "skip"]
     max_corrupt_fraction: float | None = _range(0.0, 1.0)  # None: MAX_CORRUPT_FRACTION
     max_pixels: int | None = _range(1, 10**11)  # of an encoded image; None: MAX_PIXELS
     read_threads: int = _range(0, 1024)
@@ -185,16 +181,14 @@ class TrainConfig:
     batch_size: int = _range(1, _MAX_BATCH)  # global
     train_steps: int = _range(1, _MAX_STEPS)
     learning_rate: float = _above(0.0, 1000.0)
-    lr_decay: str = _one_of("none", "cosine")
+    lr_decay: Literal["none", "cosine"]
     warmup_steps: int = _range(0, _MAX_STEPS)
     adam_b2: float = _range(0.0, 0.99999)
     grad_clip_norm: float = _above(0.0, 1e12)
     ema_decays: tuple[float, ...] = _range(0.0, 0.999999)
-    accumulation_steps: int | None = _range(
-        1, _MAX_BATCH
-    )  # parts a batch is computed in; None: one
-    # What is computed anew in the backward pass, to save memory; None: nothing.
-    remat: str | None = _one_of("resolutions", "everything")
+    accumulation_steps: int | None = _range(1, _MAX_BATCH)  # parts of a batch; None: one
+    # What is recomputed in the backward pass, to save memory; None: nothing.
+    remat: Literal["resolutions", "everything"] | None
     remat_resolutions: tuple[int, ...] | None = _range(1, MAX_SIZE)  # sizes of feature maps
     log_every_steps: int = _range(1, _MAX_STEPS)
     sample_every_steps: int = _range(1, _MAX_STEPS)  # grids of EMA samples for TensorBoard
@@ -204,11 +198,11 @@ class TrainConfig:
 class EvalConfig:
     """`eval`: how checkpoints are scored, and when training may stop."""
 
-    features: str = _one_of("classifier", "resnet", "resnet50", "rotation", "inception")
-    resize: str | None = _one_of("legacy", "clean")  # to the 299 px of inception alone
+    features: Literal["classifier", "resnet", "resnet50", "rotation", "inception"]
+    resize: Literal["legacy", "clean"] | None  # to the 299 px of inception alone
     num_samples: int = _range(2, _MAX_SAMPLES)  # by which checkpoints are compared
     final_num_samples: int = _range(2, _MAX_SAMPLES)  # of `evaluate --final`
-    sampler: str | None = _one_of("ancestral", "ddim", "dpmpp_2m", "heun")  # None: the stage's
+    sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun"] | None  # None: the stage's
     num_steps: int | None = _range(1, 10**6)  # to score a checkpoint; None: the stage's sampler's
     batch_size: int = _range(1, _MAX_BATCH)
     seed: int = _range(0, _MAX_SEED)
@@ -227,7 +221,7 @@ class MeshConfig:
 
     @property
     def fsdp_size(self) -> int:
-        """Devices along `fsdp`: 1 as long as nobody has looked what fits."""
+        """Devices along `fsdp`; 1 until it is known what fits."""
         return self.fsdp or 1
 
     @property
@@ -246,7 +240,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All of one stage's run."""
+    """The configuration of one stage's run."""
 
     stage: StageConfig
     data: DataConfig
@@ -258,10 +252,7 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CascadeSection:
-    """`cascade`: which runs are chained, in order of resolution, and how.
-
-    The tuples have one entry per stage, `aug_levels` one per enlargement.
-    """
+    """`cascade`: the chained runs. Tuples have one entry per stage, `aug_levels` one fewer."""
 
     stages: tuple[str, ...]  # names of run folders
     configs: tuple[str, ...]  # config files of the stages, beside the cascade's own
@@ -275,7 +266,7 @@ class CascadeSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CascadeConfig:
-    """All that sampling a cascade needs besides the run folders."""
+    """Everything that sampling a cascade needs besides the run folders."""
 
     cascade: CascadeSection
     mesh: MeshConfig
@@ -287,15 +278,24 @@ def ema_name(decay: float) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain nested dicts and lists: what JSON gives back of it."""
+    """A config dataclass as the nested dicts and lists that its JSON would give back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def sampler_named(name: str, like: SamplerConfig, stage: StageConfig) -> SamplerConfig:
-    """`like` with another sampler, whose own settings are then the usual ones.
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping)
+        flat.update(flattened(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
 
-    Ancestral sampling has the learned variance where there is one, else the small
-    one; DDIM draws no noise.
+
+def sampler_named(name: str, like: SamplerConfig, stage: StageConfig) -> SamplerConfig:
+    """`like` with another sampler and the usual settings of that sampler.
+
+    Ancestral sampling takes the learned variance if there is one, else the small one; DDIM draws
+    no noise.
     """
     if name == like.name:
         return like
@@ -310,7 +310,7 @@ def sampler_named(name: str, like: SamplerConfig, stage: StageConfig) -> Sampler
 
 
 def eval_sampler(config: RunConfig) -> SamplerConfig:
-    """The sampler by which checkpoints are scored: the stage's, but for what `eval` says."""
+    """The sampler by which checkpoints are scored: the stage's, as far as `eval` sets no other."""
     sampler, eval_config = config.stage.sampler, config.eval
     if eval_config.sampler is not None:
         sampler = sampler_named(eval_config.sampler, sampler, config.stage)

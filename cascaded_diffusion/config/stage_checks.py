@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from cascaded_diffusion.config.convert import fail
+from cascaded_diffusion.config.convert import fail, fail_at
 from cascaded_diffusion.config.schema import SamplerConfig, ScheduleConfig, StageConfig
 from cascaded_diffusion.config.stage_cost import stage_cost
 from cascaded_diffusion.errors import UserError
@@ -19,36 +20,30 @@ _MAX_ENLARGEMENT = 64
 
 def check_stage(stage: StageConfig) -> None:
     """Checks a stage by itself. Raises UserError."""
+    refuse = partial(fail_at, stage)
     if not stage.name.replace("_", "").isalnum():
-        fail("stage.name", stage.name, "letters, digits and underscores")
+        refuse("stage.name", "letters, digits and underscores")
     _check_network(stage)
     if stage.kind == "super_resolution":
         if stage.low_res_resolution is None or stage.low_res_resolution >= stage.resolution:
-            fail(
+            refuse(
                 "stage.low_res_resolution",
-                stage.low_res_resolution,
                 f"the size of the images to enlarge, below config.stage.resolution ="
                 f" {stage.resolution}, since config.stage.kind is 'super_resolution'",
             )
         factor, rest = divmod(stage.resolution, stage.low_res_resolution)
         if rest or factor > _MAX_ENLARGEMENT:
-            fail(
+            refuse(
                 "stage.low_res_resolution",
-                stage.low_res_resolution,
                 f"a size that config.stage.resolution = {stage.resolution} is a multiple of, 2 to"
                 f" {_MAX_ENLARGEMENT} times",
             )
     else:
         if stage.low_res_resolution is not None:
-            fail(
-                "stage.low_res_resolution",
-                stage.low_res_resolution,
-                "None, since config.stage.kind is 'base'",
-            )
+            refuse("stage.low_res_resolution", "None, since config.stage.kind is 'base'")
         if stage.augment.name != "none":
-            fail(
+            refuse(
                 "stage.augment.name",
-                stage.augment.name,
                 "'none': a stage of config.stage.kind 'base' has no low-res input to damage",
             )
     _check_schedule("stage.schedule", stage.schedule)
@@ -80,13 +75,13 @@ def _check_cost(stage: StageConfig) -> None:
 
 
 def _check_network(stage: StageConfig) -> None:
+    refuse = partial(fail_at, stage)
     network, levels = stage.network, len(stage.network.channel_mults)
     if not levels:
-        fail("stage.network.channel_mults", network.channel_mults, "at least one level")
+        refuse("stage.network.channel_mults", "at least one level")
     if len(network.num_res_blocks) != levels:
-        fail(
+        refuse(
             "stage.network.num_res_blocks",
-            network.num_res_blocks,
             f"{levels} values, one per level of config.stage.network.channel_mults",
         )
     halvings = levels - 1
@@ -101,27 +96,24 @@ def _check_network(stage: StageConfig) -> None:
                 )
     factor = network.patch_size * 2**halvings
     if stage.resolution % factor:
-        fail(
+        refuse(
             "stage.resolution",
-            stage.resolution,
             f"a multiple of {factor}: config.stage.network.patch_size = {network.patch_size} and"
             f" {levels} levels of config.stage.network.channel_mults",
         )
     if network.channels % 2:
-        fail("stage.network.channels", network.channels, "an even number")
+        refuse("stage.network.channels", "an even number")
     for mult in network.channel_mults:
         if network.channels * mult % network.num_heads:
-            fail(
+            refuse(
                 "stage.network.num_heads",
-                network.num_heads,
                 f"a divisor of every level's channels; {network.channels * mult} is not divided",
             )
     sizes = feature_map_sizes(stage)
     for size in network.attention_resolutions:
         if size not in sizes:
-            fail(
+            refuse(
                 "stage.network.attention_resolutions",
-                network.attention_resolutions,
                 f"sizes of feature maps, which are {', '.join(map(str, sizes))}",
             )
 
@@ -178,12 +170,13 @@ def _check_schedule(key: str, schedule: ScheduleConfig) -> None:
 
 
 def _check_augment(stage: StageConfig) -> None:
+    refuse = partial(fail_at, stage)
     augment, gaussian = stage.augment, stage.augment.name == "gaussian"
     uses = {key: "blur" for key in ("blur_kernel_size", "blur_sigmas", "blur_prob")}
     _check_used("stage.augment", augment, {"max_level": "gaussian", **uses}, "name")
     _check_pair("stage.augment.blur_sigmas", augment.blur_sigmas)
     if augment.blur_kernel_size is not None and augment.blur_kernel_size % 2 == 0:
-        fail("stage.augment.blur_kernel_size", augment.blur_kernel_size, "an odd number")
+        refuse("stage.augment.blur_kernel_size", "an odd number")
     if gaussian != (stage.low_res_schedule is not None):
         fail(
             "stage.low_res_schedule",
@@ -197,53 +190,44 @@ def _check_augment(stage: StageConfig) -> None:
         _check_schedule("stage.low_res_schedule", stage.low_res_schedule)
         steps = stage.low_res_schedule.discrete_timesteps
         if steps is not None and augment.max_level * steps < 1:
-            fail(
+            refuse(
                 "stage.augment.max_level",
-                augment.max_level,
                 f"at least one of the {steps} steps of config.stage.low_res_schedule",
             )
 
 
 def _check_diffusion(stage: StageConfig) -> None:
+    refuse = partial(fail_at, stage)
     diffusion, schedule = stage.diffusion, stage.schedule
     _check_used("stage.diffusion", diffusion, {"vlb_weight": "hybrid"}, "loss")
     if diffusion.loss != "simple" and schedule.noise_levels != "discrete":
-        fail(
+        refuse(
             "stage.diffusion.loss",
-            diffusion.loss,
             "'simple', since the bound is over the steps of a process whose"
             " config.stage.schedule.noise_levels are 'discrete'",
         )
     if diffusion.variance == "fixed" and diffusion.loss == "hybrid":
-        fail(
+        refuse(
             "stage.diffusion.variance",
-            diffusion.variance,
             "'learned', since config.stage.diffusion.loss is 'hybrid', whose bound trains the"
             " variance alone",
         )
     if diffusion.label_dropout_prob and not stage.num_classes:
-        fail(
-            "stage.diffusion.label_dropout_prob",
-            diffusion.label_dropout_prob,
-            "0.0, since config.stage.num_classes is 0",
-        )
+        refuse("stage.diffusion.label_dropout_prob", "0.0, since config.stage.num_classes is 0")
     if diffusion.weighting == "truncated_snr" and diffusion.parameterization == "eps":
-        fail(
+        refuse(
             "stage.diffusion.weighting",
-            diffusion.weighting,
             "another weighting, or config.stage.diffusion.parameterization = 'v' or 'x0': of an"
             " error of eps it would be 1 / SNR, without bound",
         )
     if diffusion.variance == "learned" and diffusion.loss == "simple":
-        fail(
+        refuse(
             "stage.diffusion.loss",
-            diffusion.loss,
             "'hybrid' or 'vlb', since config.stage.diffusion.variance is 'learned'",
         )
     if diffusion.weighting != "none" and diffusion.loss != "simple":
-        fail(
+        refuse(
             "stage.diffusion.weighting",
-            diffusion.weighting,
             f"'none', since config.stage.diffusion.loss is {diffusion.loss!r}",
         )
 

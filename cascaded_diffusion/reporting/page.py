@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cascaded_diffusion.config.schema import flattened
+
 # A picture of more bytes is named, not embedded: the page is to be mailed.
 _MAX_PICTURE_BYTES = 8_000_000
 
@@ -74,23 +76,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str
 
 def key_values(values: Mapping[str, Any], *, caption: str = "") -> Markup:
     """A table of nested values, one row each, names joined by dots."""
-    return table(("key", "value"), list(flattened(values)), caption=caption)
+    rows = [(name, _short(value)) for name, value in flattened(values).items()]
+    return table(("key", "value"), rows, caption=caption)
 
 
-def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as (name.name, value), lists as they are written."""
-    rows: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            rows += flattened(value, f"{prefix}{key}.")
-        else:
-            short = (
-                [round(x, 6) if isinstance(x, float) else x for x in value]
-                if isinstance(value, list)
-                else value
-            )
-            rows.append((f"{prefix}{key}", short))
-    return rows
+def _short(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return [round(x, 6) if isinstance(x, float) else x for x in value]
 
 
 def picture(data: bytes, caption: str) -> Markup:

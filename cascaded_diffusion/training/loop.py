@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage, check_precision
 from cascaded_diffusion.cascade.stage import Stage
-from cascaded_diffusion.config.run_checks import check_resume
+from cascaded_diffusion.config.resume_checks import check_resume
 from cascaded_diffusion.config.schema import RunConfig, ema_name
 from cascaded_diffusion.errors import SingleProcessError, UserError
 from cascaded_diffusion.files.json_files import read_json, write_json

@@ -11,11 +11,11 @@ from absl import flags
 
 from cascaded_diffusion import evaluate, main, plan, sample
 from cascaded_diffusion.commands import config_flags, jax_setup, overrides
+from cascaded_diffusion.config.resume_checks import check_resume
 from cascaded_diffusion.config.run_checks import (
     cascade_config_from,
     check_chain,
     check_devices,
-    check_resume,
     evaluation_mesh,
     run_config_from,
 )
