@@ -275,7 +275,7 @@ def _in_processes(
 ) -> None:
     """Calls `function(number)` for shards in worker processes, and `done(number, result)` here."""
     from cascaded_diffusion.data.workers import worker_pool
-    from cascaded_diffusion.runtime.logging import Progress
+    from cascaded_diffusion.runtime.progress import Progress
 
     total = len(plan.reader)
     before = total - sum(len(plan.rows(number)) for number in shards)
@@ -323,7 +323,7 @@ def _verify(config: RunConfig, split: str, workers: int) -> None:
     from cascaded_diffusion.data.sources import load_source
     from cascaded_diffusion.data.write_prepared import plan_split, source_content
     from cascaded_diffusion.files.whole import sha256_of
-    from cascaded_diffusion.runtime.logging import Progress
+    from cascaded_diffusion.runtime.progress import Progress
 
     low_res = config.stage.low_res_resolution if config.data.low_res == "stored" else None
     folder = prepared_folder(config.data, split, low_res_resolution=low_res)

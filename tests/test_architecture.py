@@ -50,10 +50,10 @@ ALLOWED = {
 HOMES = {
     "flax": {"networks"},
     "orbax": {"runtime/checkpoint.py"},
-    "clu": {"runtime/logging.py"},
-    "tensorboardX": {"runtime/logging.py"},
+    "clu": {"runtime/metric_writer.py"},
+    "tensorboardX": {"runtime/metric_writer.py"},
     "PIL": {"runtime/pictures.py", "files/image_files.py", "data/decode.py"},
-    "matplotlib": {"runtime/pictures.py"},
+    "matplotlib": {"runtime/plots.py"},
     "grain": {"data"},
     "tensorflow_datasets": {"data/tfds.py"},
     "array_record": {"data/array_record_files.py"},

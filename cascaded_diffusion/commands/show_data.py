@@ -116,7 +116,7 @@ def _put_secs(jax: Any, images: np.ndarray) -> float:
 def _say_counts(source: Source) -> None:
     from cascaded_diffusion.data.raw import printable
     from cascaded_diffusion.data.throughput import class_counts
-    from cascaded_diffusion.runtime.logging import Progress
+    from cascaded_diffusion.runtime.progress import Progress
 
     if not source.num_classes:
         print("no classes", flush=True)

@@ -16,7 +16,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
 from cascaded_diffusion.evaluation.samples.generate import make_placer
 from cascaded_diffusion.evaluation.trained import TrainedStage
-from cascaded_diffusion.runtime.logging import Progress
+from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.types import Params
 
 

@@ -26,7 +26,7 @@ from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, Moments
 from cascaded_diffusion.files.npz_archive import array_names, read_arrays
 from cascaded_diffusion.files.whole import sha256_of_arrays, write_npz_whole
-from cascaded_diffusion.runtime.logging import Progress
+from cascaded_diffusion.runtime.progress import Progress
 
 # Features that are kept for KID, precision and recall: of images spread over the set.
 _KEPT_FEATURES = 10_000

@@ -29,7 +29,7 @@ from cascaded_diffusion.evaluation.settings import Setting, with_setting
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.files.json_files import append_line, read_lines
 from cascaded_diffusion.files.whole import write_whole
-from cascaded_diffusion.runtime import pictures
+from cascaded_diffusion.runtime.plots import line_plot
 
 
 class Sweep:
@@ -251,13 +251,13 @@ class Sweep:
             if row[self.metric] is not None:
                 series.setdefault(name, []).append((d[x], row[self.metric]))
         path = self._folder / f"{self._name}.png"
-        pictures.line_plot(
-            path,
+        plot = line_plot(
             {name: sorted(points) for name, points in series.items()},
             x_label=x,
             y_label=self.metric,
             title=self._name,
         )
+        write_whole(path, plot)
         print(f"{path}, {path.with_suffix('.md')}", flush=True)
 
 

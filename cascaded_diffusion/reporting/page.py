@@ -33,13 +33,13 @@ nav ul { columns: 2; } @media print { nav { display: none; } h2 { break-before: 
 
 @dataclasses.dataclass(frozen=True)
 class Markup:
-    """HTML that may go into the page as it is. All else is escaped."""
+    """HTML that goes into the page as it is. Everything else is escaped."""
 
     text: str
 
 
 def escaped(value: Any) -> str:
-    """A value as text of the page; numbers short, what is nothing as a dash."""
+    """A value as text of the page: numbers are shortened, None is a dash."""
     if isinstance(value, Markup):
         return value.text
     if value is None:
@@ -97,7 +97,7 @@ def picture(data: bytes, caption: str) -> Markup:
 
 
 def picture_file(path: pathlib.Path, caption: str) -> Markup:
-    """An embedded PNG file, or a sentence where there is none or it is too large."""
+    """An embedded PNG file, or a sentence if there is none or it is too large."""
     if not path.is_file():
         return paragraph(f"{caption}: not there yet ({path.name}).", quiet=True)
     if path.stat().st_size > _MAX_PICTURE_BYTES:

@@ -1,4 +1,4 @@
-"""The sections that tell of one stage's run, read from its folder."""
+"""The report's sections on one run, read from its folder."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from cascaded_diffusion.reporting.page import (
     picture_file,
     table,
 )
-from cascaded_diffusion.runtime.pictures import line_plot_png
+from cascaded_diffusion.runtime.plots import line_plot
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 Record = Mapping[str, Any]
 
-# Of the scalars that training logs: those that get a plot, and whether on a log scale.
+# The scalars of training that are plotted, and whether on a log scale.
 _CURVES = {"loss": True, "grad_norm": True, "images_per_sec": False}
 _MAX_POINTS = 2000
 
 
 def run_sections(folder: RunFolder) -> list[Section]:
-    """All that a run folder tells: state, curves, scores, final numbers, health, config."""
+    """The run's state, curves, scores, final numbers, health and config."""
     config = folder.read_config()
     stage, data = config.stage, config.data
     kind = f"{stage.resolution} px {stage.kind.replace('_', '-')} stage"
@@ -63,7 +63,7 @@ def _warn(line: str) -> None:
 
 
 def _shown(build: Callable[[], list[Markup]]) -> list[Markup]:
-    """A section's parts, or, where a file holds something that no binary writes, a note."""
+    """A section's parts, or a note if a file holds something that no binary writes."""
     try:
         return build()
     except UserError as e:
@@ -95,24 +95,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    return points[:: -(-len(points) // _MAX_POINTS)] if points else points
-
-
 def _training(folder: RunFolder) -> list[Markup]:
     lines = folder.metrics()
     parts = []
     for name, log_scale in _CURVES.items():
         points = [(r["step"], r[name]) for r in lines if _is_number(r.get(name))]
         if points:
-            positive = log_scale and all(y > 0 for _, y in points)
-            plot = line_plot_png(
-                {name: _thinned(points)},
+            plot = line_plot(
+                {name: points[:: -(-len(points) // _MAX_POINTS)]},
                 x_label="step",
                 y_label=name,
                 title=name.replace("_", " "),
                 markers=False,
-                log_scale=positive,
+                log_scale=log_scale and all(y > 0 for _, y in points),
             )
             parts.append(picture(plot, f"{name} while training"))
     if lines:
@@ -136,12 +131,9 @@ def _scores(folder: RunFolder, records: Sequence[Record]) -> list[Markup]:
     parts = []
     best = _best(folder)
     if best is not None:
-        parts.append(
-            paragraph(
-                f"Chosen: step {best['step']}, EMA {best['ema_decay']:g}, {best.get('metric')}"
-                f" {best.get('value')}."
-            )
-        )
+        score = f"{best.get('metric')} {best.get('value')}"
+        chosen = f"Chosen: step {best['step']}, EMA {best['ema_decay']:g}, {score}."
+        parts.append(paragraph(chosen))
     metrics = list(dict.fromkeys(r["metric"] for r in scores))
     metrics.sort(key=lambda name: not name.startswith(("fid_", "fd_")))
     for metric in metrics:
@@ -151,32 +143,20 @@ def _scores(folder: RunFolder, records: Sequence[Record]) -> list[Markup]:
                 series.setdefault(_series_name(r), []).append((r["step"], r["value"]))
         longest = max((len(points) for points in series.values()), default=0)
         if longest > 1 and "_std_" not in metric:
-            plot = line_plot_png(
-                {k: sorted(v) for k, v in series.items()},
-                x_label="step",
-                y_label=metric,
-                title=metric,
-            )
+            sorted_series = {k: sorted(v) for k, v in series.items()}
+            plot = line_plot(sorted_series, x_label="step", y_label=metric, title=metric)
             parts.append(picture(plot, f"{metric} over checkpoints"))
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for r in scores:
         row = rows.setdefault((r["step"], r.get("ema_decay"), _source(r)), {})
-        row[r["metric"]] = (
-            r["value"] if r.get("value") is not None else f"failed: {r.get('failed')}"
-        )
-    parts.append(
-        table(
-            ("step", "EMA", "low-res", *metrics),
-            [(*key, *(row.get(m) for m in metrics)) for key, row in sorted(rows.items(), key=str)],
-        )
-    )
-    measured = {
-        (r.get("reference"), r.get("features"), r.get("num_samples"), r.get("seed")) for r in scores
-    }
+        value = r.get("value")
+        row[r["metric"]] = f"failed: {r.get('failed')}" if value is None else value
+    cells = [(*key, *(row.get(m) for m in metrics)) for key, row in sorted(rows.items(), key=str)]
+    parts.append(table(("step", "EMA", "low-res", *metrics), cells))
+    keys = ("reference", "features", "num_samples", "seed")
+    settings = sorted({tuple(r.get(key) for key in keys) for r in scores}, key=str)
     columns = ("reference", "features", "samples", "seed")
-    parts.append(
-        table(columns, sorted(measured, key=str), caption="What was measured, against what")
-    )
+    parts.append(table(columns, settings, caption="What was measured, against what"))
     return parts
 
 
@@ -203,7 +183,7 @@ def _final(folder: RunFolder) -> list[Markup]:
         if record is None:
             parts.append(paragraph(f"{path.name} cannot be read.", quiet=True))
             continue
-        metrics = [(name, value) for name, value in record.get("metrics", {}).items()]
+        metrics = list(record.get("metrics", {}).items())
         caption = (
             f"Step {record.get('step')}, EMA {record.get('ema_decay')}:"
             f" {record.get('num_samples')} samples, low-res {record.get('low_res')}"
@@ -231,7 +211,7 @@ def _response(response: Mapping[str, Any]) -> list[Markup]:
     parts = [table(("aug_level", *columns), rows, caption="Response to aug_level")]
     psnr = response.get("psnr_low_res")
     if psnr:
-        plot = line_plot_png(
+        plot = line_plot(
             {"psnr_low_res": list(zip(levels, psnr, strict=False))},
             x_label="aug_level",
             y_label="PSNR to the low-res input, dB",

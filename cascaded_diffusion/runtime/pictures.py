@@ -1,17 +1,13 @@
-"""Picture files: grids and labelled rows of images, and plots of numbers.
-
-The only home of Pillow and of matplotlib.
-"""
+"""Picture files: grids and labelled rows of images."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -110,60 +106,3 @@ def with_names(picture: np.ndarray, names: Sequence[str]) -> np.ndarray:
             name = name[:-1]
         draw.text((i * width + 3, 3), name, fill=(0, 0, 0), font=font)
     return np.concatenate([np.asarray(header), picture], axis=0)
-
-
-def line_plot(
-    path: pathlib.Path,
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    *,
-    x_label: str,
-    y_label: str,
-    title: str,
-) -> None:
-    """Writes `line_plot_png` to a file."""
-    write_whole(path, line_plot_png(series, x_label=x_label, y_label=y_label, title=title))
-
-
-def line_plot_png(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    *,
-    x_label: str,
-    y_label: str,
-    title: str,
-    markers: bool = True,
-    log_scale: bool = False,
-) -> bytes:
-    """A PNG of 960 x 600 pixels with one line per series.
-
-    Args:
-      series: the (x, y) points of each line, in the order to join them, by its name in
-        the legend.
-      x_label: what x is.
-      y_label: what y is.
-      title: above the plot.
-      markers: one at each point.
-      log_scale: of y.
-    """
-    # Here because it is slow to import, and few runs plot. A Figure of its own, without
-    # pyplot, needs no display and leaves nothing open behind it.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    for (name, points), marker in zip(series.items(), itertools.cycle("os^Dv"), strict=False):
-        axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            marker=marker if markers else None,
-            label=name,
-        )
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
-    if log_scale:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    # An empty legend is a warning.
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    return data.getvalue()

@@ -22,8 +22,9 @@ from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import monitor
 from cascaded_diffusion.runtime.accelerators import accelerator_of
 from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
-from cascaded_diffusion.runtime.logging import MetricWriter, Progress, print_parameter_overview
 from cascaded_diffusion.runtime.manifest import finished_steps
+from cascaded_diffusion.runtime.metric_writer import MetricWriter, print_parameter_overview
+from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.runtime.run_data import RunData, check_run_data, write_run_data
 from cascaded_diffusion.runtime.run_folder import CONFIG_REMEDY, RunFolder
 from cascaded_diffusion.training import step as step_lib

@@ -2,50 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascaded_diffusion.runtime.pictures import labelled_rows, line_plot, save_png_folder
-
-LABELS = {"x_label": "step", "y_label": "FID", "title": "FID by step"}
-SERIES = {
-    "base": [(0, 30.0), (1000, 12.5), (2000, 8.0)],
-    "cascade": [(0, 25.0), (1000, 14.0), (2000, 6.0)],
-}
-
-
-def _pixels(path):
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        return np.asarray(image.convert("RGB"))
-
-
-@pytest.mark.filterwarnings("error")
-def test_line_plot_shows_its_points(tmp_path):
-    path = tmp_path / "new" / "plot.png"
-    line_plot(path, SERIES, **LABELS)
-    picture = _pixels(path)
-    assert picture.shape == (600, 960, 3)
-    assert [x.name for x in path.parent.iterdir()] == ["plot.png"]
-
-    line_plot(path, SERIES, **LABELS)
-    np.testing.assert_array_equal(_pixels(path), picture)
-    moved = {**SERIES, "cascade": [(0, 25.0), (1000, 20.0), (2000, 6.0)]}
-    line_plot(path, moved, **LABELS)
-    assert (_pixels(path) != picture).any()
-
-
-def test_line_plot_has_a_legend(tmp_path):
-    line_plot(tmp_path / "a.png", SERIES, **LABELS)
-    renamed = dict(zip(("one", "two"), SERIES.values(), strict=True))
-    line_plot(tmp_path / "b.png", renamed, **LABELS)
-    assert (_pixels(tmp_path / "a.png") != _pixels(tmp_path / "b.png")).any()
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    "series", [{}, {"none": []}, {"one": [(3, 1.0)]}, {"gap": [(0, 1.0), (1, float("nan"))]}]
-)
-def test_line_plot_of_little_data_does_not_warn(tmp_path, series):
-    line_plot(tmp_path / "plot.png", series, **LABELS)
-    assert _pixels(tmp_path / "plot.png").shape == (600, 960, 3)
+from cascaded_diffusion.runtime.pictures import labelled_rows, save_png_folder
 
 
 def test_captions_are_whole_and_rows_may_differ_in_length():

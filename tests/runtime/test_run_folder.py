@@ -10,7 +10,8 @@ from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime import pictures
-from cascaded_diffusion.runtime.logging import MetricWriter, Progress
+from cascaded_diffusion.runtime.metric_writer import MetricWriter
+from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import tiny_sr
 

@@ -25,7 +25,7 @@ from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.networks import classifier as networks
 from cascaded_diffusion.runtime import mesh as mesh_lib
-from cascaded_diffusion.runtime.logging import Progress
+from cascaded_diffusion.runtime.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from cascaded_diffusion.config.schema import SamplerConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.runtime import mesh as mesh_lib
-from cascaded_diffusion.runtime.logging import Progress
+from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.types import Params
 
 _POLL_SECS = 0.5

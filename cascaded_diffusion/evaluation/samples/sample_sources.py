@@ -25,8 +25,8 @@ from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 from cascaded_diffusion.evaluation.samples.sample_store import Arrays, SampleStore
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages
 from cascaded_diffusion.evaluation.trained import TrainedStage
-from cascaded_diffusion.runtime.logging import Progress
 from cascaded_diffusion.runtime.mesh import host_array
+from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.types import Params
 
 

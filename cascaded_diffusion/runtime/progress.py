@@ -1,0 +1,77 @@
+"""Progress of a long task: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import tqdm
+
+
+def _duration(seconds: float) -> str:
+    minutes, secs = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere a plain line every `line_secs`.
+
+    It shows the position, the rate, the time left and whatever `update` is given. In a job of
+    several processes, all but one are `silent`.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        unit: str,
+        label: str,
+        initial: int = 0,
+        line_secs: float = 15.0,
+        silent: bool = False,
+    ):
+        self._silent = silent
+        self._total, self._unit, self._label, self._initial = total, unit, label, initial
+        self._line_secs = line_secs
+        self._start = self._last_line = time.monotonic()
+        self._bar = None
+        # A terminal that knows no width would show an empty bar.
+        if (
+            not silent
+            and sys.stderr.isatty()
+            and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        ):
+            self._bar = tqdm.tqdm(
+                total=total, initial=initial, unit=unit, desc=label, dynamic_ncols=True
+            )
+
+    def update(self, position: int, **details: str) -> None:
+        """Shows that `position` of `total` is reached."""
+        text = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in details.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(position - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last_line < self._line_secs and position < self._total:
+            return
+        self._last_line = now
+        done, elapsed = position - self._initial, now - self._start
+        left = elapsed / done * (self._total - position) if done else 0.0
+        self.say(
+            f"{self._label}: {position}/{self._total} {self._unit}"
+            f"{', ' + text if text else ''}, {_duration(elapsed)} gone, {_duration(left)} left"
+        )
+
+    def say(self, line: str) -> None:
+        """Prints a line without disturbing the bar."""
+        if self._bar is not None:
+            self._bar.write(line)
+        elif not self._silent:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
