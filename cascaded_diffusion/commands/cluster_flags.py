@@ -12,7 +12,8 @@ from absl import flags
 
 from cascaded_diffusion.config.schema import flattened, to_dict
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster, meet
+from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster
+from cascaded_diffusion.runtime.meeting import meet
 
 
 def define_cluster(fv: flags.FlagValues) -> None:

@@ -11,8 +11,9 @@ import time
 import pytest
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime import cluster as cluster_lib
-from cascaded_diffusion.runtime.cluster import Cluster, find_cluster, first_host, meet
+from cascaded_diffusion.runtime import meeting
+from cascaded_diffusion.runtime.cluster import Cluster, find_cluster, first_host
+from cascaded_diffusion.runtime.meeting import meet
 from tests.tiny import ROOT
 
 
@@ -222,10 +223,10 @@ def test_differences_of_configs_reach_the_user(address):
 
 
 def test_messages_are_json_and_short():
-    assert cluster_lib._message(b"x" * 10) is None
-    whole = {"greeting": cluster_lib._GREETING, "process_id": 1, "num_processes": 2, "facts": {}}
-    assert cluster_lib._message(json.dumps(whole).encode()) == whole
-    assert cluster_lib._message(json.dumps({**whole, "process_id": "1"}).encode()) is None
+    assert meeting._message(b"x" * 10) is None
+    whole = {"greeting": meeting._GREETING, "process_id": 1, "num_processes": 2, "facts": {}}
+    assert meeting._message(json.dumps(whole).encode()) == whole
+    assert meeting._message(json.dumps({**whole, "process_id": "1"}).encode()) is None
 
 
 def test_evaluation_is_one_process(capsys):

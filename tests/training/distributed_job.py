@@ -10,7 +10,8 @@ import pathlib
 import sys
 
 from cascaded_diffusion.commands import entry, jax_setup
-from cascaded_diffusion.runtime.cluster import Cluster, meet
+from cascaded_diffusion.runtime.cluster import Cluster
+from cascaded_diffusion.runtime.meeting import meet
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
