@@ -1,7 +1,7 @@
-"""The one strict way from plain values into a config dataclass.
+"""The one strict conversion of plain values into a config dataclass.
 
-Every problem is a `UserError` of one line that names the key, its value and what
-is allowed. No device is touched here, and nothing is imported from JAX.
+Every problem is a `UserError` of one line that names the key, its value and what is allowed.
+Nothing here imports JAX.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_TEXT = 4096  # bytes of a string: the longest path there is on Linux
 
 
 def fail(key: str, value: Any, expected: str) -> typing.NoReturn:
-    """Raises the UserError of a config key with a value that cannot be."""
+    """Raises the UserError that names a config key, its value and what is expected."""
     raise UserError(f"config.{key} = {_shown(value)}: expected {expected}")
 
 
@@ -38,13 +38,15 @@ def _shown(value: Any) -> str:
 
 
 def fail_at(config: Any, key: str, expected: str) -> typing.NoReturn:
-    """Like `fail`, with the value that `key` has in `config`: a whole config or the key's section.
+    """Like `fail`, with the value that `config` has for `key`.
 
-    `fail_at(run_config, "stage.network.channels", ...)` and
-    `fail_at(stage_config, "stage.network.channels", ...)` mean the same.
+    `config` is the whole config or any section on the way to the key: the leading names of
+    "stage.network.channels" that a section does not have are skipped.
     """
-    first, *path = key.split(".")
-    fail(key, functools.reduce(getattr, path, getattr(config, first, config)), expected)
+    path = key.split(".")
+    while not hasattr(config, path[0]):
+        del path[0]
+    fail(key, functools.reduce(getattr, path, config), expected)
 
 
 def _split_optional(hint: Any) -> tuple[Any, bool]:
@@ -101,7 +103,7 @@ def _convert_value(hint: Any, value: Any, key: str, expected: str | None = None)
 
 
 def _check_text(key: str, text: str) -> None:
-    """Any text may name something in the file system, if the file system takes it."""
+    """Checks that the file system can take a text as a name."""
     try:
         size = len(os.fsencode(text))
     except UnicodeEncodeError:
@@ -155,9 +157,9 @@ def convert(cls: type[T], values: Any, prefix: str = "") -> T:
 
 
 def takes_text(cls: type[Any], path: typing.Sequence[str]) -> tuple[bool, bool]:
-    """Of the key that `path` leads to from a config dataclass: is it text, and may it be None?
+    """Whether the key to which `path` leads from a config dataclass is text, and may be None.
 
-    A number in the path counts in a tuple. What is no key is no text.
+    A number in the path is an index into a tuple. A path that leads to no key is not text.
     """
     hint: Any = cls
     for name in path:
@@ -171,7 +173,7 @@ def takes_text(cls: type[Any], path: typing.Sequence[str]) -> tuple[bool, bool]:
 
 
 def nearest_key(key: str, known: typing.Iterable[str]) -> str:
-    """`"; did you mean 'x'?"`, or the list of known keys where nothing is near."""
+    """`"; did you mean 'x'?"`, or the list of known keys if none is similar."""
     known = list(known)
     close = difflib.get_close_matches(str(key), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"

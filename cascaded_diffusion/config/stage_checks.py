@@ -14,7 +14,7 @@ from cascaded_diffusion.errors import UserError
 # The largest published diffusion models have some 2e10 parameters and take 1e14 FLOPs a pass.
 _MAX_PARAMETERS = 10**12
 _MAX_FLOPS = 10**17
-# The paper's enlarge by 2 and 4; more than 64 times (16 to 1024 px) nobody has tried.
+# The paper enlarges by 2 and 4; nobody has tried more than 64 (16 to 1024 px).
 _MAX_ENLARGEMENT = 64
 
 
@@ -54,7 +54,7 @@ def check_stage(stage: StageConfig) -> None:
 
 
 def _check_cost(stage: StageConfig) -> None:
-    """What values make together, each of which may be good: before anything is allocated."""
+    """Bounds what values cost together that are each within their bounds."""
     cost, network = stage_cost(stage), stage.network
     blame = (
         f"config.stage.resolution = {stage.resolution}, config.stage.num_classes ="
@@ -62,16 +62,12 @@ def _check_cost(stage: StageConfig) -> None:
         f" channel_mults = {network.channel_mults}, num_res_blocks = {network.num_res_blocks},"
         f" attention_resolutions = {network.attention_resolutions}"
     )
-    if cost.parameters > _MAX_PARAMETERS:
-        raise UserError(
-            f"{blame}: about {cost.parameters:.1e} parameters, expected at most"
-            f" {_MAX_PARAMETERS:.0e}"
-        )
-    if cost.flops > _MAX_FLOPS:
-        raise UserError(
-            f"{blame}: about {cost.flops:.1e} FLOPs for one image, expected at most"
-            f" {_MAX_FLOPS:.0e}"
-        )
+    for value, unit, most in (
+        (cost.parameters, "parameters", _MAX_PARAMETERS),
+        (cost.flops, "FLOPs for one image", _MAX_FLOPS),
+    ):
+        if value > most:
+            raise UserError(f"{blame}: about {value:.1e} {unit}, expected at most {most:.0e}")
 
 
 def _check_network(stage: StageConfig) -> None:
@@ -89,11 +85,8 @@ def _check_network(stage: StageConfig) -> None:
         halvings = levels  # its first level works at half the image's size already
         for key, plain in (("resample", "conv"), ("patch_size", 1)):
             if getattr(network, key) != plain:
-                fail(
-                    f"stage.network.{key}",
-                    getattr(network, key),
-                    f"{plain!r}, since config.stage.network.name is 'efficient_unet'",
-                )
+                expected = f"{plain!r}, since config.stage.network.name is 'efficient_unet'"
+                refuse(f"stage.network.{key}", expected)
     factor = network.patch_size * 2**halvings
     if stage.resolution % factor:
         refuse(
@@ -127,17 +120,15 @@ def feature_map_sizes(stage: StageConfig) -> list[int]:
 
 
 def _check_used(section: str, config: Any, uses: Mapping[str, str], by: str) -> None:
-    """`uses` names, for each optional key, the value of key `by` that needs it."""
+    """Checks that optional keys have values exactly if key `by` has the value in `uses`."""
+    chosen = getattr(config, by)
     for key, user in uses.items():
-        value, used = getattr(config, key), getattr(config, by) == user
-        if used and value is None:
-            fail(f"{section}.{key}", None, f"a value, since config.{section}.{by} is {user!r}")
-        if not used and value is not None:
-            fail(
-                f"{section}.{key}",
-                value,
-                f"None, since config.{section}.{by} is {getattr(config, by)!r}, not {user!r}",
-            )
+        value = getattr(config, key)
+        reason = f"since config.{section}.{by} is {chosen!r}"
+        if chosen == user and value is None:
+            fail(f"{section}.{key}", None, f"a value, {reason}")
+        if chosen != user and value is not None:
+            fail(f"{section}.{key}", value, f"None, {reason}, not {user!r}")
 
 
 def _check_pair(key: str, pair: tuple[float, ...] | None) -> None:
@@ -146,27 +137,20 @@ def _check_pair(key: str, pair: tuple[float, ...] | None) -> None:
 
 
 def _check_schedule(key: str, schedule: ScheduleConfig) -> None:
-    uses = {
-        "cosine_offset": "cosine",
-        "linear_betas": "linear",
-        "reference_resolution": "shifted_cosine",
-    }
+    refuse = partial(fail_at, schedule)
+    uses = {"cosine_offset": "cosine", "linear_betas": "linear"}
+    uses["reference_resolution"] = "shifted_cosine"
     _check_used(key, schedule, uses, "name")
     _check_pair(f"{key}.linear_betas", schedule.linear_betas)
     steps, betas = schedule.num_timesteps, schedule.linear_betas
     if steps is not None and betas is not None and betas[1] * 1000 / steps >= 1:
-        fail(
+        refuse(
             f"{key}.num_timesteps",
-            steps,
             f"more than {1000 * betas[1]:g}: with fewer steps a beta of config.{key}.linear_betas ="
             f" {betas} would not be below 1",
         )
     if schedule.num_timesteps is None and schedule.noise_levels == "discrete":
-        fail(
-            f"{key}.noise_levels",
-            "discrete",
-            f"'continuous', since config.{key}.num_timesteps is None",
-        )
+        refuse(f"{key}.noise_levels", f"'continuous', since config.{key}.num_timesteps is None")
 
 
 def _check_augment(stage: StageConfig) -> None:
@@ -177,15 +161,11 @@ def _check_augment(stage: StageConfig) -> None:
     _check_pair("stage.augment.blur_sigmas", augment.blur_sigmas)
     if augment.blur_kernel_size is not None and augment.blur_kernel_size % 2 == 0:
         refuse("stage.augment.blur_kernel_size", "an odd number")
-    if gaussian != (stage.low_res_schedule is not None):
-        fail(
-            "stage.low_res_schedule",
-            None if gaussian else "(a section)",
-            "the low-res stage's own config.stage.schedule, since config.stage.augment.name is"
-            " 'gaussian'"
-            if gaussian
-            else f"None, since config.stage.augment.name is {augment.name!r}, not 'gaussian'",
-        )
+    since = f"since config.stage.augment.name is {augment.name!r}"
+    if gaussian and stage.low_res_schedule is None:
+        refuse("stage.low_res_schedule", f"the low-res stage's own config.stage.schedule, {since}")
+    if not gaussian and stage.low_res_schedule is not None:
+        fail("stage.low_res_schedule", "(a section)", f"None, {since}, not 'gaussian'")
     if stage.low_res_schedule is not None:
         _check_schedule("stage.low_res_schedule", stage.low_res_schedule)
         steps = stage.low_res_schedule.discrete_timesteps
@@ -234,18 +214,17 @@ def _check_diffusion(stage: StageConfig) -> None:
 
 def check_sampler(key: str, sampler: SamplerConfig, stage: StageConfig) -> None:
     """Checks that `config.<key>` can sample a stage. Raises UserError."""
-    scale = sampler.guidance_scale
-    if scale != 1.0 and not (stage.num_classes and stage.diffusion.label_dropout_prob > 0):
-        fail(
+    refuse = partial(fail_at, sampler)
+    guided = sampler.guidance_scale != 1.0
+    if guided and not (stage.num_classes and stage.diffusion.label_dropout_prob > 0):
+        refuse(
             f"{key}.guidance_scale",
-            scale,
             f"1.0 (no guidance): stage {stage.name!r} was configured without classes or with"
             " config.stage.diffusion.label_dropout_prob = 0",
         )
     if sampler.variance == "learned" and sampler.name != "ancestral":
-        fail(
+        refuse(
             f"{key}.variance",
-            "learned",
             f"None, or config.{key}.name = 'ancestral': {sampler.name!r} draws no noise of a"
             " learned variance",
         )
@@ -253,18 +232,16 @@ def check_sampler(key: str, sampler: SamplerConfig, stage: StageConfig) -> None:
     _check_used(key, sampler, {"variance_interpolation": "interpolated"}, "variance")
     _check_used(key, sampler, {"threshold_percentile": "dynamic"}, "threshold")
     if sampler.variance == "learned" and stage.diffusion.variance != "learned":
-        fail(
+        refuse(
             f"{key}.variance",
-            "learned",
             f"'small', 'large' or 'interpolated': stage {stage.name!r} was configured with"
             " config.stage.diffusion.variance = 'fixed'",
         )
     _check_pair(f"{key}.guidance_interval", sampler.guidance_interval)
     steps = stage.schedule.discrete_timesteps
     if steps is not None and sampler.num_steps > steps:
-        fail(
+        refuse(
             f"{key}.num_steps",
-            sampler.num_steps,
             f"at most {steps}, the config.stage.schedule.num_timesteps of stage {stage.name!r},"
             " whose noise levels are discrete",
         )

@@ -1,7 +1,7 @@
-"""What a stage's network costs, by arithmetic on its config alone: within some tens of percent.
+"""Estimates what a stage's network costs from its config, within some tens of percent.
 
-To refuse what nobody can mean before anything is built, and to know in no time what is small.
-`plan` counts exactly, by tracing the network.
+The estimate serves to refuse absurd sizes before anything is built. `plan` counts exactly, by
+tracing the network.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from cascaded_diffusion.config.schema import StageConfig
 
 @dataclasses.dataclass
 class StageCost:
-    """Of one image, in one pass forward.
+    """The cost of one image in one forward pass.
 
     Attributes:
-      parameters: of the network.
-      flops: of convolutions and matrix products, a multiply-add is two.
+      parameters: number of the network's parameters.
+      flops: of convolutions and matrix products; a multiply-add counts as two.
       kept_values: numbers that are kept for the backward pass, without rematerialization.
     """
 
@@ -68,7 +68,7 @@ def stage_cost(stage: StageConfig) -> StageCost:
                 size //= 2
                 if resamples:
                     cost._conv(width, width, size)
-            # On the way up a block takes what was kept on the way down besides.
+            # On the way up, a block also takes a skip connection from the way down.
             for _ in range(count + (not down and not efficient)):
                 joined = network.channels * mult * (not down and not efficient)
                 cost._res_block(width + joined, network.channels * mult, size, embedding)

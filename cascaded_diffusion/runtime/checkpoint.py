@@ -1,12 +1,11 @@
 """Checkpoints: the only home of Orbax.
 
-Orbax makes a checkpoint appear under its name only when it is whole. It does not
-notice a bit that flips later, a file that goes missing, or a folder that is not
-one of its own. So every checkpoint carries a manifest with its step and the SHA-256
-of each of its files. The manifest is written after the checkpoint has been opened and
-its arrays compared with those that were saved; only then are older checkpoints deleted,
-so that one whole checkpoint exists at every instant. Restoring compares the manifest and
-falls back to the newest checkpoint that is intact, saying which it passed over and why.
+Orbax makes a checkpoint appear under its name only when it is whole. It does not notice a bit that
+flips later, a file that goes missing, or a folder that it did not write. So every checkpoint has a
+manifest with its step and the SHA-256 of each of its files. The manifest is written after the
+checkpoint has been opened and its arrays compared with those that were saved; only then are older
+checkpoints deleted, so that one whole checkpoint exists at every instant. Restoring compares the
+manifest and falls back to the newest checkpoint that is intact (`recovery`).
 """
 
 from __future__ import annotations
@@ -38,9 +37,7 @@ from cascaded_diffusion.runtime.recovery import newest_intact
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 _ITEM = "state"
-
-
-# What tensorstore says of an error of the operating system, in the middle of a long line.
+# How tensorstore reports an error of the operating system, in the middle of a long line.
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 _MAX_REASON = 200
 
@@ -53,8 +50,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    # Orbax logs each error with its stack trace, by several threads, before it raises it, and
-    # leaves others of the same cause to asyncio to log, which nothing else here uses.
+    # Before Orbax raises an error, several threads log it with its stack trace, and asyncio, which
+    # nothing else here uses, logs others of the same cause.
     of_orbax = record.name == "asyncio" or "/orbax/" in record.pathname
     return not (of_orbax and record.levelno >= logging.ERROR)
 
@@ -64,7 +61,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _storable(tree: Any) -> Any:
-    """Typed PRNG keys as the integers they are made of; the rest as it is."""
+    """Replaces typed PRNG keys by the integers they consist of."""
     return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
 
 
@@ -84,7 +81,7 @@ def _from_storable(stored: Any, abstract: Any) -> Any:
     )
 
 
-# Name, shape and dtype of every array of a state.
+# Shape and dtype of every array of a state, by name.
 _Arrays = dict[str, tuple[tuple[int, ...], str]]
 
 
@@ -136,10 +133,10 @@ class CheckpointWriter:
         """Starts to save; returns when the state is copied off the devices.
 
         Raises:
-          UserError: this save, or an earlier one that ran in the background, failed, or the
-            run folder is not there any more.
+          UserError: this save or an earlier one in the background failed, or the run folder has
+            disappeared.
         """
-        with fail_on_all_processes():  # the first process's manifest alone may have failed
+        with fail_on_all_processes():  # perhaps only the first process failed, at the manifest
             self._finish(step)
             if jax.process_index() == 0:
                 self._folder.check_held()
@@ -159,8 +156,8 @@ class CheckpointWriter:
         self._finisher.start()
 
     def _complete(self, step: int, arrays: _Arrays) -> None:
-        # In a thread of its own: waits for Orbax's rename, then adds the manifest.
-        # An error is kept for the trainer: a thread has nobody to tell.
+        # Runs in a thread, which waits for Orbax's rename and then adds the manifest. An error is
+        # kept for the next call of the trainer.
         try:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
@@ -173,12 +170,12 @@ class CheckpointWriter:
             self._error = e
 
     def _delete_old(self) -> None:
-        """Deletes all but the latest, the best, and those that evaluation is reading."""
+        """Deletes all but the latest, the best, and those that are pinned by a reader."""
         best = self._folder.best_step(say=self._say)
         with pinned_steps(self._folder) as pinned:
             kept = {best, *pinned, *finished_steps(self._folder)[-self._max_to_keep :]}
             for step in (s for s in steps_on_disk(self._folder)[:-1] if s not in kept):
-                # Gone for readers in one instant; then file by file.
+                # It disappears for readers in one instant, and is then deleted file by file.
                 self._deleted.mkdir(exist_ok=True)
                 os.replace(self._folder.checkpoints / str(step), self._deleted / str(step))
         shutil.rmtree(self._deleted, ignore_errors=True)
@@ -210,7 +207,7 @@ class CheckpointWriter:
     def wait(self, step: int) -> None:
         """Waits until the save of `step` is durable. Raises UserError if it is not.
 
-        To be called by every process; the first one, which writes the manifest, looks.
+        Every process must call this; the first one, which writes the manifest, checks.
         """
         with fail_on_all_processes():
             self._finish(step)
@@ -220,7 +217,7 @@ class CheckpointWriter:
                     raise self._save_error(step, OSError(problem))
 
     def close(self) -> None:
-        """Ends the threads, Orbax's too. Raises nothing: `save` and `wait` tell of failures."""
+        """Ends all threads, including Orbax's. Raises nothing; `save` and `wait` do."""
         if self._finisher is not None:
             self._finisher.join()
         with contextlib.suppress(Exception):
@@ -231,22 +228,18 @@ class CheckpointWriter:
         return steps_on_disk(self._folder)
 
     def restore_latest(self, abstract_state: Any, *, start_over: bool = False) -> Any | None:
-        """The newest intact state, or None where the run is to begin at step 0.
+        """The newest intact state, or None if the run is to begin at step 0.
 
         Args:
-          abstract_state: tree of `jax.ShapeDtypeStruct` with the shardings wanted,
-            which need not be those that the state was saved with.
-          start_over: begin at step 0 where no checkpoint is intact, whatever was lost. What the
-            lost run has left is moved to `lost_run_1/`.
-
-        Damaged newer checkpoints are moved to `checkpoints_damaged/`.
+          abstract_state: tree of `jax.ShapeDtypeStruct` with the wanted shardings, which need not
+            be those that the state was saved with.
+          start_over: see `recovery.newest_intact`, which also sets damaged checkpoints aside.
 
         Raises:
-          UserError: no checkpoint is intact, though there are some, or the rest of the folder
-            shows that there were. Beginning at step 0 would throw the run away, so
-            that is left to the user.
+          UserError: no checkpoint is intact although there are or were some, or the state cannot
+            be restored.
         """
-        # Of several processes the first looks, and clears away: all must restore the same.
+        # The first process decides and sets aside, so that all restore the same checkpoint.
         step: int | None = None
         with fail_on_all_processes():
             if jax.process_index() == 0:
@@ -295,10 +288,10 @@ def load_ema_params(folder: RunFolder, step: int, ema_decay: float, abstract_par
                 args=_restore_args({"ema_params": {name: abstract_params}}, partial=True),
             )
     except Exception as e:
-        # Intact, yet not what this stage has; or a trainer removed it meanwhile.
+        # It is intact but of another stage, or a trainer has deleted it meanwhile.
         raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
     params = restored["ema_params"][name]
-    # What a checkpoint lacks, a partial restore passes over in silence.
+    # A partial restore does not report what the checkpoint lacks.
     if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
         raise UserError(f"{path}: cannot be restored (it has no EMA of decay {ema_decay:g})")
     return params

@@ -36,7 +36,7 @@ def grid(images: np.ndarray, *, columns: int, gap: int = 1) -> np.ndarray:
 
 
 def enlarge_nearest(images: np.ndarray, resolution: int) -> np.ndarray:
-    """Shows small images [n, h, h, C] as they are, pixel by pixel, at a larger size."""
+    """Enlarges images [n, h, h, C] to [n, resolution, resolution, C] by repeating pixels."""
     source = np.arange(resolution) * images.shape[1] // resolution
     return images[:, source][:, :, source]
 
@@ -76,11 +76,11 @@ def save_png_folder(
 ) -> None:
     """Writes images uint8 [H, W, 1 or 3] as PNG files below a folder that has none yet.
 
-    The folder appears by a rename, when all of them are there.
+    The folder appears by a rename once all files are written.
 
     Args:
-      folder: where; nothing, or an empty folder, is there.
-      names: their paths below it.
+      folder: a path at which there is nothing, or an empty folder.
+      names: the files' paths below it.
       images: as many as there are names.
 
     Raises:

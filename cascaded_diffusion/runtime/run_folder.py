@@ -1,14 +1,14 @@
 """The run folder: the contract between the binaries.
 
     RUN/config.json               the resolved config
-    RUN/data.json                 which images it is trained on
-    RUN/checkpoints/<step>/       Orbax, with a manifest of checksums
+    RUN/data.json                 which images it is trained on (`run_data`)
+    RUN/checkpoints/<step>/       Orbax (`checkpoint`), with checksums (`manifest`)
     RUN/saved.json                the step of the newest checkpoint that was completed
     RUN/metrics.jsonl             one line per logged step
     RUN/events.out.tfevents.*     the same for TensorBoard
     RUN/eval/results.jsonl        one line per score
     RUN/eval/best.json            the step chosen
-    RUN/eval/reading/<step>.*     checkpoints that are being read: not to be deleted
+    RUN/eval/reading/<step>.*     checkpoints that are being read (`pins`)
     RUN/eval/reference_*.npz      statistics of the real images
     RUN/eval/final_*.json, .md    the final numbers of the chosen checkpoint
     RUN/eval/cas.jsonl            classification accuracy scores
@@ -24,7 +24,7 @@ A folder of such runs is a cascade's:
     RUNS/cascade.json             the cascade with the best values that a sweep found
     RUNS/sweep/<stage>.*          its records, table and plot
 
-Whole files appear under their name by a rename, never half-written.
+Files appear under their name whole, by a rename.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.folders import check_writable, held_lock
 from cascaded_diffusion.files.json_files import has_types, read_json, read_records, write_json
 
-# What lines must have to count: of metrics.jsonl, of eval/results.jsonl, and best.json.
+# What a record must have: a line of metrics.jsonl, best.json, a line of eval/results.jsonl.
 _METRICS = {"step": int}
 _CHOSEN = {"step": int, "ema_decay": (int, float)}
 _SCORE = {**_CHOSEN, "metric": str, "value": (int, float, type(None))}
@@ -62,7 +62,7 @@ class Chosen:
 
 
 class RunFolder:
-    """Paths and small files of one run. Opening it writes nothing.
+    """The paths and small files of one run. Opening it writes nothing.
 
     Args:
       path: the folder.
@@ -72,7 +72,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str], *, flag: str = "workdir"):
         self.path = pathlib.Path(path)
         self._flag = flag
-        # Lock files that this process holds, and their inodes.
+        # The lock files that this process holds, and their inodes.
         self._held: dict[pathlib.Path, int] = {}
         self.config_path = self.path / "config.json"
         self.data_path = self.path / "data.json"
@@ -99,7 +99,7 @@ class RunFolder:
         )
 
     def read_config(self) -> RunConfig:
-        """The run's config, checked like a new one. JSON only: nothing is executed.
+        """The run's config, checked like a new one. It is JSON; nothing is executed.
 
         Raises:
           UserError: there is no run here, or its config cannot be read.
@@ -124,7 +124,7 @@ class RunFolder:
         write_json(self.config_path, to_dict(config))
 
     def best(self) -> dict[str, Any] | None:
-        """The record of the checkpoint that evaluation chose, if it has."""
+        """The record of the checkpoint that evaluation chose, or None if it has chosen none."""
         if not self.best_path.exists():
             return None
         remedy = f"remove it and run `python -m cascaded_diffusion.evaluate --workdir={self.path}`"
@@ -134,7 +134,7 @@ class RunFolder:
         return record if record["step"] >= 0 else None
 
     def best_step(self, *, say: Callable[[str], None] = print) -> int | None:
-        """The step of `best`, for a trainer: a file that cannot be read is set aside."""
+        """The step of `best`, for a trainer, which sets aside a file that cannot be read."""
         try:
             best = self.best()
         except UserError as e:
@@ -149,14 +149,14 @@ class RunFolder:
         write_json(self.saved_path, {"step": step}, indent=None)
 
     def metrics(self, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, each with a `step`. `say` is told of others."""
-        return self._told_records(self.metrics_path, _METRICS, say)
+        """The lines of metrics.jsonl that have a `step`. `say` is told of other lines."""
+        return self._checked_records(self.metrics_path, _METRICS, say)
 
     def scores(self, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-        """The lines of eval/results.jsonl: scores of checkpoints. `say` is told of others."""
-        return self._told_records(self.results_path, _SCORE, say)
+        """The scores of checkpoints in eval/results.jsonl. `say` is told of other lines."""
+        return self._checked_records(self.results_path, _SCORE, say)
 
-    def _told_records(
+    def _checked_records(
         self, path: pathlib.Path, types: Mapping[str, Any], say: Callable[[str], None] | None
     ) -> list[dict[str, Any]]:
         if path.exists() and not path.is_file():
@@ -167,7 +167,7 @@ class RunFolder:
         return records
 
     def check_held(self) -> None:
-        """Raises UserError if the folder that this process has locked is not there any more."""
+        """Raises UserError if a folder that this process has locked has disappeared."""
         for path, inode in self._held.items():
             try:
                 there = path.stat().st_ino == inode
@@ -224,7 +224,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writer_lock(self, role: str) -> Iterator[None]:
-        """Holds the folder for one writer of a kind ("train", "eval"): see `held_lock`."""
+        """Holds the folder for one writer of a role, as "train" or "eval": see `held_lock`."""
         with held_lock(self.path, role, self._flag) as lock:
             self._held[lock] = lock.stat().st_ino
             try:
