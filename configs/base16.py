@@ -7,7 +7,7 @@ Expected FID: not published, not measured.
 The paper asks with 16 -> 64 px whether a cascade without augmentation is worth having, and
 publishes none of this model's settings. Ours are those of base64 with one level less, so
 that only the cascade differs.
-Lines end with where their value is from.
+Comments name the origin of each value.
 """
 
 from ml_collections import ConfigDict

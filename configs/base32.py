@@ -8,8 +8,8 @@ samples); here not measured.
 Checkpoints are compared by FID-10k in 50 steps of DDIM; `evaluate --final` takes the
 paper's 4000 steps, or those of --config.stage.sampler.num_steps, which `main` takes for a
 finished run too.
-Lines end with where their value is from; "not published" is what we did not find.
-Ours besides: computation in bfloat16, when to save and stop.
+Comments name the origin of each value; "not published" means that we did not find it.
+Ours too: computation in bfloat16, and when to save and stop.
 """
 
 from ml_collections import ConfigDict

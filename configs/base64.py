@@ -7,7 +7,7 @@ Expected FID: 2.35 to the training images (paper, 50,000 samples); here not meas
 The paper describes it as Improved DDPM with dropout, trained for longer, with 2000 time
 steps; whether to train or only to sample with is not clear to us, here it is both. All
 else is the 64 px model of Improved DDPM (iDDPM).
-Lines end with where their value is from.
+Comments name the origin of each value.
 """
 
 from ml_collections import ConfigDict

@@ -17,7 +17,7 @@ _VARIANTS = {
     "cpu": (32, 300, 32, 1000),  # minutes on two cores, to see it work on photos
     "smoke": (16, 30, 16, 40),  # on drawn shapes
 }
-# Of this stage and of base16, whose images are its input.
+# The schedule of this stage and of base16, whose images are its input.
 _COSINE = dict(name="cosine", num_timesteps=None, noise_levels="continuous", cosine_offset=0.008)
 
 

@@ -7,7 +7,7 @@ Expected FID: not published for this stage, not measured.
 Bedrooms, since they are LSUN's largest set of the usual ones (3 million images) and the one
 most models are scored on. The paper publishes no settings of its LSUN models: they are
 ours, after the 64 px model of Improved DDPM (iDDPM).
-Lines end with where their value is from.
+Comments name the origin of each value.
 """
 
 from ml_collections import ConfigDict

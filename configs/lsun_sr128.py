@@ -6,13 +6,13 @@ Hardware and hours: not measured; 0.56 billion parameters, 4.2e20 FLOP to train.
 Expected FID: the paper has a number, which we did not recover; not measured.
 As in the paper: Gaussian augmentation, not truncated. It publishes no settings of its LSUN
 models: they are ours, after sr128.
-Lines end with where their value is from.
+Comments name the origin of each value.
 """
 
 from ml_collections import ConfigDict
 from sections import check_variant, fid_eval, fitting_mesh, lsun_bedrooms, save_every, shrink
 
-# lsun_base64's own schedule.
+# The schedule of lsun_base64, whose images are its input.
 _COSINE = dict(name="cosine", num_timesteps=4000, noise_levels="discrete", cosine_offset=0.008)
 
 

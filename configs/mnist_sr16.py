@@ -18,7 +18,7 @@ _VARIANTS = {
     "smoke": (16, 30, 16, 40),
 }
 
-# Of this stage and of base8, whose images are its input.
+# The schedule of this stage and of base8, whose images are its input.
 _COSINE = dict(name="cosine", num_timesteps=None, noise_levels="continuous", cosine_offset=0.008)
 
 

@@ -8,7 +8,7 @@ Not the paper's model, but its idea with what was found since: v-prediction in c
 time, a loss weighted by min-SNR (Hang et al. 2023, who tried it on ImageNet at 64 px),
 guidance where it helps (Kynkäänniemi et al. 2024), 32 steps of DPM-Solver++ in place of
 4000. The network is that of progressive distillation (Salimans & Ho 2022) at this size.
-Lines without an origin are ours.
+Values without an origin are ours.
 """
 
 from ml_collections import ConfigDict

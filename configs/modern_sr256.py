@@ -8,13 +8,13 @@ Not the paper's model, but its idea with what was found since: the Efficient U-N
 Gaussian augmentation of Imagen (the paper found blur to be better with its own network),
 v-prediction as in Imagen Video, the shifted schedule of simple diffusion in continuous
 time, 32 steps of DPM-Solver++ in place of 100.
-Lines without an origin are ours.
+Values without an origin are ours.
 """
 
 from ml_collections import ConfigDict
 from sections import check_variant, fid_eval, fitting_mesh, imagenet, save_every, shrink
 
-# Of this stage and of modern_base64, whose images are its input: simple diffusion.
+# The schedule of this stage and of modern_base64, whose images are its input: simple diffusion.
 _SHIFTED = dict(name="shifted_cosine", noise_levels="continuous", reference_resolution=64)
 
 

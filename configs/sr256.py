@@ -5,10 +5,10 @@
 Hardware and hours: not measured; 0.62 billion parameters, 2.7e21 FLOP to train.
 Expected FID of enlarged samples of sr64: 4.88 to the training images, 4.63 to the
 validation images (paper, 50,000 samples); here not measured.
-Lines end with where their value is from; "not published" is what we did not find.
+Comments name the origin of each value; "not published" means that we did not find it.
 In the paper the schedule of the 100 sampling steps was searched for after training;
 here it is a uniform grid.
-Ours besides: computation in bfloat16, when to save and stop.
+Ours too: computation in bfloat16, and when to save and stop.
 """
 
 from ml_collections import ConfigDict

@@ -8,14 +8,14 @@ validation images (paper, 50,000 samples, truncated at step 501 of 4000); here n
 measured. Checkpoints are compared by FID-10k in 50 steps of DDIM; `evaluate --final`
 takes the paper's 4000 steps, or those of --config.stage.sampler.num_steps, which `main`
 takes for a finished run too.
-Lines end with where their value is from; "not published" is what we did not find.
-Ours besides: computation in bfloat16, when to save and stop.
+Comments name the origin of each value; "not published" means that we did not find it.
+Ours too: computation in bfloat16, and when to save and stop.
 """
 
 from ml_collections import ConfigDict
 from sections import check_variant, fid_eval, fitting_mesh, imagenet, save_every, shrink
 
-# Of this stage and of base32, whose images are its input. 4000 steps: paper; the rest: iDDPM.
+# The schedule of this stage and of base32, whose images it enlarges. 4000: paper; rest: iDDPM.
 _COSINE = dict(name="cosine", num_timesteps=4000, noise_levels="discrete", cosine_offset=0.008)
 
 

@@ -7,13 +7,13 @@ Expected FID of enlarged samples of base16: 2.13 to the training images (paper, 
 samples, not truncated, noise of step 1001 of 4000); here not measured.
 The paper publishes none of this model's settings but the augmentation. Ours are those of
 base64, so that only the cascade differs.
-Lines end with where their value is from.
+Comments name the origin of each value.
 """
 
 from ml_collections import ConfigDict
 from sections import check_variant, fid_eval, fitting_mesh, imagenet, save_every, shrink
 
-# Of this stage and of base16, whose images are its input. iDDPM.
+# The schedule of this stage and of base16, whose images are its input. iDDPM.
 _COSINE = dict(name="cosine", num_timesteps=4000, noise_levels="discrete", cosine_offset=0.008)
 
 
