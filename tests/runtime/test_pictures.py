@@ -2,7 +2,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascaded_diffusion.runtime.pictures import labelled_rows, save_png_folder
+from cascaded_diffusion.runtime.pictures import grid, labelled_rows, save_png, save_png_folder
+
+
+def test_grid_puts_images_in_reading_order(tmp_path):
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+    picture = grid(images, columns=4, gap=1)
+    assert picture.shape == (7, 13, 3)
+    assert picture[1, 1, 0] == 0
+    assert picture[1, 4, 0] == 1
+    assert picture[4, 4, 0] == 5
+    assert picture[4, 7, 0] == 64  # no image there
+    save_png(tmp_path / "x.png", picture, scale=2)
+    assert Image.open(tmp_path / "x.png").size == (26, 14)
 
 
 def test_captions_are_whole_and_rows_may_differ_in_length():

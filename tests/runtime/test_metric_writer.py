@@ -1,0 +1,22 @@
+from cascaded_diffusion.files.json_files import read_lines
+from cascaded_diffusion.runtime.metric_writer import MetricWriter
+from cascaded_diffusion.runtime.run_folder import RunFolder
+
+
+def test_what_was_logged_after_the_resumed_step_is_dropped(tmp_path):
+    folder = RunFolder(tmp_path)
+    writer = MetricWriter(folder)
+    for step in (1, 2, 3):
+        writer.write_scalars(step, {"loss": step / 3})
+    writer.close()
+    writer = MetricWriter(folder, resume_step=2)
+    writer.write_scalars(3, {"loss": 0.5})
+    writer.close()
+    assert [(r["step"], r["loss"]) for r in read_lines(folder.metrics_path)] == [
+        (1, 1 / 3),
+        (2, 2 / 3),
+        (3, 0.5),
+    ]
+    # Interrupted before its first checkpoint, a run begins again at 0.
+    MetricWriter(folder, resume_step=0).close()
+    assert read_lines(folder.metrics_path) == []
