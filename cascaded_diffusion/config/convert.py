@@ -24,12 +24,12 @@ _MAX_ITEMS = 16  # of a tuple
 _MAX_TEXT = 4096  # bytes of a string: the longest path there is on Linux
 
 
-def fail(key: str, value: Any, expected: str) -> typing.NoReturn:
+def fail(key: str, value: object, expected: str) -> typing.NoReturn:
     """Raises the UserError that names a config key, its value and what is expected."""
     raise UserError(f"config.{key} = {_shown(value)}: expected {expected}")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError, MemoryError):  # Python prints no integer of 5,000 digits
@@ -37,7 +37,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:150]}...{text[-30:]}"
 
 
-def fail_at(config: Any, key: str, expected: str) -> typing.NoReturn:
+def fail_at(config: object, key: str, expected: str) -> typing.NoReturn:
     """Like `fail`, with the value that `config` has for `key`.
 
     `config` is the whole config or any section on the way to the key: the leading names of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from cascaded_diffusion.config.convert import fail, fail_at
 from cascaded_diffusion.config.schema import SamplerConfig, ScheduleConfig, StageConfig
@@ -119,7 +118,7 @@ def feature_map_sizes(stage: StageConfig) -> list[int]:
     return [first // 2**i for i in range(len(network.channel_mults))]
 
 
-def _check_used(section: str, config: Any, uses: Mapping[str, str], by: str) -> None:
+def _check_used(section: str, config: object, uses: Mapping[str, str], by: str) -> None:
     """Checks that optional keys have values exactly if key `by` has the value in `uses`."""
     chosen = getattr(config, by)
     for key, user in uses.items():

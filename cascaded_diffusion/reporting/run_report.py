@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cascaded_diffusion.config.schema import to_dict
+from cascaded_diffusion.config.schema import RunConfig, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.reporting.page import (
@@ -74,7 +75,7 @@ def _shown(build: Callable[[], list[Markup]]) -> list[Markup]:
     return [paragraph(f"Cannot be shown: {problem}.", quiet=True)]
 
 
-def _config(config: Any, folder: RunFolder) -> Markup:
+def _config(config: RunConfig, folder: RunFolder) -> Markup:
     again = f"python -m cascaded_diffusion.main --config=CONFIG --workdir={folder.path}"
     note = paragraph(Markup(f"The resolved config, config.json, of {code(again).text}"))
     return Markup(note.text + key_values(to_dict(config)).text)
@@ -168,7 +169,7 @@ def _best(folder: RunFolder) -> dict[str, Any] | None:
         return None
 
 
-def _read_json(path: Any) -> dict[str, Any] | None:
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     try:
         values = json.loads(path.read_bytes())
         return values if isinstance(values, dict) else None

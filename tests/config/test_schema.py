@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -1055,3 +1056,10 @@ def test_help_names_the_flags(capsys):
         main.main(["prog", "--help"])
     assert stop.value.code == 0
     assert "--workdir" in capsys.readouterr().out
+
+
+def test_a_config_copied_without_its_sections_is_refused_in_one_line(tmp_path):
+    shutil.copy(ROOT / "configs" / "base32.py", tmp_path)
+    expected = "base32.py: cannot be loaded .No module named 'sections'.; expected it beside"
+    with pytest.raises(UserError, match=expected):
+        config_flags.load_config_file(tmp_path, "base32.py")
