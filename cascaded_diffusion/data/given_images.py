@@ -1,4 +1,4 @@
-"""Images that somebody gives to be enlarged: one file, or a folder of them, of one size."""
+"""The user's own images to be enlarged: one file or a folder of them, of one size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import SUFFIXES, decode_image
 from cascaded_diffusion.data.folder import load_folder
-from cascaded_diffusion.data.transforms import center_crop, resized
+from cascaded_diffusion.data.transforms import center_crop, resize_uint8
 from cascaded_diffusion.errors import UserError
 
 
@@ -23,9 +23,9 @@ class GivenImages:
 
     Attributes:
       images: uint8 [n, h, h, C].
-      names: their files' paths, of those in a folder below it.
-      passed_over: which other files are there, for people; empty if none.
-      notes: lines for people about what was done to the images.
+      names: the paths of their files, relative to the folder.
+      passed_over: which other files there are, for people; "" for none.
+      notes: what was done to the images, in lines for people.
     """
 
     images: np.ndarray
@@ -43,22 +43,22 @@ def read_given_images(
     max_pixels: int,
     flag: str,
 ) -> GivenImages:
-    """Reads the image files of a folder and of those in it, or one image file.
+    """Reads the image files of a folder and of the folders in it, or one image file.
 
-    Hidden files, and files that are no images, are passed over; the latter are counted.
+    Hidden files, and files that are no images, are passed over.
 
     Args:
       path: the file or folder.
       channels: 1 (grey) or 3 (RGB); images of the other kind are converted, and noted.
-      sizes: of images, in pixels, that can be taken.
-      resize_to: one of `sizes`, to which the centre square of every image is cut and shrunk;
-        None: they have their size.
-      max_pixels: images with more are refused.
+      sizes: the sizes that an image may have, in pixels.
+      resize_to: one of `sizes`, to which the centre square of every image is shrunk. None: the
+        images have one of the sizes.
+      max_pixels: larger images are refused.
       flag: the flag that named the path, for error messages.
 
     Raises:
       UserError: there is no such file or folder, or no image in it; an image cannot be read, or
-        is of another size.
+        has another size.
     """
     names, files, passed_over = _listed(path, flag)
     converted = collections.Counter[str]()
@@ -93,17 +93,17 @@ def read_given_images(
 def fitted(
     image: np.ndarray, *, sizes: Sequence[int], resize_to: int | None, name: str, flag: str
 ) -> np.ndarray:
-    """An image uint8 [H, W, C] as it can be taken: uint8 [h, h, C].
+    """An image uint8 [H, W, C] at a size that a cascade accepts: uint8 [h, h, C].
 
     Args:
       image: the pixels.
-      sizes: as in `read_given_images`.
-      resize_to: as in `read_given_images`.
-      name: of the image, for error messages.
+      sizes: see `read_given_images`.
+      resize_to: see `read_given_images`.
+      name: the name of the image, for error messages.
       flag: the flag and its value, for error messages.
 
     Raises:
-      UserError: it is of another size; or smaller than it is to become.
+      UserError: the image has another size, or is smaller than `resize_to`.
     """
     height, width = image.shape[:2]
     if resize_to is not None:
@@ -112,7 +112,7 @@ def fitted(
                 f"{flag}: {name} is {_size(image)}, expected at least {resize_to} x {resize_to}, to"
                 " which --resize_low_res shrinks: images are not enlarged by other means"
             )
-        return resized(center_crop(image), resize_to, "area")
+        return resize_uint8(center_crop(image), resize_to, "area")
     if height != width or height not in sizes:
         wanted = " or ".join(f"{size} x {size}" for size in sizes)
         shrinkable = [size for size in sizes if size <= min(height, width)]
@@ -133,9 +133,9 @@ def _size(image: np.ndarray) -> str:
 
 
 def output_names(names: Iterable[str]) -> list[str]:
-    """Names of PNG files, one for each image: its own, `cat.jpg` -> `cat.png`.
+    """The names of PNG files for images: `cat.jpg` -> `cat.png`.
 
-    If two of them would then be alike, on any file system, all are as `cat.jpg.png`.
+    If any two would be the same, on a file system that ignores case, all become `cat.jpg.png`.
     """
     paths = [pathlib.PurePath(name) for name in names]
     short = [str(path.with_suffix(".png")) for path in paths]
@@ -145,7 +145,7 @@ def output_names(names: Iterable[str]) -> list[str]:
 
 
 def _listed(path: str, flag: str) -> tuple[tuple[str, ...], list[pathlib.Path], str]:
-    """Names, files, and what was passed over."""
+    """The names, the files, and what was passed over."""
     if os.path.isdir(path):
         found = load_folder(path, ".", classes=None)
         names = tuple(os.fsdecode(found.name(i)) for i in range(len(found)))
@@ -162,7 +162,7 @@ def _listed(path: str, flag: str) -> tuple[tuple[str, ...], list[pathlib.Path], 
 
 
 def _decoded(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray, str | None]:
-    """The pixels, and what was converted to have them, if anything was."""
+    """The pixels, and from what they were converted, if they were."""
     colour, kind = decode_image(data, channels=3, max_pixels=max_pixels)
     is_grey = bool((colour == colour[..., :1]).all())
     if channels == 3:

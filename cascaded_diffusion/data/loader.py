@@ -1,18 +1,16 @@
-"""The training stream: which record is at which row of which step.
+"""The training stream: which record is at which position of the batch of which step.
 
-The stream is a function of (shuffle seed, step, row) alone:
+The stream is a function of (shuffle seed, step, position) alone:
 
-    shuffle over the whole set, anew each epoch -> repeat
+    shuffle the whole set, anew each epoch -> repeat
     -> cut into per-process batches -> read and augment
     -> give process p of P every P-th of them
 
-so the global batch of a step, process 0's rows first, has the same records in
-the same order for any number of processes. Augmentation is keyed by the position
-in the stream. What runs through grain are the numbers of records; a batch of them is
-read at once, which costs a fraction of handing on records one by one. The state of the
-stream is the step: resuming
-is seeking. Threads and worker processes read whole batches, ahead of time, and never
-change the order.
+The global batch of a step, process 0's part first, therefore has the same records in the same
+order for any number of processes. Augmentation is keyed by the position in the stream. grain
+handles record indices only; a batch of them is read at once, which costs a fraction of passing
+records one by one. The state of the stream is the step, so that resuming is seeking. Threads and
+worker processes read whole batches ahead of time, and never change the order.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ import numpy as np
 from cascaded_diffusion.config.schema import DataConfig
 from cascaded_diffusion.data import transforms, workers
 from cascaded_diffusion.data.corruption import CorruptionGuard
-from cascaded_diffusion.data.sources import Source
+from cascaded_diffusion.data.records import Source
 from cascaded_diffusion.errors import UserError
 
 
@@ -42,10 +40,10 @@ def build_stream(
 
     Elements are dicts of `image` uint8 [b, H, W, C], `label` int32 [b], `low_res` uint8
     [b, h, w, C] where the data has it, and `index` and `skipped` int64 [b] (see
-    `sources.Record`), with b = global_batch_size / process_count.
+    `records.Record`), with b = global_batch_size / process_count.
 
     Raises:
-      UserError: the batch is not divided by the processes, or larger than the set.
+      UserError: the batch size is no multiple of the processes, or larger than the data set.
     """
     if global_batch_size % process_count:
         raise UserError(
@@ -65,47 +63,47 @@ def build_stream(
 
 @dataclasses.dataclass(frozen=True)
 class _ReadBatch:
-    """Numbers of records -> the batch of them."""
+    """(number of the batch, record indices [b]) -> the batch of those records."""
 
     source: Source
     config: DataConfig
 
-    def __call__(self, number: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        records = [self.source[i] for i in rows.tolist()]
+    def __call__(self, number: int, indices: np.ndarray) -> dict[str, np.ndarray]:
+        records = [self.source[i] for i in indices.tolist()]
         batch = {name: np.stack([r[name] for r in records]) for name in records[0]}
         if self.config.random_flip:
-            positions = number * len(rows) + np.arange(len(rows))
+            positions = number * len(indices) + np.arange(len(indices))
             transforms.flip(batch, transforms.coins(self.config.shuffle_seed, positions))
         return batch
 
 
 def _read_step(step: int) -> dict[str, np.ndarray]:
-    """In a worker process: a batch of its stream."""
+    """A batch of the stream, in a worker process that was given it."""
     return workers.given()[step]
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
-    """A process's batches from a step on: `image`, `label`, and `low_res` if there is.
+    """A process's batches from a step on: `image`, `label`, and `low_res` if there is one.
 
     Args:
       stream: from `build_stream`.
       source: what it reads.
-      config: with how many threads or processes.
+      config: says how many threads or processes read ahead.
       start_step: the first step.
     """
 
     def __init__(
         self, stream: grain.MapDataset, source: Source, config: DataConfig, *, start_step: int
     ):
-        # A guard of its own: those of the processes that read have counts of their own.
+        # The source's own guard counts in each reading process.
         self._guard = CorruptionGuard(config, len(source))
         threads = max(config.read_threads, 1)
         options = grain.ReadOptions(
             num_threads=config.read_threads, prefetch_buffer_size=2 * threads
         )
         if config.read_workers:
-            # Not grain's own processes: their order and state are tied to their number, and
-            # they leave shared memory behind.
+            # The order and state of grain's own processes depend on their number, and they
+            # leave shared memory behind.
             self._iterator = workers.InOrder(
                 _read_step, stream, num_workers=config.read_workers, start=start_step
             )
@@ -123,7 +121,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         del batch["index"]
         for index in batch.pop("skipped").tolist():
             if index >= 0:
-                # Those who read have said it.
+                # The process that read it has told.
                 self._guard.note(index, f"record {index}", "see above", say=False)
         return batch
 

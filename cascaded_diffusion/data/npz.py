@@ -11,11 +11,12 @@ import os
 
 import numpy as np
 
-from cascaded_diffusion.data.raw import ArraySource, DataMissing, array_source
-from cascaded_diffusion.data.splits import parse_split
+from cascaded_diffusion.data.arrays import ArraySource, array_source
+from cascaded_diffusion.data.records import DataMissing
+from cascaded_diffusion.data.splits import parse_split, split_problem
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.litter import is_litter
-from cascaded_diffusion.files.npz_archive import read_arrays
+from cascaded_diffusion.files.npz_archive import layout_hint, read_arrays
 
 WHOLE = "all"
 
@@ -24,9 +25,9 @@ def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
     """Reads a file.
 
     Args:
-      path: of the file, whose one split is `all`; or of a folder with SPLIT.npz in it.
-      split: which, or a part of it.
-      num_classes: labels must be below it, and each there; 0 for data without classes.
+      path: a file, whose one split is `all`; or a folder with SPLIT.npz in it.
+      split: the name of the split, or of a part of it.
+      num_classes: all labels below it must occur, and no others; 0 for data without classes.
 
     Raises:
       DataMissing: there is no such file.
@@ -41,19 +42,15 @@ def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
                 for entry in os.listdir(path)
                 if entry.endswith(".npz") and not is_litter(entry)
             )
-            raise DataMissing(
-                f"config.data.train_split or eval_split = {split!r}: no {file}; splits there:"
-                f" {', '.join(found) or 'none'}"
-            )
+            problem = f"no {file}; splits there: {', '.join(found) or 'none'}"
+            raise DataMissing(split_problem(split, problem))
     else:
         file = path
         if not os.path.exists(file):
             raise DataMissing(f"config.data.path = {path!r}: no such .npz file, or folder of them")
         if name != WHOLE:
-            raise UserError(
-                f"config.data.train_split or eval_split = {split!r}: {path} is one file, whose"
-                f" split is {WHOLE!r}, with parts like 'all[:90%]'"
-            )
+            problem = f"{path} is one file, whose split is {WHOLE!r}, with parts like 'all[:90%]'"
+            raise UserError(split_problem(split, problem))
     try:
         stored = read_arrays(file, ("arr_0", "arr_1", "class_names"))
     except (OSError, ValueError) as e:
@@ -63,30 +60,16 @@ def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
     if "arr_0" not in stored:
         raise UserError(f"{file}: no images (arr_0)")
     images = stored["arr_0"]
-    _check_images(file, images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise UserError(
+            f"{file}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, height, width, 1"
+            f" or 3){layout_hint(images.shape)}"
+        )
     labels, names = np.zeros(len(images), np.int32), ()
     if num_classes:
         labels = _checked_labels(file, stored.get("arr_1"), len(images), num_classes)
         names = _class_names(file, stored.get("class_names"), num_classes)
     return array_source("npz", split, images, labels, names)
-
-
-def _check_images(file: str, images: np.ndarray) -> None:
-    shape = images.shape
-    if images.dtype == np.uint8 and images.ndim == 4 and shape[3] in (1, 3):
-        return
-    remedy = ""
-    if images.ndim == 4 and shape[1] in (1, 3):
-        remedy = (
-            ": it looks like (n, channels, height, width); store arr_0.transpose(0, 2, 3, 1)"
-            " instead"
-        )
-    elif images.ndim == 3:
-        remedy = ": of grey images, store arr_0[..., None] instead"
-    raise UserError(
-        f"{file}: arr_0 is {images.dtype} {shape}, expected uint8 (n, height, width, 1 or 3)"
-        f"{remedy}"
-    )
 
 
 def _class_names(file: str, names: np.ndarray | None, num_classes: int) -> tuple[str, ...]:

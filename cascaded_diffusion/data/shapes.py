@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.data.splits import check_train_or_test
 
 RESOLUTION = 64
-# Number of images and seed of each split.
+# The number of images and the seed of each split.
 _SPLITS = {"train": (1000, 0), "test": (200, 1)}
-# Width in pixels of the part of a striped shape that has no stripes.
+# The width in pixels of the rim of a striped shape, which has no stripes.
 _RIM = 1.5
 
 
@@ -54,10 +54,10 @@ def load_shapes(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Pictures of one shape each, on a background that fades between two colours.
 
     Label k < 5 is shape k of `SHAPES` in one colour, label k + 5 the same shape with
-    stripes. Colours, place, size and rotation are random, the same at each call.
+    stripes. Colours, position, size and rotation are random, and the same at each call.
 
     Args:
-      split: "train", 1000 images, or "test", 200 others.
+      split: "train" (1000 images) or "test" (200 others).
 
     Returns:
       uint8 images [n, 64, 64, 3] and int32 labels [n], the index modulo 10.
@@ -65,11 +65,7 @@ def load_shapes(split: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       UserError: there is no such split.
     """
-    if split not in _SPLITS:
-        raise UserError(
-            f"config.data.train_split or eval_split = {split!r}: expected 'train' or 'test', the"
-            " splits of 'shapes'"
-        )
+    check_train_or_test(split, "shapes")
     n, seed = _SPLITS[split]
     rng = np.random.default_rng(seed)
     labels = np.arange(n, dtype=np.int32) % NUM_CLASSES
@@ -86,7 +82,7 @@ def _draw(
     *,
     striped: np.ndarray,
 ) -> np.ndarray:
-    """One shape on n backgrounds: bool [n], whether it has stripes -> uint8 [n, 64, 64, 3]."""
+    """Draws one shape on n backgrounds; `striped` bool [n] -> uint8 [n, 64, 64, 3]."""
     n = len(striped)
 
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
@@ -100,14 +96,14 @@ def _draw(
     u, v = _turned(x, y, uniform(0, 2 * np.pi, 1, 1))
     distance = outline(u, v) * radius
     inside = _coverage(distance)
-    # As wide as their gaps, five to a diameter. A rim without them keeps the outline
-    # whole where stripe and background look alike.
+    # Stripes are as wide as their gaps, five to a diameter. A rim without stripes keeps the
+    # outline visible where stripe and background look alike.
     period = 0.4
     to_stripe = np.abs((u + v) / 2**0.5 / period % 1 - 0.5) - 0.25
     stripe = _coverage(to_stripe * period * radius) * _coverage(distance + _RIM)
     stripe *= striped[:, None, None]
 
-    # Shape and background are never of the same brightness, nor shape and stripe.
+    # Shape and background never have the same brightness, nor do shape and stripe.
     colours = uniform(0, 0.4, 4, 3)
     light_shape = rng.random(n) < 0.5
     is_light = np.stack([light_shape, ~light_shape, ~light_shape, ~light_shape], axis=1)
@@ -129,10 +125,10 @@ def _turned(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray
 
 
 def _coverage(distance: np.ndarray) -> np.ndarray:
-    """How much of a pixel is inside, given its centre's distance in pixels to the edge."""
+    """The share of a pixel that is inside, given its centre's distance in pixels to the edge."""
     return np.clip(0.5 - distance, 0, 1)
 
 
 def _mix(below: np.ndarray, above: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    """Colours [n, ?, ?, 3] laid over others, as opaque as `amount` [n, H, W] says."""
+    """Lays colours [n, ?, ?, 3] over others with the opacity `amount` [n, H, W]."""
     return below + (above - below) * amount[..., None]

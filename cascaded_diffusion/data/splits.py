@@ -1,9 +1,9 @@
-"""Names of splits, and parts of splits: `train`, `train[:90%]`, `train[1000:]`.
+"""Names of splits, and of parts of splits: `train`, `train[:90%]`, `train[1000:]`.
 
-TFDS reads its own. Here is the same notation for everything else. As files are often
-sorted by class, a part is not a run of neighbours: records are ranked by a hash of what
-they are called, and the part is of that ranking. It then holds a share of every class, and
-is the same on every machine; what is in `train[:90%]` is never in `train[90%:]`.
+TFDS reads its own; this is the same notation for all other data. Files are often sorted by
+class, so a part is no run of neighbours: records are ranked by a hash of their names, and the
+part is taken from that ranking. It then has a share of every class, is the same on every
+machine, and `train[:90%]` and `train[90%:]` have nothing in common.
 """
 
 from __future__ import annotations
@@ -18,31 +18,46 @@ from cascaded_diffusion.errors import UserError
 
 _BOUND = "-?[0-9]{1,15}%?"
 _PART = re.compile(rf"(?P<name>[^\[\]]+)(\[(?P<low>{_BOUND})?:(?P<high>{_BOUND})?\])?")
+# The bounds of a part as they are written; None for a whole split.
+Part = tuple[str | None, str | None] | None
 
 
-def parse_split(split: str) -> tuple[str, tuple[str | None, str | None] | None]:
-    """A split's name, and the bounds of the part that is wanted, if it is a part.
+def split_problem(split: str, problem: str) -> str:
+    """The line about a split that cannot be used."""
+    return f"config.data.train_split or eval_split = {split!r}: {problem}"
+
+
+def parse_split(split: str) -> tuple[str, Part]:
+    """A split's name, and the part of it that is wanted.
 
     Raises:
       UserError: it is not written as above.
     """
     match = _PART.fullmatch(split)
     if match is None:
-        raise UserError(
-            f"config.data.train_split or eval_split = {split!r}: expected a split's name, or a"
-            " part of it like 'train[:90%]' or 'train[1000:]'"
-        )
+        expected = "a split's name, or a part of it like 'train[:90%]' or 'train[1000:]'"
+        raise UserError(split_problem(split, f"expected {expected}"))
     part = (match["low"], match["high"]) if "[" in split else None
     return match["name"], part
 
 
-def part_of(
-    keys: Iterable[bytes], part: tuple[str | None, str | None] | None, split: str
-) -> np.ndarray | None:
-    """Which records are in a part: their indices in ascending order; None for all of them.
+def check_train_or_test(split: str, data: str) -> None:
+    """Raises UserError for a split that data with the splits "train" and "test" does not have."""
+    if split not in ("train", "test"):
+        expected = f"expected 'train' or 'test', the splits of {data!r}"
+        raise UserError(split_problem(split, expected))
+
+
+def part_of(keys: Iterable[bytes], part: Part, split: str) -> np.ndarray | None:
+    """The record indices of a part in ascending order; None for all records.
+
+    Args:
+      keys: the names of all records.
+      part: the part.
+      split: how it was written, for the error message.
 
     Raises:
-      UserError: none is.
+      UserError: the part is empty.
     """
     if part is None:
         return None
@@ -51,9 +66,7 @@ def part_of(
     low, high = (_bound(text, len(ranked)) for text in part)
     chosen = np.sort(ranked[slice(low, high)])
     if not len(chosen):
-        raise UserError(
-            f"config.data.train_split or eval_split = {split!r}: holds none of {len(ranked)} images"
-        )
+        raise UserError(split_problem(split, f"holds none of {len(ranked)} images"))
     return chosen
 
 

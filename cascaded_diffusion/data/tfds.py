@@ -1,7 +1,7 @@
 """Image data sets of TensorFlow Datasets (TFDS), read without TensorFlow.
 
-Both formats are read at random: `array_record`, which TFDS and we prepare, and `tfrecord`,
-as copies that others prepared are. The only home of tensorflow_datasets.
+Both formats have random access: `array_record`, which TFDS prepares for us, and `tfrecord`, in
+which others prepared their copies. The only home of tensorflow_datasets.
 """
 
 from __future__ import annotations
@@ -10,20 +10,16 @@ import difflib
 import os
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 
-from cascaded_diffusion.data.array_record_files import ArrayRecordShards, ShardPart, position_in
+from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
+from cascaded_diffusion.data.array_record_files import ArrayRecordShards, ShardPart, Shards
 from cascaded_diffusion.data.corruption import CorruptRecord
-from cascaded_diffusion.data.raw import (
-    PREPARE,
-    DataMissing,
-    RawExample,
-    digest_of_files,
-    sample_digest,
-)
+from cascaded_diffusion.data.digests import digest_of_files, sample_digest
+from cascaded_diffusion.data.records import PREPARE, DataMissing, RawExample
+from cascaded_diffusion.data.splits import split_problem
 from cascaded_diffusion.data.tfrecord import TfRecordFile
 from cascaded_diffusion.errors import UserError
 
@@ -32,27 +28,19 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.\-]+)?(:\d+\.\d+\.\d+)?")
 _REMEDY = "copy the data set anew, or remove the folder and prepare it again"
 
 
-class _TfRecordShards:
-    """The records of several TFRecord files, one after the other."""
+class _TfRecordShards(Shards):
+    """TFRecord files, which are checked when the first of their records is read."""
 
-    def __init__(self, parts: Sequence[ShardPart]):
-        for part in parts:
-            if not pathlib.Path(part.filename).exists():
-                raise UserError(f"{part.filename}: missing; {_REMEDY}")
-        self._parts = parts
+    def __init__(self, parts: list[ShardPart], *, remedy: str):
+        super().__init__(parts, remedy=remedy)
         self._files = [TfRecordFile(p.filename, p.examples_in_shard) for p in parts]
-        self._ends = np.cumsum([part.take for part in parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
 
     def read(self, index: int) -> bytes:
-        which, position = position_in(self._ends, index)
-        return self._files[which].read(self._parts[which].skip + position)
+        which, position = self.locate(index)
+        return self._files[which].read(position)
 
-    def describe(self, index: int) -> str:
-        which, position = position_in(self._ends, index)
-        return f"{self._parts[which].filename}, record {self._parts[which].skip + position}"
+
+_SHARDS: dict[str, type[Shards]] = {"array_record": ArrayRecordShards, "tfrecord": _TfRecordShards}
 
 
 class TfdsSource:
@@ -60,8 +48,8 @@ class TfdsSource:
 
     def __init__(
         self,
-        shards: ArrayRecordShards | _TfRecordShards,
-        features: Any,
+        shards: Shards,
+        features: tfds.features.FeaturesDict,
         *,
         image_key: str,
         label_key: str | None,
@@ -69,13 +57,15 @@ class TfdsSource:
         times: str,
     ):
         self._shards, self._features = shards, features
+        self.describe = shards.describe
         self._image_key, self._label_key = image_key, label_key
         self.identity, self.times = identity, times
         label = features[label_key] if label_key else None
         self.class_names = tuple(label.names) if label else ()
         shape = features[image_key].shape
         self.fixed_shape = tuple(shape) if None not in shape else None
-        self._decoders: Any = None
+        # Images stay encoded, since decoding them takes our own checks.
+        self._decoders = {image_key: tfds.decode.SkipDecoding()}
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -84,38 +74,28 @@ class TfdsSource:
         return f"TfdsSource({self.identity})"
 
     def read(self, index: int) -> RawExample:
-        import tensorflow_datasets as tfds
-
-        if self._decoders is None:
-            # Images stay encoded: decoding them is ours, with its checks.
-            self._decoders = {self._image_key: tfds.decode.SkipDecoding()}
         data = self._shards.read(index)
         try:
             example = self._features.deserialize_example_np(data, decoders=self._decoders)
             image = example[self._image_key]
             label = int(example[self._label_key]) if self._label_key else 0
-        except Exception as e:  # protobuf's and TFDS's own, of bytes that are something else
+        except Exception as e:  # whatever protobuf and TFDS raise for other bytes
             raise CorruptRecord(f"cannot be parsed ({' '.join(str(e).split())[:200]})") from e
         return RawExample(bytes(image) if not isinstance(image, np.ndarray) else image, label)
 
-    def describe(self, index: int) -> str:
-        return self._shards.describe(index)
-
-    def known_labels(self) -> None:
+    def class_counts(self) -> None:
         return None
 
     def content_sample(self) -> str:
         return sample_digest(self)
 
 
-def find_builder(name: str, data_dir: str | None) -> Any:
+def find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     """The TFDS builder of a data set, prepared or not.
 
     Raises:
       UserError: TFDS knows no such data set.
     """
-    import tensorflow_datasets as tfds
-
     if not _NAME.fullmatch(name):
         raise UserError(
             f"config.data.name = {name!r}: expected a name like 'cifar10', 'lsun/bedroom' or"
@@ -123,22 +103,19 @@ def find_builder(name: str, data_dir: str | None) -> Any:
         )
     try:
         return tfds.builder(name, data_dir=data_dir)
-    except Exception as e:  # of TFDS, and of a data set's own code
+    except Exception as e:  # whatever TFDS and the data set's own code raise
         raise UserError(f"config.data.name = {name!r}: {_why_unknown(name, e)}") from e
 
 
 def _why_unknown(name: str, error: Exception) -> str:
-    import tensorflow_datasets as tfds
-
-    from cascaded_diffusion.data.sources import SOURCES
-
-    known = [*SOURCES, *tfds.list_builders(with_community_datasets=False)]
+    ours = (*BUILTIN_DATA, *FILE_DATA)
+    known = [*ours, *tfds.list_builders(with_community_datasets=False)]
     base, slash, builder_config = name.partition("/")
     if base not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         return (
-            f"expected one of {', '.join(map(repr, SOURCES))}, or a data set of"
+            f"expected one of {', '.join(map(repr, ours))}, or a data set of"
             f" tensorflow-datasets{hint}"
         )
     reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -151,20 +128,20 @@ def _why_unknown(name: str, error: Exception) -> str:
     return f"TFDS cannot open it ({reason})"
 
 
-def is_prepared(builder: Any) -> bool:
-    """Whether TFDS's own files of the data set are there."""
+def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+    """Whether TFDS has prepared the data set."""
     return bool(builder.info.splits)
 
 
-def manual_instructions(builder: Any) -> str | None:
-    """Which files must be downloaded by hand and where they go; None if TFDS downloads them."""
+def manual_instructions(builder: tfds.core.DatasetBuilder) -> str | None:
+    """Which files to download by hand, and where they go; None if TFDS downloads them."""
     text = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
     if not text:
         return None
     return f"{' '.join(text.split())} (manual_dir is {manual_dir(builder)})"
 
 
-def manual_dir(builder: Any) -> str:
+def manual_dir(builder: tfds.core.DatasetBuilder) -> str:
     """Where TFDS looks for files that are downloaded by hand."""
     return str(pathlib.Path(builder.data_dir_root) / "downloads" / "manual")
 
@@ -173,7 +150,7 @@ def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
     """Opens a split of a data set that TFDS has prepared.
 
     Raises:
-      DataMissing: it is not there; says how to get it.
+      DataMissing: it is not there; the line says how to get it.
       UserError: it is damaged, has no such split, or is no data set of images.
     """
     builder = find_builder(name, data_dir)
@@ -189,22 +166,18 @@ def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
     try:
         instructions = builder.info.splits[split].file_instructions
     except (KeyError, ValueError, AssertionError) as e:
-        raise UserError(
-            f"config.data.train_split or eval_split = {split!r}: {name!r} has"
-            f" {', '.join(map(repr, builder.info.splits))}, and parts of them like 'train[:90%]'"
-        ) from e
+        there = f"{name!r} has {', '.join(map(repr, builder.info.splits))}"
+        line = split_problem(split, f"{there}, and parts of them like 'train[:90%]'")
+        raise UserError(line) from e
     parts = [ShardPart(str(i.filename), i.skip, i.take, i.examples_in_shard) for i in instructions]
     if not parts:
-        raise UserError(f"config.data.train_split or eval_split = {split!r}: holds no images")
+        raise UserError(split_problem(split, "holds no images"))
     file_format = builder.info.file_format.value if builder.info.file_format else "tfrecord"
-    if file_format == "array_record":
-        shards = ArrayRecordShards(parts, remedy=_REMEDY)
-    elif file_format == "tfrecord":
-        shards = _TfRecordShards(parts)
-    else:
+    if file_format not in _SHARDS:
         raise UserError(
-            f"{builder.data_path}: prepared as {file_format}, expected array_record or tfrecord"
+            f"{builder.data_path}: prepared as {file_format}, expected {' or '.join(_SHARDS)}"
         )
+    shards = _SHARDS[file_format](parts, remedy=_REMEDY)
     files = sorted({part.filename for part in parts})
     found = [os.stat(file) for file in files]
     names = [os.path.basename(file).encode() for file in files]
@@ -219,9 +192,7 @@ def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
     )
 
 
-def _keys(name: str, features: Any) -> tuple[str, str | None]:
-    import tensorflow_datasets as tfds
-
+def _keys(name: str, features: tfds.features.FeatureConnector) -> tuple[str, str | None]:
     if not isinstance(features, tfds.features.FeaturesDict):
         features = {}
     images = [key for key, f in features.items() if type(f) is tfds.features.Image]
@@ -238,28 +209,25 @@ def _keys(name: str, features: Any) -> tuple[str, str | None]:
     return images[0], labels[0] if len(labels) == 1 else None
 
 
-def cost_of_getting(builder: Any) -> str:
-    """What is to be downloaded, for people."""
+def cost_of_getting(builder: tfds.core.DatasetBuilder) -> str:
+    """What has to be downloaded, for people."""
     by_hand = manual_instructions(builder)
     if by_hand:
         return f"its files are downloaded by hand: {by_hand}"
     sizes = {url: info.size for url, info in (builder.url_infos or {}).items()}
-    if builder.builder_config:  # the list is of all configurations
+    if builder.builder_config:  # the URLs are those of all configurations
         name = builder.builder_config.name
         sizes = {url: size for url, size in sizes.items() if name in url} or sizes
     size = sum(sizes.values())
     return f"TFDS downloads up to {size / 1e9:.2f} GB" if size else "TFDS downloads it"
 
 
-def get(builder: Any) -> None:
+def get(builder: tfds.core.DatasetBuilder) -> None:
     """Has TFDS download and prepare a data set, as array_record.
 
     Raises:
-      UserError: files must be downloaded by hand first, TensorFlow is needed to prepare
-        it, or it failed in another way.
+      UserError: files must be downloaded by hand first, TensorFlow is needed, or TFDS failed.
     """
-    import tensorflow_datasets as tfds
-
     by_hand = manual_instructions(builder)
     if by_hand and not pathlib.Path(manual_dir(builder)).is_dir():
         raise UserError(
@@ -268,10 +236,9 @@ def get(builder: Any) -> None:
         )
     try:
         builder.download_and_prepare(
-            file_format="array_record",
-            download_config=tfds.download.DownloadConfig(),
+            file_format="array_record", download_config=tfds.download.DownloadConfig()
         )
-    except Exception as e:  # of TFDS, of the builder, of the network, of the archive
+    except Exception as e:  # whatever TFDS, the builder, the network and archives raise
         reason = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, ImportError) or "tensorflow" in reason.lower():
             raise UserError(

@@ -1,4 +1,4 @@
-"""TFRecord files, read at random and with every checksum compared.
+"""TFRecord files, with random access and every checksum verified.
 
 A record is: its length (8 bytes), the masked CRC-32C of the length (4), the data, its
 masked CRC-32C (4), all little-endian. TensorFlow's own format, read without TensorFlow.
@@ -25,11 +25,11 @@ def _masked_crc(data: bytes) -> int:
 
 
 class TfRecordFile:
-    """One file. Its records are found when the first of them is asked for.
+    """One file, indexed when its first record is read.
 
     Args:
       path: the file.
-      num_records: how many must be in it.
+      num_records: the number of records that it must have.
     """
 
     def __init__(self, path: str, num_records: int):
@@ -48,7 +48,7 @@ class TfRecordFile:
 
         Raises:
           CorruptRecord: its checksum is wrong, or it cannot be read.
-          UserError: the file does not hold the records that it must.
+          UserError: the file has another number of records.
         """
         with self._lock:
             if self._offsets is None:
@@ -61,15 +61,10 @@ class TfRecordFile:
                 footer = f.read(_FOOTER)
         except OSError as e:
             raise CorruptRecord(f"cannot be read ({e.strerror or e})") from e
-        # A file that was cut since it was indexed has no footer there.
+        # A file that was truncated after it was indexed has no footer there.
         if struct.pack("<I", _masked_crc(data)) != footer:
             raise CorruptRecord("its checksum is wrong")
         return data
-
-    def check(self) -> None:
-        """Raises UserError if the file does not hold the records that it must."""
-        with self._lock:
-            self._offsets = self._index()
 
     def _index(self) -> np.ndarray:
         """Where each record starts, and where the last ends."""

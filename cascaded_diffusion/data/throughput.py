@@ -1,4 +1,4 @@
-"""Where the time of reading data goes, and what is in a data set: for `data --show`."""
+"""How fast data is read, where the time goes, and how many examples each class has."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import numpy as np
 
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.loader import Batches
-from cascaded_diffusion.data.sources import ProcessingReader, Source
+from cascaded_diffusion.data.processing import ProcessingReader
+from cascaded_diffusion.data.records import Source
 
 
-def measure_parts(source: Source, *, max_images: int, max_secs: float) -> tuple[dict, int]:
-    """Milliseconds per image of each part of reading, on images spread over the set.
+def measure_parts(
+    source: Source, *, max_images: int, max_secs: float
+) -> tuple[dict[str, float], int]:
+    """Milliseconds per image for each part of reading, on images spread over the data set.
 
     Returns:
-      The parts, and on how many images they were measured.
+      The parts, and the number of images that were measured.
     """
     seconds: dict[str, float] = {}
     count, start = len(source), time.monotonic()
-    rows = np.unique(np.linspace(0, count - 1, min(count, max_images)).astype(int))
+    indices = np.unique(np.linspace(0, count - 1, min(count, max_images)).astype(int))
     done = 0
-    for index in np.random.default_rng(0).permutation(rows):
+    for index in np.random.default_rng(0).permutation(indices):
         try:
             for name, secs in _timed_parts(source, int(index)):
                 seconds[name] = seconds.get(name, 0.0) + secs
@@ -36,12 +39,11 @@ def measure_parts(source: Source, *, max_images: int, max_secs: float) -> tuple[
 
 def _timed_parts(source: Source, index: int) -> Iterator[tuple[str, float]]:
     reader = source.reader
+    start = time.perf_counter()
     if not isinstance(reader, ProcessingReader):
-        start = time.perf_counter()
         reader.read(index)
         yield "read a prepared record", time.perf_counter() - start
         return
-    start = time.perf_counter()
     image, label = reader.raw.read(index)
     read = time.perf_counter()
     pixels = reader.decoded(image, index)
@@ -77,33 +79,30 @@ def class_counts(
 ) -> tuple[np.ndarray, int]:
     """How many examples each class has.
 
-    Where labels are not known without reading, at most `max_examples` spread over the set
-    are read.
+    If that is not known without reading, at most `max_examples` spread over the data set are
+    read.
 
     Args:
-      source: with classes.
+      source: a data set with classes.
       max_examples: see above.
       say: told how many have been read.
 
     Returns:
-      int [num_classes], and of how many examples that is.
+      int [num_classes], and the number of examples that were counted.
     """
-    known = getattr(source.reader, "class_counts", None)
-    if known is not None:
-        return np.asarray(known), len(source)
-    labels = source.reader.known_labels()
-    if labels is None:
-        count = min(len(source), max_examples)
-        found = []
-        for done, i in enumerate(range(count), start=1):
-            index = i * len(source) // count
-            try:
-                raw = source.reader.raw.read(index)
-            except CorruptRecord as e:
-                source.guard.note(index, source.reader.describe(index), str(e))
-                continue
-            source.reader.check_label(raw.label, index)
-            found.append(raw.label)
-            say(done)
-        labels = np.asarray(found, np.int64)
-    return np.bincount(labels, minlength=source.num_classes), len(labels)
+    counts = source.reader.class_counts()
+    if counts is not None:
+        return counts, len(source)
+    count, labels = min(len(source), max_examples), []
+    for done, i in enumerate(range(count), start=1):
+        index = i * len(source) // count
+        try:
+            label = source.reader.raw.read(index).label
+        except CorruptRecord as e:
+            source.guard.note(index, source.reader.describe(index), str(e))
+            continue
+        source.reader.check_label(label, index)
+        labels.append(label)
+        say(done)
+    counts = np.bincount(np.asarray(labels, np.int64), minlength=source.num_classes)
+    return counts, len(labels)

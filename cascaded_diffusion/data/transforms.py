@@ -1,7 +1,7 @@
 """Host-side transforms of single images, in the order in which they are applied.
 
-Crop, then resize of the crop to every size that is wanted, then flip: as the paper, which
-cuts the largest centred square (BigGAN's crop) and takes area averages of it.
+An image is cropped, the crop is resized to every size that is wanted, and the results are
+flipped. The paper takes the largest centred square (BigGAN's crop) and area averages of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import scipy.sparse
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.resize_weights import area_weights, bilinear_weights
 
-# Threads are the loader's to start.
+# The loader starts the threads.
 cv2.setNumThreads(1)
 
 
@@ -59,8 +59,8 @@ def area_resize(image: np.ndarray, resolution: int) -> np.ndarray:
     """
     height, width = image.shape[:2]
     if min(height, width) >= resolution:
-        # The same sums in half the time: rows as a sparse product, which adds whole rows of
-        # pixels at once; then, on few rows, columns by a library. It drops a last axis of one.
+        # The same sums in half the time: a sparse product over rows, which adds whole rows of
+        # pixels at once; then, on few rows, cv2 over columns, which drops a last axis of one.
         rows = _sparse_area_weights(height, resolution) @ image.reshape(height, -1)
         rows = rows.reshape(resolution, width, image.shape[2])
         small = cv2.resize(rows, (resolution, resolution), interpolation=cv2.INTER_AREA)
@@ -82,18 +82,18 @@ RESIZES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 }
 
 
-def resized(image: np.ndarray, resolution: int, method: str) -> np.ndarray:
+def resize_uint8(image: np.ndarray, resolution: int, method: str) -> np.ndarray:
     """uint8 [H, W, C] -> uint8 [resolution, resolution, C]: computed in float, rounded once."""
     if image.shape[:2] == (resolution, resolution):
         return np.ascontiguousarray(image)
-    # Averages with weights that are not negative: they stay within 0 and 255.
+    # Weights are not negative and add up to one, so averages stay within 0 and 255.
     return np.rint(RESIZES[method](image.astype(np.float32), resolution)).astype(np.uint8)
 
 
 def coins(seed: int, positions: np.ndarray) -> np.ndarray:
     """A fair coin for each position in the stream: bool [n], a function of (seed, position).
 
-    The finalizer of SplitMix64 (Steele, Lea, Flood, 2014), of both in turn.
+    Applies the finalizer of SplitMix64 (Steele, Lea, Flood, 2014) to both in turn.
     """
     with np.errstate(over="ignore"):
         mixed = _mixed(np.asarray([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
@@ -107,7 +107,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def flip(batch: dict[str, np.ndarray], chosen: np.ndarray) -> None:
-    """Mirrors the chosen rows [b] of all images [b, H, W, C] of a batch, in place."""
+    """Mirrors the `chosen` examples, bool [b], in all images [b, H, W, C] of a batch, in place."""
     for images in batch.values():
         if images.ndim == 4:
             images[chosen] = images[chosen][:, :, ::-1]

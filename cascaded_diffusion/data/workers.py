@@ -1,4 +1,4 @@
-"""Processes that read and prepare data beside this one."""
+"""Processes that read and prepare data beside this one, and what shows how far they are."""
 
 from __future__ import annotations
 
@@ -10,31 +10,57 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from cascaded_diffusion.errors import UserError
 
 T = TypeVar("T")
 
-# In a worker process: what it was given to work with.
+
+class ProgressBar(Protocol):
+    """What shows how far the work is, for example `runtime.progress.Progress`."""
+
+    def update(self, position: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# Called as `NoProgress` is.
+MakeProgress = Callable[..., ProgressBar]
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def __init__(self, total: int, *, unit: str, label: str, initial: int = 0):
+        pass
+
+    def update(self, position: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+# In a worker process, what it works with.
 _given: Any = None
 
 
 def given() -> Any:
-    """In a worker process: what `worker_pool` was called with."""
+    """In a worker process, what `worker_pool` was called with."""
     return _given
 
 
 def _start(what: Any) -> None:
     global _given
     _given = what
-    # Ctrl-C is for the main process to act on, which then ends this one.
+    # The main process handles Ctrl-C, and ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    # A killed process cannot end its workers, and they would wait for it for ever.
+    # A killed process cannot end its workers, which would wait for it forever.
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
@@ -43,8 +69,8 @@ def worker_pool(num_workers: int, what: Any) -> concurrent.futures.ProcessPoolEx
     """Processes that share nothing with this one and end with it.
 
     Args:
-      num_workers: how many.
-      what: pickled to each; `given()` there.
+      num_workers: their number.
+      what: pickled to each of them, where `given()` returns it.
     """
     return concurrent.futures.ProcessPoolExecutor(
         num_workers,
@@ -57,12 +83,12 @@ def worker_pool(num_workers: int, what: Any) -> concurrent.futures.ProcessPoolEx
 class InOrder(Iterator[T]):
     """Calls `function(start)`, `function(start + 1)`, ... in worker processes, ahead of time.
 
-    Results come in that order, whichever is done first.
+    The results come in that order, whichever is done first.
 
     Args:
-      function: of a number, at the top level of a module.
-      what: for `given()` in the workers.
-      num_workers: how many processes.
+      function: at the top level of a module.
+      what: what `given()` returns in the workers.
+      num_workers: number of processes.
       start: the first number.
     """
 
@@ -84,5 +110,5 @@ class InOrder(Iterator[T]):
             ) from e
 
     def close(self) -> None:
-        """Ends the processes; what they are at is finished and dropped."""
+        """Ends the processes, once they have finished what they have begun."""
         self._pool.shutdown(wait=True, cancel_futures=True)

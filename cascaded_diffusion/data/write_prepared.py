@@ -1,246 +1,301 @@
-"""Makes prepared data: one shard at a time, each by one process. See `prepared` for the format."""
+"""Prepares splits of a data set, in shards made by worker processes, and verifies them.
+
+`prepare_splits` resumes where an earlier call stopped, and does nothing where all is done.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 import pathlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+import shutil
+import time
+from collections.abc import Sequence
 
+from cascaded_diffusion.config.class_names import check_classes
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
-from cascaded_diffusion.data import workers
-from cascaded_diffusion.data.array_record_files import write_array_record
 from cascaded_diffusion.data.corruption import CorruptionGuard, CorruptRecord
-from cascaded_diffusion.data.prepared import (
+from cascaded_diffusion.data.manifest import (
+    MANIFEST,
     Manifest,
     Report,
-    Shard,
-    Skipped,
-    digest_of,
-    encode_record,
+    check_settings,
+    check_source,
+    is_prepared,
     prepared_folder,
-    problem_of,
-    settings_of,
-    shard_name,
+    read_manifest,
+    stored_manifest,
 )
-from cascaded_diffusion.data.raw import ContentDigest
-from cascaded_diffusion.data.sources import ProcessingReader, load_raw
-from cascaded_diffusion.files.whole import sha256_of
+from cascaded_diffusion.data.records import DataMissing
+from cascaded_diffusion.data.shards import (
+    Plan,
+    finished_shard,
+    in_processes,
+    manifest_of,
+    plan_split,
+    source_content,
+    write_shard,
+)
+from cascaded_diffusion.data.sources import SOURCES, load_source, tfds_sources
+from cascaded_diffusion.data.workers import MakeProgress, NoProgress
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.folders import check_writable, held_lock
+from cascaded_diffusion.files.paths import printable
+from cascaded_diffusion.files.whole import sha256_of, write_whole
 
-_SHARD_BYTES = 128_000_000
-_MIN_SHARD_EXAMPLES = 256
-_REPORT_EVERY = 32
+# What `dry_run` measures at most.
+_TRIAL_IMAGES, _TRIAL_SECS = 256, 5.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a split is to be prepared.
+def prepare_splits(
+    config: DataConfig,
+    stage: StageConfig,
+    splits: Sequence[str] | None = None,
+    *,
+    workers: int = 1,
+    encoding: str = "raw",
+    dry_run: bool = False,
+    progress: MakeProgress = NoProgress,
+) -> None:
+    """Prepares splits as a stage needs them, in `config.prepared_dir`, and prints what was done.
 
-    Attributes:
-      folder: where.
-      reader: of the images, at their sizes.
+    A data set that TFDS does not have yet is downloaded first, to `config.path`.
+
+    Args:
       config: the data section.
-      settings: what decides the content of a record, `prepared.settings_of`.
-      encoding: of `prepared.ENCODINGS`.
+      stage: what the images are for.
+      splits: their names; None for the config's train_split and eval_split.
+      workers: number of processes.
+      encoding: of pixels, one of `manifest.ENCODINGS`: raw reads faster, png is smaller.
+      dry_run: print size and time instead, and write nothing.
+      progress: makes a progress bar.
+
+    Raises:
+      UserError: a split is missing, damaged, or prepared with other settings; the classes do
+        not fit; a folder cannot be written; or a worker process died.
     """
+    if not _make_available(config, dry_run=dry_run):
+        return
+    # All plans come before the first shard: a mistake in the last split is found at once.
+    plans = {
+        split: plan_split(config, split, stage, encoding=encoding)
+        for split in splits or _default_splits(config)
+    }
+    names = {split: plan.reader.class_names for split, plan in plans.items()}
+    for split in _default_splits(config):
+        folder = prepared_folder(config, split, stage)
+        if split not in names and is_prepared(folder):
+            names[split] = tuple(read_manifest(folder)["class_names"])
+    check_classes(config, stage, names)
+    for split, plan in plans.items():
+        if dry_run:
+            _say_cost(printable(split), plan, workers)
+        else:
+            _prepare(printable(split), plan, workers, progress)
 
-    folder: pathlib.Path
-    reader: ProcessingReader
-    config: DataConfig
-    settings: dict[str, Any]
-    encoding: str
 
-    @property
-    def bytes_per_image(self) -> int:
-        """Of pixels: an upper bound for PNG, nearly."""
-        shapes = (self.reader.image_shape, self.reader.low_res_shape or (0, 0, 0))
-        return sum(h * w * c for h, w, c in shapes)
+def verify_splits(
+    config: DataConfig,
+    stage: StageConfig,
+    splits: Sequence[str] | None = None,
+    *,
+    workers: int = 1,
+    progress: MakeProgress = NoProgress,
+) -> None:
+    """Compares the shards of splits, and the images they were made of, with the manifest.
 
-    @property
-    def shard_examples(self) -> int:
-        """Records of the data set per shard: a function of the data, so that any process
-        that goes on cuts it alike."""
-        by_size = max(1, _SHARD_BYTES // self.bytes_per_image)
-        by_count = max(_MIN_SHARD_EXAMPLES, -(-len(self.reader) // 16))
-        return min(by_size, by_count)
+    The arguments are those of `prepare_splits`.
 
-    @property
-    def num_shards(self) -> int:
-        return -(-len(self.reader) // self.shard_examples)
+    Raises:
+      UserError: they differ.
+    """
+    for split in splits or _default_splits(config):
+        _verify(config, stage, split, workers, progress)
 
-    @property
-    def fingerprint(self) -> str:
-        """Of all that decides what is in which shard, but for contents replaced in place."""
-        return digest_of(
-            {
-                # The images may have moved.
-                "settings": {**self.settings, "path": None},
-                "identity": self.reader.identity,
-                "encoding": self.encoding,
-                "shard_examples": self.shard_examples,
-            }
+
+def _default_splits(config: DataConfig) -> list[str]:
+    return list(dict.fromkeys([config.train_split, config.eval_split]))
+
+
+def _make_available(config: DataConfig, *, dry_run: bool) -> bool:
+    """Has TFDS prepare a data set that it does not have. False where a dry run ends here."""
+    if config.name in SOURCES:
+        return True
+    tfds = tfds_sources()
+    builder = tfds.find_builder(config.name, config.path)
+    if tfds.is_prepared(builder):
+        return True
+    if dry_run or tfds.manual_instructions(builder) is None:
+        cost = tfds.cost_of_getting(builder)
+        print(f"{config.name}: not in {builder.data_path} yet; {cost}", flush=True)
+    if dry_run:
+        print("size and time of preparing are known when it is there", flush=True)
+        return False
+    tfds.get(builder)
+    return True
+
+
+def _say_cost(split: str, plan: Plan, workers: int) -> None:
+    """Measures some images, spread over the split, and prints what all of them will take."""
+    count = len(plan.reader)
+    trial = [i * count // _TRIAL_IMAGES for i in range(_TRIAL_IMAGES)] if count else []
+    start, done = time.monotonic(), 0
+    for index in dict.fromkeys(trial):
+        try:
+            plan.reader.read(index)
+        except CorruptRecord as e:
+            print(f"corrupt: {plan.reader.describe(index)}: {e}", flush=True)
+        done += 1
+        if time.monotonic() - start > _TRIAL_SECS:
+            break
+    secs = (time.monotonic() - start) / done * count / workers
+    there = plan.folder.absolute()
+    while not there.exists():
+        there = there.parent
+    print(
+        f"{split}: {count:,} images -> {plan.folder}: {plan.num_shards} shards,"
+        f" {_size(count * plan.bytes_per_image)} as raw pixels"
+        f" ({_size(shutil.disk_usage(there).free)} free there), about {_duration(secs)} with"
+        f" {workers} workers (from {done} images in one)",
+        flush=True,
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.2f} TB"
+
+
+def _duration(secs: float) -> str:
+    if secs < 90:
+        return f"{secs:.0f} s"
+    return f"{secs / 60:.0f} min" if secs < 5400 else f"{secs / 3600:.1f} h"
+
+
+def _prepare(split: str, plan: Plan, workers: int, progress: MakeProgress) -> None:
+    folder, raw = plan.folder, plan.reader.raw
+    check_writable(folder, "config.data.prepared_dir")
+    with held_lock(folder, "prepare", "config.data.prepared_dir"):
+        if is_prepared(folder):
+            manifest = read_manifest(folder)
+            check_settings(manifest, plan.settings, folder)
+            if manifest["encoding"] != plan.encoding:
+                raise UserError(
+                    f"--encoding={plan.encoding}: the data in {folder} was prepared as"
+                    f" {manifest['encoding']}; set it back, or remove the folder"
+                )
+            check_source(manifest, raw, folder)
+            print(f"{split}: is prepared, {_summary(manifest, folder)}", flush=True)
+            if manifest["times"] != raw.times:
+                print(
+                    f"{split}: the files were written at other times than those that it was"
+                    " prepared from; a sample of their contents is the same, and --verify compares"
+                    " all of them",
+                    flush=True,
+                )
+            return
+        start = time.monotonic()
+        for leftover in folder.glob(".*.array_record.*"):
+            leftover.unlink()  # of a process that was killed; the lock is ours
+        content_sample = raw.content_sample()
+        reports = _write_shards(split, plan, workers, progress)
+        manifest = manifest_of(plan, reports, content_sample)
+        write_whole(folder / MANIFEST, stored_manifest(manifest))
+    secs = time.monotonic() - start
+    print(f"{split}: {_summary(manifest, folder)}, in {_duration(secs)}", flush=True)
+
+
+def _summary(manifest: Manifest, folder: pathlib.Path) -> str:
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    notes = [f"{len(manifest['skipped'])} corrupt skipped"] if manifest["skipped"] else []
+    notes += [
+        f"{count} {kind}" if kind == "enlarged" else f"{count} converted ({kind})"
+        for kind, count in manifest["converted"].items()
+    ]
+    return (
+        f"{manifest['num_examples']:,} images at {manifest['resolution']} px in {folder}:"
+        f" {len(manifest['shards'])} shards, {_size(size)}{''.join(f', {n}' for n in notes)}"
+    )
+
+
+def _write_shards(split: str, plan: Plan, workers: int, progress: MakeProgress) -> list[Report]:
+    """Writes the shards that are missing. Returns the reports of all shards, in order."""
+    found = {number: finished_shard(plan, number) for number in range(plan.num_shards)}
+    reports = {number: report for number, report in found.items() if report is not None}
+    missing = [number for number in found if number not in reports]
+    if reports and missing:
+        print(
+            f"{split}: resuming, {len(reports)} of {plan.num_shards} shards are there", flush=True
         )
-
-    def shard_path(self, number: int) -> pathlib.Path:
-        return self.folder / shard_name(number)
-
-    def report_path(self, number: int) -> pathlib.Path:
-        """What is known of a finished shard; where the manifest is lost, others go on by it."""
-        return self.folder / "reports" / f"{number:05d}.json"
-
-    def rows(self, number: int) -> range:
-        """Which records of the data set a shard is of."""
-        start = number * self.shard_examples
-        return range(start, min(start + self.shard_examples, len(self.reader)))
-
-
-def plan_split(config: DataConfig, split: str, stage: StageConfig, *, encoding: str) -> Plan:
-    """The plan for a split.
-
-    Raises:
-      UserError: as `sources.load_raw`.
-    """
-    low_res = stage.low_res_resolution if config.low_res == "stored" else None
-    reader = ProcessingReader(
-        load_raw(config, split, stage), config, channels=stage.channels, low_res_resolution=low_res
-    )
-    return Plan(
-        folder=prepared_folder(config, split, low_res_resolution=low_res),
-        reader=reader,
-        config=config,
-        settings=settings_of(config, split, stage, low_res_resolution=low_res),
-        encoding=encoding,
-    )
-
-
-def write_shard(number: int) -> Report:
-    """Writes a shard, in a worker process that was given the plan and a shared counter.
-
-    Raises:
-      UserError: a record is corrupt, and the config says to fail.
-    """
-    plan, counter = workers.given()
     guard = CorruptionGuard(plan.config, len(plan.reader))
-    labels: Counter[int] = Counter()
-    skipped: list[Skipped] = []
-    before = Counter(plan.reader.converted)
-    contents = ContentDigest(labels=True)
 
-    def records() -> Iterator[bytes]:
-        for index in _counted(plan.rows(number), counter):
-            try:
-                example = contents.read(plan.reader.raw, index)
-                record = plan.reader.processed(example, index)
-            except CorruptRecord as e:
-                where = plan.reader.describe(index)
-                guard.note(index, where, str(e))
-                skipped.append({"index": index, "where": where, "problem": str(e)})
-            else:
-                labels[int(record["label"])] += 1
-                yield encode_record(record, index, png=plan.encoding == "png")
+    def count_skipped(report: Report) -> None:
+        for item in report["skipped"]:
+            # The process that read it has told.
+            guard.note(item["index"], item["where"], item["problem"], say=False)
 
-    path = plan.shard_path(number)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    def done(number: int, report: Report) -> None:
+        reports[number] = report
+        count_skipped(report)
+        # From here on the shard counts as done.
+        write_whole(plan.report_path(number), json.dumps(report).encode())
+
+    for report in reports.values():
+        count_skipped(report)
+    label = f"prepare {split}"
+    in_processes(write_shard, plan, missing, workers, label, progress, done)
+    return [reports[number] for number in range(plan.num_shards)]
+
+
+def _verify(
+    config: DataConfig,
+    stage: StageConfig,
+    split: str,
+    workers: int,
+    progress: MakeProgress,
+) -> None:
+    folder = prepared_folder(config, split, stage)
+    load_source(config, split, stage)  # finds what is wrong without reading everything
+    manifest, name = read_manifest(folder), printable(split)
+    bar = progress(len(manifest["shards"]), unit="shards", label=f"verify {name}")
     try:
-        write_array_record(str(temporary), records())
-        with temporary.open("rb+") as f:
-            os.fsync(f.fileno())
-        digest = sha256_of(temporary)
-        size = temporary.stat().st_size
-        os.replace(temporary, path)
+        for count, shard in enumerate(manifest["shards"], start=1):
+            path = folder / shard["file"]
+            if sha256_of(path) != shard["sha256"]:
+                raise UserError(
+                    f"{path}: its SHA-256 is not the manifest's: it is damaged; remove"
+                    f" {folder / MANIFEST} and prepare again: shards that are whole are kept"
+                )
+            bar.update(count)
     finally:
-        temporary.unlink(missing_ok=True)
-    return {
-        "file": path.name,
-        "count": sum(labels.values()),
-        "bytes": size,
-        "sha256": digest,
-        "content": contents.hexdigest(),
-        "class_counts": [labels[k] for k in range(len(plan.reader.class_names))],
-        "skipped": skipped,
-        "converted": dict(plan.reader.converted - before),
-        "fingerprint": plan.fingerprint,
-        "times": plan.reader.times,
-    }
-
-
-def source_content(number: int) -> str:
-    """The digest of what a shard is of, as it is now, in a worker process as `write_shard`."""
-    plan, counter = workers.given()
-    contents = ContentDigest(labels=True)
-    for index in _counted(plan.rows(number), counter):
-        with contextlib.suppress(CorruptRecord):
-            contents.read(plan.reader.raw, index)
-    return contents.hexdigest()
-
-
-def _counted(rows: range, counter: Any) -> Iterator[int]:
-    """The rows; adds to the shared counter how many are done."""
-    waiting = 0
-    for row in rows:
-        yield row
-        waiting += 1
-        if waiting == _REPORT_EVERY or row == rows[-1]:
-            with counter.get_lock():
-                counter.value += waiting
-            waiting = 0
-
-
-def finished_shard(plan: Plan, number: int) -> Report | None:
-    """The report of a shard that an earlier process finished by the same plan, if it is whole."""
-    path = plan.shard_path(number)
+        bar.close()
+    print(f"{name}: every shard is as it was written, {_summary(manifest, folder)}", flush=True)
+    # A model without classes ignores labels, but they were prepared.
+    stage = dataclasses.replace(stage, num_classes=manifest["classes"])
     try:
-        report = json.loads(plan.report_path(number).read_bytes())
-        if problem_of(report, Report) is not None:
-            return None
-        same = (report["file"], report["fingerprint"], report["times"]) == (
-            path.name, plan.fingerprint, plan.reader.times,
-        )  # fmt: skip
-        counts, skipped = report["class_counts"], report["skipped"]
-        whole = len(counts) == len(plan.reader.class_names) and (
-            report["count"] + len(skipped) == len(plan.rows(number))
+        plan = plan_split(config, split, stage, encoding=manifest["encoding"])
+    except DataMissing as e:
+        print(
+            f"{name}: only the shards were compared: what they were made of is not there any"
+            f" more ({e})",
+            flush=True,
         )
-        if not same or not whole or path.stat().st_size != report["bytes"]:
-            return None
-        return cast(Report, report) if sha256_of(path) == report["sha256"] else None
-    except (OSError, ValueError, RecursionError):
-        return None  # whatever it is, the shard is made anew
+        return
+    check_source(manifest, plan.reader.raw, folder)
 
+    def compare(number: int, content: str) -> None:
+        if content != manifest["shards"][number]["content"]:
+            indices = plan.record_indices(number)
+            raise UserError(
+                f"{folder}: the images are not those that it was prepared from: one or more of"
+                f" {plan.reader.describe(indices[0])} to {plan.reader.describe(indices[-1])} has"
+                " other contents; remove the folder and prepare again, or bring those images back"
+            )
 
-def manifest_of(plan: Plan, reports: Sequence[Report], content_sample: str) -> Manifest:
-    """The manifest of all shards, to be stored by `stored_manifest`."""
-    skipped = [item for report in reports for item in report["skipped"]]
-    converted: Counter[str] = Counter()
-    for report in reports:
-        converted.update(report["converted"])
-    identity = plan.reader.identity
-    if skipped:
-        without = hashlib.sha256(str([item["index"] for item in skipped]).encode()).hexdigest()[:8]
-        identity = f"{identity} but {len(skipped)} corrupt:{without}"
-    num_classes = len(plan.reader.class_names)
-    manifest = {
-        **plan.settings,
-        "classes": num_classes,
-        "identity": identity,
-        "source_identity": plan.reader.identity,
-        "times": plan.reader.times,
-        "content_sample": content_sample,
-        "encoding": plan.encoding,
-        "num_examples": sum(report["count"] for report in reports),
-        "class_names": list(plan.reader.class_names),
-        "class_counts": [sum(r["class_counts"][k] for r in reports) for k in range(num_classes)],
-        "skipped": skipped,
-        "converted": dict(converted),
-        "shards": [{name: report[name] for name in Shard.__annotations__} for report in reports],
-    }
-    return cast(Manifest, manifest)
-
-
-def stored_manifest(manifest: Manifest) -> bytes:
-    """A manifest as a file, with its own digest."""
-    return json.dumps({**manifest, "digest": digest_of(manifest)}, indent=1).encode() + b"\n"
+    shards = range(min(plan.num_shards, len(manifest["shards"])))
+    label = f"verify the images of {name}"
+    in_processes(source_content, plan, shards, workers, label, progress, compare)
+    print(f"{name}: the images are those that it was prepared from", flush=True)

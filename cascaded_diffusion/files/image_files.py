@@ -8,16 +8,15 @@ import os
 import pathlib
 import struct
 import zlib
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.litter import is_litter
+from cascaded_diffusion.files.litter import describe_passed_over, is_litter
 from cascaded_diffusion.files.png_chunks import SIGNATURE, essential_png
 
-# Checked from the header, before anything is decoded.
+# Limits that are checked from the header, before anything is decoded.
 _MAX_PIXELS = 64_000_000
 _MAX_BYTES = 1 << 30
 _LOSSY = {".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".heic"}
@@ -25,15 +24,14 @@ _END = b"\0\0\0\0IEND\xaeB`\x82"
 _HEADER_BYTES = 33
 _COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _CHANNELS = {0: 1, 2: 3}
-_MAX_KINDS = 10
 
 
 class PngFolder:
     """The PNGs of a folder and of the folders in it, in order of their paths, read when indexed.
 
-    Folders that are links are followed, hidden files and folders are passed over. Lossy formats
-    are refused: compression that the eye does not see moves an FID by much. The headers of all
-    files are compared at once; their pixels are read later.
+    Links to folders are followed; hidden files and folders are passed over. Lossy formats are
+    refused, since compression that the eye does not see changes an FID considerably. The headers
+    of all files are compared at once; their pixels are read later.
 
     Args:
       path: the folder.
@@ -41,26 +39,27 @@ class PngFolder:
 
     Attributes:
       shape: (n, H, W, C).
-      passed_over: how many other files there are, by kind.
+      passed_over: which other files there are, for people; "" for none.
 
     Raises:
-      UserError: fewer than two PNGs, images of a lossy format, or a file whose header is
-        damaged or says another size or kind than the first one's.
+      UserError: there are fewer than two PNGs, or images of a lossy format, or a file whose
+        header is damaged or has another size or kind than the first one's.
     """
 
     def __init__(self, path: pathlib.Path, *, flag: str):
         self._flag, self._root = flag, path
         self._files: list[str] = []
-        self.passed_over: collections.Counter[str] = collections.Counter()
+        self._others: collections.Counter[str] = collections.Counter()
         try:
             self._list()
         except OSError as e:
             where = os.fsdecode(e.filename or os.fspath(path))
             raise UserError(f"--{flag}={path}: {where} cannot be listed ({e.strerror})") from e
+        self.passed_over = describe_passed_over(self._others)
         if len(self._files) < 2:
             raise UserError(
                 f"--{flag}={path}: {len(self._files)} .png files there, expected at least 2"
-                + (f" ({told(self.passed_over)})" if self.passed_over else "")
+                + (f" ({self.passed_over})" if self.passed_over else "")
             )
         first = self._header(self._files[0])
         for name in self._files[1:]:
@@ -70,13 +69,13 @@ class PngFolder:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, rows: Any) -> np.ndarray:
+    def __getitem__(self, indices: slice | np.ndarray) -> np.ndarray:
         """uint8 [m, H, W, C] for a slice or an array of indices.
 
         Raises:
-          UserError: a file cannot be read, or has changed since its header was looked at.
+          UserError: a file cannot be read, or has changed since its header was read.
         """
-        files = np.asarray(self._files, dtype=object)[rows]
+        files = np.asarray(self._files, dtype=object)[indices]
         return np.stack([self._read(name) for name in np.atleast_1d(files)])
 
     def _list(self) -> None:
@@ -87,7 +86,7 @@ class PngFolder:
             folder = os.path.join(self._root, below)
             info = os.stat(folder)
             if (info.st_dev, info.st_ino) in seen:
-                self.passed_over["links to a folder that was read already"] += 1
+                self._others["links to a folder that was read already"] += 1
                 continue
             seen.add((info.st_dev, info.st_ino))
             folders = []
@@ -105,9 +104,9 @@ class PngFolder:
 
     def _pass_over_litter(self, entry: os.DirEntry[str]) -> None:
         if not entry.is_dir(follow_symlinks=False):
-            self.passed_over["hidden"] += 1
+            self._others["hidden"] += 1
         elif count := sum(len(files) for *_, files in os.walk(entry.path)):
-            self.passed_over[f"in {entry.name}"] += count
+            self._others[f"in {entry.name}"] += count
 
     def _add(self, entry: os.DirEntry[str], name: str) -> None:
         suffix = os.path.splitext(entry.name)[1].lower()
@@ -117,8 +116,8 @@ class PngFolder:
                 " features"
             )
         if suffix != ".png":
-            self.passed_over[suffix or "without suffix"] += 1
-        elif not entry.is_file():  # a pipe, say, of which reading would not come back
+            self._others[suffix or "without suffix"] += 1
+        elif not entry.is_file():  # reading a pipe, for example, might never end
             raise UserError(f"{self._named(name)} is no regular file")
         else:
             self._files.append(name)
@@ -127,7 +126,7 @@ class PngFolder:
         return f"--{self._flag}={self._root}: {name}"
 
     def _header(self, name: str) -> tuple[int, int, int]:
-        """(H, W, C) of a file, of which no more is read than tells that it is whole."""
+        """(H, W, C) of a file. Only its beginning and end are read, which tell if it is whole."""
         try:
             with open(os.path.join(self._root, name), "rb") as f:
                 size = os.fstat(f.fileno()).st_size
@@ -141,7 +140,7 @@ class PngFolder:
         whole = len(head) == _HEADER_BYTES and head.startswith(SIGNATURE) and head[12:16] == b"IHDR"
         if not whole or zlib.crc32(head[12:29]) != int.from_bytes(head[29:], "big"):
             raise UserError(f"{self._named(name)} cannot be read as PNG (its header is damaged)")
-        if end != _END:  # cut off, unless something follows that does no harm
+        if end != _END:  # the file is truncated, or something harmless follows
             self._essential(name)
         width, height, depth, color = struct.unpack(">IIBB", head[16:26])
         if not 0 < width * height <= _MAX_PIXELS:
@@ -168,7 +167,7 @@ class PngFolder:
                 if getattr(image, "n_frames", 1) > 1:
                     raise ValueError(f"animated, {image.n_frames} frames")
                 pixels = np.asarray(image)
-        except Exception as e:  # decoders meet damaged files with whatever they trip over
+        except Exception as e:  # damaged files make decoders raise anything
             reason = " ".join(str(e).split()) or type(e).__name__
             raise UserError(f"{self._named(name)} cannot be read as PNG ({reason})") from e
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
@@ -181,12 +180,3 @@ class PngFolder:
                 f"{self._named(name)} is {shape}, expected {first}, as the first image,"
                 f" {self._files[0]}, is"
             )
-
-
-def told(passed_over: collections.Counter[str]) -> str:
-    """`3 files passed over: 2 .txt, 1 hidden`, the most frequent kinds first."""
-    most = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))[:_MAX_KINDS]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in most)
-    more = "" if len(passed_over) <= _MAX_KINDS else ", ..."
-    total = passed_over.total()
-    return f"{total} file{'' if total == 1 else 's'} passed over: {kinds}{more}"

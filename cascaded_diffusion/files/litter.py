@@ -1,8 +1,10 @@
-"""Files and folders that programs leave beside images: passed over wherever a folder is listed."""
+"""Which files in a folder of images are passed over, and how users are told about them."""
 
 from __future__ import annotations
 
-# In lower case. Of macOS's archives, of network storage, of Windows, of file systems.
+from collections.abc import Mapping
+
+# In lower case: leftovers of macOS archives, network storage, Windows and file systems.
 _LITTER = frozenset(
     {
         "__macosx",
@@ -19,13 +21,26 @@ _LITTER = frozenset(
     }
 )
 _LITTER_BYTES = frozenset(name.encode() for name in _LITTER)
+_MAX_KINDS = 6
 
 
 def is_litter(name: str | bytes) -> bool:
     """Whether one component of a path is hidden (".ipynb_checkpoints") or known litter.
 
-    Ask it of every component below the folder that the user named, not of that folder itself.
+    Apply it to every component below the folder that the user named, not to that folder.
     """
     if isinstance(name, bytes):
         return name.startswith(b".") or name.lower() in _LITTER_BYTES
     return name.startswith(".") or name.lower() in _LITTER
+
+
+def describe_passed_over(counts: Mapping[str, int]) -> str:
+    """`3 other files passed over: 2 .txt, 1 hidden`, from counts by kind; "" for none."""
+    total = sum(counts.values())
+    if not total:
+        return ""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    kinds = [f"{n:,} {kind}" for kind, n in ranked[:_MAX_KINDS]]
+    more = ["and more"] if len(ranked) > _MAX_KINDS else []
+    files = "other file" if total == 1 else "other files"
+    return f"{total:,} {files} passed over: {', '.join(kinds + more)}"

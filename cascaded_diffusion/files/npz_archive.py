@@ -1,12 +1,13 @@
 """Arrays of `.npz` files, whose declared sizes are checked before anything is allocated.
 
 A header of a few bytes can declare petabytes, and three compressed megabytes can inflate to
-three gigabytes. What a file declares is compared with what it holds, an array that is
-stored as it is may be as large as its file, and all arrays together must fit in memory.
+three gigabytes. The declared sizes are therefore compared with the bytes in the file, and all
+arrays together must fit in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -14,16 +15,16 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import IO
 
 import numpy as np
 
-# A compressed array may be as large as this, or so many times the bytes that it was read from.
+# The size that a compressed array may have: so many bytes, or so many times its stored bytes.
 _FREE_BYTES, _MAX_INFLATION = 256_000_000, 100
 _MAX_HEADER_BYTES = 10_000
 _ENCRYPTED = 0x1
-# What zipfile raises on one besides ValueError and OSError.
+# What zipfile raises for a damaged file besides ValueError and OSError.
 _DAMAGED = (
     zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error, OverflowError,
     IndexError, KeyError, RuntimeError,
@@ -41,22 +42,19 @@ def read_arrays(
     Args:
       path: the file.
       names: of the arrays; those that the file lacks are left out. None for all it has.
-      max_bytes: of the arrays together; None for the memory of this machine.
+      max_bytes: the limit for all arrays together; None for the memory of this machine.
 
     Returns:
       The arrays by name, without ".npy".
 
     Raises:
       ValueError: in a few words, without the path: the file is damaged or no `.npz`; an array
-        holds Python objects, is empty, or declares another size than the file holds; or the
-        arrays are larger than they may be.
+        holds Python objects, is empty, or declares a wrong size; or the arrays are too large.
       OSError: it cannot be opened.
     """
     limit = _memory() if max_bytes is None else max_bytes
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a file")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _opened(path) as archive:
             members = {
                 info.filename.removesuffix(".npy"): info
                 for info in archive.infolist()
@@ -66,24 +64,38 @@ def read_arrays(
                 members = {name: members[name] for name in names if name in members}
             _check_sizes(members, os.stat(path).st_size, limit)
             return {name: _read(archive, name, info) for name, info in members.items()}
-    except _DAMAGED as e:
-        raise ValueError(f"damaged, or no .npz: {' '.join(str(e).split())}") from e
     except MemoryError as e:
         raise ValueError("its arrays are larger than the memory that is free") from e
 
 
 def array_names(path: str | os.PathLike[str]) -> set[str]:
-    """The names of a file's arrays, without ".npy", of which none is read.
+    """The names of a file's arrays, without ".npy". No array is read.
 
     Raises:
       ValueError: in a few words, without the path: it is no `.npz`.
       OSError: it cannot be opened.
     """
+    with _opened(path) as archive:
+        return {n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")}
+
+
+def layout_hint(shape: tuple[int, ...]) -> str:
+    """What to do about an array `arr_0` of images that is not (n, height, width, channels)."""
+    if len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
+        return (
+            "; it looks like (n, channels, height, width): store arr_0.transpose(0, 2, 3, 1)"
+            " instead"
+        )
+    return "; store grey images as arr_0[..., None]" if len(shape) == 3 else ""
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a file")
     try:
         with zipfile.ZipFile(path) as archive:
-            return {n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")}
+            yield archive
     except _DAMAGED as e:
         raise ValueError(f"damaged, or no .npz: {' '.join(str(e).split())}") from e
 
@@ -123,7 +135,7 @@ def _read(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> np.ndar
         declared = f"{name} is declared as {dtype} of shape {shape}"
         if any(n < 1 for n in shape) or not dtype.itemsize:
             raise ValueError(f"{declared}, which is empty")
-        # Python's own integers: they do not overflow.
+        # Python's integers do not overflow.
         expected, there = math.prod(shape) * dtype.itemsize, info.file_size - header_bytes
         if expected != there:
             raise ValueError(f"{declared}, {expected:,} bytes, and holds {there:,}")
@@ -135,12 +147,12 @@ def _read(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> np.ndar
             if not count:
                 raise ValueError(f"{name} ends too early")
             at += count
-        f.read(1)  # zipfile compares the checksum when it comes to the end
+        f.read(1)  # zipfile compares the checksum when it reaches the end
         return array
 
 
 def _header(f: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, whether in Fortran's order, dtype, and how many bytes that took."""
+    """The shape, whether in Fortran's order, the dtype, and the bytes of the header."""
     start = f.read(8)
     if len(start) < 8 or start[:6] != b"\x93NUMPY" or start[6] not in (1, 2, 3):
         raise ValueError(f"{name} is no array as numpy writes it")
@@ -150,7 +162,7 @@ def _header(f: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype, i
     if length > _MAX_HEADER_BYTES:
         raise ValueError(f"{name} has a header of {length:,} bytes")
     header = f.read(length)
-    # 3 is 2 with names of fields in UTF-8, which numpy has no public function for.
+    # Version 3 is 2 with field names in UTF-8, which numpy has no public function for.
     read = (
         np.lib.format.read_array_header_1_0
         if start[6] == 1
@@ -158,6 +170,6 @@ def _header(f: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype, i
     )
     try:
         shape, fortran_order, dtype = read(io.BytesIO(length_bytes + header))
-    except Exception as e:  # whatever Python's tokenizer and parser, which numpy asks, raise
+    except Exception as e:  # whatever Python's tokenizer and parser, which numpy uses, raise
         raise ValueError(f"{name} has a header that cannot be read") from e
     return shape, fortran_order, dtype, len(start) + len(length_bytes) + length

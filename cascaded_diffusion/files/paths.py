@@ -1,7 +1,8 @@
-"""Which paths the program can work with: local ones, without the characters of a glob pattern."""
+"""Paths: which ones the program can work with, and how it prints them."""
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 
@@ -12,19 +13,27 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 _GLOB = "*?["
 
 
+def printable(name: str | bytes) -> str:
+    """The name of a file as one line of valid text, with escapes for what cannot be printed."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in os.fsdecode(name)
+    )
+
+
 def check_local_path(text: str, name: str) -> pathlib.Path:
-    """Checks a path that a flag or a config key names. Nothing need be there.
+    """Checks a path that a flag or a config key names, whether or not it exists.
 
     Args:
       text: the path as given.
-      name: of the flag or key, for example "--workdir" or "config.data.path".
+      name: the flag or key, for example "--workdir" or "config.data.path".
 
     Returns:
       The path as given.
 
     Raises:
-      UserError: it names object storage (`gs://`), is empty or holds a NUL character, or its
-        absolute form, including the folders above it, holds one of `*`, `?`, `[` and `]`.
+      UserError: it names object storage (`gs://`), is empty or contains a NUL character, or
+        its absolute form contains one of `*`, `?`, `[` and `]`.
     """
     if not text or "\0" in text:
         raise UserError(f"{name}={text!r}: expected the path of a file or folder")

@@ -1,6 +1,6 @@
 """PNG files without what their pixels do not need: text, colour profiles, EXIF, private chunks.
 
-Decoders inflate such chunks, or refuse files with large ones; pixels are neither's matter.
+Decoders inflate such chunks, or refuse files with large ones, though pixels do not depend on them.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import zlib
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Transparency, and what makes a file an animation. All other ancillary chunks go; critical
-# ones (with a capital first letter: IHDR, PLTE, IDAT, IEND) stay.
+# Transparency, and what makes a file an animation. All other ancillary chunks are removed;
+# critical ones (with a capital first letter: IHDR, PLTE, IDAT, IEND) stay.
 _KEPT = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
 
 
@@ -20,8 +20,8 @@ def essential_png(data: bytes) -> bytes:
       data: the whole file.
 
     Raises:
-      ValueError: it is no PNG, ends before its last chunk, or the checksum of a chunk, kept or
-        not, is wrong.
+      ValueError: it is no PNG, ends before its last chunk, or has a chunk, kept or not, with a
+        wrong checksum.
     """
     if not data.startswith(SIGNATURE):
         raise ValueError("no PNG")

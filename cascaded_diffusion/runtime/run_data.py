@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from cascaded_diffusion.config.class_names import class_difference
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import read_json, write_json
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 _SAME_IMAGES = "bring those images back, or choose another --workdir"
-_SHOWN_CLASSES = 5
 
 
 class SplitFacts(Protocol):
-    """The facts that identify a split of a data set; `data.sources.Source` has them.
+    """The facts that identify a split of a data set; `data.records.Source` has them.
 
     Attributes:
       identity: what the images are, wherever they lie.
@@ -49,11 +49,6 @@ class RunData:
     given_anew: bool = False
 
 
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN_CLASSES} more" if len(names) > _SHOWN_CLASSES else ""
-    return ", ".join(map(repr, names[:_SHOWN_CLASSES])) + more if names else "none"
-
-
 def check_run_data(folder: RunFolder, data: RunData, *, say: Callable[[str], None] = print) -> None:
     """Checks that images are those that the run began with.
 
@@ -75,11 +70,9 @@ def check_run_data(folder: RunFolder, data: RunData, *, say: Callable[[str], Non
     names = tuple(stored.get("class_names") or ())
     for split, now in data.splits.items():
         before = stored["splits"].get(split)
-        if tuple(now.class_names) != names:
-            raise UserError(
-                f"config.data: split {split!r} has the classes {_few(now.class_names)}, but the"
-                f" run in {folder.path} was started with {_few(names)}; {_SAME_IMAGES}"
-            )
+        run = f"the run in {folder.path}"
+        if differ := class_difference(run, names, f"split {split!r}", now.class_names):
+            raise UserError(f"config.data: {differ}; {_SAME_IMAGES}")
         if not isinstance(before, dict):
             continue  # a split that the run does not use
         if now.identity != before.get("identity"):

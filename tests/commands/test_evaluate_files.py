@@ -124,7 +124,7 @@ def test_what_is_measured_and_passed_over_is_said_on_stderr(files, capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out)["fid_40"] == plain["fid_40"]
     assert (
-        "samples: 40 images (10 files passed over: 5 in .Trash-0, 5 in .ipynb_checkpoints)"
+        "samples: 40 images (10 other files passed over: 5 in .Trash-0, 5 in .ipynb_checkpoints)"
         in captured.err
     )
     assert "reference: 60 images\n" in captured.err

@@ -5,8 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
+from cascaded_diffusion.config.class_names import check_same_classes
 from cascaded_diffusion.data.folder import load_folder
-from cascaded_diffusion.data.sources import check_same_classes, load_source, load_splits
+from cascaded_diffusion.data.sources import load_source, load_splits
 from cascaded_diffusion.errors import UserError
 from tests.data.photos import CLASSES, photo, photo_config, write_tree
 

@@ -84,7 +84,7 @@ def test_files_with_other_class_names_are_refused(tmp_path):
             0,
             r"arr_0.transpose\(0, 2, 3, 1\)",
         ),
-        (dict(arr_0=_IMAGES[..., 0]), "all", 0, r"of grey images, store arr_0\[..., None\]"),
+        (dict(arr_0=_IMAGES[..., 0]), "all", 0, r"; store grey images as arr_0\[..., None\]"),
         (
             dict(arr_0=np.zeros((5, 8, 8, 4), np.uint8)),
             "all",

@@ -14,7 +14,7 @@ import pytest
 from cascaded_diffusion import prepare
 from cascaded_diffusion.commands import entry
 from cascaded_diffusion.config.schema import to_dict
-from cascaded_diffusion.data.prepared import digest_of
+from cascaded_diffusion.data.digests import digest_of_json
 from cascaded_diffusion.data.sources import load_source, load_splits
 from cascaded_diffusion.errors import UserError
 from tests.data.photos import photo, photo_config, write_tree
@@ -209,7 +209,7 @@ def test_damaged_shards_are_noticed_and_made_again(tmp_path, capsys):
         manifest.unlink()
     capsys.readouterr()
     assert prepare.main(_args(root)) == 0
-    assert "going on, 1 of 2 shards are there" in capsys.readouterr().out
+    assert "resuming, 1 of 2 shards are there" in capsys.readouterr().out
     assert prepare.main(_args(root, "--verify")) == 0
 
 
@@ -317,7 +317,7 @@ def test_replaced_images_are_prepared_anew_where_it_goes_on(tmp_path, capsys):
     path.write_bytes(photo(2).ljust(5000, b"\0"))
     os.utime(path, (1e9, 1e9))
     assert prepare.main(_args(root)) == 0
-    assert "going on" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
     assert prepare.main(_args(root, "--verify")) == 0
 
 
@@ -388,7 +388,7 @@ def _rewritten(root, change):
     manifest = json.loads(path.read_text())
     del manifest["digest"]
     change(manifest)
-    path.write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
+    path.write_text(json.dumps({**manifest, "digest": digest_of_json(manifest)}))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_the_images_are_compared_with_those_the_run_began_with(tmp_path):
     for data, problem in (
         (_data(identity="folder:41"), "was started with 'folder:40'"),
         (_data(path="/moved", identity="folder:41"), "was started with 'folder:40'"),
-        (_data(classes=("a", "c")), "has the classes 'a', 'c'"),
+        (_data(classes=("a", "c")), "split 'train' has no 'b' and the run in .* has no 'c'; bring"),
         (_data(times="t2"), "were modified since .* add --data_path=/photos"),
         (_data(path="/moved", times="t2", contents="c2"), "other contents"),
         (_data(given_anew=True, times="t2", contents="c2"), "other contents"),

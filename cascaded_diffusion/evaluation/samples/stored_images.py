@@ -16,8 +16,8 @@ import numpy as np
 
 from cascaded_diffusion.config.schema import StageConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.image_files import PngFolder, told
-from cascaded_diffusion.files.npz_archive import read_arrays
+from cascaded_diffusion.files.image_files import PngFolder
+from cascaded_diffusion.files.npz_archive import layout_hint, read_arrays
 from cascaded_diffusion.files.paths import check_local_path
 from cascaded_diffusion.files.whole import write_npz_whole
 
@@ -152,7 +152,7 @@ def open_images(path: str, *, flag: str, at_least: int = 2) -> StoredImages:
     """
     if check_local_path(path, f"--{flag}").is_dir():
         folder = PngFolder(pathlib.Path(path), flag=flag)
-        rest = f" ({told(folder.passed_over)})" if folder.passed_over else ""
+        rest = f" ({folder.passed_over})" if folder.passed_over else ""
         print(f"{flag}: {len(folder)} images{rest}", file=sys.stderr, flush=True)
         return StoredImages(path, folder, None)
     stored = _read_npz(path, flag, at_least)
@@ -175,7 +175,7 @@ def _read_npz(path: str, flag: str, at_least: int) -> StoredImages:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise UserError(
             f"--{flag}={path}: arr_0 is {images.dtype} {images.shape}{_range_of(images)}, expected"
-            f" uint8 (n, height, width, 1 or 3), values 0 to 255{_remedy(images.shape)}"
+            f" uint8 (n, height, width, 1 or 3), values 0 to 255{layout_hint(images.shape)}"
         )
     if len(images) < at_least:
         raise UserError(f"--{flag}={path}: {len(images)} images, expected at least {at_least}")
@@ -188,15 +188,6 @@ def _read_npz(path: str, flag: str, at_least: int) -> StoredImages:
             )
         labels = labels.astype(np.int64)
     return StoredImages(path, images, labels)
-
-
-def _remedy(shape: tuple[int, ...]) -> str:
-    if len(shape) == 4 and shape[1] in (1, 3) and shape[-1] not in (1, 3):
-        return (
-            "; this looks like (n, channels, height, width): write it by"
-            " arr_0.transpose(0, 2, 3, 1)"
-        )
-    return ""
 
 
 def _range_of(images: np.ndarray) -> str:

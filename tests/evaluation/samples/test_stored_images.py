@@ -83,7 +83,7 @@ BAD_FILES = {
     "NCHW": (
         dict(arr_0=IMAGES.transpose(0, 3, 1, 2)),
         "arr_0 is uint8 (7, 3, 6, 6), expected uint8 (n, height, width, 1 or 3), values 0 to 255;"
-        " this looks like (n, channels, height, width)",
+        " it looks like (n, channels, height, width)",
     ),
     "three numbers": (dict(arr_0=IMAGES[0]), "arr_0 is uint8 (6, 6, 3), expected uint8 (n, heigh"),
     "one number": (dict(arr_0=np.uint8(3)), "arr_0 is uint8 (), expected uint8 (n, height"),
@@ -198,7 +198,9 @@ def test_hidden_parts_are_passed_over_and_counted(tmp_path, capsys):
     assert opened.images.shape == (4, 6, 6, 3)
     assert opened.digest() == plain
     note = capsys.readouterr().err
-    assert note.startswith("samples: 4 images (7 files passed over: 2 in .ipynb_checkpoints, 1 ")
+    assert note.startswith(
+        "samples: 4 images (7 other files passed over: 2 in .ipynb_checkpoints, 1 "
+    )
     for kind in ("1 in .Trash-0", "1 in .b", "1 in __MACOSX", "1 hidden"):
         assert kind in note
     samples.save_samples(tmp_path / "a.npz", IMAGES, LABELS)

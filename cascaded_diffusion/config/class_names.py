@@ -1,0 +1,93 @@
+"""Classes by name: whether labels mean the same in several splits, runs and stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cascaded_diffusion.config.schema import DataConfig, StageConfig
+from cascaded_diffusion.errors import UserError
+
+
+def class_difference(
+    first: str, expected: Sequence[str], second: str, found: Sequence[str]
+) -> str | None:
+    """How the classes of two sides differ, with an example for each; None if they do not.
+
+    Args:
+      first: what people call the first side, for example "train_split 'train'".
+      expected: its class names, in order of label.
+      second: what people call the second side.
+      found: its class names, in order of label.
+    """
+    if tuple(expected) == tuple(found):
+        return None
+    parts = []
+    for side, names, others in ((second, found, expected), (first, expected, found)):
+        here = set(names)
+        lacking = [name for name in dict.fromkeys(others) if name not in here]
+        if lacking:
+            more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+            parts.append(f"{side} has no {lacking[0]!r}{more}")
+    if parts:
+        return " and ".join(parts)
+    for at, (a, b) in enumerate(zip(expected, found, strict=False)):
+        if a != b:
+            return f"class {at} of {first} is {a!r}, and of {second} {b!r}"
+    return f"{first} has {len(expected)} classes, and {second} {len(found)}"
+
+
+def check_same_classes(class_names: Mapping[str, tuple[str, ...]]) -> None:
+    """Checks that labels mean the same in several splits, or to several models.
+
+    Args:
+      class_names: the names in order of label, by what people call the side, for example
+        "train_split 'train'". Sides without classes are skipped.
+
+    Raises:
+      UserError: they differ; the line names the first classes that do.
+    """
+    sides = [(side, names) for side, names in class_names.items() if names]
+    for side, names in sides[1:]:
+        if difference := class_difference(*sides[0], side, names):
+            raise UserError(
+                f"{difference}; labels are numbers of classes, which must be the same everywhere:"
+                " give all splits the same class folders (or class_names), or take parts of one"
+                " split, as --config.data.train_split='train[:90%]'"
+                " --config.data.eval_split='train[90%:]'"
+            )
+
+
+def check_classes(
+    config: DataConfig, stage: StageConfig, class_names: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Checks the classes of splits against each other and against a stage's number of classes.
+
+    Args:
+      config: the data section.
+      stage: a stage without classes accepts any.
+      class_names: by split.
+
+    Raises:
+      UserError: they differ, or are not as many as the stage has.
+    """
+    if not stage.num_classes:
+        return
+    check_same_classes({_side(config, split): names for split, names in class_names.items()})
+    for split, names in class_names.items():
+        if len(names) != stage.num_classes:
+            expected = (
+                f"{len(names)}, as {config.name!r} has in {split!r}, or 0 for a model"
+                if names
+                else "0, a model"
+            )
+            raise UserError(
+                f"config.stage.num_classes = {stage.num_classes}: expected {expected} without"
+                " classes"
+            )
+
+
+def _side(config: DataConfig, split: str) -> str:
+    for key in ("train_split", "eval_split"):
+        if split == getattr(config, key):
+            return f"{key} {split!r}"
+    return f"split {split!r}"
