@@ -4,15 +4,16 @@ The public names, loaded when they are first used: importing the package is quic
 and touches no device.
 """
 
-import importlib
 import sys
-from typing import Any
 
 if sys.argv[:1] == ["-m"] and any("cascaded_diffusion." in arg for arg in sys.orig_argv):
-    # `python -m cascaded_diffusion.main` begins here: Ctrl-C counts from now on.
+    # `python -m cascaded_diffusion.main` begins here. Ctrl-C is answered from now on.
     from cascaded_diffusion.commands.interrupts import INTERRUPTS
 
     INTERRUPTS.install()
+
+import importlib
+from typing import Any
 
 _HOMES = {
     "Batch": "types",

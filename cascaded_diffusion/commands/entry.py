@@ -9,7 +9,6 @@ import shlex
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from cascaded_diffusion.commands.config_flags import config_argument
 from cascaded_diffusion.commands.interrupts import EXIT_INTERRUPTED, INTERRUPTS
@@ -78,7 +77,9 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(args)
 
 
-def _unraisable(print_it: Callable[[Any], None], error: Any) -> None:
+def _unraisable(
+    print_it: Callable[[sys.UnraisableHookArgs], None], error: sys.UnraisableHookArgs
+) -> None:
     """Reports an error that nobody can catch, raised in a library's thread or at the exit.
 
     Orbax closes its event loop as soon as one file cannot be written or read, and raises that

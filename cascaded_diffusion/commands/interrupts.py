@@ -1,7 +1,7 @@
 """Ctrl-C from the first moment on: a binary ends with exit code 130, whatever it is doing.
 
-Python's own answer, a KeyboardInterrupt wherever the program happens to be, is lost where it is
-raised in a destructor, and becomes another error where a library guards its imports.
+Python raises a KeyboardInterrupt wherever the program happens to be. That is lost if a destructor
+runs, and becomes another error if a library guards its imports.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any
 
 EXIT_INTERRUPTED = 130
 _IMPORTING = "<frozen importlib._bootstrap>"
 
 
 class Interrupts:
-    """Answers SIGINT: at once while the program starts or ends, else by a KeyboardInterrupt.
+    """Answers SIGINT, either by ending the process at once or by a KeyboardInterrupt.
 
-    At once, too, in the middle of an import, where nothing is open, and the second time.
+    The process ends at once while it starts or ends, in the middle of an import, where no file
+    is open, and upon a second SIGINT.
 
     Attributes:
-      at_once: whether the program starts or ends.
+      at_once: whether the program is starting or ending.
       seen: whether there was a SIGINT.
     """
 
@@ -31,7 +31,7 @@ class Interrupts:
         self.seen = False
 
     def install(self) -> None:
-        """Takes SIGINT over, unless whoever started the program has it ignored. Can be repeated."""
+        """Handles SIGINT, unless the program was started with it ignored. May be called again."""
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._interrupt)
             sys.unraisablehook = self._unraisable
@@ -43,8 +43,8 @@ class Interrupts:
         self.seen = True
         raise KeyboardInterrupt
 
-    def _unraisable(self, error: Any) -> None:
-        """What Python calls for an exception in a destructor, which goes no further."""
+    def _unraisable(self, error: sys.UnraisableHookArgs) -> None:
+        """Python calls this for an exception in a destructor, which cannot propagate."""
         if error.exc_type is KeyboardInterrupt:
             end_interrupted()
         sys.__unraisablehook__(error)
@@ -54,7 +54,7 @@ INTERRUPTS = Interrupts()
 
 
 def end_interrupted() -> None:
-    """Ends the process, saying so once."""
+    """Ends the process with one line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.write(2, b"interrupted\n")
     os._exit(EXIT_INTERRUPTED)

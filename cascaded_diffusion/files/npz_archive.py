@@ -133,7 +133,8 @@ def _read(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> np.ndar
         if dtype.hasobject:
             raise ValueError(f"{name} holds Python objects, expected numbers or text")
         declared = f"{name} is declared as {dtype} of shape {shape}"
-        if any(n < 1 for n in shape) or not dtype.itemsize:
+        # Headers may hold True for 1.
+        if any(type(n) is not int or n < 1 for n in shape) or not dtype.itemsize:
             raise ValueError(f"{declared}, which is empty")
         # Python's integers do not overflow.
         expected, there = math.prod(shape) * dtype.itemsize, info.file_size - header_bytes

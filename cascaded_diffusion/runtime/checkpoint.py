@@ -159,23 +159,45 @@ class CheckpointWriter:
         # Runs in a thread, which waits for Orbax's rename and then adds the manifest. An error is
         # kept for the next call of the trainer.
         try:
-            self._manager.wait_until_finished()
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                if jax.process_index() == 0:
+                    self._check_not_moved(step)
             if jax.process_index() == 0:
                 path = self._folder.checkpoints / str(step)
                 _check_opens(path, arrays)
                 write_manifest(path, step)
                 self._folder.note_saved(step)
-                self._delete_old()
+                self._delete_old(step)
         except Exception as e:
             self._error = e
 
-    def _delete_old(self) -> None:
-        """Deletes all but the latest, the best, and those that are pinned by a reader."""
-        best = self._folder.best_step(say=self._say)
+    def _check_not_moved(self, step: int) -> None:
+        """Raises UserError if the run folder was moved while Orbax was saving.
+
+        Orbax then makes the folder again under its old name, with nothing but this checkpoint in
+        it. It is removed, so that the moved folder can be brought back.
+        """
+        try:
+            self._folder.check_held()
+        except UserError:
+            checkpoints = self._folder.checkpoints
+            made = checkpoints.is_dir() and list(self._folder.path.iterdir()) == [checkpoints]
+            if made and all(p.name.partition(".")[0] == str(step) for p in checkpoints.iterdir()):
+                shutil.rmtree(self._folder.path, ignore_errors=True)
+            raise
+
+    def _delete_old(self, saved: int) -> None:
+        """Deletes what is older than `saved`, but for the latest, the best, and what is read."""
+        # Pins first: evaluation lets go of a checkpoint after it has chosen it as the best.
         with pinned_steps(self._folder) as pinned:
-            kept = {best, *pinned, *finished_steps(self._folder)[-self._max_to_keep :]}
-            for step in (s for s in steps_on_disk(self._folder)[:-1] if s not in kept):
-                # It disappears for readers in one instant, and is then deleted file by file.
+            best = self._folder.best_step(say=self._say)
+            finished = [step for step in finished_steps(self._folder) if step <= saved]
+            kept = {best, *pinned, *finished[-self._max_to_keep :]}
+            # Folders of later steps are copies made by others; a restart sets them aside.
+            for step in (s for s in steps_on_disk(self._folder) if s < saved and s not in kept):
+                # Readers lose the folder in one instant; its files are deleted afterwards.
                 self._deleted.mkdir(exist_ok=True)
                 os.replace(self._folder.checkpoints / str(step), self._deleted / str(step))
         shutil.rmtree(self._deleted, ignore_errors=True)

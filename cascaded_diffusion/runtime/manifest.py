@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 from cascaded_diffusion.files.whole import sha256_of, write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
@@ -35,18 +36,27 @@ def read_manifest(folder: RunFolder, step: int) -> bytes:
     return (folder.checkpoints / str(step) / MANIFEST).read_bytes()
 
 
+def _parsed(path: pathlib.Path) -> dict[str, Any]:
+    """A manifest. Those of older versions do not name the step. Raises ValueError, OSError."""
+    try:
+        manifest = json.loads(path.read_bytes())
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
+        raise ValueError("not a manifest")
+    return manifest
+
+
 def damage(folder: pathlib.Path) -> str | None:
     """What is wrong with the checkpoint in a folder named by its step, briefly, or None."""
     path = folder / MANIFEST
     if not path.exists():
         return NEVER_COMPLETED
     try:
-        manifest = json.loads(path.read_bytes())
-        expected = dict(manifest["sha256"])
-    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+        manifest = _parsed(path)
+    except (ValueError, OSError):
         return f"{MANIFEST} cannot be read"
-    # The manifests of older versions do not name the step.
-    step = manifest.get("step", int(folder.name))
+    expected, step = manifest["sha256"], manifest.get("step", int(folder.name))
     if step != int(folder.name):
         return f"it is a copy of checkpoint {step}"
     found = _file_hashes(folder)
@@ -78,5 +88,9 @@ def finished_steps(folder: RunFolder) -> list[int]:
 
 
 def is_finished(folder: RunFolder, step: int) -> bool:
-    """Whether a step has a complete checkpoint."""
-    return (folder.checkpoints / str(step) / MANIFEST).exists()
+    """Whether a step has a complete checkpoint. A copy of another step's does not count."""
+    try:
+        manifest = _parsed(folder.checkpoints / str(step) / MANIFEST)
+    except (ValueError, OSError):
+        return False
+    return manifest.get("step", step) == step

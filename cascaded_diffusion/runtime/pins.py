@@ -10,11 +10,15 @@ import errno
 import fcntl
 import os
 import pathlib
+import re
 import uuid
 from collections.abc import Iterator
 
 from cascaded_diffusion.runtime.manifest import is_finished
 from cascaded_diffusion.runtime.run_folder import RunFolder
+
+# The step, the process and a random number.
+_PIN = re.compile(r"[0-9]+\.[0-9]+\.[0-9a-f]{32}")
 
 
 def _pins(folder: RunFolder) -> pathlib.Path:
@@ -55,7 +59,10 @@ def pinned_steps(folder: RunFolder) -> Iterator[set[int]]:
     with _lock(folder):
         steps = set()
         for pin in _pins(folder).iterdir() if _pins(folder).is_dir() else ():
-            with pin.open() as f:
+            if _PIN.fullmatch(pin.name) is None:  # somebody else's file
+                continue
+            # A reader that finishes removes its pin without the lock.
+            with contextlib.suppress(FileNotFoundError), pin.open() as f:
                 try:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

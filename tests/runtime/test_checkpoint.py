@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -365,6 +366,88 @@ def test_a_folder_that_was_moved_away_is_not_made_again(tmp_path):
             writer.save(2, _state(2))
         writer.close()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_copy_beside_a_live_trainer_costs_no_checkpoint(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    writer = checkpoint.CheckpointWriter(folder, tiny_base(checkpoint__max_to_keep=1).checkpoint)
+    writer.save(1, _state(1))
+    writer.wait(1)
+    shutil.copytree(folder.checkpoints / "1", folder.checkpoints / "999")
+    assert manifest.finished_steps(folder) == [1]
+    # Orbax knows only its own steps until it is asked to look again.
+    writer.save(2, _state(2))
+    writer.wait(2)
+    writer.close()
+    assert manifest.finished_steps(folder) == [2]
+    assert manifest.damage(folder.checkpoints / "2") is None
+    state, said = _restore(folder)
+    assert int(state["step"]) == 2
+    assert "999 is damaged (it is a copy of checkpoint 1)" in said[0]
+
+
+def test_a_folder_moved_during_a_save_can_be_brought_back(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    with folder.writer_lock("train"):
+        writer = checkpoint.CheckpointWriter(folder, CONFIG)
+        writer.save(1, _state(1))
+        writer.wait(1)
+        finish = writer._manager.wait_until_finished
+
+        def moved_meanwhile():
+            finish()
+            if threading.current_thread().name != "manifest":  # Orbax's own, before it saves
+                return
+            folder.path.rename(tmp_path / "moved")
+            # Orbax, later by a moment, would have made its own folder again.
+            shutil.copytree(tmp_path / "moved/checkpoints/2", folder.checkpoints / "2")
+
+        monkeypatch.setattr(writer._manager, "wait_until_finished", moved_meanwhile)
+        writer.save(2, _state(2))
+        with pytest.raises(UserError, match="was moved or removed while this process was writing"):
+            writer.wait(2)
+        writer.close()
+    assert not folder.path.exists()
+    (tmp_path / "moved").rename(folder.path)
+    assert int(_restore(folder)[0]["step"]) == 1
+
+
+def test_a_reader_that_lets_go_disturbs_no_deletion(saved, monkeypatch):
+    pins = saved.eval / "reading"
+    pins.mkdir(parents=True)
+    (pins / f"1.1.{'0' * 32}").touch()
+    (pins / "notes.txt").write_text("mine")
+    (pins / "folder").mkdir()
+    opened = type(pins).open
+
+    def gone_before_it_is_opened(self, *args, **kwargs):
+        if self.parent == pins:
+            self.unlink()
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pins), "open", gone_before_it_is_opened)
+    with pinned_steps(saved) as steps:
+        assert steps == set()
+    assert {p.name for p in pins.iterdir()} == {"notes.txt", "folder"}
+
+
+def test_a_checkpoint_chosen_while_pins_are_awaited_is_kept(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    writer = checkpoint.CheckpointWriter(folder, tiny_base(checkpoint__max_to_keep=1).checkpoint)
+    writer.save(1, _state(1))
+    writer.wait(1)
+    awaited = checkpoint.pinned_steps
+
+    def chosen_meanwhile(folder):
+        folder.eval.mkdir(exist_ok=True)
+        folder.best_path.write_text(json.dumps({"step": 1, "ema_decay": 0.99}))
+        return awaited(folder)
+
+    monkeypatch.setattr(checkpoint, "pinned_steps", chosen_meanwhile)
+    writer.save(2, _state(2))
+    writer.wait(2)
+    writer.close()
+    assert manifest.finished_steps(folder) == [1, 2]
 
 
 def test_a_full_disk_is_named_without_stack_traces(tmp_path):
