@@ -60,6 +60,7 @@ def test_a_large_array_that_is_not_compressed_is_read(tmp_path, monkeypatch):
         ((5, 0, 10, 3), "|u1", r"shape \(5, 0, 10, 3\), which is empty"),
         ((-4,), "|u1", r"shape \(-4,\), which is empty"),
         ((10**30,), "|V0", "which is empty"),
+        ((True, 2, 2), "|u1", r"shape \(True, 2, 2\), which is empty"),
         ((1,), "|O", "holds Python objects"),
         ((5,), "|u1", "5 bytes, and holds 4"),
         ((3,), "|u1", "3 bytes, and holds 4"),
