@@ -8,5 +8,5 @@ source launch/environment.sh
 ensure_environment test
 run ruff check .
 run ruff format --check .
-# worksteal: the slow tests stand side by side in the files.
-run python -m pytest -n 2 --dist worksteal "$@"
+# Whole files: what one test compiled, and the fixtures of a file, serve those after it.
+run python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,16 +1,38 @@
-"""Settings for all tests: eight simulated devices, and compiled programs kept between runs."""
+"""Settings for all tests: eight simulated devices, programs that compile fast and are kept."""
 
 import os
 import pathlib
 
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_experimental_ynn_fusion_type="
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+from tests.xla import QUICK_COMPILATION
+
+# Tests of a binary's own settings, and of speed, set XLA_FLAGS for a process of their own.
+_FLAGS = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILATION}"
+os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Test processes share what they compile: reading a program back takes a few milliseconds.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # grain asks
+
+# Files with expensive fixtures start first, so that no process is left with one at the end.
+_LONGEST_FIRST = (
+    "test_end_to_end",
+    "test_score",
+    "test_sharding",
+    "test_training",
+    "test_recovery",
+    "test_sample",
+    "test_sweep",
+    "test_distributed",
+    "test_cli",
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -1,18 +1,17 @@
 """The demo's own commands on networks too small to be any good: every binary, as a user runs it."""
 
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.binaries import Binaries, command, environment
 from tests.data.photos import photo, write_tree
 from tests.tiny import ROOT
 
@@ -22,25 +21,17 @@ METRICS = {
 }
 
 
-def _environment():
-    # As a user has it: one device, no simulated ones.
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return {**env, "PYTHONPATH": str(ROOT)}
+BINARIES = Binaries()
 
 
-def _command(binary, *flags):
-    return [sys.executable, "-m", f"cascaded_diffusion.{binary}", *flags]
+@pytest.fixture(scope="module", autouse=True)
+def _end_of_the_process():
+    yield
+    BINARIES.close()
 
 
 def _run(binary, *flags, code=0):
-    result = subprocess.run(
-        _command(binary, *flags),
-        cwd=ROOT,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = BINARIES.run(binary, *flags)
     assert result.returncode == code, result.stdout[-2000:] + result.stderr[-4000:]
     assert "Traceback" not in result.stderr
     assert "Warning" not in result.stderr, result.stderr
@@ -207,7 +198,7 @@ def test_sigterm_saves_and_exits_with_75_and_the_same_command_goes_on(tmp_path):
         "--config.checkpoint.save_every_steps=100000",
     ]
     process = subprocess.Popen(
-        _command("main", *flags), cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, text=True
+        command("main", *flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
@@ -219,7 +210,7 @@ def test_sigterm_saves_and_exits_with_75_and_the_same_command_goes_on(tmp_path):
 
         # A second trainer on the same folder is refused and harms nothing.
         second = subprocess.run(
-            _command("main", *flags), cwd=ROOT, env=_environment(), capture_output=True, text=True
+            command("main", *flags), cwd=ROOT, env=environment(), capture_output=True, text=True
         )
         assert second.returncode == 2
         assert f"another train process (pid {process.pid})" in second.stderr
@@ -240,7 +231,7 @@ def test_an_evaluation_that_follows_the_run_ends_it(tmp_path):
     # With no learning to speak of, a score that is no better than the last comes soon.
     run = f"--workdir={tmp_path}/run"
     trainer = subprocess.Popen(
-        _command(
+        command(
             "main",
             "--config=configs/mnist_base16.py:smoke",
             run,
@@ -254,7 +245,7 @@ def test_an_evaluation_that_follows_the_run_ends_it(tmp_path):
             "--config.eval.num_samples=10",
         ),
         cwd=ROOT,
-        env=_environment(),
+        env=environment(),
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -333,25 +324,18 @@ def test_bad_data_ends_in_one_line(tmp_path, damage, flags, message):
     write_tree(tmp_path, per_class=8)
     if damage is not None:
         (tmp_path / "train" / "bee" / "003.jpg").write_bytes(damage)
-    result = subprocess.run(
-        _command(
-            "main",
-            "--config=configs/cifar10_sr32.py:smoke",
-            "--config.data.name=folder",
-            f"--config.data.path={tmp_path}",
-            "--config.data.resolution=32",
-            "--config.data.eval_split=train[:2]",
-            "--config.stage.num_classes=3",
-            "--config.eval.num_samples=60",
-            "--config.eval.final_num_samples=60",
-            f"--workdir={tmp_path}/run",
-            *flags,
-        ),
-        cwd=ROOT,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
+    result = BINARIES.run(
+        "main",
+        "--config=configs/cifar10_sr32.py:smoke",
+        "--config.data.name=folder",
+        f"--config.data.path={tmp_path}",
+        "--config.data.resolution=32",
+        "--config.data.eval_split=train[:2]",
+        "--config.stage.num_classes=3",
+        "--config.eval.num_samples=60",
+        "--config.eval.final_num_samples=60",
+        f"--workdir={tmp_path}/run",
+        *flags,
     )
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
@@ -374,9 +358,9 @@ def test_samples_of_two_processes_and_of_a_killed_job_are_those_of_one(runs, tmp
     assert images.shape == (40, 32, 32, 1)
 
     killed = subprocess.Popen(
-        _command("sample", *flags, f"--output={tmp_path}/killed"),
+        command("sample", *flags, f"--output={tmp_path}/killed"),
         cwd=ROOT,
-        env=_environment(),
+        env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -395,9 +379,9 @@ def test_samples_of_two_processes_and_of_a_killed_job_are_those_of_one(runs, tmp
         job = [f"--coordinator=127.0.0.1:{s.getsockname()[1]}", "--num_processes=2"]
     processes = [
         subprocess.Popen(
-            _command("sample", *flags, f"--output={tmp_path}/two", *job, f"--process_id={i}"),
+            command("sample", *flags, f"--output={tmp_path}/two", *job, f"--process_id={i}"),
             cwd=ROOT,
-            env=_environment(),
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

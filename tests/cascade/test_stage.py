@@ -12,7 +12,7 @@ from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
 from cascaded_diffusion.diffusion import gaussian
 from cascaded_diffusion.networks.unet import Network
 from cascaded_diffusion.types import Batch
-from tests.networks.test_unet import randomized
+from tests.networks.test_unet import random_params
 from tests.tiny import tiny_base, tiny_sr
 
 
@@ -29,8 +29,7 @@ class Recorder:
 
 def _stage(config):
     stage = build_stage(config.stage)
-    params = randomized(jax.jit(stage.init)(jax.random.key(0)))
-    return stage, jax.tree.map(lambda x: 0.3 * x, params)
+    return stage, jax.tree.map(lambda x: 0.3 * x, random_params(stage.init))
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +322,7 @@ def test_three_stages_with_a_level_each():
         cascade = _cascade3(truncated)
         if params is None:
             params = [
-                jax.tree.map(lambda x: 0.3 * x, randomized(jax.jit(s.init)(jax.random.key(i))))
+                jax.tree.map(lambda x: 0.3 * x, random_params(s.init, seed=i))
                 for i, s in enumerate(cascade.stages)
             ]
         keys, labels = keys_for(jax.random.key(1), jnp.arange(4)), jnp.arange(4)

@@ -1,5 +1,7 @@
 """What all binaries set up."""
 
+import functools
+import json
 import os
 import platform
 import signal
@@ -9,6 +11,7 @@ import time
 from importlib.metadata import version
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 
@@ -19,11 +22,6 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import loop
 from tests.tiny import ROOT, tiny_base
 
-_SET_UP = """
-import os
-from cascaded_diffusion.commands import jax_setup
-jax_setup.set_up_jax()
-"""
 _COMPILE = """
 import os, sys
 if sys.argv[1] != "all":
@@ -66,106 +64,97 @@ def test_a_cache_named_by_the_user_is_taken(tmp_path):
     assert not (tmp_path / ".cache").exists()
 
 
+_PROBE = """
+import json, os, resource
+import numpy as np
+from cascaded_diffusion.commands import jax_setup
+jax = jax_setup.set_up_jax(platform=os.environ.get("PROBED_PLATFORM"))
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"x" * (100 << 20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+step = jax.jit(lambda x: jax.lax.fori_loop(0, 2000, lambda _, x: jax.numpy.sin(x @ x), x))
+ready = step(np.ones((128, 128), np.float32)).is_ready()
+x = np.linspace(-20, 20, 256, dtype=np.float32)
+values = {
+    name: [jax.jit(getattr(jax.numpy, name))(x).tolist(), getattr(np, name)(x).tolist()]
+    for name in ("arctan", "exp", "tanh", "sin", "cos", "expm1")
+}
+print(json.dumps(dict(
+    xla_flags=os.environ["XLA_FLAGS"],
+    page_faults=faults,
+    ready=ready,
+    values=values,
+    backend=jax.default_backend(),
+    platforms=jax.config.jax_platforms,
+    x64=jax.config.jax_enable_x64,
+    dtype=str(jax.numpy.arange(2.0).dtype),
+)))
+"""
+_OWN_FLAG = "--xla_cpu_experimental_ynn_fusion_type=dot"
+_OWN_TUNABLES = "glibc.malloc.mmap_max=65536"
+# One process for each environment; its tests look at one thing each.
+_ENVIRONMENTS = {
+    "plain": {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"},
+    "tuned": {"XLA_FLAGS": _OWN_FLAG, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": _OWN_TUNABLES},
+    # A platform that is not there, or somebody else's.
+    "elsewhere": {"JAX_PLATFORMS": "tpu", "PROBED_PLATFORM": "cpu"},
+}
+
+
+@functools.cache
+def _probed(name):
+    env = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    result = subprocess.run(
+        [sys.executable, "-c", _PROBE],
+        env={**env, **_ENVIRONMENTS[name]},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(result.stdout)
+
+
 @pytest.mark.skipif(
     not jax_setup.CPU_FLAG_VERSIONS[0]
     <= tuple(int(x) for x in version("jaxlib").split(".")[:2])
     <= jax_setup.CPU_FLAG_VERSIONS[1],
     reason="a flag this jaxlib may not know is left out",
 )
-@pytest.mark.parametrize("given", ["", "--xla_cpu_experimental_ynn_fusion_type=dot"])
+@pytest.mark.parametrize("given", ["", _OWN_FLAG])
 def test_the_flag_for_the_cpu_is_set_unless_the_user_set_it(given):
-    result = subprocess.run(
-        [sys.executable, "-c", _SET_UP + "print(os.environ['XLA_FLAGS'])"],
-        env={**os.environ, "XLA_FLAGS": given},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert result.stdout.split() == [given or "--xla_cpu_experimental_ynn_fusion_type="]
-
-
-_STEP = """
-import numpy as np
-from cascaded_diffusion.commands import jax_setup
-jax = jax_setup.set_up_jax()
-step = jax.jit(lambda x: jax.lax.fori_loop(0, 2000, lambda _, x: jax.numpy.sin(x @ x), x))
-print(step(np.ones((128, 128), np.float32)).is_ready())
-"""
+    found = _probed("tuned" if given else "plain")["xla_flags"]
+    assert found.split() == [given or "--xla_cpu_experimental_ynn_fusion_type="]
 
 
 def test_on_one_cpu_device_a_call_returns_when_the_step_is_done():
-    result = subprocess.run(
-        [sys.executable, "-c", _STEP],
-        env={**os.environ, "XLA_FLAGS": ""},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert result.stdout == "True\n"
-
-
-_FUNCTIONS = """
-import numpy as np
-from cascaded_diffusion.commands import jax_setup
-jax = jax_setup.set_up_jax()
-x = np.linspace(-20, 20, 256, dtype=np.float32)
-for name in ("arctan", "exp", "tanh", "sin", "cos", "expm1"):
-    found = jax.jit(getattr(jax.numpy, name))(x)
-    np.testing.assert_allclose(found, getattr(np, name)(x), rtol=1e-4, atol=1e-5, err_msg=name)
-"""
+    assert _probed("plain")["ready"] is True
 
 
 def test_with_the_flags_of_the_binaries_functions_are_what_they_are():
     # Vectors of 512 bits are a flag with which arctan is not.
-    subprocess.run(
-        [sys.executable, "-c", _FUNCTIONS], env={**os.environ, "XLA_FLAGS": ""}, check=True
-    )
-
-
-_ALLOCATE = """
-import resource
-from cascaded_diffusion.commands import jax_setup
-jax_setup.set_up_jax()
-faults = []
-for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    b"x" * (100 << 20)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(*faults)
-"""
+    for name, (found, exact) in _probed("plain")["values"].items():
+        np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
-@pytest.mark.parametrize("given", [None, "glibc.malloc.mmap_max=65536"])
+@pytest.mark.parametrize("given", [None, _OWN_TUNABLES])
 def test_on_a_cpu_freed_memory_is_kept_unless_the_user_tuned_malloc(given):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    env.pop("GLIBC_TUNABLES", None)
-    result = subprocess.run(
-        [sys.executable, "-c", _ALLOCATE],
-        env=env if given is None else {**env, "GLIBC_TUNABLES": given},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    first, *later = (int(x) for x in result.stdout.split())
+    first, *later = _probed("tuned" if given else "plain")["page_faults"]
     # 100 MB, in pages of 4 KB or of 2 MB, from the kernel: the first time, or every time.
     assert first > 40
     assert max(later) < 20 if given is None else min(later) > 40
 
 
-_PLATFORM = """
-from cascaded_diffusion.commands import jax_setup
-jax = jax_setup.set_up_jax(platform="cpu")
-print(jax.default_backend(), jax.config.jax_platforms)
-"""
-
-
 def test_a_program_for_the_cpu_leaves_other_platforms_alone():
-    env = {**os.environ, "JAX_PLATFORMS": "tpu"}  # which is not there, or somebody else's
-    result = subprocess.run(
-        [sys.executable, "-c", _PLATFORM], env=env, check=True, stdout=subprocess.PIPE, text=True
-    )
-    assert result.stdout.split() == ["cpu", "cpu"]
+    found = _probed("elsewhere")
+    assert (found["backend"], found["platforms"]) == ("cpu", "cpu")
+
+
+def test_whatever_the_environment_says_binaries_compute_with_32_bits():
+    found = _probed("plain")
+    assert (found["x64"], found["dtype"]) == (False, "float32")
 
 
 BASE = f"--config={ROOT}/configs/mnist_base16.py:smoke"
@@ -192,18 +181,6 @@ def test_a_platform_that_is_not_there_is_one_line(name, tmp_path):
     assert line.startswith(f"error: JAX_PLATFORMS={name}: ")
     assert line.endswith("; here there is cpu")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_whatever_the_environment_says_binaries_compute_with_32_bits():
-    code = _SET_UP + "import jax; print(jax.config.jax_enable_x64, jax.numpy.arange(2.0).dtype)"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "JAX_ENABLE_X64": "1"},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert result.stdout.split() == ["False", "float32"]
 
 
 def test_the_library_refuses_64_bits_and_writes_nothing(tmp_path):

@@ -19,8 +19,8 @@ from cascaded_diffusion.runtime import sharding
 
 
 def _qkv(shape, scale=1.0, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 4)
-    return [(scale * jax.random.normal(key, shape)).astype(dtype) for key in keys]
+    draw = np.random.default_rng(0).standard_normal
+    return [jnp.asarray(scale * draw(shape), jnp.float32).astype(dtype) for _ in range(4)]
 
 
 def _plain(q, k, v):
@@ -155,15 +155,14 @@ def test_a_1x1_convolution_of_rows_over_devices_stays_there():
 
 @pytest.mark.parametrize("shape", [(2, 6, 4, 8), (1, 64, 64, 3), (2, 7, 5, 4), (1, 1, 2048, 2)])
 def test_sums_over_pixels(shape):
-    x = 100 + jax.random.normal(jax.random.key(0), shape)
+    x = jnp.asarray(100 + np.random.default_rng(0).standard_normal(shape), jnp.float32)
     exact = np.asarray(x, np.float64).sum((1, 2))
     np.testing.assert_allclose(sum_pixels(x), exact, rtol=2e-6)
 
 
 def test_a_shift_of_all_pixels_has_their_sum_as_gradient():
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, dy = (jax.random.normal(key, (2, 6, 4, 8)).astype(jnp.bfloat16) for key in keys[:2])
-    shift = jax.random.normal(keys[2], (2, 8))
+    x, dy, *_ = _qkv((2, 6, 4, 8), dtype=jnp.bfloat16)
+    shift = _qkv((2, 8))[2]
     y, back = jax.vjp(add_to_pixels, x, shift)
     assert y.dtype == jnp.bfloat16
     dx, dshift = back(dy)
@@ -210,7 +209,7 @@ def test_a_training_step_on_a_tpu_has_all_of_its_kernels():
 
 def test_splash_attention_is_attention(monkeypatch):
     monkeypatch.setattr(attention_lib, "_SPLASH_BLOCK", 128)  # two of them
-    arrays = jax.random.normal(jax.random.key(0), (4, 2, 256, 2, 64))
+    arrays = _qkv((2, 256, 2, 64))
     ours = _with_gradients(partial(splash, interpret=True), *arrays)
     theirs = _with_gradients(jax.nn.dot_product_attention, *arrays)
     for a, b in zip(ours, theirs, strict=True):
@@ -219,7 +218,7 @@ def test_splash_attention_is_attention(monkeypatch):
 
 def test_splash_attention_of_each_devices_own_examples():
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
-    arrays = jax.random.normal(jax.random.key(0), (4, 4, 128, 2, 64))
+    arrays = _qkv((4, 128, 2, 64))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     divided = sharding.make_per_device(mesh)(partial(splash, interpret=True))
     ours = jax.jit(partial(_with_gradients, divided))(*jax.device_put(tuple(arrays), rows))

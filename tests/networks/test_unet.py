@@ -31,22 +31,30 @@ def build(super_resolution=False, name="unet", **overrides):
 
 
 def inputs(super_resolution=False, batch=2):
-    keys = jax.random.split(jax.random.key(0), 2)
-    xt = jax.random.normal(keys[0], (batch, 16, 16, 3))
+    rng = np.random.default_rng(0)
+    xt = jnp.asarray(rng.standard_normal((batch, 16, 16, 3), np.float32))
     cond = Conditioning(label=jnp.arange(batch))
     if super_resolution:
-        low_res = jax.random.normal(keys[1], (batch, 8, 8, 3))
+        low_res = jnp.asarray(rng.standard_normal((batch, 8, 8, 3), np.float32))
         cond = Conditioning(label=cond.label, low_res=low_res, aug_level=jnp.full((batch,), 0.2))
     return xt, jnp.linspace(-3.0, 3.0, batch), cond
 
 
-def randomized(params, seed=1):
-    """Parameters with nothing left at zero, so that every input reaches the output."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return treedef.unflatten(
-        [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+def random_params(init, *args, seed=1):
+    """Parameters of the shapes that `init` gives them, drawn by NumPy: nothing is compiled.
+
+    Nothing is left at zero, so that every input reaches the output.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, shape):
+        noise = rng.standard_normal(shape.shape, np.float32)
+        if len(shape.shape) > 1:
+            return jnp.asarray(noise * np.float32((0.04 + 1 / math.prod(shape.shape[:-1])) ** 0.5))
+        return jnp.asarray(noise * np.float32(0.2) + (path[-1].key == "scale"))
+
+    shapes = jax.eval_shape(init, jax.random.key(0), *args)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def outputs_of_blocks(network, params, args):
@@ -88,7 +96,7 @@ def test_output_is_an_image_and_starts_at_zero(super_resolution, overrides):
 def test_every_input_reaches_the_output(name):
     network = build(super_resolution=True, name=name)
     xt, logsnr, cond = inputs(super_resolution=True)
-    params = randomized(network.init(jax.random.key(0), xt, logsnr, cond))
+    params = random_params(network.init, xt, logsnr, cond)
     apply = jax.jit(network.apply)
     reference = apply(params, xt, logsnr, cond)
     changed = {
@@ -118,21 +126,22 @@ def test_every_input_reaches_the_output(name):
 def test_examples_do_not_mix(name):
     network = build(name=name)
     xt, logsnr, cond = inputs(batch=3)
-    params = randomized(network.init(jax.random.key(0), xt, logsnr, cond))
-    reference = network.apply(params, xt, logsnr, cond)
-    out = network.apply(params, xt.at[0].add(1.0), logsnr, cond)
+    params = random_params(network.init, xt, logsnr, cond)
+    apply = jax.jit(network.apply)
+    reference = apply(params, xt, logsnr, cond)
+    out = apply(params, xt.at[0].add(1.0), logsnr, cond)
     np.testing.assert_allclose(out[1:], reference[1:], atol=1e-5)
     assert np.abs(out[0] - reference[0]).max() > 1e-3
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters():
     args = inputs(super_resolution=True)
-    params = randomized(build(True).init(jax.random.key(0), *args))
+    params = random_params(build(True).init, *args)
     low = build(True, dtype=jnp.bfloat16)
-    assert {x.dtype for x in jax.tree.leaves(low.init(jax.random.key(0), *args))} == {
-        jnp.dtype("float32")
-    }
-    full, half = build(True).apply(params, *args), low.apply(params, *args)
+    assert {
+        x.dtype for x in jax.tree.leaves(jax.eval_shape(low.init, jax.random.key(0), *args))
+    } == {jnp.dtype("float32")}
+    full, half = (jax.jit(network.apply)(params, *args) for network in (build(True), low))
     assert half.dtype == jnp.float32
     assert 0 < np.abs(full - half).max() < 0.1 * np.abs(full).max()
 
@@ -140,10 +149,11 @@ def test_bfloat16_computes_near_float32_with_float32_parameters():
 def test_dropout_only_with_a_key():
     network = build(dropout_rate=0.5)
     args = inputs()
-    params = randomized(network.init(jax.random.key(0), *args))
-    plain = network.apply(params, *args)
-    np.testing.assert_array_equal(plain, network.apply(params, *args))
-    a, b = (network.apply(params, *args, dropout_key=jax.random.key(k)) for k in (0, 1))
+    params = random_params(network.init, *args)
+    apply = jax.jit(network.apply)
+    plain = apply(params, *args)
+    np.testing.assert_array_equal(plain, apply(params, *args))
+    a, b = (apply(params, *args, dropout_key=jax.random.key(k)) for k in (0, 1))
     assert np.abs(a - b).max() > 1e-3
     assert np.abs(a - plain).max() > 1e-3
 
@@ -182,10 +192,10 @@ def test_the_network_is_told_of_the_noise_by_the_input_it_names():
     # logsnr = 0 is the time 1/2 of the cosine schedule, and alpha = 1/2 is logsnr = -log 3.
     xt, _, cond = inputs()
     time, level = build(), build(noise_input="noise_level")
-    params = randomized(time.init(jax.random.key(0), xt, jnp.zeros(2), cond))
+    params = random_params(time.init, xt, jnp.zeros(2), cond)
     np.testing.assert_allclose(
-        time.apply(params, xt, jnp.zeros(2), cond),
-        level.apply(params, xt, jnp.full(2, -math.log(3.0)), cond),
+        jax.jit(time.apply)(params, xt, jnp.zeros(2), cond),
+        jax.jit(level.apply)(params, xt, jnp.full(2, -math.log(3.0)), cond),
         rtol=1e-3,
         atol=1e-3,
     )
@@ -214,7 +224,8 @@ def test_biggan_resampling_is_a_residual_block():
 @pytest.mark.parametrize("direction", ["down", "up"])
 def test_a_resampling_block_resamples_both_branches_before_the_first_convolution(direction):
     plain = {"down": layers.downsample_mean, "up": layers.upsample_nearest}[direction]
-    x, embedding = jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.ones((2, 16))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 8), np.float32))
+    embedding = jnp.ones((2, 16))
     block = layers.ResBlock(8, resample=direction)
     params = block.init(jax.random.key(1), x, embedding)
     # The last convolution starts at zero, so at first the skip branch is all there is.
@@ -240,19 +251,24 @@ def test_a_resampling_block_resamples_both_branches_before_the_first_convolution
 def test_scaled_skips_are_divided_by_the_root_of_two(name, joined, source):
     args = inputs()
     options = dict(name=name, attention_resolutions=())
-    params = randomized(build(**options).init(jax.random.key(0), *args))
+    params = random_params(build(**options).init, *args)
     results = []
     for scale_skips in (False, True):
-        seen = {}
+        network = build(**options, scale_skips=scale_skips)
 
-        def spy(next_fun, args, kwargs, context, seen=seen):
-            out = next_fun(*args, **kwargs)
-            if context.module.name in {joined, source}:
-                seen[context.module.name] = (args[0], out)
-            return out
+        def run(params, *args, network=network):
+            seen = {}
 
-        with nn.intercept_methods(spy):
-            out = build(**options, scale_skips=scale_skips).apply(params, *args)
+            def spy(next_fun, args, kwargs, context):
+                out = next_fun(*args, **kwargs)
+                if context.module.name in {joined, source}:
+                    seen[context.module.name] = (args[0], out)
+                return out
+
+            with nn.intercept_methods(spy):
+                return network.apply(params, *args), seen
+
+        out, seen = jax.jit(run)(params, *args)
         _, skip = seen[source]
         together, _ = seen[joined]
         scale = 2**-0.5 if scale_skips else 1.0

@@ -1,0 +1,61 @@
+"""Runs one binary after another in one process; see `tests.binaries`.
+
+    python -m tests.binary_server
+
+Each line of stdin is a command, `["evaluate", "--workdir=..."]`. Each line of stdout is the
+answer: its exit code, and what it wrote to the descriptors 1 and 2.
+"""
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+
+
+def _run(binary, flags):
+    """The exit code of `python -m cascaded_diffusion.BINARY FLAGS`."""
+    from cascaded_diffusion.commands import entry
+
+    home = {"data": "commands.show_data"}.get(binary, binary)
+    sys.argv = [binary, *flags]
+    try:
+        entry.run(importlib.import_module(f"cascaded_diffusion.{home}").main)
+    except SystemExit as e:
+        return e.code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def _captured(binary, flags):
+    kept = [os.dup(fd) for fd in (1, 2)]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            for fd, file in ((1, out), (2, err)):
+                os.dup2(file.fileno(), fd)
+            code = _run(binary, flags)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            for fd, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, fd)
+                os.close(old)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="backslashreplace"))
+    return [code, *texts]
+
+
+def main():
+    # Descriptor 1 is another file while a command runs.
+    with os.fdopen(os.dup(1), "w") as answers:
+        for line in sys.stdin:
+            binary, *flags = json.loads(line)
+            print(json.dumps(_captured(binary, flags)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
