@@ -15,7 +15,6 @@ from cascaded_diffusion.config.schema import (
     MeshConfig,
     RunConfig,
     StageConfig,
-    TrainConfig,
     eval_sampler,
 )
 from cascaded_diffusion.config.stage_checks import (
@@ -165,13 +164,6 @@ def _check_remat(config: RunConfig) -> None:
     known = feature_map_sizes(config.stage)
     if sizes and not set(sizes) <= set(known):
         refuse(f"sizes of feature maps, which are {', '.join(map(str, known))}")
-
-
-def remat_sizes(train: TrainConfig, stage: StageConfig) -> tuple[int, ...]:
-    """Sizes of the feature maps whose blocks are computed anew in the backward pass."""
-    if train.remat == "everything":
-        return tuple(feature_map_sizes(stage))
-    return train.remat_resolutions or ()
 
 
 def _check_batch(

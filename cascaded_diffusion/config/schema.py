@@ -191,7 +191,13 @@ class TrainConfig:
     remat: Literal["resolutions", "everything"] | None
     remat_resolutions: tuple[int, ...] | None = _range(1, MAX_SIZE)  # sizes of feature maps
     log_every_steps: int = _range(1, _MAX_STEPS)
-    sample_every_steps: int = _range(1, _MAX_STEPS)  # grids of EMA samples for TensorBoard
+    # Grids of EMA samples for TensorBoard, at the last step too; None: never.
+    sample_every_steps: int | None = _range(1, _MAX_STEPS)
+
+    @property
+    def remat_sizes(self) -> tuple[int, ...] | None:
+        """Sizes of the feature maps whose blocks `remat` computes again; None: of all."""
+        return None if self.remat == "everything" else self.remat_resolutions or ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,7 @@ class ConditionalNetwork(nn.Module):
                 trans_in_fn=lambda v: {"params": gather(v["params"], (name,), self.dtype)},
             )
         # Outermost, so that what was gathered is not kept for the backward pass either.
-        return nn.remat(block) if size in self.execution.remat_sizes else block
+        return nn.remat(block) if self.execution.rematerializes(size) else block
 
     def _join(self, xt: jax.Array, cond: Conditioning) -> jax.Array:
         if (cond.low_res is None) != (self.upsample is None):

@@ -2,8 +2,7 @@
 
 Counted are convolutions and matrix products, with the multiplications that fall on a
 convolution's padding. XLA's own count leaves those out: at 4 and 8 px that is a tenth. Where
-platforms compute something each in their way, the general way counts: a CPU's shortcuts save
-time, not FLOPs.
+a CPU has a kernel of its own, the general one counts: its shortcuts save time, not FLOPs.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import jax
 
-from cascaded_diffusion.networks.kernels.execution import traced_for
+from cascaded_diffusion.networks.kernels.platforms import traced_for
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
@@ -35,11 +34,7 @@ def _multiply_adds(jaxpr: Any) -> int:
         elif equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             total += output * math.prod(inputs[0][axis] for axis in contracted)
-        if equation.primitive.name == "cond":
-            # Of `platform_dependent` the last branch is the default.
-            total += _multiply_adds(equation.params["branches"][-1].jaxpr)
-        else:
-            total += sum(map(_multiply_adds, _inner(equation.params.values())))
+        total += sum(map(_multiply_adds, _inner(equation.params.values())))
     return total
 
 

@@ -15,7 +15,7 @@ import jax
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.schema import CascadeSection, RunConfig, SamplerConfig
 from cascaded_diffusion.networks.flops import count_flops
-from cascaded_diffusion.networks.kernels.execution import traced_for
+from cascaded_diffusion.networks.kernels.platforms import traced_for
 from cascaded_diffusion.planning import fit, step_cost
 from cascaded_diffusion.planning.topologies import Topology
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from cascaded_diffusion.cascade.build import build_stage
-from cascaded_diffusion.config.run_checks import remat_sizes
 from cascaded_diffusion.config.schema import RunConfig, StageConfig, TrainConfig
 from cascaded_diffusion.config.stage_cost import stage_cost
 from cascaded_diffusion.networks.kernels.execution import Execution
@@ -84,9 +83,9 @@ def abstract_state(
 
 
 @functools.cache
-def kept_bytes(stage_config: StageConfig, remat: tuple[int, ...]) -> int:
+def kept_bytes(stage_config: StageConfig, remat_sizes: tuple[int, ...] | None) -> int:
     """The bytes that a step keeps of one image for its backward pass."""
-    execution = Execution(per_device=lambda function: function, remat_sizes=remat)
+    execution = Execution(per_device=lambda function: function, remat_sizes=remat_sizes)
     stage = build_stage(stage_config).with_execution(execution)
     params = jax.eval_shape(stage.init, jax.random.key(0))
     inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=1))
@@ -108,8 +107,7 @@ def step_memory(config: RunConfig, num_devices: int) -> StepMemory:
     # With fewer examples than devices, one example is traced and its bytes are divided up.
     parts = config.train.accumulation_steps or 1
     batch = config.train.batch_size / parts / (mesh.shape["data"] * mesh.shape["fsdp"])
-    remat = remat_sizes(config.train, config.stage)
-    activations = kept_bytes(config.stage, remat) * max(1.0, batch)
+    activations = kept_bytes(config.stage, config.train.remat_sizes) * max(1.0, batch)
     share = min(1.0, config.train.batch_size / parts / num_devices) if batch <= 1 else 1.0
     gathered = 0
     if mesh.shape["fsdp"] > 1 and config.train.remat != "everything":

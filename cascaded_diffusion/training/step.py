@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.cascade.stage import NoisedBatch, Stage
-from cascaded_diffusion.config.run_checks import remat_sizes
 from cascaded_diffusion.config.schema import TrainConfig, ema_name
 from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.networks.kernels.execution import Execution
@@ -61,7 +60,7 @@ def stage_for_training(stage: Stage, config: TrainConfig, mesh: Mesh) -> Stage:
             mesh, batch_size=config.batch_size // (config.accumulation_steps or 1)
         ),
         per_device=sharding.make_per_device(mesh),
-        remat_sizes=remat_sizes(config, stage.config),
+        remat_sizes=config.remat_sizes,
     )
     return stage.with_execution(execution)
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.networks.kernels import attention as attention_lib
 from cascaded_diffusion.networks.kernels.attention import attention, splash
-from cascaded_diffusion.networks.kernels.execution import traced_for
+from cascaded_diffusion.networks.kernels.platforms import traced_for
 from cascaded_diffusion.networks.kernels.sums import add_to_pixels, multiply_pixels, sum_pixels
 from cascaded_diffusion.networks.layers import AttentionBlock, Conv1x1
 from cascaded_diffusion.runtime import sharding

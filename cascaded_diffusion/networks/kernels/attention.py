@@ -1,5 +1,4 @@
-r"""Multi-head softmax attention: by cuDNN on a GPU, in an order of its own on a CPU, on a TPU by
-XLA, or, in training on many pixels, block by block in Pallas ("splash").
+r"""Multi-head softmax attention, computed as suits the platform.
 
 Per head, with the pixels' queries, keys and values q, k, v [N, C]:
 
@@ -26,7 +25,8 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
-from cascaded_diffusion.networks.kernels.execution import PerDevice, platform
+from cascaded_diffusion.networks.kernels.execution import PerDevice
+from cascaded_diffusion.networks.kernels.platforms import for_platform
 
 # What cuDNN's fused attention takes: heads of at most this many channels, a multiple of 8.
 _MAX_FLASH_CHANNELS = 128
@@ -43,19 +43,23 @@ def attention(
 ) -> jax.Array:
     """Eq. (1), all [B, N, heads, channels of a head].
 
-    Splash attention cannot be divided among devices by XLA: without `per_device`, see
-    `Execution`, it is not used.
+    XLA cannot divide splash attention among devices: it is used only with `per_device`, see
+    `Execution`, on many pixels in bfloat16.
     """
-    if platform() == "cpu":
-        return _by_heads(q, k, v)
     n, channels = q.shape[1], q.shape[-1]
-    large = n >= _MIN_SPLASH_PIXELS and n % _SPLASH_BLOCK == 0
-    if platform() == "tpu" and q.dtype == jnp.bfloat16 and large and per_device is not None:
-        return per_device(splash)(q, k, v)
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = half and channels <= _MAX_FLASH_CHANNELS and channels % 8 == 0
-    fused = fits and platform() == "gpu"
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+    fits_cudnn = half and channels <= _MAX_FLASH_CHANNELS and channels % 8 == 0
+    large = n >= _MIN_SPLASH_PIXELS and n % _SPLASH_BLOCK == 0
+    by_blocks = per_device is not None and q.dtype == jnp.bfloat16 and large
+    by_xla = partial(jax.nn.dot_product_attention, implementation="xla")
+    by_cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    kernel = for_platform(
+        cpu=_by_heads,
+        gpu=by_cudnn if fits_cudnn else by_xla,
+        tpu=per_device(splash) if by_blocks else by_xla,
+        default=by_xla,
+    )
+    return kernel(q, k, v)
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,27 +14,6 @@ Gather = Callable[[Any, tuple[str, ...], Any], Any]
 
 # Of a function of arrays [B, ...] -> the same, computed by each device of its own examples.
 PerDevice = Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
-
-_PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
-
-
-@contextmanager
-def traced_for(name: str) -> Iterator[None]:
-    """Programs traced in here are for this platform, whatever this process runs on."""
-    token = _PLATFORM.set(name)
-    try:
-        yield
-    finally:
-        _PLATFORM.reset(token)
-
-
-def platform() -> str:
-    """For which platform a program is traced: "cpu", "gpu" or "tpu".
-
-    For what is to be differentiated: of a `platform_dependent` each branch keeps its own
-    numbers for the backward pass, and all are counted and allocated.
-    """
-    return _PLATFORM.get() or jax.default_backend()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +26,15 @@ class Execution:
       constrain_sharding: called on each feature map [B, H, W, C]; constrains how it is sharded.
       per_device: for what XLA cannot divide among devices, splash attention; without it that is
         not used. None where examples may not divide, as in sampling.
-      remat_sizes: sizes of the feature maps whose blocks keep their inputs only, and
-        are computed anew in the backward pass.
+      remat_sizes: sizes of the feature maps whose blocks keep only their inputs and are
+        computed again in the backward pass; None for all blocks.
     """
 
     gather: Gather | None = None
     constrain_sharding: Callable[[jax.Array], jax.Array] | None = None
     per_device: PerDevice | None = None
-    remat_sizes: tuple[int, ...] = ()
+    remat_sizes: tuple[int, ...] | None = ()
+
+    def rematerializes(self, size: int) -> bool:
+        """Whether a block on feature maps of this size is computed again in the backward pass."""
+        return self.remat_sizes is None or size in self.remat_sizes

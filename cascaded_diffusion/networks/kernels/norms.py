@@ -31,6 +31,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cascaded_diffusion.networks.kernels.platforms import for_platform
 from cascaded_diffusion.networks.kernels.sums import sum_pixels
 
 EPSILON = 1e-5
@@ -48,7 +49,7 @@ def _over_groups(x: jax.Array, groups: int) -> jax.Array:
         sums = x.reshape(b, groups, c // groups).sum(-1, keepdims=True)
         return jnp.broadcast_to(sums, (b, groups, c // groups)).reshape(b, c)
 
-    return jax.lax.platform_dependent(x, cpu=by_product, default=by_reduction)
+    return for_platform(cpu=by_product, default=by_reduction)(x)
 
 
 def _statistics(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:

@@ -14,6 +14,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from cascaded_diffusion.networks.kernels.platforms import for_platform
+
 # What a product adds up in a row: the more, the more digits are lost.
 _PIXELS = 128
 
@@ -27,7 +29,7 @@ def _by_product(x: jax.Array) -> jax.Array:
 
 def sum_pixels(x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, C]."""
-    return jax.lax.platform_dependent(x, cpu=_by_product, default=lambda x: x.sum((1, 2)))
+    return for_platform(cpu=_by_product, default=lambda x: x.sum((1, 2)))(x)
 
 
 @jax.custom_vjp
@@ -76,10 +78,8 @@ def _multiply_backward(
     saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    dkernel = jax.lax.platform_dependent(
-        x, dy, cpu=_kernel_gradient, default=lambda x, dy: jnp.einsum("bhwc,bhwk->ck", x, dy)
-    )
-    return dy @ kernel.T, dkernel
+    gradient = for_platform(cpu=_kernel_gradient, default=partial(jnp.einsum, "bhwc,bhwk->ck"))
+    return dy @ kernel.T, gradient(x, dy)
 
 
 multiply_pixels.defvjp(_multiply_forward, _multiply_backward)

@@ -33,6 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cascaded_diffusion.networks.kernels.platforms import for_platform
+
 _POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
 # Outputs and taps of a filter, numbers of a tile, all along one axis.
 _OUTPUTS, _TAPS = 4, 3
@@ -146,7 +148,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
       [B, H, W, K] float32.
     """
-    return jax.lax.platform_dependent(x, kernel, cpu=_filtered, default=direct)
+    return for_platform(cpu=_filtered, default=direct)(x, kernel)
 
 
 def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -167,7 +169,7 @@ def _direct_gradients(
 
 
 def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.lax.platform_dependent(*saved, dy, cpu=_gradients, default=_direct_gradients)
+    return for_platform(cpu=_gradients, default=_direct_gradients)(*saved, dy)
 
 
 convolve.defvjp(_forward, _backward)

@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.networks.kernels import winograd
+from cascaded_diffusion.networks.kernels.platforms import traced_for
 from cascaded_diffusion.networks.layers import conv3x3
 
 # Batch, height, width, channels in and out.
@@ -90,14 +91,19 @@ def test_a_layer_of_many_channels_uses_it():
     np.testing.assert_array_equal(out, winograd.convolve(x, kernel))
 
 
-@pytest.mark.parametrize(("platform", "count"), [("cpu", 0), ("tpu", 3), ("cuda", 3)])
-def test_all_but_a_cpu_sum_directly(platform, count):
+@pytest.mark.parametrize(
+    ("platform", "lowered_for", "count"),
+    [("cpu", "cpu", 0), ("tpu", "tpu", 3), ("gpu", "cuda", 3)],
+)
+def test_all_but_a_cpu_sum_directly(platform, lowered_for, count):
     x, kernel, dy = _inputs(SHAPES[0])
     both = jax.jit(lambda x, kernel: jax.vjp(winograd.convolve, x, kernel)[1](dy))
     forward = jax.jit(winograd.convolve)
-    text = "".join(
-        f.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text() for f in (forward, both)
-    )
+    with traced_for(platform):
+        text = "".join(
+            f.trace(x, kernel).lower(lowering_platforms=(lowered_for,)).as_text()
+            for f in (forward, both)
+        )
     assert text.count("stablehlo.convolution") == count
 
 
