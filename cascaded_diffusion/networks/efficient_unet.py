@@ -18,18 +18,19 @@ from cascaded_diffusion.types import Conditioning
 
 
 class EfficientUNet(ConditionalNetwork):
-    """The Efficient U-Net over [B, H, W, C] images; L levels divide H and W by 2^L.
+    """The Efficient U-Net over [B, H, W, C] images.
 
     It differs from `UNet` in these ways:
       * level l works at size H / 2^(l + 1), and has `num_res_blocks[l]` blocks on
-        the way up as well, each of them with a projection on its skip branch;
-      * attention follows a level's last block, not each of them;
-      * one feature map per level skips across, its last. The deepest level's does
-        not: nothing lies between its two ways, so it would meet itself. Nor does
-        the output of the first convolution, so as to spare full resolution;
+        the way up as well; every block has a projection on its skip branch;
+      * attention follows a level's last block only;
+      * only the last feature map of each level skips across the U. The deepest level's does
+        not, since nothing lies between its way down and its way up; nor does the output of
+        the first convolution, which spares full resolution;
       * there are no blocks in the middle.
 
-    `resample` has to be "conv" and `patch_size` 1.
+    `resample` must be "conv" and `patch_size` 1. Shapes below: h w are level l's size, and
+    M = channels * channel_mults[l].
     """
 
     @nn.compact
@@ -42,7 +43,7 @@ class EfficientUNet(ConditionalNetwork):
     ) -> jax.Array:
         if self.resample != "conv" or self.patch_size != 1:
             raise ValueError('the efficient U-Net needs resample "conv" and patch_size 1')
-        h, embedding = self.prepare(xt, logsnr, cond)
+        h, embedding = self.prepare(xt, logsnr, cond)  # [B, H, W, C or 2C], [B, E]
 
         def blocks(h: jax.Array, features: int, count: int, name: str) -> jax.Array:
             for i in range(count):
@@ -54,25 +55,23 @@ class EfficientUNet(ConditionalNetwork):
             return self.attention_block(h, f"{name}_attention")
 
         levels = list(enumerate(zip(self.channel_mults, self.num_res_blocks, strict=True)))
-        h = self.constrain_sharding(
-            layers.conv3x3(self.channels, self.dtype, "conv_in")(h.astype(self.dtype))
-        )
+        h = layers.conv3x3(self.channels, self.dtype, "conv_in")(h.astype(self.dtype))
+        h = self.constrain_sharding(h)  # [B, H, W, channels]
         skips = []
         for level, (mult, count) in levels:
             features = self.channels * mult
-            downsample = layers.conv3x3(features, self.dtype, f"down{level}_resample", stride=2)
-            h = self.constrain_sharding(downsample(h))
-            h = blocks(h, features, count, f"down{level}")
+            h = layers.conv3x3(features, self.dtype, f"down{level}_resample", stride=2)(h)
+            h = self.constrain_sharding(h)  # [B, 2h, 2w, *] -> [B, h, w, M]
+            h = blocks(h, features, count, f"down{level}")  # [B, h, w, M]
             skips.append(h)
         skips.pop()
 
         for level, (mult, count) in reversed(levels):
             if level + 1 < len(levels):
-                h = layers.concat_skip(h, skips.pop(), scale=self.scale_skips)
-            h = blocks(h, self.channels * mult, count, f"up{level}")
-            h = self.constrain_sharding(
-                layers.Upsample("conv", self.dtype, name=f"up{level}_resample")(h)
-            )
+                h = layers.concat_skip(h, skips.pop(), scale=self.scale_skips)  # [B, h, w, * + M]
+            h = blocks(h, self.channels * mult, count, f"up{level}")  # [B, h, w, M]
+            h = layers.Upsample("conv", self.dtype, name=f"up{level}_resample")(h)
+            h = self.constrain_sharding(h)  # [B, 2h, 2w, M]
         assert not skips
 
-        return layers.image_out(h, self.out_channels, self.dtype)
+        return layers.image_out(h, self.out_channels, self.dtype)  # [B, H, W, out_channels] float32

@@ -19,9 +19,11 @@ class UNet(ConditionalNetwork):
     """A U-Net over [B, H, W, C] images, in the manner of Dhariwal & Nichol 2021.
 
     Every level after the first works at half the resolution of the one before,
-    and has one residual block more on the way up than on the way down. Blocks at
-    the `attention_resolutions` are followed by self-attention each; the middle of
-    the network has it in any case.
+    and has one residual block more on the way up than on the way down. Every block at
+    the `attention_resolutions` is followed by self-attention, and so is the first of the middle.
+
+    Shapes below: p is `patch_size`, and level l has feature maps of size H/p / 2^l by W/p / 2^l,
+    written h w, with M = channels * channel_mults[l] channels.
     """
 
     @nn.compact
@@ -32,7 +34,7 @@ class UNet(ConditionalNetwork):
         cond: Conditioning,
         rows: jax.Array | None = None,
     ) -> jax.Array:
-        h, embedding = self.prepare(xt, logsnr, cond)
+        h, embedding = self.prepare(xt, logsnr, cond)  # [B, H, W, C or 2C], [B, E]
 
         def res_block(h: jax.Array, features: int, name: str, **settings: str) -> jax.Array:
             return self.res_block(h, embedding, rows, features, name, **settings)
@@ -50,31 +52,33 @@ class UNet(ConditionalNetwork):
             return self.constrain_sharding(layer(self.resample, self.dtype, name=name)(h))
 
         levels = list(enumerate(zip(self.channel_mults, self.num_res_blocks, strict=True)))
-        h = layers.space_to_depth(h, self.patch_size).astype(self.dtype)
-        h = self.constrain_sharding(layers.conv3x3(self.channels, self.dtype, "conv_in")(h))
+        h = layers.space_to_depth(h, self.patch_size)  # [B, H/p, W/p, p * p * (C or 2C)]
+        h = layers.conv3x3(self.channels, self.dtype, "conv_in")(h.astype(self.dtype))
+        h = self.constrain_sharding(h)  # [B, H/p, W/p, channels]
         skips = [h]
         for level, (mult, num_blocks) in levels:
             if level > 0:
-                h = resample(h, "down", f"down{level}_resample")
+                h = resample(h, "down", f"down{level}_resample")  # [B, 2h, 2w, *] -> [B, h, w, *]
                 skips.append(h)
             for i in range(num_blocks):
-                h = block(h, self.channels * mult, f"down{level}_block{i}")
+                h = block(h, self.channels * mult, f"down{level}_block{i}")  # [B, h, w, M]
                 skips.append(h)
 
-        h = res_block(h, h.shape[-1], "middle_block0")
-        h = self.attention_block(h, "middle_attention")
-        h = res_block(h, h.shape[-1], "middle_block1")
+        h = res_block(h, h.shape[-1], "middle_block0")  # [B, h, w, M] of the last level
+        h = self.attention_block(h, "middle_attention")  # the same
+        h = res_block(h, h.shape[-1], "middle_block1")  # the same
 
         for level, (mult, num_blocks) in reversed(levels):
             for i in range(num_blocks + 1):
+                # [B, h, w, * + *]: the channels of h and of the feature map that skips across.
                 joined = layers.concat_skip(h, skips.pop(), scale=self.scale_skips)
-                h = block(joined, self.channels * mult, f"up{level}_block{i}")
+                h = block(joined, self.channels * mult, f"up{level}_block{i}")  # [B, h, w, M]
             if level > 0:
-                h = resample(h, "up", f"up{level}_resample")
+                h = resample(h, "up", f"up{level}_resample")  # [B, h, w, M] -> [B, 2h, 2w, M]
         assert not skips
 
         h = layers.image_out(h, self.out_channels * self.patch_size**2, self.dtype)
-        return layers.depth_to_space(h, self.patch_size)
+        return layers.depth_to_space(h, self.patch_size)  # [B, H, W, out_channels] float32
 
 
 NETWORKS: dict[str, type[ConditionalNetwork]] = {"unet": UNet, "efficient_unet": EfficientUNet}
@@ -82,7 +86,7 @@ NETWORKS: dict[str, type[ConditionalNetwork]] = {"unet": UNet, "efficient_unet":
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """A network as two pure functions; what lies behind them is flax's affair."""
+    """A network as two pure functions; flax stays behind them."""
 
     module: nn.Module
 
@@ -93,7 +97,7 @@ class Network:
         )
 
     def with_execution(self, execution: Execution) -> Network:
-        """The same network, computed in another way."""
+        """The same network, computed as `execution` says."""
         return Network(module=self.module.clone(execution=execution))
 
     @property
@@ -113,8 +117,8 @@ class Network:
     ) -> jax.Array:
         """[B, H, W, out_channels] float32.
 
-        There is no dropout without a `dropout_key`. With it, what is dropped of an
-        example is a function of its number, `rows` [B], by default 0 .. B - 1.
+        Without a `dropout_key` there is no dropout. With one, an example's mask is a function
+        of the example's number, `rows` [B], by default 0 .. B - 1.
         """
         if self.execution.gather is not None:
             # Blocks gather their own parameters. The last convolution is computed in float32.

@@ -52,7 +52,7 @@ def _records(path):
 
 
 @pytest.mark.parametrize("make", [tiny_base, tiny_sr])
-def test_stopping_and_going_on_changes_no_bit(make, tmp_path):
+def test_stopping_and_resuming_changes_no_bit(make, tmp_path):
     config = make(train__train_steps=10, train__warmup_steps=2, checkpoint__save_every_steps=5)
     assert _train(config, tmp_path / "whole").step == 10
 
@@ -78,8 +78,15 @@ def test_stopping_and_going_on_changes_no_bit(make, tmp_path):
     assert [r["step"] for r in _records(tmp_path / "parts")] == list(range(1, 11))
 
 
-def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):
-    config = tiny_base(train__train_steps=4, train__warmup_steps=1, train__lr_decay="none")
+def test_a_longer_run_resumes_from_a_finished_one(tmp_path, monkeypatch):
+    # And None is never: no grid of samples, not at the last step either.
+    monkeypatch.setattr(loop, "GridSampler", None)
+    config = tiny_base(
+        train__train_steps=4,
+        train__warmup_steps=1,
+        train__lr_decay="none",
+        train__sample_every_steps=None,
+    )
     assert _train(config, tmp_path / "a").step == 4
     before = _losses(tmp_path / "a")
     again = _train(config, tmp_path / "a")  # nothing left to do
@@ -91,7 +98,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):
     assert _losses(tmp_path / "a") == _losses(tmp_path / "b")
 
 
-def test_sigterm_saves_and_the_run_goes_on(tmp_path):
+def test_sigterm_saves_and_the_run_resumes(tmp_path):
     config = tiny_base(train__train_steps=8, train__warmup_steps=1, checkpoint__save_every_steps=50)
 
     def signals_at(number):
@@ -204,7 +211,7 @@ def test_grids_and_curves_reach_tensorboard(tmp_path):
     np.testing.assert_allclose([e.value for e in events.Scalars("loss")], logged, rtol=1e-6)
 
 
-def test_a_run_goes_on_with_the_images_it_began_with(tmp_path):
+def test_a_run_resumes_with_the_images_it_began_with(tmp_path):
     config = tiny_base(train__train_steps=4, train__warmup_steps=1, checkpoint__save_every_steps=2)
 
     def train(config, times):

@@ -1,0 +1,202 @@
+"""What training shows and keeps of its steps: metrics, rates, sample grids, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh
+
+from cascaded_diffusion.config.schema import RunConfig, ema_name
+from cascaded_diffusion.errors import SingleProcessError, UserError
+from cascaded_diffusion.runtime import monitor
+from cascaded_diffusion.runtime.accelerators import accelerator_of
+from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
+from cascaded_diffusion.runtime.metric_writer import MetricWriter
+from cascaded_diffusion.runtime.progress import Progress
+from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.training.clock import Clock
+from cascaded_diffusion.training.grid import GridSampler, Records
+from cascaded_diffusion.training.state import TrainState
+from cascaded_diffusion.training.step import Metrics
+
+# A batch on the devices.
+DeviceRecords = dict[str, jax.Array]
+
+# A compilation is reported after this many steps, and if it takes more than this many seconds.
+_FIRST_STEPS, _REPORTED_COMPILE_SECS = 3, 1.0
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Errors inside the block concern one process, while the others are in the middle of a step."""
+    try:
+        yield
+    except (UserError, OSError) as e:
+        if jax.process_count() == 1:
+            raise
+        raise SingleProcessError(str(e)) from e
+
+
+class Recorder:
+    """Logs, saves and samples when a step calls for it. All processes call it at the same steps.
+
+    Metrics are read one step late: the devices work on a step while the host reads the numbers
+    of the one before. A context manager; it counts compilations while it is open.
+
+    Args:
+      config: the run's config.
+      folder: the run folder.
+      mesh: the device mesh.
+      checkpoints: where the state is saved.
+      grid_sampler: makes the sample grids; None for none.
+      local_batches: this process's; may count its `num_skipped` records.
+      first_step: the step that training resumes from, or 0.
+      flops_per_step: model FLOPs.
+      compile_secs: how long the step took to compile.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        mesh: Mesh,
+        checkpoints: CheckpointWriter,
+        grid_sampler: GridSampler | None,
+        local_batches: Iterator[Records],
+        *,
+        first_step: int,
+        flops_per_step: float,
+        compile_secs: float,
+    ):
+        self._config, self._checkpoints, self._grid_sampler = config, checkpoints, grid_sampler
+        self._local_batches, self._compile_secs = local_batches, compile_secs
+        self._total = config.train.train_steps
+        self._first_step = self._saved_step = first_step
+        is_first_process = jax.process_index() == 0
+        self._writer = MetricWriter(folder, resume_step=first_step) if is_first_process else None
+        self._progress = Progress(
+            self._total,
+            unit="steps",
+            label=config.stage.name,
+            initial=first_step,
+            silent=not is_first_process,
+        )
+        self.say = self._progress.say
+        accelerator = accelerator_of(jax.devices()[0].device_kind)
+        self._clock = Clock(
+            config.train.batch_size,
+            flops_per_step,
+            peak_flops=None if accelerator is None else mesh.size * accelerator.peak_flops,
+            say=self.say,
+        )
+        self._compiles = monitor.CompileWatch()
+        self._pending: tuple[int, Metrics] | None = None
+
+    def __enter__(self) -> Recorder:
+        self._compiles.__enter__()
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *details: object) -> None:
+        self._compiles.__exit__(error, *details)
+        self._progress.close()
+        if error is None and self._writer is not None:
+            self._writer.close()
+
+    def next_of(self, batches: Iterator[DeviceRecords]) -> DeviceRecords:
+        """The next batch; how long it is waited for is measured."""
+        start = time.monotonic()
+        with _one_process():
+            records = next(batches)
+        self._clock.data_waited(time.monotonic() - start)
+        return records
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step that was dispatched, and reads those of the one before.
+
+        Raises:
+          UserError: a metric is not finite.
+        """
+        self._read_pending()
+        self._pending = step, metrics
+
+    def keep(self, step: int, state: TrainState, *, stopping: bool) -> None:
+        """Saves and samples from the state after `step` where it is time, or `stopping`."""
+        last, every = step == self._total, self._config.train.sample_every_steps
+        save = step % self._config.checkpoint.save_every_steps == 0 or last or stopping
+        sample = every is not None and (step % every == 0 or last)
+        if not (save or sample):
+            self._report_compilations(step)
+            return
+        self._read_pending()  # nothing is kept of a step that is not finite
+        with self._clock.pause():
+            if save:
+                self._checkpoints.save(step, state)
+                self._saved_step = step
+            if sample:
+                ema = ema_name(self._config.eval.ema_decays[0])
+                grid = self._grid_sampler(state.ema_params[ema])
+                if self._writer is not None:
+                    with _one_process():
+                        self._writer.write_image(step, "ema_samples", grid)
+        self._compiles.take()  # saving and sampling compile once
+
+    def finish(self, step: int, state: TrainState) -> None:
+        """Reads what is left to read, and saves the state after the last step."""
+        self._read_pending()
+        if step > self._saved_step:
+            self._checkpoints.save(step, state)
+        if step > self._first_step:
+            self._checkpoints.wait(step)
+
+    def _read_pending(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._check_finite(values, step)
+        if step == self._first_step + 1 and (secs := monitor.secs_since_start()) is not None:
+            name = self._config.stage.name
+            self.say(f"{name}: first step done {secs:.1f} s after the start")
+        self._clock.step_done(step)
+        if step % self._config.train.log_every_steps and step != self._total:
+            return
+        speed = {**self._clock.read(), **monitor.peak_memory()}
+        num_skipped = getattr(self._local_batches, "num_skipped", 0)
+        if self._writer is not None:
+            counts = {"compile_secs": self._compile_secs, "data_skipped_records": num_skipped}
+            with _one_process():
+                self._writer.write_scalars(step, {**values, **speed, **counts})
+        details = {"skipped_records": str(num_skipped)} if num_skipped else {}
+        if "model_flops_utilization" in speed:
+            details["mfu"] = f"{100 * speed['model_flops_utilization']:.0f} %"
+        self._progress.update(
+            step,
+            loss=f"{values['loss']:.4f}",
+            images_per_sec=f"{speed['images_per_sec']:.0f}",
+            data_wait=f"{100 * speed['data_wait_fraction']:.0f} %",
+            **details,
+        )
+
+    def _check_finite(self, values: dict[str, float], step: int) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            kept = self._checkpoints.steps()
+            raise UserError(
+                f"{bad[0]} is {values[bad[0]]} at step {step}: training has diverged; nothing of"
+                f" this step was saved (last checkpoint: {kept[-1] if kept else 'none'}); lower"
+                " config.train.learning_rate or config.train.grad_clip_norm"
+            )
+
+    def _report_compilations(self, step: int) -> None:
+        if step <= self._first_step + _FIRST_STEPS:
+            return
+        count, secs = self._compiles.take()
+        if secs > _REPORTED_COMPILE_SECS:
+            self.say(
+                f"recompilation: {count} program(s) in {secs:.1f} s at step {step}; the step itself"
+                " is compiled only once"
+            )

@@ -1,0 +1,111 @@
+"""Whether and how a run folder's training resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from cascaded_diffusion.config.resume_checks import check_resume
+from cascaded_diffusion.config.schema import RunConfig
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import read_json
+from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.runtime.manifest import finished_steps
+from cascaded_diffusion.runtime.run_data import RunData, check_run_data, write_run_data
+from cascaded_diffusion.runtime.run_folder import CONFIG_REMEDY, RunFolder
+from cascaded_diffusion.training.optimizer import build_learning_rate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a call of `train` ended: "complete", "early_stop" or "preempted", and at which step."""
+
+    reason: str
+    step: int
+
+
+# What TRAIN_COMPLETE may say.
+_REASONS = ("complete", "early_stop")
+
+
+def prepare_folder(folder: RunFolder, config: RunConfig, data: RunData | None) -> None:
+    """Checks that a run may resume with this config and these images, and stores both.
+
+    Every process checks; the first one writes.
+
+    Raises:
+      UserError: the config or the images decide otherwise what is computed, or the config of a
+        run that was begun is missing.
+    """
+    is_first_process = jax.process_index() == 0
+    if folder.exists():
+        old = folder.read_config()
+        changed = check_resume(old, config, str(folder.path))
+        changed += _stretched_schedule(old, config, folder)
+        for line in changed if is_first_process else ():
+            print(f"changed since the run began: {line}", flush=True)
+    elif folder.has_checkpoints() or folder.saved_path.exists():
+        raise UserError(
+            f"{folder.config_path}: missing, though a run was begun here; {CONFIG_REMEDY}"
+        )
+    if data is not None:
+        check_run_data(folder, data)
+    if is_first_process:
+        folder.write_config(config)
+        if data is not None:
+            write_run_data(folder, data)
+
+
+def _stretched_schedule(old: RunConfig, new: RunConfig, folder: RunFolder) -> list[str]:
+    """A line on what another train_steps does to a learning rate that decays over train_steps."""
+    before, after = old.train, new.train
+    if before.train_steps == after.train_steps or after.lr_decay == "none":
+        return []
+    step = max(finished_steps(folder), default=0)
+    rates = [float(build_learning_rate(train)(step)) for train in (before, after)]
+    return [
+        f"the {after.lr_decay} decay of the learning rate is now over {after.train_steps} steps:"
+        f" at step {step} the rate goes from {rates[0]:.3g} to {rates[1]:.3g}"
+    ]
+
+
+def finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outcome | None:
+    """The outcome of a run that has nothing left to do, or None: as process 0 sees it, in all.
+
+    It is known before anything is compiled.
+
+    Raises:
+      UserError: TRAIN_COMPLETE is damaged, or there are no checkpoints beside it.
+    """
+    outcome = None
+    with mesh_lib.fail_on_all_processes():
+        if jax.process_index() == 0:
+            outcome = _finished(folder, config, start_over=start_over)
+    values = (-1, 0) if outcome is None else (_REASONS.index(outcome.reason), outcome.step)
+    reason, step = mesh_lib.broadcast_from_process_0(values)
+    return None if reason < 0 else Outcome(reason=_REASONS[reason], step=step)
+
+
+def _finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outcome | None:
+    steps = finished_steps(folder)
+    asked_to_stop = folder.asked_to_stop(config.eval.patience_evals)
+    if folder.complete_path.exists():
+        remedy = "remove it"
+        record = read_json(folder.complete_path, remedy=remedy)
+        known = isinstance(record, dict) and record.get("reason") in _REASONS
+        if not known or not isinstance(record.get("step"), int):
+            raise UserError(f"{folder.complete_path}: not what a trainer writes; {remedy}")
+        reason, step = record["reason"], record["step"]
+        stopped = reason == "early_stop" and asked_to_stop
+        if (stopped or step >= config.train.train_steps) and (steps or not start_over):
+            if not steps:
+                raise UserError(
+                    f"{folder.complete_path}: says that step {step} was reached, but no checkpoint"
+                    f" is in {folder.checkpoints}; restore it from a backup, choose another"
+                    " --workdir, or add --start_over to begin at step 0 here"
+                )
+            return Outcome(reason=reason, step=step)
+    if asked_to_stop and (steps or not start_over):
+        return Outcome(reason="early_stop", step=max(steps, default=0))
+    return None
