@@ -1,8 +1,8 @@
 """What accelerators can do, as their makers state it: the yardstick of MFU and of `plan`.
 
-Peak FLOP/s are of dense bfloat16 matrix products, a multiply-add counted as two, per
-device as JAX counts devices: a chip, for TPUs from v4 on. Sources: Google Cloud's
-pages on TPU v4, v5e, v5p and v6e; NVIDIA's data sheets (SXM, without sparsity).
+Peak FLOP/s are those of dense bfloat16 matrix products (a multiply-add counts as two) per JAX
+device, which is a chip for TPUs from v4 on. Sources: Google Cloud's pages on TPU v4, v5e, v5p
+and v6e; NVIDIA's data sheets (SXM, without sparsity).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Accelerator:
       peak_flops: bfloat16, per second.
       memory_bytes: of one device.
       memory_bandwidth: bytes per second.
-      link_bandwidth: bytes per second between devices, all links of one together, one way.
-      kinds: beginnings of JAX's `device_kind`, lower case.
+      link_bandwidth: bytes per second, one way, over all links of a device together.
+      kinds: prefixes of JAX's `device_kind`, in lower case.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""The device mesh, and the way of batches onto it.
+"""The device mesh, the way of batches onto it, and agreement between processes.
 
-The mesh has the axes `data`, `fsdp` and `tensor`. A batch is split over the first two.
-What is split over the others, and how, is for `sharding` to say.
+The mesh has the axes `data`, `fsdp` and `tensor`. A batch is split over the first two;
+`sharding` says what else is split, and how.
 """
 
 from __future__ import annotations
@@ -18,35 +18,39 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-# Those that a batch is split over.
+# The axes that a batch is split over.
 DATA_AXES = ("data", "fsdp")
-# How long a file may take to appear on another host.
+# A file may take this long to appear on another host.
 _SHARED_SECS = 60.0
 
 
 def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices. `config_checks.check_devices` has been called before."""
+    """The mesh over all devices, for a config that `run_checks.check_devices` has passed.
+
+    Raises:
+      UserError: the devices of a process do not fit the axes.
+    """
     devices = jax.devices() if devices is None else devices
     tensor = config.tensor_size
     data = len(devices) // (config.fsdp_size * tensor) if config.data == -1 else config.data
     shape, types = (data, config.fsdp_size, tensor), (AxisType.Auto,) * len(AXES)
     try:
-        # In the order that suits the wires; an axis may be a part of one of the slice's.
+        # The order that suits the network; an axis may be part of one of the slice's axes.
         ordered = mesh_utils.create_device_mesh(
             shape, devices=devices, allow_split_physical_axes=True
         )
         mesh = Mesh(ordered, AXES, axis_types=types)
         batch_share(mesh)
     except (NotImplementedError, ValueError):
-        # There is none for these axes, or it gives a process rows that are not neighbours.
-        # The plain order does not, unless a host's devices do not fit the axes.
+        # No such order exists, or it gives a process rows that are not neighbours. The plain
+        # order works unless a host's devices do not fit the axes.
         plain = sorted(devices, key=lambda d: (d.process_index, d.id))
         mesh = Mesh(np.asarray(plain).reshape(shape), AXES, axis_types=types)
         try:
@@ -64,8 +68,7 @@ def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> M
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """(index, count): this process has rows index B / count to (index + 1) B / count of a batch.
 
-    Processes whose devices are on the same place of the axes that a batch is split over
-    have the same rows.
+    Processes whose devices differ only in their place along `tensor` have the same rows.
 
     Raises:
       ValueError: the rows of a process are not neighbours.
@@ -81,22 +84,22 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     if shares != expected:
         raise ValueError("a process's rows of the batch are not neighbours")
     mine = owned.get(jax.process_index())
-    # A mesh of other machines' devices, to compile for, has none.
+    # A mesh of other machines' devices, which is only compiled for, has none of this process.
     return (0 if mine is None else shares.index(tuple(sorted(mine)))), len(shares)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds all of it."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over `data` and `fsdp`."""
+    """The sharding of an array whose first axis is split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXES))
 
 
 def global_batch(local: Any, mesh: Mesh) -> Any:
-    """Joins every process's rows, those of its `batch_share`, to one sharded array."""
+    """Joins every process's rows (its `batch_share`) to one sharded array, leaf by leaf."""
     sharding = batch_sharding(mesh)
     _, count = batch_share(mesh)
     return jax.tree.map(
@@ -109,9 +112,9 @@ def global_batch(local: Any, mesh: Mesh) -> Any:
 
 @contextlib.contextmanager
 def fail_on_all_processes() -> Iterator[None]:
-    """What one process cannot do in the block, none does: its error is raised in all.
+    """If any process fails inside the block, all of them raise.
 
-    Every process must come to the block's end, which no collective may lie before.
+    Every process must reach the end of the block, which may contain no collective.
     """
     error: UserError | None = None
     try:
@@ -125,20 +128,15 @@ def fail_on_all_processes() -> Iterator[None]:
 
 
 def broadcast_from_process_0(values: Sequence[int]) -> list[int]:
-    """The first process's numbers, in all processes."""
+    """Returns process 0's numbers (int32) in all processes."""
     if jax.process_count() == 1:
         return list(values)
-    from jax.experimental import multihost_utils
-
-    told = multihost_utils.broadcast_one_to_all(np.asarray(values, np.int32))
-    return np.asarray(told).tolist()
+    values = multihost_utils.broadcast_one_to_all(np.asarray(values, np.int32))
+    return np.asarray(values).tolist()
 
 
 def check_shared(folder: pathlib.Path, flag: str) -> None:
-    """Raises UserError, in all processes, unless they all see one folder.
-
-    To be called by every process.
-    """
+    """Raises UserError in all processes unless they all see one folder. Every process calls it."""
     if jax.process_count() == 1:
         return
     (number,) = broadcast_from_process_0([secrets.randbelow(2**31)])
@@ -156,19 +154,17 @@ def check_shared(folder: pathlib.Path, flag: str) -> None:
                     " writes there; expected one folder that all hosts share"
                 )
             time.sleep(0.1)
-            os.listdir(folder if folder.is_dir() else folder.parent)  # asks the server anew
+            os.listdir(folder if folder.is_dir() else folder.parent)  # makes NFS ask its server
     if jax.process_index() == 0:
         mark.unlink(missing_ok=True)
 
 
 def raise_on_all_processes(error: UserError | None) -> None:
-    """Raises `error`, and in the processes that have none that another one has.
+    """Raises `error`, or where it is None, that another process has one.
 
-    To be called by every process: otherwise the others would wait for ever for one that is gone.
+    Every process calls it; otherwise the others would wait forever for one that is gone.
     """
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         failed = multihost_utils.process_allgather(np.int32(error is not None)).ravel()
         if error is None and failed.any():
             names = ", ".join(str(i) for i in np.flatnonzero(failed))
@@ -180,13 +176,13 @@ def raise_on_all_processes(error: UserError | None) -> None:
 class DeviceBatches:
     """A process's batches as global arrays, put on the devices ahead of time by a thread.
 
-    While a step computes, the next `depth` batches are read and copied: what `next` waits
-    is what the devices would wait for data.
+    The thread reads and copies the next `depth` batches while a step computes, so the time that
+    `next` waits is the time that the devices wait for data.
 
     Args:
-      batches: of this process. Closed with this, if it can be.
+      batches: this process's; closed together with this, if they can be.
       mesh: the device mesh.
-      depth: how many batches ahead.
+      depth: how many batches to prepare ahead.
     """
 
     def __init__(self, batches: Iterator[Any], mesh: Mesh, *, depth: int = 2):
@@ -201,7 +197,7 @@ class DeviceBatches:
         while not self._closing.is_set():
             try:
                 item: Any = global_batch(next(self._batches), self._mesh)
-            except BaseException as e:  # whatever it is, it is for the other thread to raise
+            except BaseException as e:  # the consuming thread raises it
                 item = e
             while not self._closing.is_set():
                 try:
@@ -222,7 +218,7 @@ class DeviceBatches:
         return item
 
     def close(self) -> None:
-        """Ends the thread, and with it the batches."""
+        """Ends the thread and closes the batches."""
         self._closing.set()
         while self._thread.is_alive():
             with contextlib.suppress(queue.Empty):
@@ -233,9 +229,7 @@ class DeviceBatches:
 
 
 def host_array(x: jax.Array) -> np.ndarray:
-    """The whole of an array, on every process."""
+    """The whole array, on every process."""
     if x.is_fully_addressable:
         return np.asarray(x)
-    from jax.experimental import multihost_utils
-
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -15,7 +15,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def secs_since_start() -> float | None:
-    """Seconds since this process was started; None where the system does not tell."""
+    """Seconds since this process started; None if the system does not tell."""
     try:
         # The 22nd field, counted after the name, which may have spaces.
         ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -26,22 +26,19 @@ def secs_since_start() -> float | None:
 
 
 class CompileWatch:
-    """Counts compilations, which after the first steps should be none.
-
-    A context manager: it listens while it is open.
-    """
+    """Counts compilations while it is open; after the first steps there should be none."""
 
     def __init__(self) -> None:
         self._count, self._secs = 0, 0.0
 
     def __enter__(self) -> CompileWatch:
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._heard)
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
 
-    def _heard(self, event: str, duration: float, **details: object) -> None:
+    def _on_event(self, event: str, duration: float, **details: object) -> None:
         del details
         if event == _COMPILE_EVENT:
             self._count, self._secs = self._count + 1, self._secs + duration
@@ -53,13 +50,13 @@ class CompileWatch:
 
 
 def peak_memory() -> dict[str, float]:
-    """Gigabytes at the peak so far: this process's, and the fullest local device's if it tells."""
-    found = {"host_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    """The peak so far in GB: this process's, and the fullest local device's if it is known."""
+    peak = {"host_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     if peaks:
-        found["device_peak_gb"] = max(peaks) / 1e9
-    return found
+        peak["device_peak_gb"] = max(peaks) / 1e9
+    return peak
 
 
 class StepProfiler:
@@ -67,7 +64,7 @@ class StepProfiler:
 
     Args:
       folder: where the trace goes.
-      steps: the first and last step, counted as the trainer does, from 1; or None.
+      steps: the first and last step, counted from 1; None traces nothing.
     """
 
     def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
@@ -75,7 +72,7 @@ class StepProfiler:
         self._running = False
 
     def check(self, first: int, last: int) -> None:
-        """Raises UserError unless the steps to trace are among those from `first` to `last`."""
+        """Raises UserError unless the steps to trace lie between `first` and `last`."""
         if self._steps is not None and not first <= self._steps[0] <= self._steps[1] <= last:
             raise UserError(
                 f"--profile_steps={self._steps[0]}:{self._steps[1]}: expected steps from {first} to"
@@ -83,13 +80,13 @@ class StepProfiler:
             )
 
     def before(self, step: int) -> None:
-        """To be called before `step` is dispatched."""
+        """Starts the trace if `step` is the first; called before `step` is dispatched."""
         if self._steps is not None and not self._running and step == self._steps[0]:
             jax.profiler.start_trace(str(self._folder))
             self._running, self._started = True, time.monotonic()
 
     def after(self, step: int, result: object) -> str | None:
-        """To be called after; waits for `result` at the last step. Says where the trace is."""
+        """Called after `step`: at the last one waits for `result` and says where the trace is."""
         if not self._running or step < self._steps[1]:
             return None
         jax.block_until_ready(result)
@@ -98,7 +95,7 @@ class StepProfiler:
         return f"traced steps {self._steps[0]} to {step} ({secs:.1f} s): {self._folder}"
 
     def close(self) -> None:
-        """Ends a trace that is being made."""
+        """Ends a running trace."""
         if self._running:
             jax.profiler.stop_trace()
             self._running = False

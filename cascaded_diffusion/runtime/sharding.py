@@ -1,22 +1,22 @@
 """Where parameters and feature maps live in the mesh: rules over paths, names and shapes.
 
-Stored. Parameters, their EMAs and the optimizer's moments are split over `fsdp`, where
-they are large enough for it to pay; the widest layers over `tensor` as well. The rules
-are the same for all three, so that matching slices are on the same device.
+Storage. Parameters, their EMAs and the optimizer's moments are split over `fsdp` if they are
+large enough, and the widest layers over `tensor` as well. All three follow the same rules, so
+matching slices are on the same device.
 
-Computed. Right before a block uses its parameters they are gathered from `fsdp`, in the
-dtype of the computation; they stay split over `tensor`. The gradient comes back as it is
-stored. Leaving the gathering to the partitioner makes it split every convolution, and
+Computation. Right before a block uses its parameters they are gathered from `fsdp`, in the
+dtype of the computation; they stay split over `tensor`. The gradient comes back split as the
+parameters are stored. If the partitioner does the gathering, it splits every convolution, and
 compilation for a large mesh does not finish.
 
-Over `tensor` a residual block is split by channels (Shoeybi et al. 2019): its first
-convolution makes a part of them, on which the second norm works, and which the second
-convolution adds up.
+Over `tensor` a residual block is split by channels (Shoeybi et al. 2019): each device computes
+some of its first convolution's channels and their norm, and the second convolution sums over
+them.
 
-Feature maps. A batch is split over `data` and `fsdp`. With fewer examples than devices,
-the largest feature maps are split by rows over `tensor` besides.
+Feature maps. A batch is split over `data` and `fsdp`. If there are fewer examples than devices,
+the largest feature maps are also split by rows over `tensor`.
 
-The model knows nothing of all this: it calls what it is given (`networks.execution`).
+The network knows nothing of this: it calls what its `Execution` holds.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cascaded_diffusion.runtime.mesh import DATA_AXES
 
-# Below this many elements an array is not worth splitting.
+# An array with fewer elements is not worth splitting.
 MIN_SHARDED_SIZE = 4096
 
-# Which axis of which parameter is split over `tensor`: channels, of the widest layers alone.
+# Which axis of which parameter is split over `tensor`: the channels of the widest layers.
 _TENSOR_RULES = (
     (re.compile(r"(^|/)conv0/(kernel|bias)$"), -1),
     (re.compile(r"(^|/)norm1/(scale|bias)$"), -1),
     (re.compile(r"(^|/)conv1/kernel$"), -2),
 )
-# A layer is one of the widest with this share of the widest one's channels.
+# A layer counts as wide if it has at least this share of the widest layer's channels.
 _WIDE = 0.5
 
 
@@ -57,7 +57,7 @@ def _tensor_axis(path: str, shape: tuple[int, ...]) -> int | None:
 
 
 class _Rules:
-    """The rules for one tree of shapes, which decides what is wide, and one mesh."""
+    """The rules for one mesh and one tree of shapes, which decides which layers are wide."""
 
     def __init__(self, tree: Any, mesh: Mesh):
         self._fsdp, self._tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
@@ -77,10 +77,9 @@ class _Rules:
         return PartitionSpec(*[None] * axis, "tensor")
 
     def stored(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
-        """How it is split while it is not: the last axis that `fsdp` divides, nearly always
-        the output channels, but for the one that `tensor` has."""
-        spec = list(self.computed(path, shape)) + [None] * len(shape)
-        spec = spec[: len(shape)]
+        """How a parameter is stored: `fsdp` splits the last axis that it divides and `tensor`
+        leaves, nearly always the output channels."""
+        spec = (list(self.computed(path, shape)) + [None] * len(shape))[: len(shape)]
         if self._fsdp > 1 and np.prod(shape) >= MIN_SHARDED_SIZE:
             for axis in reversed(range(len(shape))):
                 if spec[axis] is None and shape[axis] % self._fsdp == 0:
@@ -101,16 +100,15 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
 
 
 def make_gather(params: Any, mesh: Mesh) -> Callable[[Any, tuple[str, ...], Any], Any] | None:
-    """Returns `gather(part, path, dtype)`, or None where nothing is ever split.
+    """Returns `gather(part, path, dtype)`, or None if the mesh splits no parameters.
+
+    `gather` takes the stored parameters of a part of the network, the part's path in the tree,
+    and the dtype in which kernels are gathered: bfloat16 halves the bytes, None keeps their own.
+    Gradients have the dtype and the sharding of the stored parameters.
 
     Args:
       params: the tree of all parameters, or of their shapes.
       mesh: the device mesh.
-
-    `gather` takes the parameters of a part of the network as they are stored, the part's
-    path in the tree, and the dtype of its computation, in which kernels are gathered:
-    half the bytes in bfloat16. None is their own. Gradients are in the dtype of, and
-    split as, what is stored.
     """
     if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
         return None
@@ -138,7 +136,7 @@ def _gathered(x: jax.Array, dtype: Any, stored: NamedSharding, computed: NamedSh
 
     @jax.custom_vjp
     def gathered(x: jax.Array) -> jax.Array:
-        # Converted while it is split: what is sent is what is computed with.
+        # Converted while still split, so the narrower numbers are sent.
         return constrain(constrain(x.astype(dtype), stored), computed)
 
     def forward(x: jax.Array) -> tuple[jax.Array, None]:
@@ -154,12 +152,12 @@ def _gathered(x: jax.Array, dtype: Any, stored: NamedSharding, computed: NamedSh
 def make_sharding_constraint(
     mesh: Mesh, *, batch_size: int
 ) -> Callable[[jax.Array], jax.Array] | None:
-    """Returns `place(h)`, which says where a feature map [B, H, W, C] is; None on one device.
+    """Returns `constrain(h)`, which shards a feature map [B, H, W, C]; None on one device.
 
     Args:
       mesh: the device mesh.
-      batch_size: of what is computed at once over the whole mesh. Below one example per
-        device, the feature maps of at least half the first one's height are split by rows.
+      batch_size: examples that the whole mesh computes at once. If there are fewer than devices,
+        feature maps of at least half the first one's height are split by rows.
     """
     if mesh.size == 1:
         return None
@@ -167,19 +165,19 @@ def make_sharding_constraint(
     by_rows = tensor > 1 and batch_size < mesh.size
     largest = 0
 
-    def place(h: jax.Array) -> jax.Array:
+    def constrain(h: jax.Array) -> jax.Array:
         nonlocal largest
         largest = max(largest, h.shape[1])
         split = by_rows and 2 * h.shape[1] >= largest and h.shape[1] % tensor == 0
         spec = PartitionSpec(DATA_AXES, "tensor") if split else PartitionSpec(DATA_AXES)
         return jax.lax.with_sharding_constraint(h, NamedSharding(mesh, spec))
 
-    return place
+    return constrain
 
 
 def make_per_device(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Returns what makes a function of arrays [B, ...] one that each device computes of its own
-    examples; on one device the function itself."""
+    """Returns a transform of functions of arrays [B, ...]: each device applies the function to
+    its own examples. On one device it returns the function itself."""
 
     def divided(function: Callable[..., Any]) -> Callable[..., Any]:
         if mesh.size == 1:

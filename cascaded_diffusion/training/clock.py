@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-# A step is slow at so many times the median of the last ones, and a process is a straggler if
-# it spends this much more of its time on waiting for data than the median process.
+# A step is slow if it takes this many times the median of the recent ones. A process is a
+# straggler if its share of time without data exceeds the median process's by this much.
 _SLOW_STEP, _RECENT_STEPS, _MIN_STEPS = 3.0, 50, 10
 _STRAGGLER_FRACTION = 0.2
 
@@ -22,9 +23,9 @@ class Clock:
 
     Args:
       batch_size: global.
-      flops_per_step: model FLOPs of a step, a multiply-add is two.
-      peak_flops: what all devices together can do in a second; None if it is not known.
-      say: where warnings go.
+      flops_per_step: model FLOPs of a step; a multiply-add counts as two.
+      peak_flops: of all devices together, per second; None if unknown.
+      say: prints a warning.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Clock:
         self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
 
     def step_done(self, step: int) -> None:
-        """Counts a step; warns if it took several times as long as those before it."""
+        """Counts a step; warns if it took several times as long as the recent ones."""
         now = time.monotonic()
         if self._last is not None:
             secs = now - self._last
@@ -58,19 +59,19 @@ class Clock:
         self._steps += 1
 
     def data_waited(self, seconds: float) -> None:
-        """Counts time in which there was no data."""
+        """Counts time spent waiting for data."""
         self._waited += seconds
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time that does not count."""
+        """Excludes the time inside the block."""
         began = time.monotonic()
         yield
         self._start += time.monotonic() - began
         self._last = None
 
     def read(self) -> dict[str, float]:
-        """Rates since the last reading. To be called by every process at the same step."""
+        """Rates since the last reading. Every process calls it at the same step."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         waited = min(1.0, self._waited / elapsed)
         flops = self._steps * self._flops_per_step / elapsed
@@ -89,21 +90,16 @@ class Clock:
     def _warn_of_stragglers(self, waited: float) -> None:
         if jax.process_count() == 1:
             return
-        from jax.experimental import multihost_utils
-
         line = straggler(multihost_utils.process_allgather(np.float32(waited)).ravel())
         if line is not None:
             self._say(line)
 
 
 def straggler(waited: np.ndarray) -> str | None:
-    """Which process holds up the others, or None.
+    """A warning that names the process which holds up the others, or None.
 
-    Devices meet at every step, so that a process's step takes as long as the slowest one's;
-    what tells them apart is the share of the time in which a process had no data.
-
-    Args:
-      waited: [process] this share.
+    Devices synchronize at every step, so a step takes equally long on all processes. What tells
+    them apart is `waited` [process], the share of the time in which a process had no data.
     """
     slowest = int(np.argmax(waited))
     usual = float(np.median(waited))

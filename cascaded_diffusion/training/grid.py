@@ -22,13 +22,13 @@ GRID_ROWS, GRID_COLUMNS = 4, 10
 
 
 class GridSampler:
-    """Grids of EMA samples, always of the same noise and labels.
+    """Makes grids of EMA samples, always from the same noise and labels.
 
     Args:
-      stage: from `step.stage_for_sampling`: its parameters may be split over the mesh.
+      stage: from `step.stage_for_sampling`, so its parameters may be split over the mesh.
       config: the run's.
       mesh: the device mesh.
-      examples: real ones, whose low-res versions a super-resolution stage enlarges.
+      examples: real images, whose low-res versions a super-resolution stage enlarges.
     """
 
     def __init__(self, stage: Stage, config: RunConfig, mesh: Mesh, examples: Records):
@@ -51,6 +51,6 @@ class GridSampler:
         self._sample = jax.jit(sample, out_shardings=mesh_lib.replicated(mesh))
 
     def __call__(self, params: Any) -> np.ndarray:
-        """One picture, uint8 [H, W, C], of samples with these parameters."""
+        """One picture, uint8 [H, W, C], of samples from `params`."""
         images = self._sample(params, self._key, self._indices, self._labels, self._low_res)
         return pictures.grid(np.asarray(images), columns=GRID_COLUMNS)

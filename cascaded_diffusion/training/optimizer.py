@@ -8,7 +8,7 @@ from cascaded_diffusion.config.schema import TrainConfig
 
 
 def build_learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up from 0, then constant or a cosine down to a twentieth."""
+    """Linear warm-up from 0, then constant or a cosine decay to a twentieth."""
     if config.lr_decay == "cosine":
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0 if config.warmup_steps else config.learning_rate,
@@ -23,11 +23,7 @@ def build_learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def build_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Adam behind clipping of the gradient's global norm.
-
-    The norm is that of the gradient of the global batch: it does not depend on
-    the number of devices.
-    """
+    """Clipping by the norm of the global batch's gradient, then Adam."""
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip_norm),
         optax.adam(build_learning_rate(config), b2=config.adam_b2),

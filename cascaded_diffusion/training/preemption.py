@@ -1,4 +1,4 @@
-"""Being asked to stop by a signal: the same step for all processes."""
+"""Stopping on a signal, at the same step in all processes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import signal
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT, for the loop to stop at the end of a step.
+    """Notes SIGTERM and SIGINT, so that the loop can stop at the end of a step.
 
-    With several processes all must stop at the same step, so there JAX's own
-    notice is asked instead: a signal to one of them stops all.
+    Several processes must all stop at the same step, so there JAX's preemption notice is asked
+    instead: a signal to one process stops all.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if self._distributed:
-            # JAX's notice is of SIGTERM alone.
+            # JAX notices SIGTERM only.
             self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._as_sigterm)
         else:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -43,9 +44,7 @@ class StopRequest:
         self._signal = number
 
     def seen(self, step: int) -> bool:
-        """Whether to stop after `step`. To be called by every process at every step."""
+        """Whether to stop after `step`. Every process calls it at every step."""
         if self._distributed:
-            from jax.experimental import multihost_utils
-
             return multihost_utils.reached_preemption_sync_point(step)
         return self._signal is not None

@@ -1,4 +1,4 @@
-"""All that training carries from step to step."""
+"""The state that training carries from step to step."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class TrainState:
       params: the network's parameters, float32.
       ema_params: their exponential moving averages, by `ema_name` of the decay.
       opt_state: the optimizer's state.
-      key: typed PRNG key of the run; step k draws from `fold_in(key, k)`, so that
-        nothing but `step` has to advance and a resumed run repeats no noise.
+      key: typed PRNG key of the run. Step k draws from `fold_in(key, k)`: only `step` advances,
+        and a resumed run repeats no noise.
     """
 
     step: jax.Array
@@ -55,8 +55,8 @@ def init_state(
 def updated_ema(ema_params: Params, params: Params, step: jax.Array, *, decay: float) -> Params:
     r"""EMA with a warm-up: the effective decay is min(decay, (1 + step) / (10 + step)).
 
-    Without it, a run shorter than a few times 1 / (1 - decay) steps would sample
-    from a mean that still holds the random initial parameters.
+    Without the warm-up, the average of a run shorter than a few times 1 / (1 - decay) steps
+    would still contain the random initial parameters.
     """
     step = step.astype(jnp.float32)
     effective = jnp.minimum(decay, (1 + step) / (10 + step))

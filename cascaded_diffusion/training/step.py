@@ -26,7 +26,7 @@ TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metri
 
 
 def abstract_state(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without allocating it."""
+    """The state's shapes, dtypes and shardings, without allocating it."""
     shapes = jax.eval_shape(make_init(stage, config))
     shardings = sharding.state_shardings(shapes, mesh)
     return jax.tree.map(
@@ -37,7 +37,7 @@ def abstract_state(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
-    """Returns `init()`, the state before the first step, a function of the seed."""
+    """Returns `init()`, which makes the state before the first step from the seed."""
 
     def init() -> TrainState:
         params_key, run_key = jax.random.split(jax.random.key(config.seed))
@@ -52,7 +52,7 @@ def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
 
 
 def stage_for_training(stage: Stage, config: TrainConfig, mesh: Mesh) -> Stage:
-    """The stage as it is trained: over a mesh, within its memory."""
+    """The stage as it is trained over a mesh."""
     params = jax.eval_shape(stage.init, jax.random.key(0))
     execution = Execution(
         gather=sharding.make_gather(params, mesh),
@@ -66,16 +66,17 @@ def stage_for_training(stage: Stage, config: TrainConfig, mesh: Mesh) -> Stage:
 
 
 def stage_for_sampling(stage: Stage, mesh: Mesh) -> Stage:
-    """The stage as it samples from parameters that are stored as they are trained.
+    """The stage as it samples from parameters that are stored as training stores them.
 
-    Any number of images: it is not said where they are, since devices may not divide them.
+    It samples any number of images: their sharding is left open, since devices may not divide
+    them.
     """
     params = jax.eval_shape(stage.init, jax.random.key(0))
     return stage.with_execution(Execution(gather=sharding.make_gather(params, mesh)))
 
 
 def _in_parts(noised: NoisedBatch, parts: int, mesh: Mesh) -> NoisedBatch:
-    """[B, ...] -> [parts, B / parts, ...], every device's rows divided among all parts."""
+    """[B, ...] -> [parts, B / parts, ...]; every part has rows of every device."""
     split = NamedSharding(mesh, PartitionSpec(None, mesh_lib.DATA_AXES))
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -88,11 +89,11 @@ def _in_parts(noised: NoisedBatch, parts: int, mesh: Mesh) -> NoisedBatch:
 
 
 def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
-    """Returns `train_step(state, records) -> (state, metrics)`, to be compiled by the caller.
+    """Returns `train_step(state, records) -> (state, metrics)`, which the caller compiles.
 
-    `records` is a dict of `image` uint8 [B, H, W, C], `label` int32 [B] and, where it is
-    stored, `low_res` uint8 [B, h, w, C], sharded over the mesh.
-    `metrics` are scalars of the global batch. Computed at once or in parts, they are the same.
+    `records` is a dict of `image` uint8 [B, H, W, C], `label` int32 [B] and, if the data has it
+    stored, `low_res` uint8 [B, h, w, C], sharded over the mesh. `metrics` are scalars of the
+    global batch; they do not depend on the number of parts.
     """
     optimizer = build_optimizer(config)
     learning_rate = build_learning_rate(config)
@@ -122,7 +123,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
             image=float_from_uint8(records["image"]), label=records["label"], low_res=low_res
         )
         key = jax.random.fold_in(state.key, state.step)
-        # Drawn for the whole batch: noise is a function of the row in it.
+        # Noise is drawn for the whole batch, so that it depends on the row alone.
         grads, metrics = gradient(state.params, stage.noised(batch, key), key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -148,14 +149,14 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
 
 
 def _stored(tree: Any, mesh: Mesh) -> Any:
-    """Split over the mesh as parameters are stored."""
+    """Constrains a tree to be split as parameters are stored."""
     return jax.lax.with_sharding_constraint(tree, sharding.state_shardings(tree, mesh))
 
 
 def flops_per_step(stage: Stage, batch_size: int) -> float:
-    """Model FLOPs of one step: three forward passes, a multiply-add is two.
+    """Model FLOPs of one step: three forward passes; a multiply-add counts as two.
 
-    Of convolutions and matrix products. What rematerialization computes again does not count.
+    Convolutions and matrix products count; what rematerialization computes again does not.
     """
     params = jax.eval_shape(stage.init, jax.random.key(0))
     inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=1))
@@ -176,11 +177,11 @@ def compile_train_step(
 
     Args:
       train_step: from `make_train_step`.
-      state: the state or its abstract twin, with shardings.
+      state: the state, or its shapes, with shardings.
       image_shape: (H, W, C) of the data.
       batch_size: global.
       mesh: the device mesh.
-      low_res_shape: (h, w, C), where the data has low-res images stored.
+      low_res_shape: (h, w, C), if the data has low-res images stored.
       compiler_options: for XLA.
 
     Returns:

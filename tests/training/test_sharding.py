@@ -145,9 +145,9 @@ def test_fewer_examples_than_devices_are_split_by_rows(alone):
     mesh = _mesh(data=2, fsdp=2, tensor=2)
     curve, _ = _curve(config, mesh)
     np.testing.assert_allclose(curve, expected, rtol=1e-5)
-    place = sharding.make_sharding_constraint(mesh, batch_size=4)
+    constrain = sharding.make_sharding_constraint(mesh, batch_size=4)
     specs = [
-        jax.jit(place).lower(jnp.zeros((4, size, size, 8))).compile().output_shardings.spec
+        jax.jit(constrain).lower(jnp.zeros((4, size, size, 8))).compile().output_shardings.spec
         for size in (32, 16, 8)
     ]
     assert [spec[1] if len(spec) > 1 else None for spec in specs] == ["tensor", "tensor", None]
