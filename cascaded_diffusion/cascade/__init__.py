@@ -1,1 +1,1 @@
-"""What the paper adds: conditioning augmentation, stages, and their cascade."""
+"""What the paper adds: conditioning augmentation, stages and their cascade."""

@@ -1,26 +1,24 @@
 r"""Conditioning augmentation: damage the low-res input on purpose (paper, section 3).
 
-A super-resolution stage is trained on real low-res images and used on generated
-ones. Damaging its input while training hides the difference from it. At low
-resolutions the damage is the low-res model's own forward process:
+A super-resolution stage is trained on real low-res images and used on generated ones. Damaging
+its input during training hides the difference. At low resolutions the damage is the low-res
+model's own forward process:
 
     (1)  z_s = alpha_s z_0 + sigma_s eps,      s ~ U{1/T, ..., S} or U(0, S]
 
-The strength `s` = `aug_level` is an input of the network, so that one amortized
-network serves every strength and the strength is chosen after training. When
-sampling there are two ways to come by z_s (section 3.2, 3.3):
+The strength `s` = `aug_level` is an input of the network, so one amortized network serves every
+strength, which is chosen after training. There are two ways to sample z_s (section 3.2, 3.3):
 
     non-truncated   generate z_0, then apply (1)
     truncated       stop the low-res chain at t = s: its state is a sample of z_s
 
-At high resolutions it is a Gaussian blur of a part of the training examples, with
-kernel weights and a standard deviation in pixels, and none when sampling (section 3.1):
+At high resolutions the damage is a Gaussian blur of some training examples, with these weights
+and a standard deviation in pixels, and none when sampling (section 3.1):
 
     (2)  w_k ~ exp(-k^2 / (2 sigma^2)),  |k| <= (size - 1) / 2,   sigma ~ U[lowest, highest]
 
-`condition` is the one way an input image becomes a `Conditioning`, in training
-and in sampling alike: first the pixel values that a stored image would have, then
-the damage. Enlarging comes last, inside the network.
+`condition` turns an input image into a `Conditioning`, in training and in sampling: it rounds
+to the pixel values that a stored image would have, then damages. The network enlarges.
 """
 
 from __future__ import annotations
@@ -38,11 +36,11 @@ from cascaded_diffusion.types import Conditioning, Schedule
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Damage:
-    """What is done to a batch of low-res images. None: that is not done.
+    """What is done to a batch of low-res images; None stands for nothing.
 
     Attributes:
       aug_level: [B] in [0, 1]; at 0 the image stays exactly as it is.
-      logsnr: [B], the noise level that belongs to it.
+      logsnr: [B], the noise level of `aug_level`.
       noise: [B, h, w, C] standard normal.
       blur_weights: [B, size], eq. (2), summing to 1.
     """
@@ -54,7 +52,7 @@ class Damage:
 
 
 def blur(image: jax.Array, weights: jax.Array) -> jax.Array:
-    """Separable blur of [B, h, w, C] by [B, size]; the border's pixels go on beyond it."""
+    """Separable blur of [B, h, w, C] by [B, size]; border pixels repeat beyond the border."""
     size = weights.shape[1]
     half = size // 2
     padded = jnp.pad(image, ((0, 0), (half, half), (half, half), (0, 0)), mode="edge")
@@ -79,16 +77,16 @@ def condition(
     label: jax.Array | None,
     already_noisy: bool = False,
 ) -> Conditioning:
-    """What the network is shown of a low-res image: in training and in sampling.
+    """What the network is conditioned on, in training and in sampling.
 
     Args:
-      low_res: [B, h, w, C], clean, or noised to `damage.aug_level` already.
+      low_res: [B, h, w, C], clean, or already noised to `damage.aug_level`.
       damage: what to do to it.
       label: [B] or None.
       already_noisy: the image comes from a truncated chain.
 
     Raises:
-      ValueError: a noisy image for a stage without `aug_level`.
+      ValueError: the image is noisy, but the stage has no `aug_level`.
     """
     clean = quantized(low_res)
     if damage.blur_weights is not None:
@@ -120,19 +118,19 @@ class NoAugment:
     def for_sampling(
         self, keys: jax.Array, shape: tuple[int, ...], aug_level: jax.Array | float | None
     ) -> Damage:
-        """The damage when sampling: [B] keys, one per image; the level is a scalar."""
+        """The damage when sampling, with one key per image, [B]; the level is a scalar."""
         del keys, shape, aug_level
         return Damage()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlurAugment(NoAugment):
-    """Blur of a part of the training examples, eq. (2); nothing when sampling.
+    """Blur of some training examples, eq. (2); nothing when sampling.
 
     Attributes:
       kernel_size: in pixels, odd.
       sigmas: lowest and highest standard deviation, in pixels.
-      prob: the part of the examples that is blurred.
+      prob: the share of examples that are blurred.
     """
 
     kernel_size: int
@@ -153,7 +151,7 @@ class GaussianAugment:
 
     Attributes:
       schedule: the forward process of the stage that makes the low-res images.
-      num_timesteps: its number of discrete steps, None where it is continuous.
+      num_timesteps: its number of discrete steps; None if it is continuous.
       max_level: S, the largest strength in training.
     """
 
@@ -187,7 +185,7 @@ Augment = NoAugment | BlurAugment | GaussianAugment
 
 
 def nearest_level(level: jax.Array | float, num_timesteps: int | None) -> jax.Array | float:
-    """The level that exists in a process of T discrete steps; any level where it is None."""
+    """The nearest level of a process of T discrete steps; any level if T is None."""
     if num_timesteps is None:
         return level
     return jnp.round(jnp.asarray(level, jnp.float32) * num_timesteps) / num_timesteps

@@ -1,4 +1,4 @@
-"""From config to stage: the one place that knows both the names and what they stand for."""
+"""Builds stages from their configs: the one place that knows the names and their meaning."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cascaded_diffusion.types import Schedule
 
 
 def build_schedule(config: ScheduleConfig, resolution: int) -> Schedule:
-    """The schedule that a config section describes, for images of `resolution`.
+    """The schedule of a config section, for images of `resolution`.
 
     Raises:
-      UserError: it has steps of the same noise level.
+      UserError: two of its steps have the same noise level.
     """
     try:
         return make_schedule(
@@ -36,7 +36,7 @@ def build_schedule(config: ScheduleConfig, resolution: int) -> Schedule:
 
 
 def build_augment(config: StageConfig) -> Augment | None:
-    """How a stage's low-res input is damaged; None for a base model."""
+    """A stage's conditioning augmentation; None for a base model."""
     augment = config.augment
     if config.low_res_resolution is None:
         return None
@@ -82,7 +82,7 @@ def build_network(config: StageConfig) -> Network:
 
 
 def check_precision() -> None:
-    """Raises UserError where JAX computes with 64 bits, which checkpoints and samplers do not."""
+    """Raises UserError if JAX computes with 64 bits, unlike checkpoints and samplers."""
     if jax.config.jax_enable_x64:
         raise UserError(
             "jax_enable_x64 is on: expected off, by jax.config.update('jax_enable_x64', False) or"
@@ -91,10 +91,10 @@ def check_precision() -> None:
 
 
 def build_stage(config: StageConfig) -> Stage:
-    """The stage that a config section describes.
+    """The stage of a config section.
 
     Raises:
-      UserError: its schedule cannot be, or JAX computes with 64 bits.
+      UserError: its schedule is impossible, or JAX computes with 64 bits.
     """
     check_precision()
     return Stage(

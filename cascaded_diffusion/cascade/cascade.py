@@ -14,7 +14,7 @@ from cascaded_diffusion.types import Params
 
 
 def keys_for(key: jax.Array, indices: jax.Array) -> jax.Array:
-    """One key per sample, a function of the sample's global index: [B] -> [B] keys."""
+    """One key per sample, which depends on the sample's global index alone: [B] -> [B] keys."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
 
 
@@ -23,12 +23,11 @@ class Cascade:
     """N stages, sampled one after the other; one compiled program per stage.
 
     Attributes:
-      stages: in order of resolution. None for those at the beginning that are never run,
-        because clean images of theirs are always `given`.
+      stages: in order of resolution. The first may be None if their clean images are always
+        `given`, so that they never run.
       samplers: one per stage.
-      truncated: how the low-res input of a stage with an `aug_level` comes to have
-        it: True stops the chain below at that level (paper, section 3.2), False lets
-        it finish and noises its result (section 3.3).
+      truncated: how a low-res input gets its `aug_level`: True stops the chain below at that
+        level (paper, section 3.2), False lets it finish and noises its result (section 3.3).
     """
 
     stages: Sequence[Stage | None]
@@ -45,7 +44,7 @@ class Cascade:
         aug_level: jax.Array | float | None,
         stop_t: jax.Array | float,
     ) -> jax.Array:
-        """Runs stage `index` alone. Pure; levels may be traced, so one compile serves all."""
+        """Samples stage `index` alone. Pure; levels may be traced, so one program serves all."""
         # Every stage draws from its own branch of an image's key.
         stage_keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
         return self.stages[index].sample(
@@ -60,7 +59,7 @@ class Cascade:
         )
 
     def _truncates(self, index: int) -> bool:
-        """Whether stage `index` hands on a noisy image."""
+        """Whether stage `index` passes on a noisy image."""
         return (
             self.truncated
             and 0 <= index < len(self.stages) - 1
@@ -71,13 +70,11 @@ class Cascade:
     def make_sampler(self) -> Callable[..., list[jax.Array]]:
         """Returns `sample(params, keys, label, aug_levels, given=())`.
 
-        It takes one tree of parameters per stage, [B] keys from `keys_for`, [B]
-        labels and one level per enlargement, and returns one tensor [B, H, W, C]
-        per stage. In a truncated cascade those before a stage with a level are noisy:
-        that is what this stage saw. `given` are images of the first stages, which are then
-        not run: a search over levels without truncation needs them only once.
-
-        Each stage is compiled once, whatever the parameters and the levels are.
+        It takes one tree of parameters per stage, [B] keys from `keys_for`, [B] labels and one
+        level per enlargement, and returns one tensor [B, H, W, C] per stage. In a truncated
+        cascade, images before a stage with a level are noisy, as that stage saw them. `given` are
+        images of the first stages, which then do not run: without truncation, a search over
+        levels needs them only once. Each stage is compiled once for all parameters and levels.
         """
         programs = [jax.jit(partial(self.sample_stage, i)) for i in range(len(self.stages))]
 

@@ -1,4 +1,4 @@
-r"""The one pair of functions between stored pixels and the model's range.
+r"""Conversions between stored pixels and the model's range.
 
 (1)  float = uint8 / 127.5 - 1                        [0, 255] -> [-1, 1]
 (2)  uint8 = round(clip((float + 1) * 127.5, 0, 255)), halves to even
@@ -16,14 +16,14 @@ def float_from_uint8(image: jax.Array) -> jax.Array:
 
 
 def uint8_from_float(image: jax.Array) -> jax.Array:
-    """Eq. (2). Not finite values are the caller's affair: they have no pixel value."""
+    """Eq. (2). The caller excludes values that are not finite, which have no pixel value."""
     return jnp.round(jnp.clip((image + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
 
 
 def quantized(image: jax.Array) -> jax.Array:
-    """`image` on the 256 pixel values, float32 in [-1, 1]: what storing and reading makes of it.
+    """`image` rounded to the 256 pixel values, float32 in [-1, 1], as if stored and read.
 
-    The targets of a stage and the low-res input of the next one pass through this,
-    generated or real, stored or handed on.
+    The targets of a stage and the low-res input of the next one pass through this, whether they
+    are generated or real, stored or not.
     """
     return float_from_uint8(uint8_from_float(image))

@@ -1,10 +1,8 @@
-r"""The two resizes of a cascade, each with one definition for all of its uses.
+r"""The two resizes of a cascade, on the device.
 
-Down, from the data to a stage's targets and to its low-res input, is the true
-area average: output pixel i of n averages the input interval
-[i H / n, (i + 1) H / n), cut pixels weighted by the part that lies inside
-(`resize_weights`, eq. 1), the same as of the host's data pipeline. Up, from a low-res
-image to the network's input, is bilinear or bicubic (half-pixel centres, no antialiasing needed).
+Down, from the data to a stage's targets and low-res input, is the true area average of
+`resize_weights`, eq. (1), as in the host's data pipeline. Up, from a low-res image to the
+network's input, is bilinear or bicubic, with half-pixel centres; it needs no antialiasing.
 """
 
 from __future__ import annotations

@@ -20,14 +20,14 @@ from cascaded_diffusion.types import Batch, Conditioning, DenoiseFn, Params, Pre
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoisedBatch:
-    """A training batch with all that was drawn for it. Every leaf is [B, ...].
+    """A training batch with everything that was drawn for it. Every leaf is [B, ...].
 
     Attributes:
       x0: [B, H, W, C] the targets.
       eps: [B, H, W, C] their noise.
       t: [B] their times.
       cond: what the network is conditioned on.
-      rows: [B] int32, each example's place in the global batch.
+      rows: [B] int32, each example's row in the global batch.
     """
 
     x0: jax.Array
@@ -38,19 +38,15 @@ class NoisedBatch:
 
 
 def _step_keys(key: jax.Array) -> jax.Array:
-    """The keys of a step: of times, noise, damage, dropped labels and dropout."""
+    """A step's keys for times, noise, damage, dropped labels and dropout."""
     return jax.random.split(key, 5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One diffusion model. Holds no parameters; `build.build_stage` makes it.
+    """One diffusion model, made by `build.build_stage`. It holds no parameters.
 
-    Attributes:
-      config: the stage's config section.
-      schedule: its forward process.
-      network: its network.
-      augment: how its low-res input is damaged; None for a base model.
+    `augment` says how the low-res input is damaged; it is None for a base model.
     """
 
     config: StageConfig
@@ -59,11 +55,11 @@ class Stage:
     augment: augment.Augment | None
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters. Pure, so that it can run under `jit` or `eval_shape`."""
+        """Fresh parameters. Pure, so it can run under `jit` or `eval_shape`."""
         return self.network.init(key, *self.example_inputs(batch_size=1))
 
     def example_inputs(self, batch_size: int) -> tuple[jax.Array, jax.Array, Conditioning]:
-        """(xt, logsnr, conditioning) of the right shapes and dtypes, all zero."""
+        """(xt, logsnr, conditioning) of the right shapes and dtypes; all zeros."""
         config = self.config
         label = jnp.zeros((batch_size,), jnp.int32) if config.num_classes else None
         cond = Conditioning(label=label)
@@ -78,15 +74,15 @@ class Stage:
         return xt, jnp.zeros((batch_size,)), cond
 
     def target_from(self, image: jax.Array) -> jax.Array:
-        """What this stage shall generate [B, H, W, C], of data at any size from that upwards."""
+        """What this stage should generate, [B, H, W, C], from data of that size or larger."""
         return quantized(resize.area_downsample(image, self.config.resolution))
 
     def low_res_from(self, image: jax.Array) -> jax.Array:
-        """The clean low-res input [B, h, w, C] of data: the target of the stage below."""
+        """The clean low-res input [B, h, w, C] from data: the target of the stage below."""
         return quantized(resize.area_downsample(image, self.config.low_res_resolution))
 
     def with_execution(self, execution: Execution) -> Stage:
-        """The same stage, whose network is computed in another way."""
+        """The same stage, whose network is computed as `execution` says."""
         return dataclasses.replace(self, network=self.network.with_execution(execution))
 
     def loss(
@@ -105,7 +101,7 @@ class Stage:
         return self.loss_of(params, self.noised(batch, key), key)
 
     def noised(self, batch: Batch, key: jax.Array) -> NoisedBatch:
-        """All that is drawn for a batch: what `loss_of` may be given in parts."""
+        """Draws everything for a batch, which `loss_of` may then be given in parts."""
         t_key, eps_key, damage_key, drop_key, _ = _step_keys(key)
         config = self.config
         x0 = self.target_from(batch.image)
@@ -130,15 +126,9 @@ class Stage:
     def loss_of(
         self, params: Params, noised: NoisedBatch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of a batch, or of some of its rows, averaged over them.
+        """The loss of a batch or of some of its rows, averaged over them, and scalars to log.
 
-        Args:
-          params: the network's parameters.
-          noised: from `noised`, with the same key.
-          key: the key of this step.
-
-        Returns:
-          The scalar loss, and a dict of scalars to log.
+        `noised` comes from `self.noised` with the same `key`, the key of this step.
         """
         logsnr = self.schedule(noised.t)
         xt = gaussian.diffuse(noised.x0, logsnr, noised.eps)
@@ -164,7 +154,7 @@ class Stage:
         logsnr: jax.Array,
         eps: jax.Array,
     ) -> dict[str, jax.Array]:
-        """The loss and, where it has several, its parts, per example: name -> [B]."""
+        """The loss and, if it has several, its parts, per example: name -> [B]."""
         diffusion = self.config.diffusion
         simple = losses.simple_loss(
             output[..., : x0.shape[-1]],
@@ -189,7 +179,7 @@ class Stage:
             log_variance=samplers.make_log_variance(
                 "learned" if diffusion.variance == "learned" else "small"
             ),
-            # Half a step: t is a multiple of 1 / T but for rounding.
+            # Half a step of margin: t is a multiple of 1 / T up to rounding.
             is_first=t < 1.5 / num_timesteps,
             min_logvar=bound.second_step_logvar(
                 self.schedule, np.asarray([2.0, 1.0, 0.0]) / num_timesteps
@@ -237,7 +227,7 @@ class Stage:
         )
 
     def evaluations(self, sampler: SamplerConfig, *, stop_t: float = 0.0) -> int:
-        """How often one sample evaluates the network; guidance counts twice."""
+        """How many network evaluations one sample takes; a guided one counts twice."""
         at = samplers.evaluation_times(sampler.name, self.time_grid(sampler), stop_t)
         low, high = sampler.guidance_interval
         guided = (low <= at) & (at <= high) if sampler.guidance_scale != 1.0 else at < 0
@@ -252,7 +242,7 @@ class Stage:
         aug_level: jax.Array | float | None,
         low_res_is_noisy: bool = False,
     ) -> Conditioning:
-        """What the network is shown besides xt when sampling. Arguments as in `sample`."""
+        """What the network is conditioned on when sampling. Arguments as in `sample`."""
         if self.augment is None:
             return Conditioning(label=label)
         damage = self.augment.for_sampling(keys, low_res.shape, aug_level)
@@ -325,7 +315,7 @@ class Stage:
     ) -> jax.Array:
         """The variational bound of real images under this stage, [B] bits per dimension.
 
-        Of a super-resolution stage it is that of the image given its damaged low-res
+        For a super-resolution stage it is the bound of the image given its damaged low-res
         version. There is no guidance, and x0 is kept in [-1, 1].
 
         Args:

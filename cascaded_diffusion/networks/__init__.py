@@ -1,1 +1,1 @@
-"""The neural networks: the only home of flax. They know nothing of diffusion maths."""
+"""The neural networks: the only home of flax. They contain no diffusion maths."""

@@ -1,4 +1,4 @@
-"""Classifiers of real images: feature extractors where Inception is not apt, and CAS's networks."""
+"""Classifiers of real images: feature extractors where Inception does not fit, and for CAS."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import jax.numpy as jnp
 
 from cascaded_diffusion.networks.resnet import ResNet, ResNet50
 
-# {"params": ..., "batch_stats": ...}, the latter of networks with batch normalization.
+# {"params": ..., "batch_stats": ...}; the latter only with batch normalization.
 Variables = dict[str, Any]
 
 
 class SmallClassifier(nn.Module):
-    """Strided convolutions, one dense layer of features, one of logits.
+    """Strided convolutions, a dense layer of features and one of logits.
 
-    [B, H, W, C] in [-1, 1] -> features [B, num_features] (after the swish, so
-    that they are what the last layer separates linearly) and logits [B, K].
+    [B, H, W, C] in [-1, 1] -> features [B, num_features] after the swish, which the last layer
+    separates linearly, and logits [B, K].
     """
 
     num_classes: int
@@ -55,14 +55,14 @@ def init_classifier(module: nn.Module, key: jax.Array, resolution: int, channels
 def apply_classifier(
     module: nn.Module, variables: Variables, image: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Features [B, F] and logits [B, K], as for a test."""
+    """Features [B, F] and logits [B, K] at inference."""
     return module.apply(variables, image)
 
 
 def train_classifier_step(
     module: nn.Module, variables: Variables, image: jax.Array, dropout_key: jax.Array
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Logits [B, K] as while training, and the variables that are not learned, updated."""
+    """Logits [B, K] in training mode, and the updated variables that are not learned."""
     (_, logits), updated = module.apply(
         variables, image, train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
     )
@@ -70,7 +70,7 @@ def train_classifier_step(
 
 
 def flatten_params(params: Any) -> dict[str, jax.Array]:
-    """Nested variables as `{"params/layer/kernel": array}`, for files that hold tensors only."""
+    """Nested variables as `{"params/layer/kernel": array}`, for files of plain tensors."""
     flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         flat["/".join(str(entry.key) for entry in path)] = leaf

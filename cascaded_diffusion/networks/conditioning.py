@@ -1,8 +1,8 @@
-"""What the U-Nets share: their attributes, and how their inputs come together.
+"""What the U-Nets share: their attributes, and how their inputs are combined.
 
-Input `xt` is joined, channel by channel, by the enlarged `low_res` image (paper,
-section 2.2). The noise level, the class label and `aug_level` are embedded and
-summed; the sum modulates every residual block.
+The enlarged `low_res` image is concatenated with `xt` along the channels (paper, section 2.2).
+The noise level, the class label and `aug_level` are embedded and summed; the sum modulates every
+residual block.
 """
 
 from __future__ import annotations
@@ -26,28 +26,27 @@ class ConditionalNetwork(nn.Module):
     """The base of every network that a stage may have; a config chooses it by name.
 
     Attributes:
-      out_channels: channels of the output; the image's, or twice as many where
-        the variance is learned.
-      num_classes: number of class labels; 0 for none. Label `num_classes` is
-        the dropped label of classifier-free guidance.
+      out_channels: the image's channels, or twice as many if the variance is learned.
+      num_classes: number of class labels; 0 for none. Label `num_classes` is the dropped label
+        of classifier-free guidance.
       channels: the unit of width, and the channels of the first convolution.
       channel_mults: channels of each level, as multiples of `channels`.
       num_res_blocks: residual blocks of each level on the way down.
       attention_resolutions: sizes of the feature maps that get self-attention.
       num_heads: attention heads.
       dropout_rate: dropout in the residual blocks.
-      patch_size: the image is cut into patches of this size, which become
-        channels (space-to-depth), before the first convolution.
+      patch_size: patches of this size become channels (space-to-depth) before the first
+        convolution.
       resample: "conv" for strided convolutions, "pool" for 2x2 averages,
         "biggan" for residual blocks that resample inside.
       scale_shift: how the embedding modulates a residual block, see `layers.ResBlock`.
-      scale_skips: whether what skips across the U is multiplied by 1/sqrt(2),
-        as in SR3 and Imagen.
+      scale_skips: whether feature maps that skip across the U are multiplied by 1/sqrt(2), as
+        in SR3 and Imagen.
       noise_input: a key of `embeddings.NOISE_INPUTS`.
       aug_level_input: whether `aug_level` is an input.
       upsample: how the low-res image is enlarged; None for a base model.
       dtype: dtype of the computation; parameters are float32.
-      execution: how all this is computed.
+      execution: how the network is computed.
     """
 
     out_channels: int
@@ -71,7 +70,11 @@ class ConditionalNetwork(nn.Module):
     def prepare(
         self, xt: jax.Array, logsnr: jax.Array, cond: Conditioning
     ) -> tuple[jax.Array, jax.Array]:
-        """The joined image [B, H, W, C or 2C] and the embedding [B, E]; ValueError if unfit."""
+        """The joined image [B, H, W, C or 2C] and the embedding [B, E].
+
+        Raises:
+          ValueError: an input is missing, superfluous or of the wrong shape.
+        """
         check_shape(xt, "B H W C", "xt")
         check_shape(logsnr, "B", "logsnr", B=xt.shape[0])
         return self._join(xt, cond), self._embed(logsnr, cond)
@@ -85,7 +88,7 @@ class ConditionalNetwork(nn.Module):
         name: str,
         **settings: Any,
     ) -> jax.Array:
-        """A residual block, computed as `execution` says. `settings` as `layers.ResBlock` has."""
+        """A residual block, computed as `execution` says; `settings` of `layers.ResBlock`."""
         block = self._block(layers.ResBlock, name, h.shape[1])(
             features,
             dropout_rate=self.dropout_rate,
@@ -104,7 +107,7 @@ class ConditionalNetwork(nn.Module):
         return self.constrain_sharding(block(h))
 
     def constrain_sharding(self, h: jax.Array) -> jax.Array:
-        """A feature map where `execution` says that it be."""
+        """Shards a feature map [B, H, W, C] as `execution` says."""
         constrain = self.execution.constrain_sharding
         return h if constrain is None else constrain(h)
 
@@ -116,7 +119,7 @@ class ConditionalNetwork(nn.Module):
                 "params",
                 trans_in_fn=lambda v: {"params": gather(v["params"], (name,), self.dtype)},
             )
-        # Outermost, so that what was gathered is not kept for the backward pass either.
+        # Outermost, so that gathered parameters are not kept for the backward pass either.
         return nn.remat(block) if self.execution.rematerializes(size) else block
 
     def _join(self, xt: jax.Array, cond: Conditioning) -> jax.Array:

@@ -1,10 +1,9 @@
 """The Efficient U-Net of Imagen (Saharia et al. 2022, section 2.4 and appendix B).
 
-A U-Net for super-resolution at high resolutions. Most of its parameters are at
-the low resolutions, and every level, the first too, changes resolution on the
-cheap side of its blocks: it strides before them on the way down and enlarges
-after them on the way up. At full resolution there are only the first and last
-convolutions and the one that ends the enlarging.
+A U-Net for super-resolution at high resolutions. Most of its parameters are at the low
+resolutions, and every level, including the first, changes resolution on the cheap side of its
+blocks: it strides before them on the way down and enlarges after them on the way up. Full
+resolution has only the first and the last convolution, and the one that ends the enlarging.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 r"""Embeddings of the scalars that condition a network.
 
-What a network is told of the noise, a number in [0, 1] (`NOISE_INPUTS`):
+A network is told the noise level as a number in [0, 1] (`NOISE_INPUTS`):
 
 (1)  cosine_time:  u = arctan(exp(-logsnr / 2)) / (pi / 2)
      maps any schedule's noise level to the time of the offset-free cosine
      schedule with the same level (Salimans & Ho 2022)
 (2)  noise_level:  u = alpha = sqrt(sigmoid(logsnr))
-     how much of the image is left, which is sqrt(alpha_bar) in DDPM's terms
+     the share of the image that is left, sqrt(alpha_bar) in DDPM's terms
      (WaveGrad, Chen et al. 2021; SR3, Saharia et al. 2021)
 
-With neither does a network depend on which schedule trains or samples it.
+With either, a network does not depend on the schedule that trains or samples it.
 
 (3)  sinusoidal(x) = [sin(1000 x w_k), cos(1000 x w_k)],
      w_k = 10000^(-k / (E/2)),  k = 0 .. E/2 - 1   (Vaswani et al. 2017;
@@ -53,7 +53,7 @@ def sinusoidal(x: jax.Array, size: int) -> jax.Array:
 
 
 class ScalarEmbedding(nn.Module):
-    """A scalar in [0, 1] as a vector: sinusoidal, dense, swish, dense. [B] -> [B, E]."""
+    """Embeds a scalar in [0, 1]: sinusoidal, dense, swish, dense. [B] -> [B, E]."""
 
     size: int
     sinusoids: int

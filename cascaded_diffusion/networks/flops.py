@@ -1,8 +1,8 @@
 """FLOPs of a network, as the literature counts them: a multiply-add is two.
 
-Counted are convolutions and matrix products, with the multiplications that fall on a
-convolution's padding. XLA's own count leaves those out: at 4 and 8 px that is a tenth. Where
-a CPU has a kernel of its own, the general one counts: its shortcuts save time, not FLOPs.
+Convolutions and matrix products count, including the multiplications with a convolution's
+padding, which XLA's own count leaves out (a tenth at 4 and 8 px). Where a CPU has a kernel of
+its own, the general one counts: its shortcuts save time, not FLOPs.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-r"""Inception v3 as FID knows it: the network of 2015-12-05, whose features FID is defined by.
+r"""Inception v3 of 2015-12-05, whose features define FID.
 
 It is not the Inception v3 of today's model collections. A unit is
 
 (1)  relu(conv(x) * scale + shift),   scale = gamma / sqrt(variance + 0.001),
                                       shift = beta - mean * scale
 
-a convolution without bias and a batch normalization at inference; the scale is folded
-into the convolution's kernel, in float64, when weights are loaded. Where it differs from
-others: average pooling does not count the padding; the last block, Mixed_7c, pools its
-branch by the maximum; there are 1008 logits.
+a convolution without bias and a batch normalization at inference; when weights are loaded, the
+scale is folded into the convolution's kernel in float64. It differs from other versions in that
+average pooling does not count the padding, the last block, Mixed_7c, pools its branch by the
+maximum, and there are 1008 logits.
 
-Everything is computed in float32 at the highest precision: the default of accelerators
-rounds the inputs of convolutions to fewer bits, which moves an FID.
+Everything is computed in float32 at the highest precision: by default, accelerators round the
+inputs of convolutions to fewer bits, which changes an FID.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NUM_LOGITS = 1008
 NUM_FEATURES = 2048
 BATCH_NORM_EPSILON = 1e-3
 
-# name -> {"kernel": [h, w, in, out], "bias": [out]}; of "fc" the kernel is [in, out].
+# name -> {"kernel": [h, w, in, out], "bias": [out]}; the kernel of "fc" is [in, out].
 InceptionParams = Mapping[str, Mapping[str, jax.Array]]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -36,15 +36,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """One convolution, eq. (1), by its name in the public checkpoint.
-
-    Attributes:
-      channels_in: of the input.
-      channels_out: of the output.
-      kernel: height and width.
-      stride: along both.
-      padding: rows and columns of zeros on each side.
-    """
+    """One convolution, eq. (1). `padding` are the rows and columns of zeros on each side."""
 
     channels_in: int
     channels_out: int
@@ -125,7 +117,7 @@ UNITS: dict[str, Unit] = {
 
 
 def checkpoint_tensors() -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What the public checkpoint holds: name -> (dtype, shape), in its order."""
+    """The tensors of the public checkpoint, in its order: name -> (dtype, shape)."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, unit in UNITS.items():
         kernel = (unit.channels_out, unit.channels_in, *unit.kernel)
@@ -178,9 +170,9 @@ def apply_inception(
       image: [B, 299, 299, 3] float32, (pixel - 128) / 128.
 
     Returns:
-      Pooled features [B, 2048], what FID is of; logits [B, 1008] without the last bias,
-      which the published inception scores leave out; and spatial features [B, 2023], the
-      first seven channels of a layer at 17 x 17, what sFID is of in ADM's evaluator.
+      Pooled features [B, 2048] for FID; logits [B, 1008] without the last bias, which the
+      published inception scores leave out; and spatial features [B, 2023] for ADM's sFID, the
+      first seven channels of a layer at 17 x 17.
     """
 
     def unit(name: str, x: jax.Array) -> jax.Array:

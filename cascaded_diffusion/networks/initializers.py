@@ -1,8 +1,7 @@
 """Initial parameters, drawn all at once.
 
-A random draw per parameter, some hundreds of them, takes XLA a minute to compile. So
-the initializers below take their numbers from one long draw, in the order in which the
-network asks for them, which is that of its construction.
+XLA takes a minute to compile hundreds of random draws, one per parameter. So the initializers
+below take their numbers from one long draw, in the order in which the network is constructed.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# The standard deviation of a standard normal number that is kept within [-2, 2].
+# The standard deviation of a standard normal distribution truncated to [-2, 2].
 _TRUNCATED_STD = 0.87962566103423978
 
 zeros = nn.initializers.zeros_init()
 
 
 class _Draw:
-    """A long draw of numbers, or, without `numbers`, a count of how many it would take."""
+    """Hands out the numbers of a long draw; without `numbers` it only counts them."""
 
     def __init__(self, numbers: jax.Array | None = None):
         self._numbers = numbers
@@ -52,7 +51,7 @@ def _from(draw: _Draw) -> Iterator[None]:
 def fan_in_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     """Normal numbers within two standard deviations, of variance 1 / fan-in (LeCun et al. 1998).
 
-    Of a convolution's kernel or a matrix, whose last axis is the output. Outside of
+    For a convolution's kernel or a matrix, whose last axis is the output. Outside
     `drawn_together` it draws from `key`.
     """
     fan_in, draw = math.prod(shape[:-1]), _draw.get()
@@ -62,7 +61,7 @@ def fan_in_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32
 
 
 def embedding_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    """The same of variance 1 / (size of an embedding), for a table [K, E] of them."""
+    """Likewise, of variance 1 / E, for a table [K, E] of embeddings."""
     return fan_in_normal(key, shape, dtype) * math.sqrt(shape[0] / shape[1])
 
 
@@ -71,10 +70,10 @@ def _truncated_normal(key: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 def drawn_together(init: Callable[[], Any], key: jax.Array) -> Any:
-    """What `init()` returns, with all of its parameters from one draw of `key`."""
+    """Calls `init()` with all of its parameters taken from one draw of `key`."""
     count = _Draw()
     with _from(count):
-        # New functions each time: tracing must not be skipped for one that is known.
+        # A new function each time, since JAX does not trace a known one again.
         jax.eval_shape(lambda: init())
     with _from(_Draw(_truncated_normal(key, (count.taken,)))):
         return init()

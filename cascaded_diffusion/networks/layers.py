@@ -1,7 +1,7 @@
 """The blocks of the U-Net: residual, attention, resampling, patching.
 
-Layout is NHWC throughout, which is what XLA wants on every back end. Parameters
-are float32; `dtype` is the dtype of the computation.
+The layout is NHWC throughout, which suits XLA on every back end. Parameters are float32;
+`dtype` is the dtype of the computation.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def upsample_nearest(x: jax.Array) -> jax.Array:
 
 
 def downsample_mean(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H/2, W/2, C], the means of 2x2 pixels."""
+    """[B, H, W, C] -> [B, H/2, W/2, C], means over 2x2 pixels."""
     return nn.avg_pool(x, (2, 2), strides=(2, 2))
 
 
@@ -51,12 +51,12 @@ def _convolved(
     window: tuple[int, ...],
     product: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """The product of x and a kernel [*window, C, features] of `layer`, and its bias."""
+    """`product` of x and a kernel [*window, C, features] of `layer`, plus a bias."""
     init = initializers.zeros if layer.zero_init else initializers.fan_in_normal
     kernel = layer.param("kernel", init, (*window, x.shape[-1], layer.features))
     bias = layer.param("bias", initializers.zeros, (layer.features,))
     y = product(x.astype(layer.dtype), kernel.astype(layer.dtype))
-    # In float32 as far as it goes: its gradient is a sum over the batch.
+    # The bias stays in float32 until the sum: its gradient is a sum over the batch.
     return add_to_pixels(y, jnp.broadcast_to(bias, (len(x), layer.features)))
 
 
@@ -115,17 +115,17 @@ def concat_skip(h: jax.Array, skip: jax.Array, *, scale: bool) -> jax.Array:
 def image_out(h: jax.Array, features: int, dtype: jnp.dtype) -> jax.Array:
     """The end of a network: norm, swish, convolution. -> [B, H, W, features] float32.
 
-    The output is float32 whatever the compute dtype: the loss and the samplers
-    subtract nearly equal numbers.
+    The output is float32 whatever `dtype` is, since the loss and the samplers subtract nearly
+    equal numbers.
     """
     h = GroupNorm(dtype, swish=True, name="norm_out")(h).astype(jnp.float32)
     return conv3x3(features, jnp.float32, "conv_out", zero_init=True)(h)
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask is, example by example, a function of the example's number.
+    """Dropout whose mask depends, example by example, on the example's number.
 
-    So it does not depend on how a batch is cut into parts. `rows` are those numbers,
+    The mask is therefore the same however a batch is cut into parts. `rows` are the numbers,
     int32 [B]; without them nothing is dropped.
     """
 
@@ -146,20 +146,18 @@ class Dropout(nn.Module):
 class ResBlock(nn.Module):
     """Residual block modulated by the embedding.
 
-    Its second norm is scaled and shifted by it, as in Dhariwal & Nichol 2021
-    ("adaptive group normalization"), or it is added before that norm, as in
-    Ho et al. 2020 and SR3.
-    [B, H, W, C], [B, E] -> [B, H, W, features], or with `resample` H and W halved
-    ("down", 2x2 averages) or doubled ("up", nearest neighbour): on both branches,
-    before the first convolution (Brock et al. 2019).
+    [B, H, W, C], [B, E] -> [B, H, W, features]; `resample` halves H and W ("down", 2x2
+    averages) or doubles them ("up", nearest neighbour), on both branches and before the first
+    convolution (Brock et al. 2019).
 
     Attributes:
       features: channels of the output.
       dropout_rate: dropout before the second convolution.
-      scale_shift: the former of the two; else the latter.
+      scale_shift: whether the embedding scales and shifts the second norm ("adaptive group
+        normalization", Dhariwal & Nichol 2021) or is added before it (Ho et al. 2020, SR3).
       resample: None, "down" or "up".
-      project_skip: whether the skip branch has a 1x1 convolution even where the
-        number of channels stays.
+      project_skip: whether the skip branch has a 1x1 convolution even if the number of channels
+        stays the same.
       dtype: dtype of the computation.
     """
 
@@ -207,7 +205,7 @@ class AttentionBlock(nn.Module):
         b, h, w, c = x.shape
         qkv = Conv1x1(3 * c, self.dtype, name="qkv")(GroupNorm(self.dtype, name="norm")(x))
         qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
-        # By jnp.split, whose gradient is one concatenation; that of indexing is three padded sums.
+        # The gradient of a split is one concatenation, that of indexing three padded sums.
         q, k, v = (part[:, :, 0] for part in jnp.split(qkv, 3, axis=2))
         attended = attention(q, k, v, self.per_device)
         out = Conv1x1(c, self.dtype, zero_init=True, name="out")
@@ -228,7 +226,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles a feature map: nearest neighbour, then a convolution where asked."""
+    """Doubles a feature map: nearest neighbour, then a convolution if `method` is "conv"."""
 
     method: str
     dtype: jnp.dtype = jnp.float32

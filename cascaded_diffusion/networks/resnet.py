@@ -1,8 +1,8 @@
 """Residual networks (He et al. 2015) as classifiers: ResNet-50, and a small one.
 
-ResNet-50 is what the classification accuracy score is measured by (Ravuri & Vinyals
-2019), with the stride in the 3x3 convolution of its bottlenecks, as it is trained today.
-Batch statistics are those of the global batch, on however many devices it lies.
+ResNet-50 measures the classification accuracy score (Ravuri & Vinyals 2019). Its bottlenecks
+have the stride in the 3x3 convolution, as is usual today. Batch statistics are those of the
+global batch, on any number of devices.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Block(nn.Module):
         if self.bottleneck:
             y = nn.relu(norm()(conv(self.width, (1, 1))(y)))
         y = nn.relu(norm()(conv(self.width, (3, 3), strides=self.stride, padding=1)(y)))
-        # The last scale begins at zero, and each block as the identity.
+        # The last scale begins at zero, so each block begins as the identity.
         y = conv(out, (1, 1) if self.bottleneck else (3, 3))(y)
         y = norm(scale_init=nn.initializers.zeros)(y)
         if x.shape != y.shape:
@@ -45,11 +45,12 @@ class ResNet(nn.Module):
 
     Attributes:
       num_classes: K.
-      widths: of the groups of blocks, each group at half the resolution of the last.
+      widths: of the groups of blocks; each group works at half the resolution of the last.
       num_blocks: per group.
-      bottleneck: which blocks; F is four times the last width, or the last width.
-      large: a 7x7 stem with stride 2 and pooling, for photos; else a 3x3 stem, with
-        stride 2 from 32 px on: what two cores can afford.
+      bottleneck: whether blocks are bottlenecks; then F is four times the last width, else the
+        last width.
+      large: a 7x7 stem with stride 2 and pooling, for photos; else a 3x3 stem, with stride 2
+        from 32 px on, which two cores can afford.
     """
 
     num_classes: int

@@ -4,16 +4,16 @@ Per head, with the pixels' queries, keys and values q, k, v [N, C]:
 
 (1)  y = p v,  p = w / t,  w = exp(s - max s),  t = sum w,  s = q k^T / sqrt(C)
 
-max and the sum over a row. The gradient, with g = dL/dy / t:
+with the maximum and the sum over a row. The gradient, with g = dL/dy / t:
 
 (2)  dv = w^T g,   ds = w * (g v^T - sum g y),   dq = ds k / sqrt(C),   dk = ds^T q / sqrt(C)
 
 With 1,024 pixels, w of all heads is larger than everything else that a TPU would keep for the
-backward pass; splash attention has a block of it at a time, and computes it again.
+backward pass. Splash attention (in Pallas) holds one block of it at a time and computes it again.
 
-XLA's CPU back end is fast at matrix products, reduces a row one number at a time, and reads a
-transposed factor with strides. Hence heads are a batch of matrices there, reductions go by
-slices, and the small factors are transposed rather than the scores.
+XLA's CPU back end is fast at matrix products, but it reduces a row one number at a time and
+reads a transposed factor with strides. Hence on a CPU heads are a batch of matrices, reductions
+combine slices, and the small factors are transposed rather than the scores.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ import jax.numpy as jnp
 from cascaded_diffusion.networks.kernels.execution import PerDevice
 from cascaded_diffusion.networks.kernels.platforms import for_platform
 
-# What cuDNN's fused attention takes: heads of at most this many channels, a multiple of 8.
+# cuDNN's fused attention takes heads of at most this many channels, a multiple of 8.
 _MAX_FLASH_CHANNELS = 128
 # Numbers side by side in a reduction.
 _SLICE = 32
-# From so many pixels on a TPU attends block by block; how large a block is. Not measured.
+# A TPU attends block by block from this many pixels on, in blocks of this size. Not measured.
 _MIN_SPLASH_PIXELS, _SPLASH_BLOCK = 1024, 512
 
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -105,14 +105,14 @@ def _from_columns(x: jax.Array, heads: int) -> jax.Array:
 
 
 def _by_slices(combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """[..., N] -> [..., _SLICE] or fewer, all slices combined."""
+    """[..., N] -> [..., at most _SLICE], all slices combined."""
     width = math.gcd(x.shape[-1], _SLICE)
     return reduce(combine, [x[..., i : i + width] for i in range(0, x.shape[-1], width)])
 
 
 @jax.custom_vjp
 def _by_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attention` for a CPU."""
+    """Eq. (1) for a CPU."""
     return _forward(q, k, v)[0]
 
 

@@ -1,4 +1,4 @@
-"""How a network is computed, which changes nothing of what it computes."""
+"""How a network is computed, which does not change the result."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 # (parameters of a part of the network, their path, dtype of the computation or None)
-# -> the parameters as they are needed to compute.
+# -> the parameters as the computation needs them.
 Gather = Callable[[Any, tuple[str, ...], Any], Any]
 
-# Of a function of arrays [B, ...] -> the same, computed by each device of its own examples.
+# A function of arrays [B, ...] -> the same, applied by each device to its own examples.
 PerDevice = Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
 
 
@@ -21,11 +21,11 @@ class Execution:
     """How to compute a network over many devices and within their memory.
 
     Attributes:
-      gather: called on the parameters of each block right before the block uses them,
-        so that whatever is split over devices is whole there for that long only.
+      gather: called on the parameters of each block right before the block uses them, so that
+        parameters which are split over devices are whole only that long.
       constrain_sharding: called on each feature map [B, H, W, C]; constrains how it is sharded.
-      per_device: for what XLA cannot divide among devices, splash attention; without it that is
-        not used. None where examples may not divide, as in sampling.
+      per_device: divides among devices what XLA cannot, which is splash attention. None where
+        devices may not divide the examples, as in sampling; then splash attention is not used.
       remat_sizes: sizes of the feature maps whose blocks keep only their inputs and are
         computed again in the backward pass; None for all blocks.
     """

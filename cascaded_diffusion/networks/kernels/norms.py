@@ -1,6 +1,6 @@
-r"""Group normalization, an affine map per example and swish, as one piece with its own gradient.
+r"""Group normalization, an affine map per example and swish, as one function with its gradient.
 
-Of x [B, H, W, C] in G groups of n = H W C / G numbers, with scale s and shift b [B, C]:
+For x [B, H, W, C] in G groups of n = H W C / G numbers, with scale s and shift b [B, C]:
 
 (1)  m = mean_g(x),  d = sqrt(mean_g(x^2) - m^2 + eps)              per example and group
 (2)  u = x (s / d) + (b d - m s) / d                                per example and channel
@@ -12,14 +12,14 @@ The gradient, with g = dL/du and sums over pixels alone, both [B, C]:
 (5)  dx = (g s - m1 - (x - m) m2 / d) / d,   m1 = sum_g(s db) / n,   m2 = sum_g(s ds) / n
 (6)  dy/du = (1 + e + u e) / (1 + e)^2,   e = exp(-u)               for swish
 
-Forward and backward each read the feature map twice: once for sums over pixels,
-channel by channel, which are added up to groups when they are small, and once
-elementwise. Nothing of the size of the feature map is kept but x. The variance of (1) loses
-digits where a mean is many deviations: at 10 of them the result is off by 1e-4, at 100 by 1e-2.
+Forward and backward each read the feature map twice: once elementwise, and once for sums over
+pixels per channel, which are added up to groups afterwards, when they are small. x is the only
+array of the feature map's size that is kept. The variance of (1) loses digits where a mean is
+many deviations: at 10 of them the result is off by 1e-4, at 100 by 1e-2.
 
-That (2), (5) and (6) end in divisions is for XLA's CPU back end: it computes what ends in a
-cheap operation again in each place of use, for each pixel what belongs to its channel, and for
-each use a whole gradient; divisions count as expensive and are kept.
+(2), (5) and (6) end in divisions because XLA's CPU back end computes an expression that ends in
+a cheap operation again wherever it is used: a channel's number for each of its pixels, a whole
+gradient for each use. It considers divisions expensive and keeps their results.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ EPSILON = 1e-5
 
 
 def _over_groups(x: jax.Array, groups: int) -> jax.Array:
-    """[B, C] -> [B, C]: each channel's sum over its group."""
+    """[B, C] -> [B, C]: for each channel, the sum over its group."""
 
     def by_product(x: jax.Array) -> jax.Array:
         member = jnp.arange(x.shape[1]) * groups // x.shape[1]
@@ -111,7 +111,7 @@ def _backward(
     g = dy.astype(jnp.float32)
     if swish:
         u = _affine(x, scale, shift, mean, sd)
-        # Eq. (6). Below -40 it is nothing, and the square would overflow.
+        # Eq. (6). Below -40 it vanishes, and the square would overflow.
         u = jnp.maximum(u, -40.0)
         e = jnp.exp(-u)
         g = g * (1 + e + u * e) / jnp.square(1 + e)
@@ -130,11 +130,9 @@ normalize.defvjp(_forward, _backward)
 
 
 class GroupNorm(nn.Module):
-    """Group normalization of [B, H, W, C] with 32 groups, or as many as divide C.
+    """Group normalization of [B, H, W, C] with gcd(32, C) groups, followed by swish if asked.
 
-    Attributes:
-      dtype: of the result.
-      swish: whether swish follows.
+    `dtype` is the result's.
     """
 
     dtype: jnp.dtype = jnp.float32

@@ -1,9 +1,9 @@
-"""Sums over pixels, and adding or multiplying by what is the same for all of them.
+"""Sums over pixels, and sums and products with numbers that all pixels share.
 
-XLA's CPU back end reduces over the outer axes of an array number by number: a sum over the
-pixels of a feature map costs as much as a small convolution. As a product with ones it takes
-a tenth of that. And it transposes a whole feature map for a product summed over several axes,
-which takes longer than the product. Other back ends have reductions of their own.
+XLA's CPU back end reduces over the outer axes of an array number by number, so a sum over the
+pixels of a feature map costs as much as a small convolution; a product with ones takes a tenth
+of that. For a product summed over several axes it transposes the whole feature map, which takes
+longer than the product. Other back ends reduce well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from cascaded_diffusion.networks.kernels.platforms import for_platform
 
-# What a product adds up in a row: the more, the more digits are lost.
+# A product adds up this many numbers at a time; more would lose more digits.
 _PIXELS = 128
 
 
@@ -34,12 +34,12 @@ def sum_pixels(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def add_to_pixels(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """[B, H, W, C] plus [B, C], in the former's dtype; sums of the gradient are float32."""
+    """[B, H, W, C] plus [B, C], in the former's dtype; the gradient is summed in float32."""
     return x + shift.astype(x.dtype)[:, None, None, :]
 
 
 def _add_forward(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Of the latter only the dtype is needed; it is small.
+    # The backward pass needs only the dtype of `shift`, which is small.
     return add_to_pixels(x, shift), shift
 
 
@@ -52,7 +52,7 @@ add_to_pixels.defvjp(_add_forward, _add_backward)
 
 @jax.custom_vjp
 def multiply_pixels(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[B, H, W, C] times [C, K], of one dtype -> [B, H, W, K]."""
+    """[B, H, W, C] times [C, K] of the same dtype -> [B, H, W, K]."""
     return x @ kernel
 
 
@@ -63,10 +63,10 @@ def _multiply_forward(
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Example by example: flattened over examples, rows of several devices would be gathered."""
+    """Example by example; flattened over examples, rows of several devices would be gathered."""
     x, dy = (value.reshape(len(value), -1, value.shape[-1]) for value in (x, dy))
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    # The first factor is gathered column by column: the smaller.
+    # The first factor is read column by column, so it is the smaller one.
     if x.shape[-1] <= dy.shape[-1]:
         gradient = product("bnc,bnk->bck", x, dy).sum(0)
     else:

@@ -1,28 +1,28 @@
 r"""3x3 convolutions with a quarter of the multiplications, for CPUs: Winograd's minimal filtering.
 
 Four neighbouring outputs of a filter with three taps need six products instead of twelve,
-F(4, 3) of Lavin & Gray 2016 (arXiv 1509.09308); 4x4 outputs of a 3x3 filter 36 instead of
-144. With d 6x6 neighbouring numbers, g the 3x3 taps, Y the 4x4 outputs:
+F(4, 3) of Lavin & Gray 2016 (arXiv 1509.09308); 4x4 outputs of a 3x3 filter need 36 instead of
+144. With 6x6 neighbouring numbers d, 3x3 taps g and 4x4 outputs Y:
 
 (1)  Y = A^T [(G g G^T) * (B^T d B)] A
 
 A convolution [B, H, W, C] -> [B, H, W, K] cuts each image into tiles d that overlap by two.
-Summed over C, the product * becomes 36 products of matrices, one for each of the 36 numbers:
-[tiles, C] times [C, K]. From them the gradients, for dy = dL/dY:
+Summed over C, the product * becomes 36 matrix products, one for each of the 36 numbers:
+[tiles, C] times [C, K]. The gradients, for dy = dL/dY:
 
 (2)  dx: the same of dy, with the kernel turned by 180 degrees and C and K exchanged
 (3)  dg = G^T [sum over tiles of (B^T d B) * (A dy A^T)] G,   * of every C with every K
 
 The matrices come from six points (Cook & Toom), one of them at infinity: A^T has their powers,
-a row of B^T the coefficients of a polynomial that vanishes at all but one of them, G the
-powers again, over the polynomial's value there. Points 0, +-3/4, +-3/2, whose powers are
-exact in binary, lose a quarter to rounding of what the usual 0, +-1, +-2 lose: up to 2e-5 of
+a row of B^T the coefficients of a polynomial that vanishes at all but one of them, and G the
+powers again, divided by the polynomial's value there. The points 0, +-3/4, +-3/2, whose powers
+are exact in binary, lose a quarter of the digits that the usual 0, +-1, +-2 lose: up to 2e-5 of
 the result's deviation in float32, three to six times what the direct sum loses.
 
-XLA's CPU back end computes convolutions directly, at the speed of its matrix products, so
-that only fewer of them are faster; other back ends have their own ways. It also computes what
-is elementwise again in each place of use, both sides of B^T d B for each of 36 numbers; of a
-matrix product it keeps the result. Hence one side is a `_product`, the other `_weighted`.
+XLA's CPU back end computes convolutions directly, at the speed of its matrix products, so only
+fewer products are faster. It also computes elementwise expressions again wherever they are used,
+here both sides of B^T d B for each of 36 numbers, but keeps the result of a matrix product. Hence
+one side is a `_product`, the other `_weighted`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import numpy as np
 from cascaded_diffusion.networks.kernels.platforms import for_platform
 
 _POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
-# Outputs and taps of a filter, numbers of a tile, all along one axis.
+# Outputs and taps of a filter, and numbers of a tile, along one axis.
 _OUTPUTS, _TAPS = 4, 3
 _NUMBERS = _OUTPUTS + _TAPS - 1
 
@@ -46,7 +46,7 @@ def _others(point: float) -> list[float]:
 
 
 def _powers(count: int) -> np.ndarray:
-    """[points, count]: powers from 0 on; of the point at infinity the highest alone."""
+    """[points, count]: powers from 0 on; the point at infinity has only the highest."""
     return np.vstack([np.vander(_POINTS, count, increasing=True), np.eye(count)[-1]])
 
 
@@ -54,14 +54,14 @@ A_T = _powers(_OUTPUTS).T.astype(np.float32)
 G = _powers(_TAPS)
 G[:-1] /= [[np.prod([p - other for other in _others(p)])] for p in _POINTS]
 G = G.astype(np.float32)
-# Lowest power first; the polynomials of finite points are of one degree less.
+# Lowest power first; the polynomials of finite points have one degree less.
 B_T = np.array(
     [[*np.poly(_others(p))[::-1], 0.0] for p in _POINTS] + [np.poly(_POINTS)[::-1]], np.float32
 )
 # For both axes at once: G g G^T, flattened.
 _G_BOTH = np.kron(G, G)
 
-# With fewer channels or pixels what is saved in products is lost in sums.
+# With fewer channels or pixels, the sums cost more than the products save.
 _MIN_CHANNELS = 64
 _MIN_SIZE = 8
 
@@ -78,7 +78,7 @@ def direct(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
 
 
 def pays(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether `convolve` is for these: float32, whole tiles, many channels."""
+    """Whether `convolve` pays: float32, whole tiles, many channels."""
     sizes = x.shape[1:3]
     return (
         x.dtype == jnp.float32
@@ -139,7 +139,7 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A 3x3 convolution of stride 1, padding 1: on a CPU by (1) to (3), else `direct`.
+    """A 3x3 convolution of stride 1 and padding 1: on a CPU by (1) to (3), else `direct`.
 
     Args:
       x: [B, H, W, C] float32, H and W multiples of 4.
