@@ -1,13 +1,13 @@
-r"""How resizing weighs pixels: the one definition for the host's data and the device's.
+r"""How resizing weighs pixels, on the host and on the device.
 
-Both are linear and separable, so that a resize is a matrix for rows and one for columns.
-With H input and n output pixels, s = H / n, the weight of input pixel j in output pixel i:
+Both kinds are linear and separable, so a resize is a matrix for rows and one for columns. With H
+input and n output pixels and s = H / n, the weight of input pixel j in output pixel i is
 
     (1)  area      |[i s, (i+1) s) intersected with [j, j+1)| / s
     (2)  bilinear  max(0, 1 - |j + 1/2 - (i + 1/2) s| / max(s, 1)), then rows to sum 1
 
-(1) is the true area average, equal to TensorFlow's `area`; (2) the triangle filter made as
-wide as the shrinking asks ("antialiased"), equal to TensorFlow's and JAX's.
+(1) is the true area average, equal to TensorFlow's `area`. (2) is the triangle filter, widened
+when shrinking ("antialiased"), equal to TensorFlow's and JAX's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 @cache
 def area_weights(size_in: int, size_out: int) -> np.ndarray:
-    """Eq. (1): float32 [size_out, size_in], rows sum to 1. For shrinking and enlarging."""
+    """Eq. (1): float32 [size_out, size_in], rows sum to 1. It shrinks and enlarges."""
     scale = size_in / size_out
     edges = np.arange(size_out + 1) * scale
     low, high = edges[:-1, None], edges[1:, None]
@@ -30,7 +30,7 @@ def area_weights(size_in: int, size_out: int) -> np.ndarray:
 
 @cache
 def bilinear_weights(size_in: int, size_out: int) -> np.ndarray:
-    """Eq. (2): float32 [size_out, size_in], rows sum to 1. For shrinking and enlarging."""
+    """Eq. (2): float32 [size_out, size_in], rows sum to 1. It shrinks and enlarges."""
     scale = size_in / size_out
     centre = (np.arange(size_out)[:, None] + 0.5) * scale
     pixel = np.arange(size_in)[None, :] + 0.5

@@ -1,11 +1,10 @@
 """What flows through the framework.
 
-Shape letters, used in docstrings and by `check_shape`:
-`B` batch, `H W C` high resolution, `h w` low resolution, `E` embedding,
-`N` tokens, `K` classes.
+Shape letters, used in docstrings and by `check_shape`: `B` batch, `H W C` high resolution, `h w`
+low resolution, `E` embedding, `N` tokens, `K` classes.
 
-Images are float32 in [-1, 1]. `t` in [0, 1] is diffusion time, 1 is pure noise.
-`logsnr` = log(alpha^2 / sigma^2) is how modules tell each other about noise.
+Images are float32 in [-1, 1]. `t` in [0, 1] is diffusion time; 1 is pure noise. Modules exchange
+noise levels as `logsnr` = log(alpha^2 / sigma^2).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Batch:
     Attributes:
       image: [B, H, W, C] float32 in [-1, 1], at the data set's resolution.
       label: [B] int32 class ids, or None for data without classes.
-      low_res: [B, h, w, C] float32 in [-1, 1], where the data has it stored; None: it is
+      low_res: [B, h, w, C] float32 in [-1, 1] if the data has it stored; None if it is
         derived from `image`.
     """
 
@@ -42,8 +41,8 @@ class Conditioning:
 
     Attributes:
       label: [B] int32 class ids; `num_classes` stands for "dropped".
-      low_res: [B, h, w, C] float32, already damaged by conditioning
-        augmentation, at its own resolution: the network enlarges it.
+      low_res: [B, h, w, C] float32, already damaged by conditioning augmentation, at its own
+        resolution; the network enlarges it.
       aug_level: [B] float32 in [0, 1], the strength of that damage.
     """
 
@@ -60,9 +59,9 @@ class Prediction:
     Attributes:
       x0: [B, H, W, C] the predicted clean image.
       eps: [B, H, W, C] the predicted noise, consistent with `x0` and `xt`.
-      variance_fraction: [B, H, W, C] where the variance of the reverse step lies
-        between the small (0) and the large one (1), logarithmically; None where
-        it is not learned. A fraction fits steps of any length, a variance would not.
+      variance_fraction: [B, H, W, C] where the log-variance of the reverse step lies between the
+        small (0) and the large one (1); None if it is not learned. Unlike a variance, a fraction
+        fits steps of any length.
     """
 
     x0: jax.Array
@@ -73,8 +72,8 @@ class Prediction:
 # t [...] in [0, 1] -> logsnr [...], decreasing in t.
 Schedule = Callable[[jax.Array], jax.Array]
 
-# (xt [B, H, W, C], logsnr [B]) -> Prediction. Parameters, conditioning and
-# guidance are closed over: this is all that a sampler knows of a network.
+# (xt [B, H, W, C], logsnr [B]) -> Prediction. Parameters, conditioning and guidance are closed
+# over, so this is all that a sampler knows of a network.
 DenoiseFn = Callable[[jax.Array, jax.Array], Prediction]
 
 
@@ -82,10 +81,10 @@ def check_shape(x: jax.Array, spec: str, name: str, **sizes: int) -> None:
     """Raises ValueError unless `x` has the shape that `spec` describes.
 
     Args:
-      x: an array (or a tracer: the check runs while tracing, it costs nothing).
+      x: an array, or a tracer: the check runs while tracing and costs nothing.
       spec: space-separated dimension names, for example `"B H W C"`.
-      name: what to call `x` in the message.
-      **sizes: the size of any of the named dimensions; the others are free.
+      name: the name of `x` in the message.
+      **sizes: required sizes of named dimensions; the others are free.
     """
     dims = spec.split()
     expected = tuple(sizes.get(dim) for dim in dims)

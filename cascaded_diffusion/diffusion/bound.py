@@ -29,9 +29,9 @@ from cascaded_diffusion.types import DenoiseFn, Prediction, Schedule
 def second_step_logvar(schedule: Schedule, times: np.ndarray) -> jax.Array:
     """The small log-variance of the second step from t = 0, a scalar.
 
-    The first step's posterior has no variance at all; it is given the second one's
-    (Nichol & Dhariwal 2021), so log-variances are cut off below at this. A chain of a
-    single step has no second: there it is the large log-variance.
+    The first step's posterior has no variance at all; it is given the second one's (Nichol &
+    Dhariwal 2021), so this is the smallest log-variance. A chain of a single step has no second
+    and takes the large log-variance.
     """
     if len(times) < 3:
         return gaussian.step_logvars(schedule(times[-1]), schedule(times[-2]))[1]
@@ -42,8 +42,8 @@ def normal_kl(
     mean_q: jax.Array, logvar_q: jax.Array, mean_p: jax.Array, logvar_p: jax.Array
 ) -> jax.Array:
     """KL(q || p) of two Gaussians in nats, elementwise."""
-    # Thousands of such terms are summed: of two nearly equal variances, exp(d) - 1 - d
-    # would be rounding alone.
+    # Thousands of such terms are summed. For two nearly equal variances, exp(d) - 1 - d would
+    # be nothing but rounding.
     d = logvar_q - logvar_p
     return 0.5 * (jnp.expm1(d) - d + jnp.square(mean_q - mean_p) * jnp.exp(-logvar_p))
 
@@ -51,13 +51,12 @@ def normal_kl(
 def discretized_log_likelihood(x0: jax.Array, mean: jax.Array, logvar: jax.Array) -> jax.Array:
     """log of the mass that N(mean, exp(logvar)) puts on the pixel value of `x0`, elementwise.
 
-    The 256 values lie 2/255 apart in [-1, 1]; the lowest and the highest have the
-    tails. (Eq. 2.)
+    Eq. (2). The 256 values lie 2/255 apart in [-1, 1]; the lowest and the highest have the tails.
     """
     half, inv_std = 1.0 / 255.0, jnp.exp(-0.5 * logvar)
     above, below = inv_std * (x0 - mean + half), inv_std * (x0 - mean - half)
-    # Far in a tail the difference of two masses is lost to rounding: taken on the side
-    # where both are small, in logarithms, it is not.
+    # Far in a tail, the difference of two masses is lost to rounding, unless it is taken in
+    # logarithms on the side where both are small.
     right = below > 0
     high, low = jnp.where(right, -below, above), jnp.where(right, -above, below)
     log_high, log_low = jax.scipy.stats.norm.logcdf(high), jax.scipy.stats.norm.logcdf(low)
@@ -102,7 +101,7 @@ def vlb_term(
 
 
 def mean_detached(prediction: Prediction) -> Prediction:
-    """The prediction through which no gradient flows but that of its variance, eq. (3)."""
+    """The prediction, through which only the gradient of its variance flows, eq. (3)."""
     return dataclasses.replace(
         prediction,
         x0=jax.lax.stop_gradient(prediction.x0),
@@ -126,7 +125,7 @@ def bits_per_dim(
       x0: [B, H, W, C] pixel values in [-1, 1].
       keys: [B] typed PRNG keys.
       schedule: the process.
-      times: [T + 1] descending from 1 to 0: the bound of this chain is computed.
+      times: [T + 1] the chain's times, descending from 1 to 0.
       log_variance: of its reverse steps.
     """
     batch = x0.shape[0]

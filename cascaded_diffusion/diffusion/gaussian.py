@@ -23,6 +23,8 @@ fraction f of the way between the two (Nichol & Dhariwal 2021, eq. 15), are
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -39,64 +41,57 @@ def alpha_sigma_from_logsnr(logsnr: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
 
 
-def _alpha_sigma_like(logsnr: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+def alpha_sigma_like(logsnr: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eq. (2) for `logsnr` [B], shaped [B, 1, ..., 1] to multiply `image` [B, ...]."""
     return alpha_sigma_from_logsnr(broadcast_right(logsnr, image))
 
 
 def diffuse(x0: jax.Array, logsnr: jax.Array, eps: jax.Array) -> jax.Array:
     """Eq. (3): noises `x0` [B, ...] to level `logsnr` [B] with `eps` [B, ...]."""
-    alpha, sigma = _alpha_sigma_like(logsnr, x0)
+    alpha, sigma = alpha_sigma_like(logsnr, x0)
     return alpha * x0 + sigma * eps
 
 
 def predict_x0_from_eps(xt: jax.Array, logsnr: jax.Array, eps: jax.Array) -> jax.Array:
     """Eq. (3) solved for x0. At logsnr -20 it amplifies errors by e^10: clip it."""
-    alpha, sigma = _alpha_sigma_like(logsnr, xt)
+    alpha, sigma = alpha_sigma_like(logsnr, xt)
     return (xt - sigma * eps) / alpha
 
 
 def predict_eps_from_x0(xt: jax.Array, logsnr: jax.Array, x0: jax.Array) -> jax.Array:
     """Eq. (3) solved for eps. Amplifies errors by e^10 at logsnr +20."""
-    alpha, sigma = _alpha_sigma_like(logsnr, xt)
+    alpha, sigma = alpha_sigma_like(logsnr, xt)
     return (xt - alpha * x0) / sigma
 
 
 def v_from_x0_and_eps(x0: jax.Array, logsnr: jax.Array, eps: jax.Array) -> jax.Array:
     """Eq. (4)."""
-    alpha, sigma = _alpha_sigma_like(logsnr, x0)
+    alpha, sigma = alpha_sigma_like(logsnr, x0)
     return alpha * eps - sigma * x0
 
 
 def predict_x0_from_v(xt: jax.Array, logsnr: jax.Array, v: jax.Array) -> jax.Array:
     """Eq. (4) solved for x0; well conditioned at every noise level."""
-    alpha, sigma = _alpha_sigma_like(logsnr, xt)
+    alpha, sigma = alpha_sigma_like(logsnr, xt)
     return alpha * xt - sigma * v
 
 
 def predict_eps_from_v(xt: jax.Array, logsnr: jax.Array, v: jax.Array) -> jax.Array:
     """Eq. (4) solved for eps; well conditioned at every noise level."""
-    alpha, sigma = _alpha_sigma_like(logsnr, xt)
+    alpha, sigma = alpha_sigma_like(logsnr, xt)
     return sigma * xt + alpha * v
 
 
-def _prediction_from_eps(xt: jax.Array, logsnr: jax.Array, eps: jax.Array) -> Prediction:
-    return Prediction(x0=predict_x0_from_eps(xt, logsnr, eps), eps=eps)
-
-
-def _prediction_from_x0(xt: jax.Array, logsnr: jax.Array, x0: jax.Array) -> Prediction:
-    return Prediction(x0=x0, eps=predict_eps_from_x0(xt, logsnr, x0))
-
-
-def _prediction_from_v(xt: jax.Array, logsnr: jax.Array, v: jax.Array) -> Prediction:
-    return Prediction(x0=predict_x0_from_v(xt, logsnr, v), eps=predict_eps_from_v(xt, logsnr, v))
-
-
-_PREDICTIONS = {
-    "eps": _prediction_from_eps,
-    "x0": _prediction_from_x0,
-    "v": _prediction_from_v,
+# (xt, logsnr, output) -> (x0, eps).
+_READERS = {
+    "eps": lambda xt, logsnr, eps: (predict_x0_from_eps(xt, logsnr, eps), eps),
+    "x0": lambda xt, logsnr, x0: (x0, predict_eps_from_x0(xt, logsnr, x0)),
+    "v": lambda xt, logsnr, v: (
+        predict_x0_from_v(xt, logsnr, v),
+        predict_eps_from_v(xt, logsnr, v),
+    ),
 }
-PARAMETERIZATIONS = tuple(_PREDICTIONS)
+PARAMETERIZATIONS = tuple(_READERS)
 
 
 def prediction_from_output(
@@ -105,24 +100,23 @@ def prediction_from_output(
     """Reads a network's output as `eps`, `x0` or `v`.
 
     Args:
-      output: [B, H, W, C], or [B, H, W, 2C] where a learned variance follows the
-        image: then a number from about -1 to 1 stands for the fraction of eq. (7).
+      output: [B, H, W, C], or [B, H, W, 2C] if a learned variance follows the image, as numbers
+        from about -1 to 1 that stand for the fraction of eq. (7).
       xt: [B, H, W, C], the network's input.
       logsnr: [B], its noise level.
       parameterization: one of `PARAMETERIZATIONS`.
     """
     channels = xt.shape[-1]
-    prediction = _PREDICTIONS[parameterization](xt, logsnr, output[..., :channels])
-    if output.shape[-1] == channels:
-        return prediction
-    fraction = (output[..., channels:] + 1) / 2
-    return Prediction(x0=prediction.x0, eps=prediction.eps, variance_fraction=fraction)
+    x0, eps = _READERS[parameterization](xt, logsnr, output[..., :channels])
+    learned = output.shape[-1] > channels
+    fraction = (output[..., channels:] + 1) / 2 if learned else None
+    return Prediction(x0=x0, eps=eps, variance_fraction=fraction)
 
 
 def target_from(
     x0: jax.Array, logsnr: jax.Array, eps: jax.Array, *, parameterization: str
 ) -> jax.Array:
-    """What the network's output [B, H, W, C] should have been."""
+    """What the network's output [B, H, W, C] should be."""
     if parameterization == "eps":
         return eps
     if parameterization == "x0":
@@ -132,11 +126,7 @@ def target_from(
 
 def with_x0(prediction: Prediction, x0: jax.Array, xt: jax.Array, logsnr: jax.Array) -> Prediction:
     """The prediction with another x0, and the eps that agrees with it."""
-    return Prediction(
-        x0=x0,
-        eps=predict_eps_from_x0(xt, logsnr, x0),
-        variance_fraction=prediction.variance_fraction,
-    )
+    return dataclasses.replace(prediction, x0=x0, eps=predict_eps_from_x0(xt, logsnr, x0))
 
 
 def posterior(
@@ -144,7 +134,7 @@ def posterior(
 ) -> tuple[jax.Array, jax.Array]:
     """Eq. (5): mean [B, ...] and variance [B, 1, ...] of q(xs | xt, x0), s < t.
 
-    Where s = t it is the identity: mean `xt`, variance 0, exactly.
+    If s = t, the mean is exactly `xt` and the variance 0.
     """
     logsnr_s, logsnr_t = broadcast_right(logsnr_s, xt), broadcast_right(logsnr_t, xt)
     alpha_s, sigma_s = alpha_sigma_from_logsnr(logsnr_s)
@@ -159,7 +149,7 @@ def step_logvars(
 ) -> tuple[jax.Array, jax.Array]:
     """Logarithms of the small (eq. 5) and the large variance (eq. 6), like `logsnr_s`, s < t.
 
-    The small one is cut off below at `min_logvar`. Where s = t both are -infinity.
+    The small one is at least `min_logvar`. If s = t, both are -infinity.
     """
     log_one_minus_r = jnp.log(-jnp.expm1(logsnr_t - logsnr_s))
     return (

@@ -4,11 +4,11 @@ With u_i = i / N, i = 0 .. N:
 
     (1)  uniform     t_i = 1 - u_i
     (2)  quadratic   t_i = (1 - u_i)^2: shorter steps near the image
-    (3)  logsnr      t_i with logsnr(t_i) linear in u_i; of discrete steps the last
-                     but one is the first step, and the last goes from there to 0
+    (3)  logsnr      t_i with logsnr(t_i) linear in u_i; with discrete steps, t_{N-1} is
+                     the first of them, and the last step leads from there to 0
 
-A model of T discrete steps knows the times i / T alone. A grid is rounded to them,
-and its points are kept apart: N <= T steps are N different ones.
+A model of T discrete steps knows only the times i / T. A grid is rounded to them, and its points
+are kept apart, so that N <= T steps have N different times.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def _quadratic(u: np.ndarray, schedule: Schedule, knots: np.ndarray) -> np.ndarr
 def _logsnr(u: np.ndarray, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
     with jax.ensure_compile_time_eval():
         logsnr = np.asarray(schedule(knots), np.float64)
-    # np.interp wants the abscissa ascending; equal values, where a schedule is
-    # cut, would map a level to the wrong end of the cut.
+    # np.interp needs an ascending abscissa. Equal values, where a schedule is cut, would map a
+    # level to the wrong end of the cut.
     ascending, first = np.unique(logsnr[::-1], return_index=True)
-    if knots[0] > 0:  # the last step goes from the first knot to 0, of no level
+    if knots[0] > 0:  # the last step leads from the first knot to 0, which has no level
         u = np.minimum(u * (len(u) - 1) / max(len(u) - 2, 1), 1)
     levels = ascending[0] + u * (ascending[-1] - ascending[0])
     times = np.interp(levels, ascending, knots[::-1][first])
@@ -46,8 +46,8 @@ def _logsnr(u: np.ndarray, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
 def _knots(discrete_timesteps: int | None) -> np.ndarray:
     """The times, ascending to 1, between which a level is interpolated.
 
-    Of discrete steps the level at t = 0 is infinity cut off, far from that of the first
-    step with nothing between: aiming there would waste a third of the grid.
+    With discrete steps, the level at t = 0 is a cut-off infinity, far from the first step's with
+    nothing between; a grid that aimed there would waste a third of its points.
     """
     if discrete_timesteps is not None:
         return np.arange(1, discrete_timesteps + 1) / discrete_timesteps
@@ -68,7 +68,7 @@ def time_grid(
       grid: one of `GRIDS`.
       num_steps: N.
       schedule: the process.
-      discrete_timesteps: T where only the times i / T exist, else None.
+      discrete_timesteps: T if only the times i / T exist, else None.
 
     Raises:
       ValueError: more steps than there are times.
@@ -79,7 +79,7 @@ def time_grid(
     if num_steps > discrete_timesteps:
         raise ValueError(f"{num_steps} steps of {discrete_timesteps} discrete times")
     steps = np.round(times * discrete_timesteps).astype(int)
-    # Apart from below, then from above: the second pass cannot undo the first, as
+    # Keep them apart from below, then from above. The second pass cannot undo the first, since
     # there are enough times for all.
     room_below = np.arange(num_steps, -1, -1)
     steps = np.maximum.accumulate((steps - room_below)[::-1])[::-1] + room_below

@@ -1,12 +1,12 @@
-r"""What stands between the network and the sampler: guidance and thresholding.
+r"""Guidance and thresholding, between the network and the sampler.
 
 Classifier-free guidance (Ho & Salimans 2021):
 
     (1)  eps = eps_uncond + scale (eps_cond - eps_uncond)
 
-`scale` = 1 is no guidance, as in Imagen; the original paper's weight is
-scale - 1. Kynkaanniemi et al. 2024 guide in an interval of noise levels only.
-The cascade paper itself samples without guidance.
+`scale` = 1 means no guidance, as in Imagen; the original paper's weight is scale - 1.
+Kynkaanniemi et al. 2024 guide only in an interval of noise levels. The cascade paper itself
+samples without guidance.
 
 Thresholding keeps the predicted x0 in the range of images (Saharia et al. 2022,
 section 2.3), after any guidance:
@@ -33,16 +33,16 @@ def classifier_free(
 ) -> DenoiseFn:
     """Eq. (1) as a DenoiseFn.
 
-    x0 is mixed alongside eps rather than derived from it: both are linear in
-    the network's output, so the two agree, and no division by alpha is needed.
+    x0 is mixed alongside eps rather than derived from it: both are linear in the network's
+    output, so the two agree without a division by alpha.
 
     Args:
       conditional: the network with its label.
-      unconditional: the network with the dropped label. Never runs where there
-        is no guidance: with scale 1, or outside of the range.
+      unconditional: the network with the dropped label. It does not run where there is no
+        guidance: with scale 1, or outside the range.
       scale: of eq. (1).
-      logsnr_range: guide from the first to the second of these levels; None for all.
-        Every image of a batch must then have the same level, as in all samplers.
+      logsnr_range: guide from the first to the second of these levels; None for all. Every
+        image of a batch must then have the same level, as in all samplers.
     """
     if scale == 1.0:
         return conditional
@@ -84,7 +84,7 @@ def with_threshold(denoise: DenoiseFn, kind: str, percentile: float | None = Non
     Args:
       denoise: the network, guided or not.
       kind: "none", "static" or "dynamic".
-      percentile: of "dynamic", in (0, 1].
+      percentile: for "dynamic", in (0, 1].
     """
     if kind == "none":
         return denoise

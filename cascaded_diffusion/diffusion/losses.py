@@ -2,15 +2,15 @@ r"""Training losses.
 
     (1)  L_simple = E_{t, eps} || target - network(xt, t) ||^2 / (H W C)
 
-where the target is eps (Ho et al. 2020, eq. 14; the paper's choice), x0 or v.
-Time is drawn uniformly: from {1/T, ..., T/T} where the process has T discrete
-steps, from (0, 1] where it is continuous. One definition covers both.
+where the target is eps (Ho et al. 2020, eq. 14; the paper's choice), x0 or v. Time is drawn
+uniformly, from {1/T, ..., T/T} for a process of T discrete steps and from (0, 1] for a
+continuous one.
 
-**Weighting.** Any of the three is an error of x0 in disguise,
+**Weighting.** Each of the three is an error of x0 in disguise,
 
     (2)  |eps error|^2 = snr |x0 error|^2,   |v error|^2 = (1 + snr) |x0 error|^2
 
-so a weighting is a function w(logsnr) of the x0 error, whatever is predicted:
+so a weighting is a factor w(logsnr) of the x0 error, whatever is predicted:
 
     (3)  snr            w = snr                  (the eps loss; Ho et al. 2020)
     (4)  truncated_snr  w = max(snr, 1)          (Salimans & Ho 2022)
@@ -41,7 +41,7 @@ WEIGHTINGS: dict[str, Weighting] = {
     "sigmoid": lambda logsnr: logsnr + jax.nn.log_sigmoid(2.0 - logsnr),
 }
 
-# log of the factor between the error of what is predicted and that of x0, eq. (2).
+# log of the factor between the predicted quantity's error and that of x0, eq. (2).
 _LOG_ERROR_RATIO: dict[str, Weighting] = {
     "eps": lambda logsnr: logsnr,
     "x0": jnp.zeros_like,

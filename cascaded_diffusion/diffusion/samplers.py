@@ -1,7 +1,7 @@
 r"""Samplers: from noise at t = 1 to an image at t = 0, or to any time between.
 
-Every sampler repeats one step, from t to s < t, along a grid of times. With
-x0_hat and eps_hat the network's prediction at (xt, t):
+Every sampler repeats one step, from t to s < t, along a grid of times. With x0_hat and eps_hat,
+the network's prediction at (xt, t):
 
     (1)  ancestral   xs ~ N(mu(xt, x0_hat), exp(logvar))         (gaussian eq. (5))
                      logvar small, large, between, or learned    (gaussian eq. (5)-(7))
@@ -26,17 +26,17 @@ DDIM is Euler's method for (3). Two methods of second order:
 
 A last step to t = 0 returns x0_hat itself.
 
-Truncation (Ho et al. 2021, section 3.2) stops the chain at t = stop_t > 0 and
-returns the still noisy image: grid points below `stop_t` are never visited, the
-last step ends on it exactly. `stop_t` may be traced, so that a sweep over
-truncation levels compiles once.
+Truncation (Ho et al. 2021, section 3.2) stops the chain at t = stop_t > 0 and returns the still
+noisy image: grid points below `stop_t` are never visited, and the last step ends on it exactly.
+`stop_t` may be traced, so a sweep over truncation levels compiles once.
 
-The noise of step i for an image comes from `fold_in(key of that image, i)`: an
-image does not depend on the batch it is in, nor on how the batch is sharded.
+An image's noise in step i comes from `fold_in(key of that image, i)`, so an image depends neither
+on its batch nor on how the batch is sharded.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -46,39 +46,46 @@ import numpy as np
 from cascaded_diffusion.diffusion import gaussian
 from cascaded_diffusion.types import DenoiseFn, Prediction, Schedule
 
-# (x0_hat of the step before, its logsnr [B]); at the first step, that step's own logsnr.
-Memory = tuple[jax.Array, jax.Array]
 
-# (denoise, xt, logsnr_s [B], logsnr_t [B], noise, is_last, memory) -> (xs, prediction at xt).
-Step = Callable[..., tuple[jax.Array, Prediction]]
+@dataclasses.dataclass(frozen=True)
+class Transition:
+    """What a step from t to s < t starts from, besides the network.
+
+    Attributes:
+      xt: [B, H, W, C].
+      logsnr_s: [B], the level at s.
+      logsnr_t: [B], the level at t.
+      noise: [B, H, W, C] standard normal.
+      is_last: scalar, whether s = 0.
+      x0_before: the x0_hat of the step before.
+      logsnr_before: [B], the level at which that step began; at the first step `logsnr_t`.
+    """
+
+    xt: jax.Array
+    logsnr_s: jax.Array
+    logsnr_t: jax.Array
+    noise: jax.Array
+    is_last: jax.Array
+    x0_before: jax.Array
+    logsnr_before: jax.Array
+
+
+# -> (xs, the prediction at xt).
+Step = Callable[[DenoiseFn, Transition], tuple[jax.Array, Prediction]]
 
 # (prediction, logsnr_s, logsnr_t, min_logvar) -> log-variance. The levels have the
 # image's rank; see `gaussian.step_logvars` for `min_logvar`.
 LogVariance = Callable[..., jax.Array]
 
 
-def _learned(
-    prediction: Prediction,
-    logsnr_s: jax.Array,
-    logsnr_t: jax.Array,
-    min_logvar: jax.Array | float = -jnp.inf,
-) -> jax.Array:
-    """Gaussian eq. (7)."""
-    small, large = gaussian.step_logvars(logsnr_s, logsnr_t, min_logvar)
-    fraction = prediction.variance_fraction
-    return fraction * large + (1 - fraction) * small
-
-
 def make_log_variance(kind: str, interpolation: float | None = None) -> LogVariance:
     """The variance of an ancestral step.
 
     Args:
-      kind: "small", "large", "interpolated" or "learned".
-      interpolation: of "interpolated": 0 is small, 1 is large (log-linear; Imagen's gamma).
+      kind: one of `VARIANCES`; "learned" is gaussian eq. (7).
+      interpolation: for "interpolated": 0 is small, 1 is large (log-linear; Imagen's gamma).
     """
-    if kind == "learned":
-        return _learned
-    weight = {"small": 0.0, "large": 1.0, "interpolated": interpolation}[kind]
+    fixed = {"small": 0.0, "large": 1.0, "interpolated": interpolation, "learned": None}[kind]
 
     def log_variance(
         prediction: Prediction,
@@ -86,10 +93,10 @@ def make_log_variance(kind: str, interpolation: float | None = None) -> LogVaria
         logsnr_t: jax.Array,
         min_logvar: jax.Array | float = -jnp.inf,
     ) -> jax.Array:
-        del prediction
         small, large = gaussian.step_logvars(logsnr_s, logsnr_t, min_logvar)
-        if weight in (0.0, 1.0):  # 0 times an infinite logarithm is not 0
-            return large if weight else small
+        if fixed in (0.0, 1.0):  # 0 times an infinite logarithm is not 0
+            return large if fixed else small
+        weight = prediction.variance_fraction if fixed is None else fixed
         return weight * large + (1 - weight) * small
 
     return log_variance
@@ -101,99 +108,58 @@ VARIANCES = ("small", "large", "interpolated", "learned")
 def make_ancestral(log_variance: LogVariance) -> Step:
     """Eq. (1)."""
 
-    def step(
-        denoise: DenoiseFn,
-        xt: jax.Array,
-        logsnr_s: jax.Array,
-        logsnr_t: jax.Array,
-        noise: jax.Array,
-        is_last: jax.Array,
-        memory: Memory,
-    ) -> tuple[jax.Array, Prediction]:
-        del is_last, memory
-        prediction = denoise(xt, logsnr_t)
-        mean, _ = gaussian.posterior(prediction.x0, xt, logsnr_s, logsnr_t)
-        logvar = log_variance(
-            prediction,
-            gaussian.broadcast_right(logsnr_s, xt),
-            gaussian.broadcast_right(logsnr_t, xt),
-        )
-        return mean + jnp.exp(0.5 * logvar) * noise, prediction
+    def step(denoise: DenoiseFn, at: Transition) -> tuple[jax.Array, Prediction]:
+        prediction = denoise(at.xt, at.logsnr_t)
+        mean, _ = gaussian.posterior(prediction.x0, at.xt, at.logsnr_s, at.logsnr_t)
+        levels = (gaussian.broadcast_right(x, at.xt) for x in (at.logsnr_s, at.logsnr_t))
+        return mean + jnp.exp(0.5 * log_variance(prediction, *levels)) * at.noise, prediction
 
     return step
 
 
 def make_ddim(eta: float = 0.0) -> Step:
-    """Eq. (2). With eta 0 `noise` is not used, and XLA never draws it."""
+    """Eq. (2). With eta 0 the noise is not used, and XLA never draws it."""
 
-    def step(
-        denoise: DenoiseFn,
-        xt: jax.Array,
-        logsnr_s: jax.Array,
-        logsnr_t: jax.Array,
-        noise: jax.Array,
-        is_last: jax.Array,
-        memory: Memory,
-    ) -> tuple[jax.Array, Prediction]:
-        del is_last, memory
-        prediction = denoise(xt, logsnr_t)
+    def step(denoise: DenoiseFn, at: Transition) -> tuple[jax.Array, Prediction]:
+        prediction = denoise(at.xt, at.logsnr_t)
         if eta == 0.0:
-            return gaussian.diffuse(prediction.x0, logsnr_s, prediction.eps), prediction
-        _, var = gaussian.posterior(prediction.x0, xt, logsnr_s, logsnr_t)
-        alpha_s, sigma_s = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr_s, xt))
+            return gaussian.diffuse(prediction.x0, at.logsnr_s, prediction.eps), prediction
+        _, var = gaussian.posterior(prediction.x0, at.xt, at.logsnr_s, at.logsnr_t)
+        alpha_s, sigma_s = gaussian.alpha_sigma_like(at.logsnr_s, at.xt)
         direction = jnp.sqrt(jnp.maximum(sigma_s**2 - eta**2 * var, 0.0)) * prediction.eps
-        xs = alpha_s * prediction.x0 + direction + eta * jnp.sqrt(var) * noise
+        xs = alpha_s * prediction.x0 + direction + eta * jnp.sqrt(var) * at.noise
         return xs, prediction
 
     return step
 
 
-def heun_step(
-    denoise: DenoiseFn,
-    xt: jax.Array,
-    logsnr_s: jax.Array,
-    logsnr_t: jax.Array,
-    noise: jax.Array,
-    is_last: jax.Array,
-    memory: Memory,
-) -> tuple[jax.Array, Prediction]:
+def heun_step(denoise: DenoiseFn, at: Transition) -> tuple[jax.Array, Prediction]:
     """Eq. (4). The step to t = 0 needs no second evaluation and makes none."""
-    del noise, memory
-    prediction = denoise(xt, logsnr_t)
-    alpha_s, sigma_s = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr_s, xt))
-    alpha_t, sigma_t = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr_t, xt))
+    prediction = denoise(at.xt, at.logsnr_t)
+    alpha_s, sigma_s = gaussian.alpha_sigma_like(at.logsnr_s, at.xt)
+    alpha_t, sigma_t = gaussian.alpha_sigma_like(at.logsnr_t, at.xt)
 
     def xs_from(x0: jax.Array) -> jax.Array:
         ratio = sigma_s / sigma_t
-        return ratio * xt + (alpha_s - ratio * alpha_t) * x0
+        return ratio * at.xt + (alpha_s - ratio * alpha_t) * x0
 
     def corrected() -> jax.Array:
-        second = denoise(xs_from(prediction.x0), logsnr_s)
+        second = denoise(xs_from(prediction.x0), at.logsnr_s)
         return xs_from(0.5 * (prediction.x0 + second.x0))
 
-    return jax.lax.cond(is_last, lambda: prediction.x0, corrected), prediction
+    return jax.lax.cond(at.is_last, lambda: prediction.x0, corrected), prediction
 
 
-def dpmpp_2m_step(
-    denoise: DenoiseFn,
-    xt: jax.Array,
-    logsnr_s: jax.Array,
-    logsnr_t: jax.Array,
-    noise: jax.Array,
-    is_last: jax.Array,
-    memory: Memory,
-) -> tuple[jax.Array, Prediction]:
+def dpmpp_2m_step(denoise: DenoiseFn, at: Transition) -> tuple[jax.Array, Prediction]:
     """Eq. (5). The first step has no step before it and is Euler's."""
-    del noise, is_last
-    prediction = denoise(xt, logsnr_t)
-    x0_before, logsnr_before = memory
-    h = gaussian.broadcast_right(logsnr_s - logsnr_t, xt) / 2
-    h_before = gaussian.broadcast_right(logsnr_t - logsnr_before, xt) / 2
+    prediction = denoise(at.xt, at.logsnr_t)
+    h = gaussian.broadcast_right(at.logsnr_s - at.logsnr_t, at.xt) / 2
+    h_before = gaussian.broadcast_right(at.logsnr_t - at.logsnr_before, at.xt) / 2
     weight = jnp.where(h_before > 0, h / (2 * jnp.where(h_before > 0, h_before, 1.0)), 0.0)
-    extrapolated = prediction.x0 + weight * (prediction.x0 - x0_before)
-    alpha_s, sigma_s = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr_s, xt))
-    _, sigma_t = gaussian.alpha_sigma_from_logsnr(gaussian.broadcast_right(logsnr_t, xt))
-    return (sigma_s / sigma_t) * xt - alpha_s * jnp.expm1(-h) * extrapolated, prediction
+    extrapolated = prediction.x0 + weight * (prediction.x0 - at.x0_before)
+    alpha_s, sigma_s = gaussian.alpha_sigma_like(at.logsnr_s, at.xt)
+    _, sigma_t = gaussian.alpha_sigma_like(at.logsnr_t, at.xt)
+    return (sigma_s / sigma_t) * at.xt - alpha_s * jnp.expm1(-h) * extrapolated, prediction
 
 
 SAMPLERS = ("ancestral", "ddim", "dpmpp_2m", "heun")
@@ -208,11 +174,8 @@ def make_step(
 ) -> Step:
     """The step of the sampler `name`, one of `SAMPLERS`.
 
-    Args:
-      name: the sampler.
-      variance: of "ancestral", one of `VARIANCES`.
-      variance_interpolation: of the variance "interpolated".
-      eta: of "ddim".
+    "ancestral" has a `variance`, one of `VARIANCES`, "interpolated" its
+    `variance_interpolation`, and "ddim" its `eta`.
     """
     if name == "ancestral":
         return make_ancestral(make_log_variance(variance, variance_interpolation))
@@ -248,7 +211,7 @@ def sample(
     """Runs the reverse chain from t = 1 to t = stop_t as one compiled loop.
 
     Args:
-      denoise: the network with everything but (xt, logsnr) closed over.
+      denoise: the network, with everything but (xt, logsnr) closed over.
       xt: [B, H, W, C] noise at t = 1.
       keys: [B] typed PRNG keys, one per image.
       schedule: the process to sample.
@@ -257,29 +220,30 @@ def sample(
       stop_t: where to stop, in [0, 1); scalar, traced or not.
 
     Returns:
-      [B, H, W, C], at noise level `stop_t`: the clean image where it is 0, not
-      the slightly noisy x at the schedule's highest logsnr.
+      [B, H, W, C] at noise level `stop_t`; at 0 the clean image rather than the slightly noisy
+      x at the schedule's highest logsnr.
     """
     stop_t = jnp.asarray(stop_t, jnp.float32)
     times = jnp.asarray(times, jnp.float32)
     batch = xt.shape[0]
-    # A stop_t that lies on the grid, but for rounding, must not add a step of no length.
-    # The margin is relative: grids have points far below 1e-6, and 0 cuts none of them.
+    # A stop_t that lies on the grid up to rounding must not add a step of no length. The margin
+    # is relative, since grids have points far below 1e-6, and stop_t = 0 must cut none of them.
     steps_run = jnp.sum(times[:-1] > stop_t * (1 + 1e-6))
 
     def logsnr_at(t: jax.Array) -> jax.Array:
         return jnp.full((batch,), schedule(t), jnp.float32)
 
-    def body(i: jax.Array, carry: tuple[jax.Array, Memory]) -> tuple[jax.Array, Memory]:
-        xt, memory = carry
+    def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        xt, x0_before, logsnr_before = carry
         s = jnp.where(i + 1 == steps_run, stop_t, times[i + 1])
         logsnr_t, logsnr_s = logsnr_at(times[i]), logsnr_at(s)
         step_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
         noise = normal_per_image(step_keys, xt.shape[1:])
         is_last = s == 0.0
-        xs, prediction = step(denoise, xt, logsnr_s, logsnr_t, noise, is_last, memory)
-        xs = jnp.where(is_last, prediction.x0, xs)
-        return xs, (prediction.x0, logsnr_t)
+        xs, prediction = step(
+            denoise, Transition(xt, logsnr_s, logsnr_t, noise, is_last, x0_before, logsnr_before)
+        )
+        return jnp.where(is_last, prediction.x0, xs), prediction.x0, logsnr_t
 
-    first_memory = (jnp.zeros_like(xt), logsnr_at(times[0]))
-    return jax.lax.fori_loop(0, steps_run, body, (xt, first_memory))[0]
+    first = (xt, jnp.zeros_like(xt), logsnr_at(times[0]))
+    return jax.lax.fori_loop(0, steps_run, body, first)[0]

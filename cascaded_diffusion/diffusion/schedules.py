@@ -5,8 +5,8 @@ The forward process of a variance-preserving diffusion is
     (1)  q(xt | x0) = N(alpha_t x0, sigma_t^2 I),   alpha_t^2 + sigma_t^2 = 1
     (2)  logsnr_t   = log(alpha_t^2 / sigma_t^2)
 
-with `t` in [0, 1]. Step `i` of a process of `T` discrete steps is the time
-t = i / T; DDPM's notation has it as
+with `t` in [0, 1]. Step `i` of a process of `T` discrete steps is the time t = i / T; in DDPM's
+notation
 
     (3)  alpha_{i/T}^2 = abar_i = prod_{j <= i} (1 - beta_j)
 
@@ -20,23 +20,22 @@ sigma_t^2 = (f(0) - f(t)) / f(0), and sin^2 a - sin^2 a0 factors, so
 
     (6)  logsnr_t = log cos^2(a) - log(sin(a + a0) sin(a - a0))
 
-which keeps all its digits near t = 0, where 1 - alpha_t^2 would lose them.
+which keeps all its digits near t = 0, where 1 - alpha_t^2 loses them.
 
-**Linear** (Ho et al. 2020: beta from 1e-4 to 0.02 in 1000 steps), for T steps with
-betas scaled by 1000 / T, in continuous time the limit of many steps:
+**Linear** (Ho et al. 2020: beta from 1e-4 to 0.02 in 1000 steps); T steps have betas scaled by
+1000 / T, and continuous time is the limit of many steps:
 
     (7)  beta_i = (1000 / T) (b0 + (b1 - b0) (i - 1) / (T - 1))
     (8)  log alpha_t^2 = -1000 (b0 t + (b1 - b0) t^2 / 2)
 
-**Shifted cosine** (Hoogeboom et al. 2023, "simple diffusion"): an image of d x d
-pixels keeps the look of a d0 x d0 one if its noise grows with its size,
+**Shifted cosine** (Hoogeboom et al. 2023, "simple diffusion"): an image of d x d pixels keeps the
+look of one of d0 x d0 pixels if its noise grows with its size,
 
     (9)  logsnr_t = -2 log tan(pi t / 2) + 2 log(d0 / d)
 
-**Levels between the steps** (Saharia et al. 2021, SR3, eq. 11; Chen et al. 2020,
-WaveGrad, did so with its root): abar is drawn uniformly between the levels of two
-neighbouring steps. That is a continuous uniform t, and alpha_t^2 linear in t between
-its values at i / T.
+**Levels between the steps** (Saharia et al. 2021, SR3, eq. 11; Chen et al. 2020, WaveGrad, did so
+with its root): abar is drawn uniformly between the levels of two neighbouring steps. This equals
+a continuous uniform t with alpha_t^2 linear in t between its values at i / T.
 """
 
 from __future__ import annotations
@@ -66,13 +65,13 @@ def make_cosine_schedule(
 
     def logsnr_from_t(t: jax.Array) -> jax.Array:
         t = jnp.asarray(t, jnp.float32)
-        # a - a0 is computed first: it is exactly 0 at t = 0, and there the
-        # logarithm is -inf, which the clip turns into logsnr_max.
+        # a - a0 is computed first: it is exactly 0 at t = 0, where the logarithm is -inf, which
+        # the clip turns into logsnr_max.
         a_minus_a0 = math.pi / 2 * t / (1 + offset)
         log_alpha2 = 2 * jnp.log(jnp.abs(jnp.cos(a_minus_a0 + a0)))
         log_sigma2 = jnp.log(jnp.sin(a_minus_a0 + 2 * a0)) + jnp.log(jnp.sin(a_minus_a0))
-        # Infinite ends minus finite ones: no nan can arise, since at t = 0 only
-        # the second term is infinite and at t = 1 only the first.
+        # No nan can arise, since at t = 0 only the second term is infinite and at t = 1 only
+        # the first.
         return jnp.clip(log_alpha2 - log_sigma2, logsnr_min, logsnr_max)
 
     return logsnr_from_t
@@ -130,15 +129,15 @@ def make_table_schedule(betas: np.ndarray, *, between_steps: bool) -> Schedule:
 
     Args:
       betas: float64, from the first step to the last.
-      between_steps: whether a time between two steps has the level between theirs
-        (alpha^2 is interpolated); if not, it has the level of the nearest step.
+      between_steps: whether a time between two steps has a level between theirs (alpha^2 is
+        interpolated) or the level of the nearest step.
 
     Raises:
-      ValueError: neighbouring steps of the same level.
+      ValueError: neighbouring steps have the same level.
     """
     num_timesteps = len(betas)
     abar = np.concatenate([[1.0], np.cumprod(1.0 - betas)])
-    # 1 - abar in float32 would lose its digits at small t: both ends have a table.
+    # 1 - abar in float32 would lose its digits at small t, so both ends have a table.
     alpha2, sigma2 = jnp.float32(abar), jnp.float32(1.0 - abar)
     with np.errstate(divide="ignore"):
         levels = np.float32(np.minimum(np.log(abar) - np.log(1.0 - abar), LOGSNR_MAX))
@@ -179,12 +178,12 @@ def make_schedule(
 
     Args:
       name: "cosine", "linear" or "shifted_cosine".
-      resolution: of the images, for "shifted_cosine".
+      resolution: the images', for "shifted_cosine".
       num_timesteps: T, or None for continuous time.
-      between_steps: of T steps, whether the levels between them are used too.
-      cosine_offset: of "cosine".
-      linear_beta_range: first and last beta of "linear", as of 1000 steps.
-      reference_resolution: of "shifted_cosine".
+      between_steps: whether the levels between T steps are used too.
+      cosine_offset: for "cosine".
+      linear_beta_range: for "linear": the first and last beta of 1000 steps.
+      reference_resolution: for "shifted_cosine".
     """
     if name == "linear":
         first, last = linear_beta_range
