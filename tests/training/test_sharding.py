@@ -16,6 +16,7 @@ from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding
 from cascaded_diffusion.training import step
 from cascaded_diffusion.training.grid import GridSampler
+from tests.planning.program_collectives import in_program
 from tests.tiny import random_source, round_trip, tiny_base, tiny_sr
 
 SOURCE = random_source(64)
@@ -129,7 +130,7 @@ def test_a_bfloat16_step_sends_what_the_formula_says():
     config = tiny_sr(stage__network__dtype="bfloat16", stage__network__channels=32)
     mesh = _mesh(data=2, fsdp=4)
     _, abstract, compiled = _compiled(config, mesh)
-    sent = collectives.in_program(compiled.as_text())
+    sent = in_program(compiled.as_text())
     expected = collectives.of_training_step(
         abstract.params, mesh, parts=1, dtype=jnp.bfloat16, remat=False
     )
@@ -213,7 +214,7 @@ def test_what_the_fsdp_step_sends_is_what_the_formula_says(parts, monkeypatch):
     assert large
     assert all("fsdp" in x.sharding.spec for x in large)
 
-    sent = collectives.in_program(compiled.as_text())
+    sent = in_program(compiled.as_text())
     expected = collectives.of_training_step(
         abstract.params, mesh, parts=parts, dtype=jnp.float32, remat=False
     )
