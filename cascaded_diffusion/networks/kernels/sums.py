@@ -79,7 +79,8 @@ def _multiply_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     gradient = for_platform(cpu=_kernel_gradient, default=partial(jnp.einsum, "bhwc,bhwk->ck"))
-    return dy @ kernel.T, gradient(x, dy)
+    dkernel = gradient(x, dy)
+    return dy @ kernel.T, dkernel
 
 
 multiply_pixels.defvjp(_multiply_forward, _multiply_backward)
