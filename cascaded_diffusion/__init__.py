@@ -29,12 +29,22 @@ _HOMES = {
     "RunFolder": "runtime.run_folder",
     "Stage": "cascade.stage",
     "UserError": "errors",
+    "bits_per_dim": "evaluation.likelihood",
     "build_stage": "cascade.build",
     "cascade_config_from": "config.run_checks",
+    "classification_accuracy": "evaluation.cas",
+    "final_numbers": "evaluation.jobs",
     "frechet_distance": "evaluation.metrics.frechet",
     "load_inception": "evaluation.features.inception_extractor",
+    "measure_files": "evaluation.file_scores",
     "measure_reference": "evaluation.reference",
+    "measure_samples": "evaluation.jobs",
     "run_config_from": "config.run_checks",
+    "sample_cascade": "evaluation.samples.cascade_samples",
+    "score_checkpoints": "evaluation.jobs",
+    "sweep_settings": "evaluation.jobs",
+    "write_file_reference": "evaluation.file_scores",
+    "write_references": "evaluation.jobs",
 }
 
 __all__ = sorted(_HOMES)

@@ -17,7 +17,7 @@ from cascaded_diffusion.commands.sample_inputs import define_inputs, read_reques
 from cascaded_diffusion.config.run_checks import cascade_config_from, run_config_from
 from cascaded_diffusion.config.schema import ema_name
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.samples import generate
+from cascaded_diffusion.evaluation.samples import chosen_labels, generate
 from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
@@ -198,7 +198,7 @@ def test_what_is_asked_for(runs, tmp_path):
 def test_classes_by_name(runs, monkeypatch):
     assert "the run in" in _refused(runs, "--labels=bee")  # it does not say what they are called
     names = ("ant", "bee", *"cdefghij")
-    monkeypatch.setattr(RunFolder, "class_names", lambda self: names)
+    monkeypatch.setattr(chosen_labels, "trained_classes", lambda folder: names)
     request = _request(runs, "--labels=bee,3")
     assert (request.labels.tolist(), request.class_names) == ([1, 3], {1: "bee"})
     assert "of classes 1 (bee), 3, " in request.title()
@@ -208,8 +208,8 @@ def test_classes_by_name(runs, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--labels=3,10"], "--labels=3,10: label 10 is out of range, expected 0 to 9"),
-        (["--labels=-1"], "--labels=-1: label -1 is out of range"),
+        (["--labels=3,10"], "--labels=3,10: labels from 3 to 10, expected 0 to 9"),
+        (["--labels=-1"], "--labels=-1: labels from -1 to -1, expected"),
         (["--labels="], "--labels=: expected classes, by numbers or names"),
         (["--labels=3,,4"], "--labels=3,,4: expected classes"),
         (["--labels=gone.txt"], "--labels=gone.txt: no such file"),
@@ -239,7 +239,7 @@ def test_classes_by_name(runs, monkeypatch):
         (["--low_res={samples}/rgb.npz"], "expected 1 channel"),
         (["--low_res={samples}/8.png"], "10 classes and the images have no labels; give"),
         (["--low_res={samples}/8.png", "--labels=1,2"], "2 labels for 1 images"),
-        (["--low_res={samples}/bad.npz"], "arr_1: label 11 is out of range, expected 0 to 9"),
+        (["--low_res={samples}/bad.npz"], "arr_1: labels from 0 to 11, expected 0 to 9"),
     ],
 )
 def test_what_cannot_be_is_refused(runs, tmp_path, argv, message):
@@ -314,7 +314,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(runs, tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(
-        "cascaded_diffusion.evaluation.samples.stored_images.save_sample_batches", cannot
+        "cascaded_diffusion.evaluation.samples.cascade_samples.save_sample_batches", cannot
     )
     assert _refused(runs, *argv) == message
 

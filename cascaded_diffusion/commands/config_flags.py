@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,8 +22,6 @@ from cascaded_diffusion.config.schema import (
     CascadeConfig,
     CascadeSection,
     RunConfig,
-    StageConfig,
-    to_dict,
 )
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import CascadeFolder
@@ -180,18 +177,3 @@ def cascade_config(fv: flags.FlagValues, argv: Sequence[str], runs: CascadeFolde
         return cascade_config_from(values)
     except UserError as e:
         raise UserError(f"{runs.cascade_path}: {e}") from e
-
-
-def check_cascade(config: CascadeConfig, stages: Sequence[StageConfig]) -> None:
-    """Checks the first stages of a cascade, those given, as a cascade of their own."""
-    section, num_stages = config.cascade, len(stages)
-    first = dataclasses.replace(
-        section,
-        stages=section.stages[:num_stages],
-        configs=section.configs[:num_stages],
-        samplers=section.samplers[:num_stages],
-        aug_levels=section.aug_levels[: num_stages - 1],
-        truncated=section.truncated and any(s.has_aug_level for s in stages),
-    )
-    values = to_dict(dataclasses.replace(config, cascade=first))
-    check_chain(cascade_config_from(values).cascade, stages)

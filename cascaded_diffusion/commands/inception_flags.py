@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 from absl import flags
 
+import cascaded_diffusion as library
 from cascaded_diffusion.commands.flag_checks import check_paths
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 
 
 def define_inception(fv: flags.FlagValues) -> None:
@@ -39,20 +41,13 @@ def check_inception(fv: flags.FlagValues) -> None:
         )
 
 
-def inception_loader(
-    fv: flags.FlagValues, mesh: Any, *, batch_size: int = 64
-) -> Callable[[str], Any]:
-    """Returns a function from a resize mode to the Inception extractor of the flags' weights."""
+def inception_loader(fv: flags.FlagValues) -> Callable[..., FeatureExtractor]:
+    """Returns a function of `resize` and `mesh` that loads Inception with the flags' weights.
 
-    def load(resize: str) -> Any:
-        from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
-
-        return load_inception(
-            fv.inception_weights,
-            resize=resize,
-            allow_other_weights=fv.allow_other_inception_weights,
-            mesh=mesh,
-            batch_size=batch_size,
-        )
-
-    return load
+    It imports JAX.
+    """
+    return functools.partial(
+        library.load_inception,
+        fv.inception_weights,
+        allow_other_weights=fv.allow_other_inception_weights,
+    )

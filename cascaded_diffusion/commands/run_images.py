@@ -19,6 +19,7 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from cascaded_diffusion.data.records import Source
+    from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
     from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 
 
@@ -122,3 +123,15 @@ def check_same_run_classes(folders: Sequence[RunFolder]) -> None:
     known = {f"run {folder.path.name!r}": trained_classes(folder) for folder in folders}
     # Runs without classes, and runs that do not say, cannot be compared.
     check_same_classes({name: classes for name, classes in known.items() if classes})
+
+
+def shown_images(folder: RunFolder, *, data_path: str | None) -> LabelledImages:
+    """Twenty held-out real images of a run, spread over the classes, for a cascade's picture."""
+    from cascaded_diffusion.data.sources import spread_examples
+    from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
+
+    config = folder.read_config()
+    name = config.data.eval_split
+    held_out = open_splits(folder, config, [name], data_path=data_path)[name]
+    spread = spread_examples(held_out, rows=2, columns=10)
+    return LabelledImages(spread["image"], spread["label"])

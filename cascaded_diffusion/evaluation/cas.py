@@ -20,6 +20,13 @@ from cascaded_diffusion.evaluation.features.classifier_training import (
     batch_size_for,
     train_classifier,
 )
+from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, check_labels
+from cascaded_diffusion.evaluation.setup import Splits, default_mesh
+from cascaded_diffusion.files.json_files import append_line
+from cascaded_diffusion.runtime.run_folder import RunFolder
+
+# ResNet-50, as published, is trained from this resolution on; below, a small ResNet.
+_LARGE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +58,7 @@ def accuracy_of(logits: np.ndarray, labels: np.ndarray, *, num_train: int) -> Ac
     return Accuracy(float(right.mean()), float(hits[:, :5].any(1).mean()), of_class, num_train)
 
 
-def classification_accuracy(
+def accuracy_after_training(
     train: LabelledImages,
     test: LabelledImages,
     *,
@@ -75,11 +82,7 @@ def classification_accuracy(
             " the real ones are"
         )
     for images in (train, test):
-        if images.labels.min() < 0 or images.labels.max() >= num_classes:
-            raise UserError(
-                f"labels from {images.labels.min()} to {images.labels.max()}, expected 0 to"
-                f" {num_classes - 1}"
-            )
+        check_labels(images.labels, num_classes, label)
     missing = num_classes - len(np.unique(train.labels))
     if missing:
         print(f"{label}: no training image of {missing} of the {num_classes} classes", flush=True)
@@ -137,7 +140,7 @@ def cas_record(
     train_steps = epochs * (len(generated.labels) // batch_size)
     found = {}
     for name, train in (("generated", generated), ("real", real)):
-        found[name] = classification_accuracy(
+        found[name] = accuracy_after_training(
             train,
             test,
             num_classes=num_classes,
@@ -165,3 +168,52 @@ def cas_record(
         "test_images": len(test.labels),
         "seed": seed,
     }
+
+
+def classification_accuracy(
+    folder: RunFolder,
+    splits: Splits,
+    samples: StoredImages,
+    *,
+    network: str | None = None,
+    epochs: int | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """The classification accuracy score of stored samples; appends it to RUN/eval/cas.jsonl.
+
+    Args:
+      folder: the run.
+      splits: its real images.
+      samples: from `stored_images.load_samples`, with labels.
+      network: "resnet" or "resnet50"; by default the latter from 64 px on.
+      epochs: over the samples; by default the network's usual number.
+      mesh: the device mesh; by default all devices.
+
+    Returns:
+      The record.
+
+    Raises:
+      UserError: another process evaluates the run.
+    """
+    config = folder.read_config()
+    stage, data = config.stage, config.data
+    mesh = mesh or default_mesh(config)
+    with folder.writer_lock("eval"):
+        record = cas_record(
+            LabelledImages(samples.images, samples.labels.astype("int32")),
+            splits["train"].whole(stage.resolution),
+            splits["val"].whole(stage.resolution),
+            num_classes=stage.num_classes,
+            network=network or ("resnet50" if stage.resolution >= _LARGE else "resnet"),
+            epochs=epochs,
+            seed=config.eval.seed,
+            flip=data.random_flip,
+            mesh=mesh,
+        )
+        record |= {
+            "samples": samples.path,
+            "samples_digest": samples.digest(),
+            "data": f"{data.name}:{data.train_split}:{data.eval_split}",
+        }
+        append_line(folder.cas_path, record)
+    return record

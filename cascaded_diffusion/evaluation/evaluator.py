@@ -29,7 +29,7 @@ from cascaded_diffusion.evaluation.reference import (
     save_reference,
 )
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
-from cascaded_diffusion.evaluation.samples.stored_images import Images
+from cascaded_diffusion.evaluation.samples.stored_images import Images, check_labels
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 _BATCH = 500
@@ -96,12 +96,11 @@ def evaluated_labels(labels: np.ndarray, num_classes: int) -> np.ndarray | None:
     Raises:
       UserError: a label is no class.
     """
-    if num_classes and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise UserError(
-            f"samples with labels from {labels.min()} to {labels.max()}: expected 0 to"
-            f" {num_classes - 1}, since config.stage.num_classes is {num_classes}"
-        )
-    return labels if num_classes else None
+    if not num_classes:
+        return None
+    reason = f", since config.stage.num_classes is {num_classes}"
+    check_labels(labels, num_classes, "samples", reason)
+    return labels
 
 
 def build_extractor(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -22,10 +23,11 @@ import numpy as np
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.evaluation import health
 from cascaded_diffusion.evaluation.evaluator import Evaluator
-from cascaded_diffusion.evaluation.samples.sample_sources import LevelSource, SampleSource, fill
+from cascaded_diffusion.evaluation.samples.generate import fill
+from cascaded_diffusion.evaluation.samples.sample_sources import LevelSource, SampleSource
 from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
-from cascaded_diffusion.evaluation.score import measured, save_grid
+from cascaded_diffusion.evaluation.score import measure_store, save_grid
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.files.whole import write_whole
@@ -36,7 +38,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _NUM_LEVELS = 6
 
 
-def final_numbers(
+def measure_final(
     config: RunConfig,
     folder: RunFolder,
     trained: TrainedStage,
@@ -86,8 +88,9 @@ def final_numbers(
     if known is not None:
         store.remove()
         return known
-    fill(store, source, trained.params, label=f"{trained.name}, low-res {source.about}")
-    measurement, agreement, first = measured(evaluator, store, stage.num_classes)
+    make = partial(source.make, trained.params)
+    fill(store, make, label=f"{trained.name}, low-res {source.about}")
+    measurement, agreement, first = measure_store(evaluator, store, stage.num_classes)
     metrics: dict[str, float] = {}
     for role, reference in evaluator.references.items():
         for metric, value in measurement.distances(reference).items():

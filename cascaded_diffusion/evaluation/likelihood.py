@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,16 +11,21 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.cascade import keys_for
 from cascaded_diffusion.cascade.pixels import float_from_uint8
-from cascaded_diffusion.config.schema import SamplerConfig
+from cascaded_diffusion.config.schema import SamplerConfig, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
-from cascaded_diffusion.evaluation.samples.generate import make_placer
-from cascaded_diffusion.evaluation.trained import TrainedStage
+from cascaded_diffusion.evaluation.inputs import bound_chain
+from cascaded_diffusion.evaluation.samples.generate import put_batch
+from cascaded_diffusion.evaluation.samples.real_images import RealSplit
+from cascaded_diffusion.evaluation.setup import default_mesh
+from cascaded_diffusion.evaluation.trained import TrainedStage, load_trained
+from cascaded_diffusion.files.json_files import append_line
 from cascaded_diffusion.runtime.progress import Progress
+from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
 
 
-def bits_per_dim(
+def mean_bits_per_dim(
     trained: TrainedStage,
     data: LabelledImages,
     *,
@@ -29,7 +34,7 @@ def bits_per_dim(
     aug_level: float,
     sampler: SamplerConfig,
     mesh: Mesh,
-) -> Mapping[str, float]:
+) -> tuple[float, float]:
     """The variational bound of every image, with one draw of noise per step and image.
 
     Args:
@@ -42,7 +47,7 @@ def bits_per_dim(
       mesh: the device mesh.
 
     Returns:
-      `bits_per_dim`, the mean, and `bits_per_dim_error`, its standard error over images.
+      The mean over images, and its standard error.
 
     Raises:
       UserError: a single image, or a bound that is not finite.
@@ -52,7 +57,6 @@ def bits_per_dim(
             f"bits/dim of {len(data.labels)} image: expected at least 2, for a standard error"
         )
     stage, key = trained.stage, jax.random.key(seed)
-    place = make_placer(mesh)
 
     @jax.jit
     def of_batch(params: Params, keys: jax.Array, image: jax.Array, label: Any) -> jax.Array:
@@ -70,12 +74,14 @@ def bits_per_dim(
     values = []
     for start in range(0, total, batch_size):
         rows = np.arange(start, start + batch_size)
-        label = data.labels[rows % total] if stage.config.num_classes else None
+        label = None
+        if stage.config.num_classes:
+            label = put_batch(data.labels[rows % total], mesh)
         batch = of_batch(
             trained.params,
-            keys_for(key, place(rows)),
-            place(data.images[rows % total]),
-            place(label),
+            keys_for(key, put_batch(rows, mesh)),
+            put_batch(data.images[rows % total], mesh),
+            label,
         )
         values.append(np.asarray(batch)[: total - start])
         progress.update(min(total, start + batch_size))
@@ -86,7 +92,58 @@ def bits_per_dim(
             f"bits/dim of {trained.name}: not finite for {np.sum(~np.isfinite(bits))} of {total}"
             " images"
         )
-    return {
-        "bits_per_dim": float(bits.mean()),
-        "bits_per_dim_error": float(bits.std(ddof=1) / np.sqrt(len(bits))),
+    return float(bits.mean()), float(bits.std(ddof=1) / np.sqrt(len(bits)))
+
+
+def bits_per_dim(
+    folder: RunFolder,
+    split: RealSplit,
+    *,
+    num_images: int | None = None,
+    num_steps: int | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """The variational bound of the chosen checkpoint over real images, appended to the results.
+
+    Args:
+      folder: the run.
+      split: the real images.
+      num_images: how many of them, spread over the split; by default all.
+      num_steps: of the chain; by default all steps of the stage's process.
+      mesh: the device mesh; by default all devices.
+
+    Returns:
+      The record.
+    """
+    config = folder.read_config()
+    stage, settings = config.stage, config.eval
+    chain = bound_chain(stage, num_steps)
+    count = min(len(split), num_images or len(split))
+    # Spread over the split, which may be sorted by class.
+    images = split.raw([i * len(split) // count for i in range(count)])
+    mesh = mesh or default_mesh(config)
+    trained = load_trained(folder, mesh)
+    print(f"{trained.name}: the bound of {chain.num_steps} steps, variance {chain.variance}")
+    mean, error = mean_bits_per_dim(
+        trained,
+        images,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        aug_level=settings.aug_level,
+        sampler=chain,
+        mesh=mesh,
+    )
+    record = {
+        **dataclasses.asdict(trained.chosen),
+        "metric": "bits_per_dim",
+        "value": mean,
+        "standard_error": error,
+        "num_images": count,
+        "reference": f"{config.data.name}:{split.split}:{stage.resolution}px",
+        "aug_level": settings.aug_level if stage.has_aug_level else None,
+        "chain": to_dict(chain),
+        "seed": settings.seed,
     }
+    with folder.writer_lock("eval"):
+        append_line(folder.results_path, record)
+    return record

@@ -24,10 +24,12 @@ import numpy as np
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, Moments
+from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, batches
 from cascaded_diffusion.files.npz_archive import array_names, read_arrays
 from cascaded_diffusion.files.whole import sha256_of_arrays, write_npz_whole
 from cascaded_diffusion.runtime.progress import Progress
 
+_BATCH = 500
 # Features that are kept for KID, precision and recall: of images spread over the set.
 _KEPT_FEATURES = 10_000
 # Of a file's statistics together, of which Inception's take some 150 MB.
@@ -187,6 +189,20 @@ def measure_reference(
         spatial=spatial,
         features=np.concatenate(kept),
         pixels=pixels,
+    )
+
+
+def measure_stored(images: StoredImages, extractor: FeatureExtractor) -> Reference:
+    """Statistics of the images of a file or folder, as they are."""
+    return measure_reference(
+        batches(images.images, _BATCH),
+        extractor,
+        num_images=len(images),
+        label="reference",
+        data=f"file:{images.path}",
+        split="",
+        crop="none",
+        resize="none",
     )
 
 

@@ -15,7 +15,8 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import early_stopping, health
 from cascaded_diffusion.evaluation.evaluator import Evaluator, evaluated_labels, shown
 from cascaded_diffusion.evaluation.measure import Measurement, counted, metric_name
-from cascaded_diffusion.evaluation.samples.sample_sources import SampleSource, fill
+from cascaded_diffusion.evaluation.samples.generate import fill
+from cascaded_diffusion.evaluation.samples.sample_sources import SampleSource
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
 from cascaded_diffusion.evaluation.trained import abstract_params, checkpoint_digest
 from cascaded_diffusion.files.json_files import append_line, write_json
@@ -200,8 +201,10 @@ class RunScorer:
     ) -> dict[str, float]:
         config, name = self._config, self._config.stage.name
         about = f"step {step}, EMA {ema_decay:g}, low-res {source.about}"
-        fill(store, source, params, label=about)
-        measurement, agreement, first = measured(self._evaluator, store, config.stage.num_classes)
+        fill(store, partial(source.make, params), label=about)
+        measurement, agreement, first = measure_store(
+            self._evaluator, store, config.stage.num_classes
+        )
         values = {**measurement.distances(self._evaluator.references["train"]), **measurement.own()}
         if agreement is not None:
             values[counted("psnr_low_res", store.num_samples)] = agreement.psnr
@@ -230,7 +233,7 @@ class RunScorer:
         return best
 
 
-def measured(
+def measure_store(
     evaluator: Evaluator, store: SampleStore, num_classes: int
 ) -> tuple[Measurement, health.LowResAgreement | None, np.ndarray]:
     """The sums over a full store, what an enlargement kept of its input, the first images."""
@@ -251,17 +254,3 @@ def save_grid(folder: RunFolder, name: str, images: np.ndarray) -> None:
     """A picture of the first samples, in the run's `eval` folder."""
     picture = pictures.grid(images[:GRID_IMAGES], columns=_GRID_COLUMNS)
     pictures.save_png(folder.eval / name, picture, scale=2)
-
-
-def record_for_samples(
-    evaluator: Evaluator, path: str, images: Any, labels: np.ndarray | None, *, num_classes: int
-) -> Mapping[str, Any]:
-    """The scores of a stored set of samples as one record."""
-    evaluated = None if labels is None else evaluated_labels(labels, num_classes)
-    return {
-        "samples": path,
-        "num_samples": len(images),
-        "reference": evaluator.reference,
-        "features": evaluator.features,
-        **evaluator.scores(images, evaluated),
-    }

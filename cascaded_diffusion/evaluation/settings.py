@@ -12,12 +12,16 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain
 from cascaded_diffusion.config.schema import (
+    CascadeConfig,
     CascadeSection,
     SamplerConfig,
     StageConfig,
     sampler_named,
+    to_dict,
 )
+from cascaded_diffusion.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,3 +100,54 @@ def with_setting(section: CascadeSection, index: int, setting: Setting) -> Casca
     return dataclasses.replace(
         section, aug_levels=tuple(levels), samplers=tuple(samplers), truncated=truncated
     )
+
+
+def checked_settings(
+    config: CascadeConfig, index: int, stages: Sequence[StageConfig], **choices: Sequence[Any]
+) -> list[Setting]:
+    """All combinations for stage `index`, each checked to make a good cascade.
+
+    Args:
+      config: the cascade.
+      index: the place of the stage in it.
+      stages: its first stages, at least up to this one: all of them if the best is to be written.
+      **choices: of `make_settings`.
+
+    Raises:
+      UserError: the stage has nothing to choose, or a setting is impossible.
+    """
+    section, stage = config.cascade, stages[index]
+    if index == 0 and (choices.get("aug_levels") or choices.get("truncated")):
+        raise UserError(
+            f"--aug_levels, --truncated: {stage.name!r} is a base model, without a low-res input"
+        )
+    if choices.get("truncated") and not stage.has_aug_level:
+        raise UserError(
+            f"--truncated: {stage.name!r} was trained with config.stage.augment.name ="
+            f" {stage.augment.name!r} and has no level to truncate at"
+        )
+    settings = make_settings(section, index, stage, **choices)
+    for setting in settings:
+        try:
+            _check_cascade(config, with_setting(section, index, setting), stages)
+        except UserError as e:
+            given = ", ".join(f"--{name}" for name in choices if choices[name])
+            raise UserError(f"{given or '--sweep'}: {e}") from e
+    return settings
+
+
+def _check_cascade(
+    config: CascadeConfig, section: CascadeSection, stages: Sequence[StageConfig]
+) -> None:
+    """Checks the first stages of a cascade, those given, as a cascade of their own."""
+    num_stages = len(stages)
+    first = dataclasses.replace(
+        section,
+        stages=section.stages[:num_stages],
+        configs=section.configs[:num_stages],
+        samplers=section.samplers[:num_stages],
+        aug_levels=section.aug_levels[: num_stages - 1],
+        truncated=section.truncated and any(s.has_aug_level for s in stages),
+    )
+    values = to_dict(dataclasses.replace(config, cascade=first))
+    check_chain(cascade_config_from(values).cascade, stages)

@@ -146,10 +146,10 @@ class Sweep:
                 cascade, levels, seed=seed, mesh=mesh, sample=sample
             )
         else:
-            sampler = generate.make_sampler_above(
+            sampler = generate.make_cascade_sampler(
                 cascade,
                 levels,
-                self._samples_below(setting.truncated),
+                below=self._samples_below(setting.truncated),
                 first=self._index,
                 seed=seed,
                 mesh=mesh,

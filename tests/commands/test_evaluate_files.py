@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from cascaded_diffusion import evaluate, reference
-from cascaded_diffusion.commands import inception_flags
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.features import inception_extractor
 from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
 from cascaded_diffusion.evaluation.samples.stored_images import save_samples
 from tests.evaluation.stubs import Extractor
@@ -26,16 +26,13 @@ def extractors(monkeypatch):
     """Loads what was asked for: the list of all resizes so far."""
     asked = []
 
-    def loader(fv, mesh, **kwargs):
-        def load(resize):
-            asked.append(resize)
-            extractor = Extractor("inception", spatial=True)
-            extractor.identity = f"inception:{resize}:1"
-            return extractor
+    def load(weights, *, resize, **kwargs):
+        asked.append(resize)
+        extractor = Extractor("inception", spatial=True)
+        extractor.identity = f"inception:{resize}:1"
+        return extractor
 
-        return load
-
-    monkeypatch.setattr(inception_flags, "inception_loader", loader)
+    monkeypatch.setattr(inception_extractor, "load_inception", load)
     return asked
 
 

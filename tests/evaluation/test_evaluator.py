@@ -13,7 +13,7 @@ from cascaded_diffusion.data.sources import examples
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import evaluator as lib
 from cascaded_diffusion.evaluation.features.classifier_training import RECIPES
-from cascaded_diffusion.evaluation.likelihood import bits_per_dim
+from cascaded_diffusion.evaluation.likelihood import mean_bits_per_dim
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 from cascaded_diffusion.evaluation.sweep import Sweep
 from cascaded_diffusion.files.json_files import read_lines
@@ -139,14 +139,14 @@ def test_what_no_metric_can_be_of_is_refused(tmp_path):
     config = tiny_base()
     with pytest.raises(UserError, match=r"split 'train' of config.data: 1 image, expected at le"):
         lib.run_reference(config, RunFolder(tmp_path), Extractor(), "train", _split(SOURCE, size=1))
-    with pytest.raises(UserError, match="samples with labels from 0 to 10: expected 0 to 9"):
+    with pytest.raises(UserError, match="samples: labels from 0 to 10, expected 0 to 9"):
         lib.evaluated_labels(np.asarray([0, 10]), 10)
     assert lib.evaluated_labels(np.asarray([0, 10]), 0) is None
     with pytest.raises(UserError, match=r"config.cascade.num_samples = 1: expected at least 2"):
         Sweep(None, [], None, tmp_path, None, num_samples=1, batch_size=8)
     one = _split(SOURCE).rows([0], 16)
     with pytest.raises(UserError, match="bits/dim of 1 image: expected at least 2"):
-        bits_per_dim(
+        mean_bits_per_dim(
             None, one, batch_size=8, seed=0, aug_level=0.0, sampler=config.stage.sampler, mesh=None
         )
 

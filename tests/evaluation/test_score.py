@@ -15,7 +15,7 @@ from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.data.sources import examples
 from cascaded_diffusion.evaluation import score
 from cascaded_diffusion.evaluation.evaluator import build_evaluator
-from cascaded_diffusion.evaluation.final import final_numbers
+from cascaded_diffusion.evaluation.final import measure_final
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples import sample_sources as sources
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
@@ -310,7 +310,7 @@ def _final(folder, mesh, *, num_samples=30, below=(), held_out=HELD_OUT):
             **how,
         )
     evaluator = build_evaluator(config, folder, Extractor(), {"train": HELD_OUT, "val": HELD_OUT})
-    return final_numbers(
+    return measure_final(
         config,
         folder,
         trained,

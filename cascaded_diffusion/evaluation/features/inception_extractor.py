@@ -154,7 +154,7 @@ class InceptionExtractor:
 
 
 def load_inception(
-    weights: str | None,
+    weights: str | None = None,
     *,
     resize: str,
     mesh: Mesh | None = None,

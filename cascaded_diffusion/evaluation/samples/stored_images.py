@@ -199,34 +199,40 @@ def _range_of(images: np.ndarray) -> str:
     return f" with values from {images.min():g} to {images.max():g}"
 
 
-def check_made_by(stored: StoredImages, stage: StageConfig, *, flag: str) -> None:
-    """Raises UserError unless the images are of a size and kind as a stage makes them."""
-    expected = (stage.resolution, stage.resolution, stage.channels)
+def check_labels(labels: np.ndarray, num_classes: int, name: str, reason: str = "") -> None:
+    """Raises UserError, with what `name` calls the labels, unless all of them are classes."""
+    if not 0 <= labels.min() <= labels.max() < num_classes:
+        raise UserError(
+            f"{name}: labels from {labels.min()} to {labels.max()}, expected 0 to"
+            f" {num_classes - 1}{reason}"
+        )
+
+
+def check_images(
+    stored: StoredImages, stage: StageConfig, resolution: int, reason: str, *, flag: str
+) -> None:
+    """Raises UserError unless images are of a resolution, and labelled as a stage's images are."""
+    given, expected = f"--{flag}={stored.path}", (resolution, resolution, stage.channels)
     if tuple(stored.images.shape[1:]) != expected:
         raise UserError(
-            f"--{flag}={stored.path}: images of {tuple(stored.images.shape[1:])}, expected"
-            f" {expected}, as {stage.name!r} makes"
+            f"{given}: images of {tuple(stored.images.shape[1:])}, expected {expected}, as {reason}"
         )
-    if stage.num_classes and stored.labels is None:
+    if not stage.num_classes:
+        return
+    if stored.labels is None:
         raise UserError(
-            f"--{flag}={stored.path}: no labels; {stage.name!r} has {stage.num_classes} classes,"
-            " so that an .npz with arr_1 is needed"
+            f"{given}: no labels; {stage.name!r} has {stage.num_classes} classes, so that an .npz"
+            " with arr_1 is needed"
         )
-    if stage.num_classes and not 0 <= stored.labels.min() <= stored.labels.max() < (
-        stage.num_classes
-    ):
-        raise UserError(
-            f"--{flag}={stored.path}: labels from {stored.labels.min()} to {stored.labels.max()},"
-            f" expected 0 to {stage.num_classes - 1}, as {stage.name!r} has"
-        )
+    check_labels(stored.labels, stage.num_classes, given, f", as {stage.name!r} has")
 
 
 def load_samples(path: str, stage: StageConfig) -> StoredImages:
-    """Opens stored samples, checked to be what a stage makes: `--samples`.
+    """Opens stored samples, `--samples`, and checks that a stage can have made them.
 
     Raises:
       UserError: they cannot be read, or are of another size or kind.
     """
     stored = open_images(path, flag="samples")
-    check_made_by(stored, stage, flag="samples")
+    check_images(stored, stage, stage.resolution, f"{stage.name!r} makes", flag="samples")
     return stored

@@ -4,20 +4,19 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.evaluation.samples import generate
-from cascaded_diffusion.evaluation.samples import sample_sources as sources
-from cascaded_diffusion.evaluation.samples.sample_sources import SampleSource, fill
+from cascaded_diffusion.evaluation.samples.generate import fill
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
 
 NUM, BATCH = 23, 5
 
 
-def _source(made):
-    def make(params, indices):
+def _maker(made, offset=0):
+    def make(indices):
         made.append(indices)
         images = np.broadcast_to(indices[:, None, None, None], (len(indices), 2, 2, 1))
-        return {"images": (images + params).astype(np.uint8), "labels": indices}
+        return {"images": (images + offset).astype(np.uint8), "labels": indices}
 
-    return SampleSource(kind="none", record={}, make=make, about="none")
+    return make
 
 
 def _store(path, **identity):
@@ -26,7 +25,7 @@ def _store(path, **identity):
 
 def test_every_sample_once_and_in_order(tmp_path):
     made, store = [], _store(tmp_path)
-    fill(store, _source(made), 3, label="")
+    fill(store, _maker(made, 3), label="")
     assert store.missing() == []
     labels = np.concatenate([b["labels"] for b in store.batches()])
     np.testing.assert_array_equal(labels, np.arange(NUM))
@@ -35,13 +34,13 @@ def test_every_sample_once_and_in_order(tmp_path):
     assert {len(indices) for indices in made} == {BATCH}  # one shape to compile
 
     # Nothing is made twice, but for what went missing or was damaged.
-    fill(store, _source(made), 3, label="")
+    fill(store, _maker(made, 3), label="")
     assert len(made) == 5
     path = sorted(tmp_path.rglob("0*.npz"))[2]
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DamagedBatchError, match="missing or damaged; run the same command again"):
         list(store.batches())
-    fill(store, _source(made), 3, label="")
+    fill(store, _maker(made, 3), label="")
     np.testing.assert_array_equal(made[-1], np.arange(10, 15))
     assert len(list(store.batches())) == 5
     store.remove()
@@ -50,7 +49,7 @@ def test_every_sample_once_and_in_order(tmp_path):
 
 def test_a_flipped_bit_is_noticed(tmp_path):
     store = _store(tmp_path)
-    fill(store, _source([]), 0, label="")
+    fill(store, _maker([]), label="")
     path = sorted(tmp_path.rglob("0*.npz"))[1]
     data = bytearray(path.read_bytes())
     data[data.index(b"NUMPY") + 130] ^= 4
@@ -60,7 +59,7 @@ def test_a_flipped_bit_is_noticed(tmp_path):
 
 
 def test_other_samples_have_another_store(tmp_path):
-    fill(_store(tmp_path, step=1), _source([]), 0, label="")
+    fill(_store(tmp_path, step=1), _maker([]), label="")
     assert _store(tmp_path, step=1).missing() == []
     assert len(_store(tmp_path, step=2).missing()) == 5
     assert len(SampleStore(tmp_path, {"step": 1}, num_samples=NUM, batch_size=4).missing()) == 6
@@ -85,16 +84,15 @@ def test_progress_counts_samples_that_are_kept(tmp_path, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(sources, "Progress", Progress)
     monkeypatch.setattr(generate, "Progress", Progress)
     store = _store(tmp_path)
-    fill(store, _source([]), 3, label="")
+    fill(store, _maker([], 3), label="")
     assert seen == [(0, 23), 5, 10, 15, 20, 23]
     for batch in (1, 4):
         (path,) = tmp_path.rglob(f"{batch:06d}.npz")
         path.unlink()
     seen.clear()
-    fill(store, _source([]), 3, label="")
+    fill(store, _maker([], 3), label="")
     assert seen == [(15, 23), 20, 23]
 
     # Of two processes, each counts its own; batches are filled up for the devices alone.
@@ -105,11 +103,9 @@ def test_progress_counts_samples_that_are_kept(tmp_path, monkeypatch):
         return [np.zeros((len(indices), 2, 2, 1), np.uint8)]
 
     for process in range(2):
-        generate.fill_cascade(
+        fill(
             store,
-            sample,
-            [],
-            labels=np.asarray([7, 3]),
+            generate.cascade_maker(sample, [], np.asarray([7, 3])),
             devices=4,
             label="",
             process_index=process,
@@ -122,7 +118,7 @@ def test_progress_counts_samples_that_are_kept(tmp_path, monkeypatch):
 
 
 def test_stores_of_other_samples_are_found(tmp_path):
-    fill(_store(tmp_path, step=1), _source([]), 0, label="")
+    fill(_store(tmp_path, step=1), _maker([]), label="")
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "identity.json").write_text("[" * 100_000)
     _store(tmp_path, step=3)  # nothing is made of it

@@ -1,0 +1,63 @@
+"""The two forms of `reference`: for a run, and for images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+
+import cascaded_diffusion as library
+from cascaded_diffusion.commands import jax_setup
+from cascaded_diffusion.commands.config_flags import config_values
+from cascaded_diffusion.commands.flag_checks import require
+from cascaded_diffusion.commands.inception_flags import inception_loader
+from cascaded_diffusion.commands.overrides import refuse_overrides
+from cascaded_diffusion.commands.run_images import real_splits
+from cascaded_diffusion.config.run_checks import run_config_from
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.samples.stored_images import open_images
+from cascaded_diffusion.files.folders import check_writable
+from cascaded_diffusion.runtime.run_folder import RunFolder
+
+
+def references_of_run(fv: flags.FlagValues, argv: Sequence[str]) -> int:
+    """Makes the references of a run. Returns the exit code; raises UserError for bad input."""
+    if not fv.roles or not set(fv.roles) <= {"train", "val"}:
+        raise UserError(f"--roles={','.join(fv.roles)}: expected train, val, or train,val")
+    folder = RunFolder(fv.workdir)
+    if folder.exists():
+        if fv.config is not None:
+            raise UserError(
+                f"--config: the run in {fv.workdir} has its own config.json; leave it out"
+            )
+        refuse_overrides(argv, f"the run in {fv.workdir} has its own config.json")
+        config = folder.read_config()
+    else:
+        if fv.config is None:
+            folder.read_config()  # says that there is none
+        config = run_config_from(config_values(fv, argv))
+    folder.check_writable()
+    jax_setup.set_up_jax()
+    library.write_references(
+        folder,
+        config,
+        real_splits(folder, config, data_path=None),
+        fv.roles,
+        inception=inception_loader(fv),
+    )
+    return 0
+
+
+def reference_of_images(fv: flags.FlagValues) -> int:
+    """Makes the reference of a file or folder. Returns the exit code; raises UserError."""
+    require(fv, "output")
+    output = RunFolder(fv.output, flag="output").path
+    if output.suffix != ".npz" or output.is_dir():
+        raise UserError(f"--output={fv.output}: expected a name that ends with .npz, of a file")
+    check_writable(output.parent, "output")
+    images = open_images(fv.images, flag="images")
+    jax_setup.set_up_jax()
+    library.write_file_reference(
+        images, output, resize=fv.resize or "legacy", inception=inception_loader(fv)
+    )
+    return 0

@@ -1,0 +1,181 @@
+"""Samples of any framework against any reference, by Inception; no run is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from jax.sharding import Mesh
+
+from cascaded_diffusion.config.run_checks import check_sample_count
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation import reference as reference_lib
+from cascaded_diffusion.evaluation.evaluator import Evaluator
+from cascaded_diffusion.evaluation.features.extractor import Features
+from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
+from cascaded_diffusion.evaluation.reference import Reference
+from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, open_images
+from cascaded_diffusion.evaluation.setup import InceptionLoader
+from cascaded_diffusion.files.npz_archive import array_names
+
+# ADM's reference statistics were resized like this, and so is every file without a fingerprint.
+_FOREIGN_RESIZE = "legacy"
+
+
+def measure_files(
+    samples: StoredImages,
+    reference: str,
+    *,
+    num_samples: int | None = None,
+    resize: str | None = None,
+    allow_few_samples: bool = False,
+    inception: InceptionLoader = load_inception,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Measures stored samples against images or statistics.
+
+    Args:
+      samples: from `stored_images.open_images`.
+      reference: path of an `.npz` or of a folder of PNGs.
+      num_samples: how many of the samples, the first; by default all.
+      resize: "legacy" or "clean"; by default the reference's own way.
+      allow_few_samples: allow an FID of fewer than 2,048 samples.
+      inception: (resize=, mesh=) -> FID's extractor.
+      mesh: the device mesh; by default all devices.
+
+    Returns:
+      The record.
+
+    Raises:
+      UserError: a file cannot be read, images differ in size, or the reference is of another
+        extractor or resolution.
+    """
+    count = num_samples or len(samples)
+    check_sample_count(count, "inception", allow_few=allow_few_samples)
+    statistics = images = None
+    if reference_lib.holds_statistics(reference, flag="reference"):
+        statistics = reference_lib.read_reference(reference, flag="reference")
+        _check_size(reference, statistics, samples)
+    if statistics is None or (statistics.features is None and "arr_0" in array_names(reference)):
+        images = _reference_images(reference, samples)
+    if statistics is not None:
+        _print_missing_metrics(statistics, images)
+    extractor = inception(resize=_chosen_resize(resize, reference, statistics), mesh=mesh)
+    if statistics is not None:
+        reference_lib.check_reference(
+            statistics, reference, "reference", features=extractor.identity
+        )
+        _check_features(reference, statistics, extractor(samples.images[:1]))
+    if images is not None:
+        measured = reference_lib.measure_stored(images, extractor)
+        # ADM's reference batches hold statistics of a whole training set and, for precision and
+        # recall, 10,000 images of it.
+        statistics = (
+            dataclasses.replace(statistics, features=measured.features) if statistics else measured
+        )
+    evaluator = Evaluator(extractor=extractor, references={"train": statistics}, classes=False)
+    try:
+        scores = evaluator.scores(samples.images, None, count)
+    except ValueError as e:  # features of another size, or a matrix that is no covariance
+        raise UserError(f"--reference={reference}: {e}") from e
+    return {
+        "samples": samples.path,
+        "num_samples": count,
+        "samples_digest": samples.digest(labels=False),
+        "resolution": samples.images.shape[1],
+        "reference": statistics.name,
+        "features": extractor.identity,
+        **scores,
+    }
+
+
+def _chosen_resize(resize: str | None, reference: str, statistics: Reference | None) -> str:
+    """Inception's way of resizing: the one asked for, else the reference's own."""
+    own = None
+    if statistics is not None:
+        # ADM's files have spatial statistics; other files may have been made either way.
+        own = _FOREIGN_RESIZE if statistics.spatial is not None else resize
+        if own is None and statistics.fingerprint is None:
+            raise UserError(
+                f"--reference={reference}: does not say how its images came to Inception's"
+                " 299 px; say it with --resize=legacy or --resize=clean"
+            )
+        if statistics.fingerprint is not None:
+            own = "clean" if ":clean:" in statistics.fingerprint.features else "legacy"
+    chosen = resize or own or "legacy"
+    if own is not None and chosen != own:
+        raise UserError(
+            f"--resize={chosen}: the statistics of --reference={reference} are of"
+            f" --resize={own}"
+            + (" (as those of every file that does not say)" if not statistics.fingerprint else "")
+            + "; the two are never mixed"
+        )
+    return chosen
+
+
+def _reference_images(reference: str, samples: StoredImages) -> StoredImages:
+    images = open_images(reference, flag="reference")
+    found, expected = (tuple(x.images.shape[1:]) for x in (images, samples))
+    if found != expected:
+        raise UserError(
+            f"--reference={reference}: images of {found}, expected {expected}, as"
+            f" --samples={samples.path} has"
+        )
+    return images
+
+
+def _check_size(reference: str, statistics: Reference, samples: StoredImages) -> None:
+    _, resolution, _, channels = samples.images.shape
+    wanted = {"resolution": resolution, "channels": channels}
+    if statistics.fingerprint and (why := reference_lib.differing_field(statistics, **wanted)):
+        raise UserError(f"--reference={reference}: {why}, as --samples={samples.path} has")
+
+
+def _print_missing_metrics(statistics: Reference, images: StoredImages | None) -> None:
+    """Prints which metrics the statistics do not allow, before anything is measured."""
+    if statistics.fingerprint is not None:
+        print(f"reference: statistics of {statistics.fingerprint.num_images} images")
+    missing = []
+    if statistics.spatial is None:
+        missing.append("mu_s and sigma_s, so that sFID is left out")
+    if statistics.features is None and images is None:
+        missing.append(
+            "features and images (arr_0), so that KID, precision and recall are left out"
+        )
+    if missing:
+        print(
+            f"reference: it lacks {'; and '.join(missing)}. For all metrics give the real images"
+            " themselves, or what `python -m cascaded_diffusion.reference --images=...` makes of"
+            " them",
+            flush=True,
+        )
+
+
+def _check_features(reference: str, statistics: Reference, features: Features) -> None:
+    """Raises UserError unless the statistics are of features of the extractor's sizes."""
+    for name, moments, own in (
+        ("features", statistics.pooled, features.pooled),
+        ("spatial features", statistics.spatial, features.spatial),
+    ):
+        if moments is not None and own is not None and len(moments.mean) != own.shape[1]:
+            raise UserError(
+                f"--reference={reference}: {name} of sizes {own.shape[1]} and"
+                f" {len(moments.mean)} cannot be compared: they come from different extractors"
+            )
+
+
+def write_file_reference(
+    images: StoredImages,
+    output: pathlib.Path,
+    *,
+    resize: str = "legacy",
+    inception: InceptionLoader = load_inception,
+    mesh: Mesh | None = None,
+) -> Reference:
+    """Measures images by Inception and writes their statistics, an `.npz`."""
+    extractor = inception(resize=resize, mesh=mesh)
+    reference = reference_lib.measure_stored(images, extractor)
+    reference_lib.save_reference(output, reference)
+    print(f"{output}: {reference.name}, {extractor.identity}", flush=True)
+    return reference
