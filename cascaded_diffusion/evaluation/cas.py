@@ -34,10 +34,10 @@ class Accuracy:
     """How often a classifier is right on test images.
 
     Attributes:
-      top1: how often the best class is the label.
-      top5: how often one of the best five is, or of all if there are fewer.
-      of_class: the first, per class [K]; NaN for a class without test images.
-      num_train: training images.
+      top1: the share of images whose best class is the label.
+      top5: the share of images whose label is among the best five classes.
+      of_class: `top1` per class [K]; NaN for a class without test images.
+      num_train: number of training images.
     """
 
     top1: float
@@ -47,7 +47,7 @@ class Accuracy:
 
 
 def accuracy_of(logits: np.ndarray, labels: np.ndarray, *, num_train: int) -> Accuracy:
-    """From logits [n, K] and labels [n]."""
+    """The accuracy of logits [n, K] of images with labels [n]."""
     ranked = np.argsort(-logits, axis=-1, kind="stable")
     hits = ranked == labels[:, None]
     right = hits[:, 0]
@@ -71,10 +71,10 @@ def accuracy_after_training(
     mesh: Mesh,
     label: str,
 ) -> Accuracy:
-    """Trains a network on `train` for so many steps and tests it on `test`.
+    """Trains a network on `train` for `train_steps` and tests it on `test`.
 
     Raises:
-      UserError: images of different sizes, or a label that is no class.
+      UserError: images differ in size, or a label is no class.
     """
     if train.images.shape[1:] != test.images.shape[1:]:
         raise UserError(
@@ -115,42 +115,24 @@ def cas_record(
     flip: bool,
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """CAS of generated samples beside the same network's accuracy from real images.
+    """CAS of generated samples, beside the same network's accuracy when trained on real images.
 
-    Args:
-      generated: labelled samples.
-      real: real training images.
-      test: real images of another split.
-      num_classes: how many classes.
-      network: "resnet" or "resnet50".
-      epochs: over the generated samples; None: as the network is usually trained.
-      seed: of weights, order and augmentation.
-      flip: whether a mirrored image is of the same class.
-      mesh: the devices.
-
-    Returns:
-      A record for JSON.
+    `epochs` are over the generated samples; None stands for the recipe's number. `test` are real
+    images of another split than `real`. Returns a record for JSON.
 
     Raises:
-      UserError: images of different sizes, or labels that are no classes.
+      UserError: images differ in size, or a label is no class.
     """
     recipe = RECIPES[network]
     epochs = recipe.epochs if epochs is None else epochs
     batch_size = batch_size_for(recipe, min(len(generated.labels), len(real.labels)), mesh)
     train_steps = epochs * (len(generated.labels) // batch_size)
     found = {}
+    how = dict(num_classes=num_classes, network=network, seed=seed, flip=flip, mesh=mesh)
     for name, train in (("generated", generated), ("real", real)):
+        label = f"CAS, {network} on {name} images"
         found[name] = accuracy_after_training(
-            train,
-            test,
-            num_classes=num_classes,
-            network=network,
-            train_steps=train_steps,
-            batch_size=batch_size,
-            seed=seed,
-            flip=flip,
-            mesh=mesh,
-            label=f"CAS, {network} on {name} images",
+            train, test, train_steps=train_steps, batch_size=batch_size, label=label, **how
         )
     better = found["generated"].of_class > found["real"].of_class
     return {
@@ -179,18 +161,15 @@ def classification_accuracy(
     epochs: int | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """The classification accuracy score of stored samples; appends it to RUN/eval/cas.jsonl.
+    """The classification accuracy score of stored samples, appended to RUN/eval/cas.jsonl.
 
     Args:
       folder: the run.
-      splits: its real images.
+      splits: its real images by role, "train" and "val".
       samples: from `stored_images.load_samples`, with labels.
       network: "resnet" or "resnet50"; by default the latter from 64 px on.
       epochs: over the samples; by default the network's usual number.
       mesh: the device mesh; by default all devices.
-
-    Returns:
-      The record.
 
     Raises:
       UserError: another process evaluates the run.

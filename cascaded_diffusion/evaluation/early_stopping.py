@@ -1,9 +1,9 @@
 """Which checkpoint is best, and whether to stop: pure functions of the records.
 
-The records are the lines of `eval/results.jsonl`, whoever wrote them and however
-often the evaluation was interrupted. Only records that measured the same thing
-are compared: same metric, number of samples, reference, features, conditioning
-and sampler. A checkpoint that failed (value null) never wins.
+The records are the lines of `eval/results.jsonl`, whoever wrote them and however often evaluation
+was interrupted. Only records that measured the same thing are compared: they have the same metric,
+number of samples, reference, features, conditioning and sampler. A checkpoint that failed (value
+null) is never the best.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def series(
             and record.get("ema_decay") in ema_decays
             and all(record.get(key) == like.get(key) for key in COMPARABLE)
         ):
-            # Of a step that was trained again after damage, the last score holds.
+            # If a step was trained again after damage, its last score holds.
             found[record["step"], record["ema_decay"]] = record
     return [found[key] for key in sorted(found)]
 
 
 def lowest_per_step(comparable: Sequence[Record]) -> list[Record]:
-    """Of each step, the EMA with the lowest value: what early stopping looks at."""
+    """The EMA with the lowest value of each step, for early stopping."""
     steps = sorted({record["step"] for record in comparable})
     of_step = ([r for r in comparable if r["step"] == step] for step in steps)
     return [best_record(records) or records[0] for records in of_step]
@@ -58,10 +58,9 @@ def best_record(comparable: Sequence[Record]) -> Record | None:
 
 
 def should_stop(comparable: Sequence[Record], patience_evals: int) -> bool:
-    """Whether there was ever a run of `patience_evals` scores that bettered nothing.
+    """Whether `patience_evals` scores in a row ever brought no improvement.
 
-    Ever, not just at the end: once asked, a stop is not taken back by a score that
-    comes in later, such as that of the checkpoint with which the trainer stopped.
+    A later score, such as that of the trainer's last checkpoint, does not take a stop back.
     """
     lowest, without_better = math.inf, 0
     for record in comparable:

@@ -1,4 +1,4 @@
-"""What samples are compared with: a feature extractor and the statistics of real images."""
+"""A run's evaluator: a feature extractor and the statistics of real images."""
 
 from __future__ import annotations
 
@@ -33,18 +33,15 @@ from cascaded_diffusion.evaluation.samples.stored_images import Images, check_la
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 _BATCH = 500
-# Of rotations, of which guessing tells a quarter.
+# An accuracy on rotations; guessing gets a quarter right.
 _LEAST_ROTATIONS = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Feature extractor and references.
+    """A feature extractor, references by role ("train", "val") and what the logits mean.
 
-    Attributes:
-      extractor: of the features.
-      references: by role: "train", and "val" where it was asked for.
-      classes: whether the extractor's logits are of the samples' own labels.
+    With `classes`, the extractor's logits are those of the samples' own classes.
     """
 
     extractor: FeatureExtractor
@@ -53,45 +50,38 @@ class Evaluator:
 
     @property
     def features(self) -> str:
-        """The extractor's identity; part of every record."""
+        """The extractor's identity, which is part of every record."""
         return self.extractor.identity
 
     @property
     def reference(self) -> str:
-        """The training images' fingerprint; part of every record."""
+        """The training images' fingerprint, which is part of every record."""
         return self.references["train"].name
 
     def measurement(self, num_samples: int) -> Measurement:
-        """Sums to which batches of samples are added."""
+        """Empty sums, to which batches of samples can be added."""
         return Measurement(self.extractor, num_samples, classes=self.classes)
 
-    def measured(
+    def scores(
         self, images: Images, labels: np.ndarray | None, count: int | None = None
-    ) -> Measurement:
-        """The sums of a set of samples.
+    ) -> dict[str, float]:
+        """Every metric of samples against the training images, the primary one first.
 
         Args:
           images: uint8 [n, H, W, C] at the references' resolution.
           labels: int [n], or None for samples without classes.
-          count: of the first so many; None: of all.
+          count: measure the first ones only; by default all.
         """
         count = len(images) if count is None else count
         measurement = self.measurement(count)
         for start in range(0, count, _BATCH):
             rows = slice(start, min(start + _BATCH, count))
             measurement.add(images[rows], None if labels is None else labels[rows])
-        return measurement
-
-    def scores(
-        self, images: Images, labels: np.ndarray | None, count: int | None = None
-    ) -> dict[str, float]:
-        """Every metric of a set of samples against the training images, the primary one first."""
-        measurement = self.measured(images, labels, count)
         return {**measurement.distances(self.references["train"]), **measurement.own()}
 
 
 def evaluated_labels(labels: np.ndarray, num_classes: int) -> np.ndarray | None:
-    """The labels that samples are to be recognised as; None for a model without classes.
+    """The labels as which samples should be recognised; None for a model without classes.
 
     Raises:
       UserError: a label is no class.
@@ -113,18 +103,11 @@ def build_extractor(
     load_inception: Callable[[str], FeatureExtractor],
     say: Callable[[str], None] = print,
 ) -> FeatureExtractor:
-    """The extractor that a run is scored by, `config.eval.features`.
+    """The extractor that a run is scored by: `config.eval.features`.
 
-    A classifier is trained on the real images if the run folder does not hold it yet.
-
-    Args:
-      config: the run's.
-      folder: the run's.
-      train: real images.
-      held_out: others, on which a classifier's accuracy is measured.
-      mesh: the device mesh.
-      load_inception: how to resize -> the extractor; knows where the weights are.
-      say: told the classifier's accuracy.
+    A classifier is trained on the real images `train` unless the run folder has it already. Its
+    accuracy on `held_out` images is measured, and `say` is told of it. `load_inception` returns
+    Inception with a way of resizing.
 
     Raises:
       UserError: the real images are of a single class, or fewer than the devices.
@@ -159,7 +142,7 @@ def build_extractor(
 
 
 def _doubt(classifier: Classifier, held_out: LabelledImages) -> str | None:
-    """Why a classifier's features may mean little, if they may."""
+    """A reason why a classifier's features may mean little, or None."""
     if classifier.network == ROTATION:
         near = classifier.accuracy < _LEAST_ROTATIONS
         return "that is near the 25 % of guessing" if near else None
@@ -177,15 +160,10 @@ def build_evaluator(
     *,
     say: Callable[[str], None] = print,
 ) -> Evaluator:
-    """A run's evaluator. References that the folder does not hold yet are made and kept.
+    """A run's evaluator, with references of the given splits by role: "train" and maybe "val".
 
-    Args:
-      config: the run's.
-      folder: the run's.
-      extractor: from `build_extractor`.
-      splits: by role: "train", and "val" where it is wanted.
-
-      say: told why a reference is made anew.
+    References that the run folder does not have yet are made and kept; `say` is told why a stored
+    one is replaced.
 
     Raises:
       UserError: a split has fewer than two images.
@@ -212,7 +190,7 @@ def run_reference(
 ) -> Reference:
     """The reference of a split at the run's resolution, read or made: RUN/eval/reference_ROLE.npz.
 
-    One that is damaged, or of other images or of another extractor, is made anew, and
+    If the stored one is damaged, or of other images or another extractor, it is replaced and
     `say` is told why.
 
     Raises:
@@ -255,7 +233,7 @@ def run_reference(
 
 
 def _stored_reference(path: pathlib.Path, **wanted: Any) -> Reference:
-    """Reads a run's reference. Raises UserError where it is damaged, or not what is wanted."""
+    """Reads a run's reference. Raises UserError if it is damaged or not as wanted."""
     reference = read_reference(str(path), flag="workdir")
     if (why := differing_field(reference, **wanted)) is not None:
         raise UserError(why)
@@ -263,5 +241,5 @@ def _stored_reference(path: pathlib.Path, **wanted: Any) -> Reference:
 
 
 def shown(values: Mapping[str, float]) -> str:
-    """Metrics in one line for people, without their standard deviations."""
+    """Metrics in one line, for people, without their standard deviations."""
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "_std_" not in name)

@@ -5,8 +5,8 @@
     RUN/eval/final_<source>.npz          the samples, ADM style
     RUN/eval/final_<source>.png          the first of them
 
-The paper reports both distances: one that falls to the training images alone is
-over-fitting.
+The paper reports both distances: if only the one to the training images falls, the model
+over-fits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
-# How many levels, up to the highest one that the stage was trained for.
+# Levels are spread from 0 to the highest one that the stage was trained for.
 _NUM_LEVELS = 6
 
 
@@ -50,22 +50,13 @@ def measure_final(
     batch_size: int,
     levels: LevelSource | None,
 ) -> dict[str, Any]:
-    """Makes the samples, goes on where an earlier call was stopped, and measures them.
+    """Makes and measures the samples of a run's chosen checkpoint; resumes an earlier call.
 
-    Args:
-      config: the run's.
-      folder: the run's.
-      trained: its chosen checkpoint.
-      evaluator: with the references "train" and "val".
-      source: of the samples.
-      num_samples: how many.
-      seed: of the samples' noise.
-      batch_size: of sampling.
-      levels: samples at any level of conditioning augmentation, to tell the response to
-        it; None for a stage without a level.
+    `evaluator` has the references "train" and "val". `levels` makes samples at any level of
+    conditioning augmentation; it is None for a stage without a level.
 
     Returns:
-      What final_<source>.json holds.
+      The content of final_<source>.json.
     """
     stage, name = config.stage, f"final_{source.kind}"
     about = {
@@ -114,7 +105,7 @@ def measure_final(
         "health": condition,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
     }
-    # Numbers of an earlier call are not left beside these samples.
+    # The numbers of an earlier call must not stand beside these samples.
     (folder.eval / f"{name}.json").unlink(missing_ok=True)
     save_grid(folder, f"{name}.png", first)
     save_sample_batches(
@@ -122,7 +113,7 @@ def measure_final(
         (num_samples, *first.shape[1:]),
         lambda: ((a["images"], a["labels"]) for a in store.batches()),
     )
-    # The table before the JSON, which says that all is there; the store after both.
+    # The JSON comes after the table since it says that everything is there, the store after both.
     write_whole(folder.eval / f"{name}.md", _table(record).encode())
     write_json(folder.eval / f"{name}.json", record)
     store.remove()
@@ -130,7 +121,7 @@ def measure_final(
 
 
 def _stored(folder: RunFolder, name: str, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The numbers that there are already, if they are of just this."""
+    """The stored numbers, if they are of exactly the same samples and references."""
     try:
         record = json.loads((folder.eval / f"{name}.json").read_text())
     except (OSError, ValueError):

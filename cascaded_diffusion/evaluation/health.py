@@ -1,10 +1,10 @@
-r"""What tells whether a super-resolution stage does its work, besides distances of features.
+r"""Measures of a super-resolution stage's health besides distances between features.
 
-(1)  PSNR = 10 log10(255^2 / MSE): of the output, shrunk by area averages, against the
-     low-res input before its damage. An enlargement keeps what it was given; how much of
-     it, falls with the strength of conditioning augmentation.
-(2)  drift of a channel's mean and standard deviation, in grey levels, from real images:
-     colour shift, the usual fault of eps-prediction at high resolution.
+(1)  PSNR = 10 log10(255^2 / MSE) of the output, shrunk by area averages, against the low-res
+     input before its damage. An enlargement should keep its input, the less so the stronger the
+     conditioning augmentation is.
+(2)  The drift of a channel's mean and standard deviation from real images, in grey levels. A
+     colour shift is the usual fault of eps-prediction at high resolution.
 """
 
 from __future__ import annotations
@@ -17,29 +17,24 @@ import numpy as np
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.cascade.resize import area_downsample
-from cascaded_diffusion.evaluation.reference import PixelStatistics
+from cascaded_diffusion.evaluation.metrics.pixel_statistics import PixelStatistics
 from cascaded_diffusion.evaluation.samples.sample_sources import LevelSource
 from cascaded_diffusion.types import Params
 
-# Stored images are rounded: an error of less than rounding's own variance says nothing,
-# and an image that is met exactly has a finite PSNR, of 58.9 dB.
+# Stored images are rounded, so an error below the variance of rounding means nothing. An image
+# that is met exactly therefore has a finite PSNR of 58.9 dB.
 _LEAST_MSE = 1 / 12
 
 
 def psnr(mse: np.ndarray | float) -> np.ndarray:
-    """Eq. (1), dB, of mean squared errors in grey levels squared."""
+    """Eq. (1) in dB of mean squared errors in squared grey levels."""
     return 10 * np.log10(255.0**2 / np.maximum(mse, _LEAST_MSE))
 
 
 def low_res_errors(images: np.ndarray, low_res: np.ndarray) -> np.ndarray:
-    """The mean squared error of each image, shrunk, against its low-res input.
+    """[n] float64: the mean squared error, in squared grey levels, of each image after shrinking.
 
-    Args:
-      images: uint8 [n, H, W, C].
-      low_res: uint8 [n, h, w, C].
-
-    Returns:
-      [n] float64, grey levels squared.
+    The images are uint8 [n, H, W, C], their low-res inputs uint8 [n, h, w, C].
     """
     shrunk = np.asarray(area_downsample(float_from_uint8(images), low_res.shape[1]), np.float64)
     difference = (shrunk + 1) * 127.5 - low_res.astype(np.float64)
@@ -73,18 +68,13 @@ def drift(samples: PixelStatistics, real: PixelStatistics) -> dict[str, list[flo
 
 
 def response(source: LevelSource, params: Params, aug_levels: Sequence[float]) -> dict[str, Any]:
-    """How a stage responds to the level of its conditioning augmentation.
+    """How a stage responds to the level of its conditioning augmentation, the lowest level first.
 
-    A network that ignores its level keeps as much of the input at all of them.
-
-    Args:
-      source: of enlargements of the same images with the same noise.
-      params: the stage's parameters.
-      aug_levels: the levels to try, the lowest first.
+    A network that ignores its level keeps equally much of the input at all of them.
 
     Returns:
-      `aug_levels`; `psnr_low_res`, eq. (1) at each; `change`, the mean absolute
-      difference from the first level's images in grey levels.
+      `aug_levels`; `psnr_low_res`, eq. (1) at each; `change`, the mean absolute difference from
+      the first level's images in grey levels.
     """
     psnrs, changes, first = [], [], None
     for level in aug_levels:

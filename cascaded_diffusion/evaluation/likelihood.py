@@ -42,7 +42,7 @@ def mean_bits_per_dim(
       data: images at its resolution or above.
       batch_size: the last batch is filled up with images that are not counted.
       seed: of the noise.
-      aug_level: of the low-res input, where the stage has one.
+      aug_level: of the low-res input, if the stage has one.
       sampler: the chain whose bound is computed: ancestral, with a variance.
       mesh: the device mesh.
 

@@ -1,13 +1,11 @@
-"""From images to metrics: sums that are streamed batch by batch, and what follows from them.
+"""From images to metrics: sums that are streamed batch by batch, and the metrics of those sums.
 
-The number of samples is part of every metric's name, and so is the extractor unless it
-is Inception: `fid_50k`, `is_50k`, `fd_classifier_1k`, `precision_classifier_1k`. A
-distance between features of another network is never called FID.
+The number of samples is part of every metric's name, and so is the extractor unless it is
+Inception: `fid_50k`, `is_50k`, `fd_classifier_1k`, `precision_classifier_1k`. A distance between
+features of another network is never called FID.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -15,13 +13,14 @@ from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor, F
 from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
 from cascaded_diffusion.evaluation.metrics.inception_score import ScoreStatistics
 from cascaded_diffusion.evaluation.metrics.kernel_distance import kernel_distance
+from cascaded_diffusion.evaluation.metrics.pixel_statistics import PixelStatistics
 from cascaded_diffusion.evaluation.metrics.precision_recall import precision_recall
-from cascaded_diffusion.evaluation.reference import PixelStatistics, Reference
+from cascaded_diffusion.evaluation.reference import Reference, added
 
-# Of KID's random subsets, and of the inception score's splits.
+# The seed of KID's random subsets and of the inception score's splits.
 _SEED = 0
 _NUM_SPLITS = 10
-# Of a split of the inception score: of one sample, it is 1 whatever the sample is.
+# The inception score of a single sample is 1, whatever the sample is.
 _LEAST_PER_SPLIT = 2
 _NUM_NEIGHBOURS = 3
 
@@ -45,7 +44,7 @@ class Measurement:
     Args:
       extractor: of the features.
       num_samples: how many samples there will be.
-      classes: whether the extractor's logits are of the samples' own labels.
+      classes: whether the extractor's logits are those of the samples' own classes.
     """
 
     def __init__(self, extractor: FeatureExtractor, num_samples: int, *, classes: bool):
@@ -56,8 +55,8 @@ class Measurement:
         self._pixels: PixelStatistics | None = None
         self._features: list[np.ndarray] = []
         self._count = self._correct = self._judged = 0
-        # Of the inception score's splits: samples often come sorted by class, and a split of
-        # one class has a score of 1.
+        # Samples often come sorted by class, and a split with one class has an inception score
+        # of 1, so the splits are random.
         self._order = np.random.default_rng(_SEED).permutation(num_samples)
 
     @property
@@ -66,7 +65,7 @@ class Measurement:
         return self._pixels
 
     def add(self, images: np.ndarray, labels: np.ndarray | None) -> None:
-        """Adds the next samples, uint8 [b, H, W, C], labels int [b] where there are any.
+        """Adds the next samples, uint8 [b, H, W, C], and their labels int [b] if they have any.
 
         Raises:
           ValueError: a feature is not finite.
@@ -74,16 +73,16 @@ class Measurement:
         features: Features = self._extractor(images)
         rows = self._order[self._count : self._count + len(images)]
         self._count += len(images)
-        self._pooled = _plus(self._pooled, FeatureStatistics.of(features.pooled))
+        self._pooled = added(self._pooled, FeatureStatistics.of(features.pooled))
         if features.spatial is not None:
-            self._spatial = _plus(self._spatial, FeatureStatistics.of(features.spatial))
-        self._pixels = _plus(self._pixels, PixelStatistics.of(images))
+            self._spatial = added(self._spatial, FeatureStatistics.of(features.spatial))
+        self._pixels = added(self._pixels, PixelStatistics.of(images))
         enough = self._num_samples >= _LEAST_PER_SPLIT * _NUM_SPLITS
         if features.logits is not None and enough:
             score = ScoreStatistics.of(
                 features.logits, rows, num_samples=self._num_samples, num_splits=_NUM_SPLITS
             )
-            self._score = _plus(self._score, score)
+            self._score = added(self._score, score)
         self._features.append(features.pooled.astype(np.float32))
         if self._classes and features.logits is not None and labels is not None:
             self._correct += int((features.logits.argmax(-1) == labels).sum())
@@ -94,10 +93,7 @@ class Measurement:
         return self._name("fid")
 
     def distances(self, reference: Reference) -> dict[str, float]:
-        """What the samples are compared with a reference by: FID, sFID, KID, precision, recall.
-
-        Those are left out for which the reference has no features.
-        """
+        """FID, sFID, KID, precision and recall, as far as the reference has the features."""
         self._check_complete()
         values = {self._name("fid"): frechet_distance(self._pooled, reference.pooled)}
         if self._spatial is not None and reference.spatial is not None:
@@ -113,7 +109,7 @@ class Measurement:
         return values
 
     def own(self) -> dict[str, float]:
-        """What the samples say without a reference: inception score, accuracy."""
+        """The metrics that need no reference: inception score and accuracy."""
         self._check_complete()
         values = {}
         if self._score is not None:
@@ -128,7 +124,3 @@ class Measurement:
     def _check_complete(self) -> None:
         if self._count != self._num_samples:
             raise ValueError(f"{self._count} samples were measured, expected {self._num_samples}")
-
-
-def _plus(sums: Any, more: Any) -> Any:
-    return more if sums is None else sums + more

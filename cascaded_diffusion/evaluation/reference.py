@@ -1,13 +1,13 @@
-"""Reference statistics: what samples are compared with, and exactly of which images they are.
+"""Reference statistics, which samples are compared with, and a record of their origin.
 
-An FID is a number between two sets of images. Which images the reference is of, how
-they were cropped and shrunk and what read them is its fingerprint; a reference is used
-only where each field of it is what the comparison needs.
+An FID is a number between two sets of images. The fingerprint of a reference says which images
+it was made from, how they were cropped and shrunk, and which network read them. A reference is
+used only if every field of its fingerprint is what the comparison needs.
 
-The file is an `.npz` with the keys that other tools use too: `mu`, `sigma` (of pooled
-features), `mu_s`, `sigma_s` (spatial); and ours: `features`, `pixels`, `fingerprint`,
-`digest`. A file of another tool has no fingerprint; ADM's reference batches were made
-with Inception at its original, "legacy" resizing, and are taken as such.
+The file is an `.npz` with the keys that other tools use too, `mu` and `sigma` (of the pooled
+features), `mu_s` and `sigma_s` (spatial), and our own: `features`, `pixels`, `fingerprint`,
+`digest`. The files of other tools have no fingerprint. ADM's reference batches were made with
+Inception's original, "legacy" resizing and are treated so.
 """
 
 from __future__ import annotations
@@ -24,33 +24,34 @@ import numpy as np
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, Moments
+from cascaded_diffusion.evaluation.metrics.pixel_statistics import PixelStatistics
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, batches
 from cascaded_diffusion.files.npz_archive import array_names, read_arrays
 from cascaded_diffusion.files.whole import sha256_of_arrays, write_npz_whole
 from cascaded_diffusion.runtime.progress import Progress
 
 _BATCH = 500
-# Features that are kept for KID, precision and recall: of images spread over the set.
+# The features of this many images, spread over the set, are kept for KID, precision and recall.
 _KEPT_FEATURES = 10_000
-# Of a file's statistics together, of which Inception's take some 150 MB.
+# The limit for all statistics of a file. Inception's take some 150 MB.
 _MAX_BYTES = 1 << 31
-# Of a covariance that was stored in float32, relative to its largest number.
+# The asymmetry of a covariance stored in float32, relative to its largest number.
 _ASYMMETRY = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What reference statistics are of.
+    """The origin of reference statistics.
 
     Attributes:
-      data: name of the data set, or of the file or folder.
+      data: name of the data set, the file or the folder.
       split: of the data set; "" for files.
-      num_images: how many.
+      num_images: number of images.
       crop: how images were made square.
       resolution: height in pixels at which they are compared.
       channels: 1 or 3.
-      resize: how they got to that resolution; "none" if they were of it.
-      features: identity of the extractor, with its own way of resizing.
+      resize: how they were brought to that resolution; "none" if they had it.
+      features: identity of the extractor, which includes its own resizing.
       pixels: SHA-256 of all pixels in order, first 12 digits.
     """
 
@@ -75,52 +76,16 @@ class Fingerprint:
 _FIELDS = dataclasses.fields(Fingerprint)
 
 
-@dataclasses.dataclass(frozen=True)
-class PixelStatistics:
-    """Count, sum and sum of squares of each channel, in grey levels 0 to 255.
-
-    Attributes:
-      count: pixels per channel.
-      total: [C] float64.
-      squares: [C] float64.
-    """
-
-    count: int
-    total: np.ndarray
-    squares: np.ndarray
-
-    @classmethod
-    def of(cls, images: np.ndarray) -> PixelStatistics:
-        """Of uint8 images [n, H, W, C]."""
-        pixels = images.reshape(-1, images.shape[-1]).astype(np.float64)
-        return cls(len(pixels), pixels.sum(0), np.square(pixels).sum(0))
-
-    def __add__(self, other: PixelStatistics) -> PixelStatistics:
-        return PixelStatistics(
-            self.count + other.count, self.total + other.total, self.squares + other.squares
-        )
-
-    @property
-    def mean(self) -> np.ndarray:
-        """[C], grey levels."""
-        return self.total / self.count
-
-    @property
-    def std(self) -> np.ndarray:
-        """[C], grey levels."""
-        return np.sqrt(np.maximum(self.squares / self.count - np.square(self.mean), 0.0))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
     """Statistics of real images.
 
     Attributes:
-      name: what records say of it.
-      fingerprint: None where a file of another tool does not tell.
+      name: its name in records.
+      fingerprint: its origin; None for a file of another tool.
       pooled: moments of the pooled features.
-      spatial: of the spatial ones, if there are.
-      features: pooled features of up to 10,000 images [m, F] float32, if there are.
+      spatial: moments of the spatial features, if known.
+      features: pooled features of up to 10,000 images [m, F] float32, if known.
       pixels: sums over the pixels, if known.
     """
 
@@ -130,6 +95,11 @@ class Reference:
     spatial: FeatureStatistics | Moments | None
     features: np.ndarray | None
     pixels: PixelStatistics | None
+
+
+def added(sums: Any, more: Any) -> Any:
+    """`sums + more`, where None stands for no sums yet."""
+    return more if sums is None else sums + more
 
 
 def measure_reference(
@@ -143,9 +113,9 @@ def measure_reference(
     """Statistics of images uint8 [b, H, W, C] that come batch by batch.
 
     Args:
-      batches: the images, in order, `num_images` in all.
+      batches: the images, in order.
       extractor: of the features.
-      num_images: how many there are.
+      num_images: the number of images in all batches.
       label: for the progress line.
       **fingerprint: `data`, `split`, `crop` and `resize` of `Fingerprint`.
 
@@ -159,13 +129,10 @@ def measure_reference(
     kept, digest, count, shape = [], hashlib.sha256(), 0, ()
     for images in batches:
         features, shape = extractor(images), images.shape[1:]
-        statistics = FeatureStatistics.of(features.pooled)
-        pooled = statistics if pooled is None else pooled + statistics
+        pooled = added(pooled, FeatureStatistics.of(features.pooled))
         if features.spatial is not None:
-            statistics = FeatureStatistics.of(features.spatial)
-            spatial = statistics if spatial is None else spatial + statistics
-        sums = PixelStatistics.of(images)
-        pixels = sums if pixels is None else pixels + sums
+            spatial = added(spatial, FeatureStatistics.of(features.spatial))
+        pixels = added(pixels, PixelStatistics.of(images))
         wanted = (kept_rows >= count) & (kept_rows < count + len(images))
         kept.append(features.pooled[kept_rows[wanted] - count].astype(np.float32))
         digest.update(np.ascontiguousarray(images).tobytes())
@@ -224,10 +191,10 @@ def save_reference(path: pathlib.Path, reference: Reference) -> None:
 
 
 def holds_statistics(path: str, *, flag: str) -> bool:
-    """Whether a file has statistics in it, besides or instead of images; a folder has none.
+    """Whether a path is a file with statistics, besides or instead of images.
 
     Raises:
-      UserError: there is neither a folder nor an `.npz` that can be read.
+      UserError: it is neither a folder nor an `.npz` that can be read.
     """
     if pathlib.Path(path).is_dir():
         return False
@@ -265,7 +232,7 @@ def read_reference(path: str, *, flag: str) -> Reference:
 
 
 def _reference_of(arrays: Mapping[str, np.ndarray], name: str) -> Reference:
-    """Raises ValueError where the arrays of a file called `name` are not what they should be."""
+    """The reference of the arrays of a file called `name`; raises ValueError if they are wrong."""
     if not {"mu", "sigma"} <= set(arrays):
         raise ValueError("expected statistics, mu and sigma, in it")
     if ("mu_s" in arrays) != ("sigma_s" in arrays):
@@ -333,7 +300,7 @@ def _moments(mean: np.ndarray, covariance: np.ndarray) -> Moments:
 
 
 def differing_field(reference: Reference, **wanted: Any) -> str | None:
-    """What of a reference's fingerprint is not as wanted, in a few words; None if all is."""
+    """The first field of a reference's fingerprint that is not as wanted, in a few words."""
     if reference.fingerprint is None:
         return "it has no fingerprint"
     for field, value in wanted.items():
@@ -344,11 +311,7 @@ def differing_field(reference: Reference, **wanted: Any) -> str | None:
 
 
 def check_reference(reference: Reference, path: str, flag: str, **wanted: Any) -> None:
-    """Checks fields of a reference's fingerprint, if it has one.
-
-    Raises:
-      UserError: a field has another value than wanted; names it and both values.
-    """
+    """Raises UserError if a reference has a fingerprint and a field of it is not as wanted."""
     if reference.fingerprint is not None and (why := differing_field(reference, **wanted)):
         raise UserError(
             f"--{flag}={path}: {why}; make it anew with `python -m cascaded_diffusion.reference`"

@@ -1,4 +1,4 @@
-"""Scoring the checkpoints of a run as they come, and choosing among them."""
+"""Scoring a run's checkpoints as they appear, and choosing the best."""
 
 from __future__ import annotations
 
@@ -34,14 +34,9 @@ GRID_IMAGES = _GRID_COLUMNS * _GRID_ROWS
 class RunScorer:
     """Scores every EMA of every finished checkpoint of a run that has no score yet.
 
-    Args:
-      config: the run's config.
-      folder: the run folder.
-      evaluator: from `build_evaluator`.
-      sources: of the samples. Checkpoints are chosen by the first. Stages are trained
-        independently of each other (paper, section 4): for a super-resolution stage
-        that is best real low-res images.
-      mesh: the device mesh.
+    Checkpoints are chosen by the first of the `sources` of samples. Stages are trained
+    independently of each other (paper, section 4), so that of a super-resolution stage should be
+    real low-res images.
     """
 
     def __init__(
@@ -59,9 +54,9 @@ class RunScorer:
         self._curves = ScoreCurves(folder)
 
     def score_new_checkpoints(self) -> int:
-        """Scores what is new; updates best.json and EARLY_STOP. Returns how many were."""
+        """Scores new checkpoints, updates best.json and EARLY_STOP; returns how many were new."""
         scored, looked_at = 0, set()
-        # Those that the trainer deleted before their turn came have newer ones in their place.
+        # The trainer may delete checkpoints before their turn; newer ones then take their place.
         while steps := set(finished_steps(self._folder)) - looked_at:
             looked_at |= steps
             outcomes = [self._score(step) for step in sorted(steps)]
@@ -82,11 +77,11 @@ class RunScorer:
         )
 
     def close(self) -> None:
-        """Ends the curves' file."""
+        """Closes the file of the curves."""
         self._curves.close()
 
     def _identity(self, source: SampleSource) -> dict[str, Any]:
-        """What is measured, without the step: the part of a record that is its identity."""
+        """The part of a record that says what was measured, without the step."""
         return {
             "num_samples": self._config.eval.num_samples,
             "reference": self._evaluator.reference,
@@ -96,10 +91,10 @@ class RunScorer:
         }
 
     def _score(self, step: int) -> str:
-        """Scores one checkpoint as far as it has no scores: "scored", "known" or "gone".
+        """Scores what is missing of a checkpoint; returns "scored", "known" or "gone".
 
-        A checkpoint that cannot be read, or that makes samples which are not finite,
-        is recorded as failed, once, and never chosen.
+        A checkpoint that cannot be read, or whose samples are not finite, is recorded as failed
+        once and is never chosen.
         """
         with pinned(self._folder, step) as is_there:
             if not is_there:
@@ -112,7 +107,7 @@ class RunScorer:
                 self._score_ema(step, decay, weights) for decay in self._config.eval.ema_decays
             ]
             if "scored" in outcomes:
-                # While it cannot be deleted: from here on it is kept if it is the best.
+                # The checkpoint cannot be deleted yet, and the best one is kept from here on.
                 self._decide()
         return next((o for o in ("gone", "scored") if o in outcomes), "known")
 
@@ -149,8 +144,8 @@ class RunScorer:
                 print(f"{self._config.stage.name} step {step}: failed ({e})", flush=True)
                 record(self._metric, None, failed=str(e))
                 continue
-            # The metric that says that a source is done comes last: whatever ends this
-            # process before, the others are not lost and none is there twice.
+            # The metric that marks a source as done comes last. If this process ends before it,
+            # no other metric is lost or recorded twice.
             for metric in sorted(values, key=lambda name: name == self._metric):
                 record(metric, values[metric])
             store.remove()
@@ -159,7 +154,7 @@ class RunScorer:
     def _recorded(
         self, step: int, ema_decay: float, source: SampleSource, metric: str, weights: str
     ) -> bool:
-        """Whether there is such a score of these weights; a step trained again has others."""
+        """Whether these weights have such a score; a step that was trained again has others."""
         comparable = early_stopping.series(
             self._folder.scores(), metric, self._identity(source), [ema_decay]
         )
@@ -214,15 +209,15 @@ class RunScorer:
         return values
 
     def _decide(self) -> Mapping[str, Any] | None:
-        """best.json, and EARLY_STOP as patience has it, from the committed records."""
+        """Writes best.json, and EARLY_STOP if patience has run out, from the stored records."""
         comparable = early_stopping.series(
             self._folder.scores(),
             self._metric,
             self._identity(self._sources[0]),
             self._config.eval.ema_decays,
         )
-        # The trainer keeps the best and the latest: one that it removed before it had
-        # a score cannot be chosen any more.
+        # The trainer keeps the best and the latest ones; a checkpoint that it removed before it
+        # had a score cannot be chosen.
         on_disk = set(finished_steps(self._folder))
         best = early_stopping.best_record([r for r in comparable if r["step"] in on_disk])
         if best is not None:
@@ -236,7 +231,7 @@ class RunScorer:
 def measure_store(
     evaluator: Evaluator, store: SampleStore, num_classes: int
 ) -> tuple[Measurement, health.LowResAgreement | None, np.ndarray]:
-    """The sums over a full store, what an enlargement kept of its input, the first images."""
+    """The sums over a full store, how enlargements agree with their input, the first images."""
     measurement = evaluator.measurement(store.num_samples)
     errors, first = [], []
     for arrays in store.batches():
@@ -251,6 +246,6 @@ def measure_store(
 
 
 def save_grid(folder: RunFolder, name: str, images: np.ndarray) -> None:
-    """A picture of the first samples, in the run's `eval` folder."""
+    """Writes a picture of the first samples into the run's `eval` folder."""
     picture = pictures.grid(images[:GRID_IMAGES], columns=_GRID_COLUMNS)
     pictures.save_png(folder.eval / name, picture, scale=2)

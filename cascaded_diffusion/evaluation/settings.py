@@ -1,8 +1,8 @@
-"""What may be chosen after training: the ways to sample one stage of a cascade.
+"""The choices that remain after training: how one stage of a cascade is sampled.
 
-Conditioning augmentation is amortized over its strength so that the strength can be
-chosen after training (paper, section 3.3); steps, sampler and guidance are free as
-well. Nothing here needs a device.
+Conditioning augmentation is amortized over its strength, so the strength can be chosen after
+training (paper, section 3.3). Steps, sampler and guidance are free as well. Nothing here needs a
+device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Setting:
     truncated: bool
 
     def describe(self) -> dict[str, Any]:
-        """What a table's row and a plot's legend say of it, by column."""
+        """The cells of a table's row by column, which plots use as well."""
         return {
             "aug_level": self.aug_level,
             "truncated": self.truncated,
@@ -63,13 +63,13 @@ def make_settings(
     num_steps: Sequence[int] = (),
     guidance_scales: Sequence[float] = (),
 ) -> list[Setting]:
-    """All combinations for stage `index`; what is not given stays as the cascade has it."""
+    """All combinations for stage `index`; choices that are not given stay as in the cascade."""
     own = section.samplers[index]
     levels: Sequence[float | None] = [None]
     if index > 0:
         levels = aug_levels or [section.aug_levels[index - 1]]
-    # A base model has nothing to truncate; a stage without a level leaves the cascade's
-    # mode, which is then about the stages below it.
+    # A base model has nothing to truncate. A stage without a level keeps the cascade's mode,
+    # which concerns the stages below it.
     modes = list(truncated or [section.truncated]) if index > 0 else [False]
     return [
         Setting(
@@ -90,7 +90,7 @@ def make_settings(
 
 
 def with_setting(section: CascadeSection, index: int, setting: Setting) -> CascadeSection:
-    """The cascade with stage `index` sampled as `setting` says."""
+    """The cascade with `setting` for stage `index`."""
     levels = list(section.aug_levels)
     if index > 0:
         levels[index - 1] = setting.aug_level

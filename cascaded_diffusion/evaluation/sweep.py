@@ -1,7 +1,7 @@
 """The search after training: one stage of a trained cascade, sampled in many ways and scored.
 
-Every setting is scored on the same seeds, labels and, without truncation, the same
-stored samples of the stages below: those are made once.
+Every setting is scored with the same seeds and labels and, without truncation, on the same
+stored samples of the stages below, which are made once.
 
     RUN/sweep/<stage>.jsonl          one line per setting
     RUN/sweep/<stage>.md, .png       table and plot
@@ -37,18 +37,15 @@ class Sweep:
 
     Args:
       section: the cascade.
-      trained: its stages up to the one that is swept, which is the last of them.
+      trained: its stages up to the one that is swept.
       evaluator: of that stage's run.
       folder: where records, table, plot and stored samples are kept.
       mesh: the device mesh.
-      num_samples: per setting.
+      num_samples: per setting, at least 2.
       batch_size: of sampling.
 
     Attributes:
       metric: the name of the metric by which settings are compared.
-
-    Raises:
-      UserError: a single sample per setting, of which no metric is.
     """
 
     def __init__(
@@ -67,12 +64,8 @@ class Sweep:
                 f"config.cascade.num_samples = {num_samples}: expected at least 2 to compare"
                 " settings by"
             )
-        self._section, self._trained, self._evaluator, self._mesh = (
-            section,
-            trained,
-            evaluator,
-            mesh,
-        )
+        self._section, self._trained = section, trained
+        self._evaluator, self._mesh = evaluator, mesh
         self._folder, self._num_samples, self._batch_size = folder, num_samples, batch_size
         self._index = len(trained) - 1
         self._name = trained[-1].stage.config.name
@@ -85,7 +78,7 @@ class Sweep:
         self._records_path = folder / f"{self._name}.jsonl"
 
     def run(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
-        """Scores what has no score yet; writes table and plot. One record per setting."""
+        """Scores settings without a score, writes table and plot; returns a record per setting."""
         rows = []
         for i, setting in enumerate(settings, start=1):
             record = self._stored(setting)
@@ -101,7 +94,7 @@ class Sweep:
         return rows
 
     def _cascade(self, setting: Setting) -> tuple[Cascade, Callable[..., Any]]:
-        """Compiled once for all levels."""
+        """The cascade of a setting and its sampler, compiled once for all levels."""
         key = (setting.truncated, setting.sampler)
         if key not in self._programs:
             cascade = Cascade(
@@ -117,7 +110,7 @@ class Sweep:
         return list(levels[: self._index])
 
     def _identity(self, setting: Setting) -> dict[str, Any]:
-        """All that the scores are a function of."""
+        """Everything that the scores depend on."""
         return {
             "stages": [t.identity for t in self._trained],
             "samplers": [
@@ -157,7 +150,7 @@ class Sweep:
             )
         try:
             images = self._generate(sampler, self._params, label)[-1]
-        except ValueError as e:  # samples that are not finite: of this setting alone
+        except ValueError as e:  # only this setting's samples are not finite
             return {**self._identity(setting), self.metric: None, "failed": str(e)}
         scores = self._evaluator.scores(images, evaluated_labels(self._labels, self._num_classes))
         return {**self._identity(setting), **scores}
@@ -228,12 +221,11 @@ class Sweep:
             cells.append(str(stage.evaluations(setting.sampler)))
             cells += [_shown(row, m) for m in metrics]
             lines.append(f"| {' | '.join(cells)} |")
-        about = [
-            "Evaluations: of the stage's network for one sample, with guidance and Heun's second.",
-            "",
-        ]
-        about += [f"Stages: {'; '.join(rows[0]['stages'])}. Reference: {rows[0]['reference']}."]
-        text = "\n".join([*lines, "", *about, ""])
+        about = (
+            "Evaluations: of the stage's network for one sample, with guidance and Heun's second."
+        )
+        origin = f"Stages: {'; '.join(rows[0]['stages'])}. Reference: {rows[0]['reference']}."
+        text = "\n".join([*lines, "", f"{about}.", "", origin, ""])
         write_whole(self._folder / f"{self._name}.md", text.encode())
         print(f"\n{text}", flush=True)
 
@@ -262,7 +254,7 @@ class Sweep:
 
 
 def _metrics_of(rows: Sequence[Mapping[str, Any]], primary: str) -> list[str]:
-    """What a table shows: the metric that decides, then the others of the first good row."""
+    """The columns of a table: the deciding metric, then the others of the first good row."""
     good = next((row for row in rows if row[primary] is not None), {primary: None})
     names = list(good)[list(good).index(primary) :]
     return [name for name in names if "_std_" not in name]

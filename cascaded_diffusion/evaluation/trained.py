@@ -1,4 +1,4 @@
-"""Trained stages, as evaluation and sampling load them."""
+"""Loading trained stages for evaluation and sampling."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load_trained(folder: RunFolder, mesh: Mesh) -> TrainedStage:
     stage, chosen = build_stage(folder.read_config().stage), folder.chosen()
     while True:
         with pinned(folder, chosen.step) as is_there:
-            # Before it was marked, evaluation may have chosen another, and the trainer deleted it.
+            # Before it was pinned, evaluation may have chosen another and the trainer deleted it.
             latest = folder.chosen()
             if not is_there and latest != chosen:
                 chosen = latest
@@ -64,10 +64,7 @@ def load_trained(folder: RunFolder, mesh: Mesh) -> TrainedStage:
 
 
 def checkpoint_digest(folder: RunFolder, config: StageConfig, step: int) -> str:
-    """A digest of a stage and a checkpoint's weights: 12 digits.
-
-    Of all that samples depend on but for the way of sampling, which records hold.
-    """
+    """12 digits of everything that samples depend on but the sampler, which records name."""
     values = to_dict(dataclasses.replace(config, sampler=None))
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     digest.update(read_manifest(folder, step))
@@ -75,7 +72,7 @@ def checkpoint_digest(folder: RunFolder, config: StageConfig, step: int) -> str:
 
 
 def abstract_params(stage: Stage, mesh: Mesh) -> Any:
-    """Shapes of a stage's parameters, to be held by every device."""
+    """Shapes of a stage's parameters, replicated on every device."""
     sharding = mesh_lib.replicated(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

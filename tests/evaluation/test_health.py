@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.evaluation import health
-from cascaded_diffusion.evaluation.reference import PixelStatistics
+from cascaded_diffusion.evaluation.metrics.pixel_statistics import PixelStatistics
 from cascaded_diffusion.evaluation.samples.sample_sources import LevelSource
 
 RNG = np.random.default_rng(0)

@@ -64,7 +64,7 @@ RESIZES: dict[str, Callable[[int, int], np.ndarray]] = {
 }
 
 
-def resized(images: jax.Array, mode: str) -> jax.Array:
+def at_inception_size(images: jax.Array, mode: str) -> jax.Array:
     """uint8 [B, H, W, C], C of 1 or 3 -> float32 [B, 299, 299, 3] in [0, 255]."""
     _, height, width, _ = images.shape
     rows, columns = RESIZES[mode](height, IMAGE_SIZE), RESIZES[mode](width, IMAGE_SIZE)
@@ -145,7 +145,7 @@ class InceptionExtractor:
         params = self._programs["params"]
 
         def extract(params: dict, images: jax.Array) -> tuple[jax.Array, ...]:
-            return apply_inception(params, (resized(images, self.resize) - 128.0) / 128.0)
+            return apply_inception(params, (at_inception_size(images, self.resize) - 128.0) / 128.0)
 
         abstract = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)
         lowered = jax.jit(extract, out_shardings=split).lower(params, abstract)

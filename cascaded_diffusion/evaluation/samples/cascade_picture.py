@@ -13,7 +13,7 @@ from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.config.schema import StageConfig
 from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
 from cascaded_diffusion.evaluation.samples import generate
-from cascaded_diffusion.evaluation.samples.real_images import resized
+from cascaded_diffusion.evaluation.samples.real_images import shrunk
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.types import Params
 
@@ -51,10 +51,10 @@ def cascade_picture(
     order = np.argsort(real.labels, kind="stable")
     real = LabelledImages(real.images[order], real.labels[order])
     size = cascade.stages[-1].config.resolution
-    rows = [(f"real, {size} px", resized(real, size).images)]
+    rows = [(f"real, {size} px", shrunk(real, size).images)]
     for i, stage in enumerate(cascade.stages[1:], start=1):
         low = stage.config.low_res_resolution
-        rows.append((f"real, {low} px", _shown(resized(real, low).images, size)))
+        rows.append((f"real, {low} px", _shown(shrunk(real, low).images, size)))
         low_res = np.asarray(stage.low_res_from(float_from_uint8(real.images)))
         level = aug_levels[i - 1]
         sampler = generate.make_enlarging_sampler(

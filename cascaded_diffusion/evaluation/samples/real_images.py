@@ -1,4 +1,4 @@
-"""The real images of a data split, shrunk to a stage's resolution, a part at a time."""
+"""The real images of a data split, shrunk to a stage's resolution in chunks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RealSplit:
       size: number of its images.
       read: indices -> `image` uint8 [n, H, W, C] and `label` int32 [n].
       crop: how the images became square, for fingerprints.
-      resize: how they get to a stage's resolution, for fingerprints.
+      resize: how they are brought to a stage's resolution, for fingerprints.
     """
 
     data: str
@@ -40,7 +40,7 @@ class RealSplit:
     def rows(self, rows: Sequence[int], resolution: int) -> LabelledImages:
         """Chosen images at a resolution."""
         parts = [
-            resized(self.raw(rows[i : i + _CHUNK]), resolution) for i in range(0, len(rows), _CHUNK)
+            shrunk(self.raw(rows[i : i + _CHUNK]), resolution) for i in range(0, len(rows), _CHUNK)
         ]
         return LabelledImages(
             np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts])
@@ -58,7 +58,7 @@ class RealSplit:
     def spread(self, count: int, resolution: int) -> LabelledImages:
         """`count` images spread over the split, which may be sorted by class.
 
-        Each image at most once more often than any other.
+        No image comes more than once more often than any other.
         """
         rows = np.arange(count) * self.size // count % self.size
         if count > self.size:
@@ -66,12 +66,12 @@ class RealSplit:
         return self.rows(rows, resolution)
 
     def raw(self, rows: Sequence[int]) -> LabelledImages:
-        """Chosen images as the data set has them."""
+        """Chosen images at the data set's resolution."""
         examples = self.read(rows)
         return LabelledImages(examples["image"], examples["label"])
 
 
-def resized(data: LabelledImages, resolution: int) -> LabelledImages:
+def shrunk(data: LabelledImages, resolution: int) -> LabelledImages:
     """Data shrunk by the cascade's own area operator and rounded by its own rule."""
     images = uint8_from_float(area_downsample(float_from_uint8(data.images), resolution))
     return LabelledImages(np.asarray(images), data.labels)

@@ -1,11 +1,11 @@
-"""Samples on disk while they are made, so that a job that is killed goes on where it was.
+"""Samples on disk while they are made, so that a killed job can resume.
 
-    FOLDER/identity.json      all that the samples are a function of
-    FOLDER/000000.npz, ...    one file per batch, whole or not there
+    FOLDER/identity.json      everything that the samples depend on
+    FOLDER/000000.npz, ...    one file per batch, whole or missing
 
-A batch is made in one piece and appears under its name by a rename. A job that comes
-back makes the batches that are missing: each sample exists exactly once, and has the
-value that an unbroken job gives it, since batches begin where they always begin.
+A batch is made in one piece and appears under its name by a rename. A resumed job makes the
+missing batches. Since batches always have the same bounds, every sample exists exactly once and
+has the value that an uninterrupted job gives it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ import numpy as np
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import write_npz_whole, write_whole
 
-# The arrays of a batch: "images" uint8 [b, H, W, C], "labels" int64 [b] and, of an
-# enlargement, "low_res" uint8 [b, h, w, C].
+# The arrays of a batch: "images" uint8 [b, H, W, C], "labels" int64 [b] and, for enlargements,
+# "low_res" uint8 [b, h, w, C].
 Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Unfinished:
-    """What a command with other settings left of its samples.
+    """The unfinished store of a command with other settings.
 
     Attributes:
       folder: the store.
-      settings: what the store says of itself: its identity.
-      num_samples: how many there are.
-      num_bytes: on disk.
+      settings: the store's identity.
+      num_samples: the number of samples in it.
+      num_bytes: its size on disk.
     """
 
     folder: pathlib.Path
@@ -47,17 +47,17 @@ class Unfinished:
 
 
 class DamagedBatchError(Exception):
-    """A batch was damaged on disk; it is removed, and the next `fill` makes it again."""
+    """A batch was damaged on disk. It is removed, and the next `fill` makes it again."""
 
 
 class SampleStore:
     """The batches of one set of samples.
 
     Args:
-      parent: folder of stores; this one's is named by the identity's digest.
-      identity: all that the samples are a function of, for JSON.
-      num_samples: how many there are in all.
-      batch_size: how many to a batch.
+      parent: folder of stores; this one's folder is named by the digest of its identity.
+      identity: everything that the samples depend on, for JSON.
+      num_samples: number of samples in all.
+      batch_size: number of samples in a batch.
 
     Attributes:
       number: a hash of the identity.
@@ -81,24 +81,20 @@ class SampleStore:
 
     @property
     def num_batches(self) -> int:
-        """How many batches make the whole."""
+        """Number of batches in all."""
         return -(-self.num_samples // self.batch_size)
 
     def rows(self, batch: int) -> np.ndarray:
-        """The indices of the samples of a batch: [b]."""
+        """[b]: the sample indices of a batch."""
         start = batch * self.batch_size
         return np.arange(start, min(start + self.batch_size, self.num_samples))
 
     def missing(self) -> list[int]:
-        """The batches that are still to be made."""
+        """The numbers of the batches that do not exist yet."""
         return [i for i in range(self.num_batches) if not self._path(i).exists()]
 
     def write(self, batch: int, arrays: Arrays) -> None:
-        """Keeps a batch.
-
-        Raises:
-          ValueError: it has another number of samples than it should.
-        """
+        """Stores a batch. Raises ValueError if its number of samples is wrong."""
         for name, array in arrays.items():
             if len(array) != len(self.rows(batch)):
                 raise ValueError(
@@ -107,7 +103,7 @@ class SampleStore:
         write_npz_whole(self._path(batch), arrays)
 
     def read(self, batch: int) -> Arrays | None:
-        """A batch; None where its file has been damaged, which then is removed."""
+        """A batch; None if its file is damaged, which is then removed."""
         try:
             # Checksums are compared: a bit that has flipped is noticed.
             return read_arrays(self._path(batch))
@@ -143,7 +139,7 @@ class SampleStore:
         return {name: np.concatenate([a[name] for a in found])[:count] for name in found[0]}
 
     def others(self) -> list[Unfinished]:
-        """The stores beside this one, of samples with another identity."""
+        """The stores beside this one that hold samples with another identity."""
         found = []
         for path in sorted(self._folder.parent.glob("*/identity.json")):
             try:
@@ -151,21 +147,15 @@ class SampleStore:
                 files = [f for f in path.parent.iterdir() if f.suffix == ".npz"]
                 made = min(len(files) * settings["batch_size"], settings["num_samples"])
                 size = sum(f.stat().st_size for f in files)
-            except (
-                OSError,
-                ValueError,
-                KeyError,
-                TypeError,
-                RecursionError,
-            ):  # not ours, or just being removed
-                continue
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                continue  # it is not ours, or is just being removed
             if path.parent != self._folder and files:
                 found.append(Unfinished(path.parent, settings, made, size))
         return found
 
     def note_failure(self) -> None:
         """Tells the other processes that this one gives up."""
-        with contextlib.suppress(OSError):  # a full disk, say; they find out when it is gone
+        with contextlib.suppress(OSError):  # on a full disk, for one; they notice its absence
             (self._folder / "failed").touch()
 
     def has_failed(self) -> bool:
@@ -173,11 +163,11 @@ class SampleStore:
         return (self._folder / "failed").exists()
 
     def clear_failure(self) -> None:
-        """Forgets that one did, in an earlier job."""
+        """Forgets the failure of an earlier job."""
         (self._folder / "failed").unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Deletes the store, when what was wanted of the samples is known."""
+        """Deletes the store."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, batch: int) -> pathlib.Path:

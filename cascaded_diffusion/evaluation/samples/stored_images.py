@@ -27,7 +27,7 @@ _INT64_MAX = np.iinfo(np.int64).max
 
 
 class Images(Protocol):
-    """uint8 images [n, H, W, C], whether in memory or read when asked for."""
+    """uint8 images [n, H, W, C], in memory or read on demand."""
 
     shape: tuple[int, ...]
 
@@ -38,13 +38,7 @@ class Images(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StoredImages:
-    """Images of a file or folder.
-
-    Attributes:
-      path: where they are from.
-      images: uint8 [n, H, W, C].
-      labels: int64 [n], or None where the file says nothing of them.
-    """
+    """Images of a file or folder: uint8 [n, H, W, C], and int64 labels [n] if it has any."""
 
     path: str
     images: Images
@@ -54,7 +48,7 @@ class StoredImages:
         return len(self.images)
 
     def digest(self, *, labels: bool = True) -> str:
-        """SHA-256 of the pixels in order, and of the labels if there are, first 12 digits."""
+        """SHA-256 of the pixels in order and of the labels if there are any, first 12 digits."""
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
         for batch in batches(self.images, _DIGEST_BATCH):
             digest.update(np.ascontiguousarray(batch).tobytes())
@@ -78,7 +72,7 @@ def save_samples(
 ) -> None:
     """Writes an ADM-style file: `arr_0` uint8 NHWC, `arr_1` int64 labels.
 
-    `provenance`, all that the samples are a function of, is kept beside them as JSON.
+    `provenance`, everything that the samples depend on, is stored as JSON beside them.
     """
     arrays = {"arr_0": images, "arr_1": labels.astype(np.int64)}
     if provenance is not None:
@@ -91,12 +85,12 @@ def save_sample_batches(
     shape: tuple[int, ...],
     batches_of: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]],
 ) -> None:
-    """Writes an ADM-style file from batches, never holding more than one of them.
+    """Writes an ADM-style file from batches, of which it holds only one at a time.
 
     Args:
-      path: file to write.
+      path: the file.
       shape: (n, H, W, C) of all images.
-      batches_of: gives the (images, labels) in order, each time it is called.
+      batches_of: returns the batches (images, labels) in order each time it is called.
 
     Raises:
       ValueError: there are more or fewer images than `shape` says.
@@ -130,7 +124,7 @@ def save_sample_batches(
 def stored_samples(path: pathlib.Path, provenance: Mapping[str, Any]) -> np.ndarray | None:
     """The images of a file of `save_samples`.
 
-    None where there is no file, it is damaged, or its samples are of another origin.
+    None if there is no such file, it is damaged, or its samples have another origin.
     """
     try:
         about = read_arrays(path, ("provenance",), max_bytes=_MAX_PROVENANCE_BYTES)
@@ -144,11 +138,11 @@ def stored_samples(path: pathlib.Path, provenance: Mapping[str, Any]) -> np.ndar
 def open_images(path: str, *, flag: str, at_least: int = 2) -> StoredImages:
     """Opens an ADM-style `.npz` (`arr_0` uint8 NHWC, `arr_1` labels if any) or a folder of PNGs.
 
-    Says on stderr how many images there are, and what was passed over.
+    Prints on stderr how many images there are and which files were passed over.
 
     Raises:
-      UserError: it is neither, or does not hold uint8 images of one size, or fewer of them than
-        `at_least`; of a folder, two.
+      UserError: it is neither, or does not hold at least `at_least` uint8 images of one size (a
+        folder: two).
     """
     if check_local_path(path, f"--{flag}").is_dir():
         folder = PngFolder(pathlib.Path(path), flag=flag)

@@ -8,13 +8,13 @@ from cascaded_diffusion.data.builtin import load_mnist
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features import classifier_extractor as lib
 from cascaded_diffusion.evaluation.features.classifier_training import NUM_TURNS, RECIPES, turned
-from cascaded_diffusion.evaluation.samples.real_images import resized
+from cascaded_diffusion.evaluation.samples.real_images import shrunk
 
 
 @pytest.mark.parametrize("resolution", [16, 32])
 def test_it_recognises_real_digits(resolution, tmp_path):
     train, held_out = (
-        resized(lib.LabelledImages(*load_mnist(split)), resolution) for split in ("train", "test")
+        shrunk(lib.LabelledImages(*load_mnist(split)), resolution) for split in ("train", "test")
     )
     said = []
     path = tmp_path / "classifier.npz"

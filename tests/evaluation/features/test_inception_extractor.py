@@ -70,8 +70,8 @@ def test_any_number_of_devices_and_any_batch_give_the_same(weights):
 def test_grey_images_are_taken_as_rgb():
     grey = IMAGES[32][..., :1]
     for mode in inception.RESIZES:
-        one = inception.resized(jnp.asarray(grey), mode)
-        three = inception.resized(jnp.asarray(grey.repeat(3, axis=-1)), mode)
+        one = inception.at_inception_size(jnp.asarray(grey), mode)
+        three = inception.at_inception_size(jnp.asarray(grey.repeat(3, axis=-1)), mode)
         np.testing.assert_array_equal(one, three)
 
 
@@ -87,7 +87,7 @@ def test_clean_is_pillows_bicubic_of_floats(size):
         for c in range(3)
     ]
     expected = np.clip(np.stack(channels, axis=-1), 0, 255)
-    ours = inception.resized(jnp.asarray(image[None]), "clean")[0]
+    ours = inception.at_inception_size(jnp.asarray(image[None]), "clean")[0]
     assert np.abs(ours - expected).max() < 0.01
 
 
