@@ -1,10 +1,10 @@
-"""Features from a classifier that is trained on the spot on the real images.
+"""Features from a classifier that is trained on the run's own real images.
 
-For data on which Inception's features mean little. Its Fréchet distance is called
-`fd_classifier` (`fd_resnet`, `fd_resnet50` of the networks of CAS, `fd_rotation` of one
-that tells by how much an image was turned and needs no labels): it is comparable
-between checkpoints of one run, and to nothing else. The classifier is a function of
-(data, resolution, seed); it is trained once per run folder and kept there as plain arrays.
+It serves data on which Inception's features mean little. Its Fréchet distance is called
+`fd_classifier` (with the networks of CAS `fd_resnet` and `fd_resnet50`; with a network that tells
+by how much an image was turned, and needs no labels, `fd_rotation`). It can be compared between
+checkpoints of one run, and with nothing else. The classifier is a function of (data, resolution,
+seed); it is trained once per run folder and kept there as plain arrays.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.evaluation.features.classifier_training import NUM_TURNS, train_classifier
-from cascaded_diffusion.evaluation.features.extractor import Features, concatenated
+from cascaded_diffusion.evaluation.features.extractor import Features, extract_in_batches
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import sha256_of_arrays, write_npz_whole
 from cascaded_diffusion.networks import classifier as networks
@@ -46,17 +46,17 @@ class LabelledImages:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A trained classifier, as a feature extractor: uint8 images [n, H, W, C] -> `Features`.
+    """A trained classifier as a feature extractor: uint8 images [n, H, W, C] -> `Features`.
 
-    Logits are of the data's classes; a network that tells rotations gives none.
+    Logits are over the data's classes; a network that tells rotations returns none.
 
     Attributes:
       network: its name in `networks.classifier.CLASSIFIERS`.
       module: the network.
-      variables: its parameters, and batch statistics if it has them.
+      variables: its parameters, and its batch statistics if it has any.
       digest: SHA-256 of the variables, first 16 digits.
-      mesh: the devices that a batch is split over.
-      accuracy: on the held-out real images; of rotations, on each image in all of them.
+      mesh: the device mesh.
+      accuracy: on the held-out real images; for rotations, on each image in all of them.
     """
 
     network: str
@@ -83,27 +83,25 @@ class Classifier:
         return features
 
     def predictions(self, images: np.ndarray) -> np.ndarray:
-        """int [n]: the likeliest class of each image, or how often it was turned by 90 degrees."""
+        """int [n]: each image's likeliest class, or how often it was turned by 90 degrees."""
         return self._outputs(images).logits.argmax(-1)
 
     def _outputs(self, images: np.ndarray) -> Features:
         size = -(-min(_BATCH, len(images)) // self.mesh.size) * self.mesh.size
-        parts = []
-        for start in range(0, len(images), size):
-            batch = images[start : start + size]
-            # Filled up to one shape; what is too much is thrown away.
-            padded = np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
-            placed = jax.device_put(padded, mesh_lib.batch_sharding(self.mesh))
-            outputs = _forward(self.module, self.variables, placed)
-            parts.append(Features(*(mesh_lib.host_array(x)[: len(batch)] for x in outputs)))
-        return concatenated(parts)
+        sharding = mesh_lib.batch_sharding(self.mesh)
+
+        def extract(batch: np.ndarray) -> Iterable[np.ndarray]:
+            outputs = _forward(self.module, self.variables, jax.device_put(batch, sharding))
+            return map(mesh_lib.host_array, outputs)
+
+        return extract_in_batches(images, size, extract)
 
 
 @partial(jax.jit, static_argnums=0)
 def _forward(
     module: Any, variables: networks.Variables, images: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    # The same features on every kind of device, whose defaults may round more.
+    # Devices differ in their default precision; the features must not.
     with jax.default_matmul_precision("highest"):
         return networks.apply_classifier(module, variables, float_from_uint8(images))
 
@@ -148,7 +146,7 @@ def _finished(
 
 
 def _fits(module: Any, flat: Mapping[str, np.ndarray], image: np.ndarray) -> bool:
-    """Whether arrays are a network's variables, for images [H, W, C]."""
+    """Whether arrays are a network's variables for images [H, W, C]."""
     shapes = jax.eval_shape(
         lambda: networks.init_classifier(module, jax.random.key(0), image.shape[0], image.shape[2])
     )
@@ -167,19 +165,19 @@ def load_or_train(
     mesh: Mesh | None = None,
     say: Callable[[str], None] = print,
 ) -> Classifier:
-    """The classifier kept at `path`, or a new one that is then kept there.
+    """The classifier stored at `path`, or a new one, which is then stored there.
 
-    A file that was made from other images, another seed or another recipe, or that
-    cannot be read, is replaced, and `say` is told.
+    A file that was made from other images, another seed or another recipe, or that cannot be read,
+    is replaced, and `say` is told why.
 
     Args:
       path: of the file.
-      train: real images.
-      held_out: others, for the accuracy.
-      num_classes: of the labels; the rotation has its own.
+      train: real images; for the network "rotation" their labels do not matter.
+      held_out: other images, for the accuracy.
+      num_classes: of the labels.
       seed: of weights, order and augmentation.
-      network: of `CLASSIFIERS`; for "rotation" labels do not matter.
-      mesh: the devices; by default the first.
+      network: its name in `CLASSIFIERS`.
+      mesh: the device mesh; by default the first device.
       say: told why a file is replaced.
 
     Raises:

@@ -1,11 +1,11 @@
-"""Training a classifier: by its recipe, on labelled images, over the mesh.
+"""Training a classifier by its recipe, on labelled images, over the mesh.
 
-Images without labels are classified by rotation: each is turned by 0, 90, 180 or 270
-degrees, and which of them it was is the label (Gidaris et al. 2018, "Unsupervised
-Representation Learning by Predicting Image Rotations").
+Images without labels are classified by rotation: each is turned by 0, 90, 180 or 270 degrees, and
+the turn is its label (Gidaris et al. 2018, "Unsupervised Representation Learning by Predicting
+Image Rotations").
 
-The batch is split over all devices. Which images are in it is a function of (seed,
-step), how they are shifted, cropped, flipped and turned of (seed, step, row).
+The batch is split over all devices. Its images are a function of (seed, step); how they are
+shifted, cropped, flipped and turned is a function of (seed, step, row).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Recipe:
     Attributes:
       epochs: over the training images.
       batch_size: global; less if there are fewer images.
-      learning_rate: at its peak; falls to 0 along a cosine.
-      warmup_epochs: of linear rise before.
+      learning_rate: the peak, from which it falls to 0 along a cosine.
+      warmup_epochs: of a linear rise before the peak.
       optimizer: "adamw", or "sgd" with Nesterov's momentum of 0.9.
-      weight_decay: of kernels alone for "sgd".
+      weight_decay: "sgd" applies it to kernels alone.
       crop: "shift" moves images by up to a sixteenth; "resized" cuts out 8 to 100 % of the
         area and enlarges it, as is usual for photos.
     """
@@ -54,44 +54,29 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "small": Recipe(
-        epochs=14,
-        batch_size=64,
-        learning_rate=2e-3,
-        warmup_epochs=0.0,
-        optimizer="adamw",
-        weight_decay=1e-3,
-        crop="shift",
+        epochs=14, batch_size=64, learning_rate=2e-3, warmup_epochs=0.0,
+        optimizer="adamw", weight_decay=1e-3, crop="shift",
     ),
     "resnet": Recipe(
-        epochs=15,
-        batch_size=64,
-        learning_rate=3e-3,
-        warmup_epochs=1.0,
-        optimizer="adamw",
-        weight_decay=1e-2,
-        crop="shift",
+        epochs=15, batch_size=64, learning_rate=3e-3, warmup_epochs=1.0,
+        optimizer="adamw", weight_decay=1e-2, crop="shift",
     ),
     # The usual ImageNet recipe: 90 epochs, 0.1 per 256 images of a batch.
     "resnet50": Recipe(
-        epochs=90,
-        batch_size=1024,
-        learning_rate=0.4,
-        warmup_epochs=5.0,
-        optimizer="sgd",
-        weight_decay=1e-4,
-        crop="resized",
+        epochs=90, batch_size=1024, learning_rate=0.4, warmup_epochs=5.0,
+        optimizer="sgd", weight_decay=1e-4, crop="resized",
     ),
-}
+}  # fmt: skip
 RECIPES["rotation"] = RECIPES["small"]  # the same network
-# Of the image's size: 2 px of 32.
+# A share of the image's size: 2 px of 32.
 _SHIFT_FRACTION = 1 / 16
-# Rotations that are told apart: 0, 90, 180 and 270 degrees.
+# The rotations are 0, 90, 180 and 270 degrees.
 NUM_TURNS = 4
 _SMALLEST_AREA, _ASPECTS = 0.08, (3 / 4, 4 / 3)
 
 
 def _shifted(image: jax.Array, key: jax.Array) -> jax.Array:
-    """Moves an image by up to a sixteenth; what enters is the border's value."""
+    """Moves an image by up to a sixteenth and repeats its border."""
     height, width, channels = image.shape
     shift = round(height * _SHIFT_FRACTION)
     padded = jnp.pad(image, ((shift, shift), (shift, shift), (0, 0)), mode="edge")
@@ -126,7 +111,7 @@ def _augmented(images: jax.Array, keys: jax.Array, *, crop: str, flip: bool) -> 
 
 
 def turned(images: jax.Array, turns: jax.Array) -> jax.Array:
-    """Square images [B, H, H, C], each turned by 90 degrees as often as `turns` [B] says."""
+    """Square images [B, H, H, C], each turned `turns` [B] times by 90 degrees."""
     ways = [partial(jnp.rot90, k=k) for k in range(NUM_TURNS)]
     return jax.vmap(lambda image, k: jax.lax.switch(k, ways, image))(images, turns)
 
@@ -145,7 +130,7 @@ def _optimizer(recipe: Recipe, total: int, steps_per_epoch: float) -> optax.Grad
 
 
 def _rows(num_images: int, batch_size: int, key: jax.Array) -> Callable[[int], np.ndarray]:
-    """Step -> which images: each once an epoch, but for what fills no whole batch."""
+    """Step -> image indices: each once an epoch, except those that fill no whole batch."""
     per_epoch, orders = num_images // batch_size, {}
 
     def rows(step: int) -> np.ndarray:
@@ -161,7 +146,7 @@ def _rows(num_images: int, batch_size: int, key: jax.Array) -> Callable[[int], n
 
 
 def batch_size_for(recipe: Recipe, num_images: int, mesh: Mesh) -> int:
-    """The recipe's, or less if there are fewer images; a multiple of the devices.
+    """The recipe's batch size, or less if there are fewer images; a multiple of the devices.
 
     Raises:
       UserError: there are fewer images than devices.
@@ -193,10 +178,10 @@ def train_classifier(
     Args:
       network: its name.
       images: uint8 [n, H, W, C], indexed by integer arrays.
-      labels: int [n], below `num_classes`; None: the rotation, `NUM_TURNS` classes.
-      num_classes: how many classes.
+      labels: int [n], below `num_classes`; None for rotations, with `NUM_TURNS` classes.
+      num_classes: number of classes.
       seed: of weights, order and augmentation.
-      mesh: the devices that a batch is split over.
+      mesh: the device mesh.
       flip: whether a mirrored image is of the same class.
       train_steps: instead of the recipe's epochs.
       batch_size: instead of the recipe's.
@@ -206,8 +191,8 @@ def train_classifier(
       The module and its variables, on the host.
 
     Raises:
-      UserError: the images are all of one class, or fewer than the devices; or training has
-        come to a loss that is not finite.
+      UserError: the images are all of one class, or fewer than the devices; or the loss is not
+        finite in the end.
     """
     if labels is not None and len(np.unique(labels)) < 2:
         raise UserError(

@@ -1,23 +1,22 @@
 r"""FID's feature extractor: resizing to 299 px and the Inception network, on all devices.
 
-Two ways of resizing are in use, whose FIDs differ by whole points. They are modes with
-names, part of the extractor's identity, and never mixed. Output pixel i of n_out, of
-n_in input pixels, r = n_in / n_out:
+Two ways of resizing are in use, whose FIDs differ by whole points. They are named modes, belong
+to the extractor's identity and are never mixed. For output pixel i, with r = n_in / n_out:
 
-(1)  "legacy", the original graph and ADM's evaluator: linear between the two pixels
-     around i r, the last one repeated; no half-pixel centres, no antialiasing.
-(2)  "clean", clean-fid (Parmar et al. 2022), the bicubic filter of Pillow on floats:
-     weights w((j + 1/2 - (i + 1/2) r) / max(r, 1)), w(x) cubic with a = -1/2, of the
-     pixels j within two widths, normalised; clipped to [0, 255], not rounded.
+(1)  "legacy", the original graph and ADM's evaluator: linear between the two pixels around i r,
+     the last one repeated, without half-pixel centres and without antialiasing.
+(2)  "clean", clean-fid (Parmar et al. 2022), Pillow's bicubic filter on floats: the pixels j
+     within two widths have the weights w((j + 1/2 - (i + 1/2) r) / max(r, 1)), normalised, where
+     w(x) is cubic with a = -1/2; the result is clipped to [0, 255] and not rounded.
 
-Both are products with one matrix per axis. Then (x - 128) / 128.
+Both are products with one matrix per axis. The network's input is (x - 128) / 128.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cascaded_diffusion.config.schema import MeshConfig
-from cascaded_diffusion.evaluation.features.extractor import Features, concatenated
+from cascaded_diffusion.evaluation.features.extractor import Features, extract_in_batches
 from cascaded_diffusion.evaluation.features.inception_weights import InceptionWeights, load_weights
 from cascaded_diffusion.networks.inception import IMAGE_SIZE, apply_inception
 from cascaded_diffusion.runtime import mesh as mesh_lib
@@ -75,19 +74,15 @@ def at_inception_size(images: jax.Array, mode: str) -> jax.Array:
         columns,
         precision=jax.lax.Precision.HIGHEST,
     )
-    # Cubic weights overshoot at edges; of linear ones this changes nothing.
+    # Cubic weights overshoot at edges; linear ones do not.
     x = jnp.clip(x, 0.0, 255.0)
     return jnp.broadcast_to(x, (*x.shape[:3], 3))
 
 
 def check_precision(program: str) -> None:
-    """Checks that every convolution and product of a lowered program is at highest precision.
+    """Raises RuntimeError unless all convolutions and products are at the highest precision.
 
-    Args:
-      program: StableHLO text.
-
-    Raises:
-      RuntimeError: one is not, or there is none. Nothing a user can put right.
+    `program` is StableHLO text. A user cannot repair this.
     """
     operations = re.findall(r"stablehlo\.(?:convolution|dot_general).*", program)
     low = [line for line in operations if line.count("HIGHEST") < 2]
@@ -102,13 +97,8 @@ def check_precision(program: str) -> None:
 class InceptionExtractor:
     """uint8 images [n, H, W, 1 or 3] of any n -> `Features`, batch by batch.
 
-    The logits are without the last layer's bias: what published inception scores are of.
-
-    Attributes:
-      weights: of the network.
-      resize: "legacy" or "clean".
-      mesh: of the devices that a batch is split over.
-      batch_size: how many images at once; at least one per device.
+    The logits lack the last layer's bias, as in published inception scores. `resize` is "legacy"
+    or "clean".
     """
 
     weights: InceptionWeights
@@ -128,15 +118,12 @@ class InceptionExtractor:
         if images.shape[1:] not in self._programs:
             self._programs[images.shape[1:]] = self._compiled((size, *images.shape[1:]))
         program, params = self._programs[images.shape[1:]]
-        parts = []
-        for start in range(0, len(images), size):
-            batch = images[start : start + size]
-            # Filled up, so that one shape is compiled; what is too much is thrown away.
-            padded = np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
-            placed = jax.device_put(padded, mesh_lib.batch_sharding(self.mesh))
-            outputs = [mesh_lib.host_array(x)[: len(batch)] for x in program(params, placed)]
-            parts.append(Features(*outputs))
-        return concatenated(parts)
+        sharding = mesh_lib.batch_sharding(self.mesh)
+
+        def extract(batch: np.ndarray) -> Iterable[np.ndarray]:
+            return map(mesh_lib.host_array, program(params, jax.device_put(batch, sharding)))
+
+        return extract_in_batches(images, size, extract)
 
     def _compiled(self, shape: tuple[int, ...]) -> tuple[Callable, dict]:
         split, everywhere = mesh_lib.batch_sharding(self.mesh), mesh_lib.replicated(self.mesh)
@@ -164,14 +151,14 @@ def load_inception(
     """The extractor of FID.
 
     Args:
-      weights: path of the weights; None: the cached ones, else a download.
+      weights: path of the weights; by default the cached ones, else a download.
       resize: "legacy" or "clean".
-      mesh: of the devices; by default all of this process.
-      batch_size: how many images at once.
-      allow_other_weights: take weights that are not the public ones.
+      mesh: the device mesh; by default all devices of this process.
+      batch_size: number of images at once.
+      allow_other_weights: accept weights that are not the public ones.
 
     Raises:
-      UserError: the weights cannot be had, see `inception_weights.load_weights`.
+      UserError: the weights cannot be loaded, see `inception_weights.load_weights`.
     """
     if mesh is None:
         mesh = mesh_lib.build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))

@@ -1,8 +1,8 @@
-"""The weights of FID's Inception: found, checked, and converted once.
+"""Finding, checking and converting the weights of FID's Inception.
 
-The public file is the one of pytorch-fid, ported from the original graph of 2015-12-05.
-It is read without executing any of it, compared with its known hash, and its tensors
-with what the network has; what is kept in a private folder is an `.npz`, which holds
+The public file is that of pytorch-fid, ported from the original graph of 2015-12-05. It is read
+without executing any of it and compared with its known hash, and its tensors are compared with
+those of the network. The converted weights are kept in a private folder, as an `.npz` that holds
 arrays and their digest.
 """
 
@@ -54,7 +54,7 @@ class InceptionWeights:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where converted weights are kept: CASCADED_DIFFUSION_CACHE, else in the home folder."""
+    """The folder of converted weights: CASCADED_DIFFUSION_CACHE, else in the home folder."""
     root = os.environ.get(_CACHE_VARIABLE)
     base = pathlib.Path.home() / ".cache" / "cascaded_diffusion"
     return (check_local_path(root, _CACHE_VARIABLE) if root else base) / "inception"
@@ -66,14 +66,13 @@ def load_weights(
     """Inception's weights from a file, the cache, or the net.
 
     Args:
-      path: the public .pth file, one of the same tensors, or an .npz that this function
-        has kept; None: the cached conversion of the public file, else a download.
-      allow_other: take a file that is not the public one.
+      path: the public .pth file, one with the same tensors, or an .npz that this function has
+        kept; by default the cached conversion of the public file, else a download.
+      allow_other: accept a file that is not the public one.
       cache: folder of the converted file; by default `cache_folder()`.
 
     Raises:
-      UserError: the file is not there, is damaged, holds something else, or is not the
-        public one.
+      UserError: the file is missing or damaged, holds something else, or is not the public one.
     """
     cache = cache_folder() if cache is None else cache
     kept = cache / f"{pathlib.Path(FILE).stem}.npz"
@@ -185,7 +184,7 @@ def _keep(path: pathlib.Path, weights: InceptionWeights) -> None:
 
 
 def _kept(path: pathlib.Path) -> InceptionWeights | None:
-    """The converted weights of the cache; None where they are to be made, or made anew."""
+    """The converted weights of the cache; None if they must be made."""
     if not path.exists():
         return None
     try:
@@ -211,11 +210,7 @@ def _converted_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _read_converted(path: pathlib.Path) -> InceptionWeights:
-    """What `_keep` has written.
-
-    Raises:
-      ValueError: it is damaged or something else; in a few words.
-    """
+    """Reads a file of `_keep`. Raises ValueError if it is damaged or something else."""
     arrays = read_arrays(path, max_bytes=_MAX_CONVERTED_BYTES)
     sha256, digest = (str(arrays.pop(name, "")) for name in ("sha256", "digest"))
     if digest != _digest(arrays, sha256):
@@ -249,17 +244,17 @@ def download(
     num_bytes: int = NUM_BYTES,
     opener: urllib.request.OpenerDirector | None = None,
 ) -> pathlib.Path:
-    """Fetches a file whose size and hash are known; keeps it only if it is that file.
+    """Downloads a file and keeps it if it has the expected size and hash.
 
     Args:
-      path: where it goes.
-      url: https.
-      sha256: its hash.
-      num_bytes: its size: no more is read.
+      path: where the file goes.
+      url: an https address.
+      sha256: the expected hash.
+      num_bytes: the expected size; no more is read.
       opener: of the connection; by default one that follows redirects to https alone.
 
     Raises:
-      UserError: it cannot be had, or is another file.
+      UserError: the download fails, or gets another file.
     """
     remedy = f"; get {path.name} ({url}, SHA-256 {sha256}) on another machine and give {_FLAG}=PATH"
     if opener is None:
