@@ -172,9 +172,16 @@ def test_a_step_of_no_length_changes_nothing(name):
     # The cut ends of a schedule have such steps.
     xt = samplers.normal_per_image(jax.random.split(jax.random.key(0), 3), DATA.shape)
     logsnr = jnp.full((3,), -20.0)
-    memory = (jnp.zeros_like(xt), logsnr)
-    is_last = jnp.asarray(False)
-    xs, _ = STEPS[name](denoise, xt, logsnr, logsnr, jnp.ones_like(xt), is_last, memory)
+    at = samplers.Transition(
+        xt=xt,
+        logsnr_s=logsnr,
+        logsnr_t=logsnr,
+        noise=jnp.ones_like(xt),
+        is_last=jnp.asarray(False),
+        x0_before=jnp.zeros_like(xt),
+        logsnr_before=logsnr,
+    )
+    xs, _ = STEPS[name](denoise, at)
     np.testing.assert_allclose(xs, xt, atol=1e-6)
 
 
