@@ -36,19 +36,12 @@ from cascaded_diffusion.types import Conditioning, Schedule
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Damage:
-    """What is done to a batch of low-res images; None stands for nothing.
+    """What is done to a batch of low-res images; None stands for nothing."""
 
-    Attributes:
-      aug_level: [B] in [0, 1]; at 0 the image stays exactly as it is.
-      logsnr: [B], the noise level of `aug_level`.
-      noise: [B, h, w, C] standard normal.
-      blur_weights: [B, size], eq. (2), summing to 1.
-    """
-
-    aug_level: jax.Array | None = None
-    logsnr: jax.Array | None = None
-    noise: jax.Array | None = None
-    blur_weights: jax.Array | None = None
+    aug_level: jax.Array | None = None  # [B] in [0, 1]; at 0 the image stays exactly as it is
+    logsnr: jax.Array | None = None  # [B], the noise level of aug_level
+    noise: jax.Array | None = None  # [B, h, w, C] standard normal
+    blur_weights: jax.Array | None = None  # [B, size], eq. (2), summing to 1
 
 
 def blur(image: jax.Array, weights: jax.Array) -> jax.Array:
@@ -125,17 +118,11 @@ class NoAugment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlurAugment(NoAugment):
-    """Blur of some training examples, eq. (2); nothing when sampling.
+    """Blur of some training examples, eq. (2); nothing when sampling."""
 
-    Attributes:
-      kernel_size: in pixels, odd.
-      sigmas: lowest and highest standard deviation, in pixels.
-      prob: the share of examples that are blurred.
-    """
-
-    kernel_size: int
-    sigmas: tuple[float, float]
-    prob: float
+    kernel_size: int  # pixels, odd
+    sigmas: tuple[float, float]  # lowest and highest standard deviation, in pixels
+    prob: float  # the share of examples that are blurred
 
     def for_training(self, key: jax.Array, shape: tuple[int, ...]) -> Damage:
         sigma_key, chosen_key = jax.random.split(key)
@@ -147,17 +134,11 @@ class BlurAugment(NoAugment):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GaussianAugment:
-    """Gaussian noise of amortized strength, eq. (1).
+    """Gaussian noise of amortized strength, eq. (1)."""
 
-    Attributes:
-      schedule: the forward process of the stage that makes the low-res images.
-      num_timesteps: its number of discrete steps; None if it is continuous.
-      max_level: S, the largest strength in training.
-    """
-
-    schedule: Schedule
-    num_timesteps: int | None
-    max_level: float
+    schedule: Schedule  # the forward process of the stage that makes the low-res images
+    num_timesteps: int | None  # its discrete steps; None if it is continuous
+    max_level: float  # S, the largest strength in training
 
     has_aug_level = True
 

@@ -10,6 +10,7 @@ import jax
 
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import SamplerConfig
+from cascaded_diffusion.diffusion.samplers import fold_in_each
 from cascaded_diffusion.types import Params
 
 
@@ -45,11 +46,9 @@ class Cascade:
         stop_t: jax.Array | float,
     ) -> jax.Array:
         """Samples stage `index` alone. Pure; levels may be traced, so one program serves all."""
-        # Every stage draws from its own branch of an image's key.
-        stage_keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
         return self.stages[index].sample(
             params,
-            stage_keys,
+            fold_in_each(keys, index),  # every stage draws from its own branch
             label=label,
             low_res=low_res,
             aug_level=aug_level if index > 0 else None,

@@ -20,21 +20,13 @@ from cascaded_diffusion.types import Batch, Conditioning, DenoiseFn, Params, Pre
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoisedBatch:
-    """A training batch with everything that was drawn for it. Every leaf is [B, ...].
+    """A training batch with everything that was drawn for it. Every leaf is [B, ...]."""
 
-    Attributes:
-      x0: [B, H, W, C] the targets.
-      eps: [B, H, W, C] their noise.
-      t: [B] their times.
-      cond: what the network is conditioned on.
-      rows: [B] int32, each example's row in the global batch.
-    """
-
-    x0: jax.Array
-    eps: jax.Array
-    t: jax.Array
+    x0: jax.Array  # [B, H, W, C] the targets
+    eps: jax.Array  # [B, H, W, C] their noise
+    t: jax.Array  # [B] their times
     cond: Conditioning
-    rows: jax.Array
+    rows: jax.Array  # [B] int32, each example's row in the global batch
 
 
 def _step_keys(key: jax.Array) -> jax.Array:
@@ -90,13 +82,9 @@ class Stage:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The training loss (paper, algorithm 1), averaged over the global batch.
 
-        Args:
-          params: the network's parameters.
-          batch: images at any resolution from this stage's upwards.
-          key: the key of this step: noise is a function of (seed, step, row).
-
-        Returns:
-          The scalar loss, and a dict of scalars to log.
+        Returns the scalar loss and a dict of scalars to log. The images of `batch` have any
+        resolution from this stage's upwards; `key` is the step's, so noise is a function of
+        (seed, step, row).
         """
         return self.loss_of(params, self.noised(batch, key), key)
 
@@ -141,26 +129,20 @@ class Stage:
             dropout_key=dropout_key if self.config.network.dropout_rate > 0 else None,
             rows=noised.rows,
         )
-        per_example = self._losses(output, noised.x0, xt, noised.t, logsnr, noised.eps)
+        per_example = self._losses(output, xt, logsnr, noised)
         means = {name: jnp.mean(values) for name, values in per_example.items()}
         return means["loss"], means
 
     def _losses(
-        self,
-        output: jax.Array,
-        x0: jax.Array,
-        xt: jax.Array,
-        t: jax.Array,
-        logsnr: jax.Array,
-        eps: jax.Array,
+        self, output: jax.Array, xt: jax.Array, logsnr: jax.Array, noised: NoisedBatch
     ) -> dict[str, jax.Array]:
         """The loss and, if it has several, its parts, per example: name -> [B]."""
-        diffusion = self.config.diffusion
+        diffusion, x0 = self.config.diffusion, noised.x0
         simple = losses.simple_loss(
             output[..., : x0.shape[-1]],
             x0,
             logsnr,
-            eps,
+            noised.eps,
             parameterization=diffusion.parameterization,
             weighting=diffusion.weighting,
         )
@@ -174,13 +156,13 @@ class Stage:
             prediction,
             x0,
             xt,
-            self.schedule(t - 1.0 / num_timesteps),
+            self.schedule(noised.t - 1.0 / num_timesteps),
             logsnr,
             log_variance=samplers.make_log_variance(
                 "learned" if diffusion.variance == "learned" else "small"
             ),
             # Half a step of margin: t is a multiple of 1 / T up to rounding.
-            is_first=t < 1.5 / num_timesteps,
+            is_first=noised.t < 1.5 / num_timesteps,
             min_logvar=bound.second_step_logvar(
                 self.schedule, np.asarray([2.0, 1.0, 0.0]) / num_timesteps
             ),
@@ -277,9 +259,7 @@ class Stage:
         """
         config = self.config
         sampler = config.sampler if sampler is None else sampler
-        xt_keys, step_keys, low_res_keys = (
-            jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in range(3)
-        )
+        xt_keys, step_keys, low_res_keys = (samplers.fold_in_each(keys, n) for n in range(3))
         cond = self.conditioning(
             low_res_keys,
             label=label,
@@ -316,18 +296,12 @@ class Stage:
         """The variational bound of real images under this stage, [B] bits per dimension.
 
         For a super-resolution stage it is the bound of the image given its damaged low-res
-        version. There is no guidance, and x0 is kept in [-1, 1].
-
-        Args:
-          params: the network's parameters.
-          keys: [B] typed PRNG keys.
-          image: [B, H', W', C] data, at any resolution from this stage's upwards.
-          sampler: the chain: ancestral; its number of steps, grid and variance.
-          label: [B] class labels.
-          aug_level: strength of the conditioning augmentation, scalar.
+        version. There is no guidance, and x0 is kept in [-1, 1]. `image` [B, H', W', C] has any
+        resolution from this stage's upwards; `sampler` is an ancestral chain. The other arguments
+        are those of `sample`.
         """
         cond = self.conditioning(
-            jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys),
+            samplers.fold_in_each(keys, 0),
             label=label,
             low_res=None if self.augment is None else self.low_res_from(image),
             aug_level=aug_level,
@@ -336,7 +310,7 @@ class Stage:
         return bound.bits_per_dim(
             self.denoise_fn(params, cond, plain),
             self.target_from(image),
-            jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
+            samplers.fold_in_each(keys, 1),
             schedule=self.schedule,
             times=self.time_grid(sampler),
             log_variance=samplers.make_log_variance(

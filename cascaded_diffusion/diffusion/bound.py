@@ -22,7 +22,7 @@ import numpy as np
 
 from cascaded_diffusion.diffusion import gaussian
 from cascaded_diffusion.diffusion.losses import mean_per_example
-from cascaded_diffusion.diffusion.samplers import LogVariance, normal_per_image
+from cascaded_diffusion.diffusion.samplers import LogVariance, fold_in_each, normal_per_image
 from cascaded_diffusion.types import DenoiseFn, Prediction, Schedule
 
 
@@ -136,8 +136,8 @@ def bits_per_dim(
         logsnr_t, logsnr_s = (
             jnp.full((batch,), schedule(t), jnp.float32) for t in (times[i], times[i + 1])
         )
-        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
-        xt = gaussian.diffuse(x0, logsnr_t, normal_per_image(step_keys, x0.shape[1:]))
+        noise = normal_per_image(fold_in_each(keys, i), x0.shape[1:])
+        xt = gaussian.diffuse(x0, logsnr_t, noise)
         return total + vlb_term(
             denoise(xt, logsnr_t),
             x0,

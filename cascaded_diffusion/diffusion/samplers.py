@@ -49,25 +49,15 @@ from cascaded_diffusion.types import DenoiseFn, Prediction, Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Transition:
-    """What a step from t to s < t starts from, besides the network.
+    """What a step from t to s < t starts from, besides the network."""
 
-    Attributes:
-      xt: [B, H, W, C].
-      logsnr_s: [B], the level at s.
-      logsnr_t: [B], the level at t.
-      noise: [B, H, W, C] standard normal.
-      is_last: scalar, whether s = 0.
-      x0_before: the x0_hat of the step before.
-      logsnr_before: [B], the level at which that step began; at the first step `logsnr_t`.
-    """
-
-    xt: jax.Array
-    logsnr_s: jax.Array
-    logsnr_t: jax.Array
-    noise: jax.Array
-    is_last: jax.Array
-    x0_before: jax.Array
-    logsnr_before: jax.Array
+    xt: jax.Array  # [B, H, W, C]
+    logsnr_s: jax.Array  # [B]
+    logsnr_t: jax.Array  # [B]
+    noise: jax.Array  # [B, H, W, C] standard normal
+    is_last: jax.Array  # scalar, whether s = 0
+    x0_before: jax.Array  # [B, H, W, C] x0_hat of the step before
+    logsnr_before: jax.Array  # [B] where that step began; at the first step logsnr_t
 
 
 # -> (xs, the prediction at xt).
@@ -193,6 +183,11 @@ def evaluation_times(name: str, times: np.ndarray, stop_t: float) -> np.ndarray:
     return np.concatenate([visited, ends[ends > 0]])
 
 
+def fold_in_each(keys: jax.Array, number: jax.Array | int) -> jax.Array:
+    """One branch of every key: [B] keys -> [B] keys."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
 def normal_per_image(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal noise, [B] keys -> [B, *shape], image by image."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
@@ -237,8 +232,7 @@ def sample(
         xt, x0_before, logsnr_before = carry
         s = jnp.where(i + 1 == steps_run, stop_t, times[i + 1])
         logsnr_t, logsnr_s = logsnr_at(times[i]), logsnr_at(s)
-        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(keys)
-        noise = normal_per_image(step_keys, xt.shape[1:])
+        noise = normal_per_image(fold_in_each(keys, i), xt.shape[1:])
         is_last = s == 0.0
         xs, prediction = step(
             denoise, Transition(xt, logsnr_s, logsnr_t, noise, is_last, x0_before, logsnr_before)

@@ -23,48 +23,28 @@ Upsampler = Callable[[jax.Array, tuple[int, int]], jax.Array]
 
 
 class ConditionalNetwork(nn.Module):
-    """The base of every network that a stage may have; a config chooses it by name.
+    """The base of every network that a stage may have; a config chooses it by name."""
 
-    Attributes:
-      out_channels: the image's channels, or twice as many if the variance is learned.
-      num_classes: number of class labels; 0 for none. Label `num_classes` is the dropped label
-        of classifier-free guidance.
-      channels: the unit of width, and the channels of the first convolution.
-      channel_mults: channels of each level, as multiples of `channels`.
-      num_res_blocks: residual blocks of each level on the way down.
-      attention_resolutions: sizes of the feature maps that get self-attention.
-      num_heads: attention heads.
-      dropout_rate: dropout in the residual blocks.
-      patch_size: patches of this size become channels (space-to-depth) before the first
-        convolution.
-      resample: "conv" for strided convolutions, "pool" for 2x2 averages,
-        "biggan" for residual blocks that resample inside.
-      scale_shift: how the embedding modulates a residual block, see `layers.ResBlock`.
-      scale_skips: whether feature maps that skip across the U are multiplied by 1/sqrt(2), as
-        in SR3 and Imagen.
-      noise_input: a key of `embeddings.NOISE_INPUTS`.
-      aug_level_input: whether `aug_level` is an input.
-      upsample: how the low-res image is enlarged; None for a base model.
-      dtype: dtype of the computation; parameters are float32.
-      execution: how the network is computed.
-    """
-
-    out_channels: int
-    num_classes: int
-    channels: int
-    channel_mults: tuple[int, ...]
-    num_res_blocks: tuple[int, ...]
-    attention_resolutions: tuple[int, ...]
+    out_channels: int  # the image's channels, or twice as many if the variance is learned
+    num_classes: int  # 0 for none; label `num_classes` is guidance's dropped label
+    channels: int  # the unit of width, and the channels of the first convolution
+    channel_mults: tuple[int, ...]  # channels of each level, as multiples of `channels`
+    num_res_blocks: tuple[int, ...]  # residual blocks of each level on the way down
+    attention_resolutions: tuple[int, ...]  # sizes of the feature maps with self-attention
     num_heads: int
-    dropout_rate: float = 0.0
+    dropout_rate: float = 0.0  # in the residual blocks
+    # Patches of this size become channels (space-to-depth) before the first convolution.
     patch_size: int = 1
+    # "conv" for strided convolutions, "pool" for 2x2 averages, "biggan" for residual blocks that
+    # resample inside.
     resample: str = "conv"
-    scale_shift: bool = True
+    scale_shift: bool = True  # how the embedding modulates a block, see `layers.ResBlock`
+    # Whether feature maps that skip across the U are multiplied by 1/sqrt(2), as in SR3 and Imagen.
     scale_skips: bool = False
-    noise_input: str = "cosine_time"
-    aug_level_input: bool = False
-    upsample: Upsampler | None = None
-    dtype: jnp.dtype = jnp.float32
+    noise_input: str = "cosine_time"  # a key of `embeddings.NOISE_INPUTS`
+    aug_level_input: bool = False  # whether `aug_level` is an input
+    upsample: Upsampler | None = None  # how the low-res image is enlarged; None for a base model
+    dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
     execution: Execution = Execution()
 
     def prepare(

@@ -14,23 +14,14 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """One kind of device.
-
-    Attributes:
-      name: what people call it.
-      peak_flops: bfloat16, per second.
-      memory_bytes: of one device.
-      memory_bandwidth: bytes per second.
-      link_bandwidth: bytes per second, one way, over all links of a device together.
-      kinds: prefixes of JAX's `device_kind`, in lower case.
-    """
+    """One kind of device."""
 
     name: str
-    peak_flops: float
+    peak_flops: float  # bfloat16, per second
     memory_bytes: float
-    memory_bandwidth: float
-    link_bandwidth: float
-    kinds: tuple[str, ...]
+    memory_bandwidth: float  # bytes per second
+    link_bandwidth: float  # bytes per second, one way, over all links of a device together
+    kinds: tuple[str, ...]  # prefixes of JAX's `device_kind`, in lower case
 
 
 ACCELERATORS = {
