@@ -196,8 +196,8 @@ def _check_diffusion(stage: StageConfig) -> None:
     if diffusion.weighting == "truncated_snr" and diffusion.parameterization == "eps":
         refuse(
             "stage.diffusion.weighting",
-            "another weighting, or config.stage.diffusion.parameterization = 'v' or 'x0': of an"
-            " error of eps it would be 1 / SNR, without bound",
+            "another weighting, or config.stage.diffusion.parameterization = 'v' or 'x0', since"
+            " for an error of eps it would be 1 / SNR, which has no bound",
         )
     if diffusion.variance == "learned" and diffusion.loss == "simple":
         refuse(
