@@ -22,10 +22,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         configs=files_of(variant, "base32", "sr64"),
         aug_levels=(501 / 4000,),  # paper, Table 5
         truncated=True,  # paper, Table 5
-        samplers=(
-            ancestral(4000, "learned"),  # paper
-            ancestral(4000, "learned"),  # paper
-        ),
+        samplers=(ancestral(4000, "learned"),) * 2,  # paper
         num_samples=50_000,  # paper
         batch_size=512,
         seed=0,

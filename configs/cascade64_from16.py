@@ -20,10 +20,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         configs=files_of(variant, "base16", "sr64_from16"),
         aug_levels=(1001 / 4000,),  # paper, Table 4
         truncated=False,  # paper, Table 4
-        samplers=(
-            ancestral(4000, "learned"),  # as base32
-            ancestral(4000, "learned"),  # as base32
-        ),
+        samplers=(ancestral(4000, "learned"),) * 2,  # as base32
         num_samples=50_000,  # paper
         batch_size=512,
         seed=0,
