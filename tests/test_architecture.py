@@ -36,7 +36,7 @@ ALLOWED = {
     "cascade": {"resize_weights", "diffusion", "networks", *_LEAVES},
     "data": {"resize_weights", *_LEAVES},
     "runtime": _LEAVES,
-    "reporting": {"cascade", "runtime", *_LEAVES},
+    "reporting": {"runtime", *_LEAVES},
     "training": {"cascade", "networks", "runtime", *_LEAVES},
     # networks: the classifier whose features it scores by is no cascade's business.
     "evaluation": {"cascade", "networks", "runtime", *_LEAVES},

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import time
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
-from cascaded_diffusion.config.schema import DataConfig, RunConfig
+from cascaded_diffusion.cascade.augment import (
+    Damage,
+    GaussianAugment,
+    NoAugment,
+    condition,
+    gaussian_weights,
+)
+from cascaded_diffusion.cascade.build import build_stage
+from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
+from cascaded_diffusion.config.schema import AugmentConfig, DataConfig, RunConfig, StageConfig
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.data.records import Source
 from cascaded_diffusion.data.sources import load_splits
 from cascaded_diffusion.data.throughput import class_counts, measure_loader, measure_parts
 from cascaded_diffusion.files.paths import printable
-from cascaded_diffusion.reporting.batch_picture import batch_picture
-from cascaded_diffusion.runtime.pictures import save_png
+from cascaded_diffusion.runtime.pictures import (
+    enlarge_nearest,
+    labelled_rows,
+    save_png,
+    with_names,
+)
 from cascaded_diffusion.runtime.progress import Progress
 
+_say = functools.partial(print, flush=True)
+# Fractions of the largest augmentation level in training.
+_LEVELS = (0.1, 0.25, 0.5, 1.0)
 _MAX_CLASSES_LISTED = 20
 _MAX_LABELS_READ = 10_000
 _PART_IMAGES, _PART_SECS = 512, 5.0
@@ -34,7 +52,7 @@ def report_data(
     """Writes a picture of the first batches, and prints class counts and images/s.
 
     Args:
-      config: of the run.
+      config: the config of the run.
       split: the split to show.
       picture: the PNG to write.
       num_images: how many images it shows.
@@ -49,7 +67,7 @@ def report_data(
     batch_size = min(config.train.batch_size, len(source))
     stream = build_stream(source, data, global_batch_size=batch_size)
     shape = " x ".join(map(str, source.image_shape))
-    print(f"{source.identity}: {len(source):,} images, shown to the model as {shape}", flush=True)
+    _say(f"{source.identity}: {len(source):,} images, shown to the model as {shape}")
     _print_counts(source)
 
     batches = iterate(stream, source, data, start_step=0)
@@ -62,7 +80,7 @@ def report_data(
         batches.close()
     seen = {name: values[:num_images] for name, values in seen.items()}
     save_png(picture, batch_picture(config.stage, seen, source.class_names))
-    print(f"{picture}: {len(seen['image'])} images of step 0 on", flush=True)
+    _say(f"{picture}: {len(seen['image'])} images of step 0 on")
 
     put_secs = _put_secs(seen["image"])
     parts, measured = measure_parts(source, max_images=_PART_IMAGES, max_secs=_PART_SECS)
@@ -73,16 +91,13 @@ def report_data(
     )
     parts["copy to the device"] = 1000 * put_secs / len(seen["image"])
     how = _readers(data)
-    print(
-        f"loader: {rate:,.0f} images/s by {how}, the first batch after {first_secs:.1f} s",
-        flush=True,
-    )
-    print(f"in one thread, of {measured} images:", flush=True)
+    _say(f"loader: {rate:,.0f} images/s by {how}, the first batch after {first_secs:.1f} s")
+    _say(f"in one thread, of {measured} images:")
     total = sum(parts.values())
     for name, millis in parts.items():
-        print(f"  {millis:7.3f} ms/image  {100 * millis / total:3.0f} %  {name}", flush=True)
+        _say(f"  {millis:7.3f} ms/image  {100 * millis / total:3.0f} %  {name}")
     if source.guard.num_found:
-        print(f"{source.guard.num_found} corrupt records were skipped", flush=True)
+        _say(f"{source.guard.num_found} corrupt records were skipped")
 
 
 def _readers(data: DataConfig) -> str:
@@ -99,21 +114,74 @@ def _put_secs(images: np.ndarray) -> float:
 
 def _print_counts(source: Source) -> None:
     if not source.num_classes:
-        print("no classes", flush=True)
+        _say("no classes")
         return
     total = min(len(source), _MAX_LABELS_READ)
     progress = Progress(total, unit="labels", label="count classes")
     counts, of = class_counts(source, max_examples=_MAX_LABELS_READ, say=progress.update)
     progress.close()
     of_what = "" if of == len(source) else f" of {of:,} examples spread over the set"
-    print(
-        f"{source.num_classes} classes, {counts.min():,} to {counts.max():,} images each{of_what}:",
-        flush=True,
+    _say(
+        f"{source.num_classes} classes, {counts.min():,} to {counts.max():,} images each{of_what}:"
     )
     for k in range(min(len(counts), _MAX_CLASSES_LISTED)):
-        print(f"  {k:4d}  {counts[k]:9,}  {printable(source.class_names[k])}", flush=True)
+        _say(f"  {k:4d}  {counts[k]:9,}  {printable(source.class_names[k])}")
     if len(counts) > _MAX_CLASSES_LISTED:
-        print(f"   ...  and {len(counts) - _MAX_CLASSES_LISTED} more", flush=True)
+        _say(f"   ...  and {len(counts) - _MAX_CLASSES_LISTED} more")
     if of == len(source) and not counts.all():
         empty = int(np.flatnonzero(counts == 0)[0])
-        print(f"class {empty} ({printable(source.class_names[empty])}) has no images", flush=True)
+        _say(f"class {empty} ({printable(source.class_names[empty])}) has no images")
+
+
+def batch_picture(
+    config: StageConfig, batch: Mapping[str, np.ndarray], class_names: Sequence[str]
+) -> np.ndarray:
+    """Draws what a stage gets of a batch, one row per kind of image, with a caption.
+
+    Args:
+      config: the stage.
+      batch: `image` uint8 [b, H, W, C], `label` int [b], and `low_res` if it is stored.
+      class_names: in order of label; empty for data without classes.
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    stage = build_stage(config)
+    images = float_from_uint8(batch["image"])
+    target = np.asarray(uint8_from_float(stage.target_from(images)))
+    resolution = target.shape[1]
+    rows = [(f"image, {resolution} px", target)]
+    if stage.augment is not None:
+        low_res = (
+            float_from_uint8(batch["low_res"]) if "low_res" in batch else stage.low_res_from(images)
+        )
+        size = low_res.shape[1]
+        rows.append((f"low-res input, {size} px", np.asarray(uint8_from_float(low_res))))
+        for caption, damage in _damages(config.augment, stage.augment, low_res.shape):
+            shown = condition(low_res, damage, label=None).low_res
+            rows.append((caption, np.asarray(uint8_from_float(shown))))
+    rows = [(caption, enlarge_nearest(row, resolution)) for caption, row in rows]
+    picture = labelled_rows(rows, scale=max(1, 96 // resolution))
+    if class_names and config.num_classes:
+        picture = with_names(picture, [printable(class_names[k]) for k in batch["label"]])
+    return picture
+
+
+def _damages(
+    config: AugmentConfig, augment: NoAugment | GaussianAugment, shape: tuple[int, ...]
+) -> list[tuple[str, Damage]]:
+    """Captions and damages at several strengths, as training may draw them."""
+    if config.name == "gaussian":
+        keys = jax.random.split(jax.random.key(0), shape[0])
+        levels = [config.max_level * part for part in _LEVELS]
+        return [
+            (f"damaged, aug_level {level:.2g}", augment.for_sampling(keys, shape, level))
+            for level in levels
+        ]
+    damages = []
+    if config.name == "blur":
+        low, high = config.blur_sigmas
+        for sigma in np.linspace(low, high, 2 if high > low else 1):
+            weights = gaussian_weights(np.full(shape[:1], sigma), config.blur_kernel_size)
+            damages.append((f"blurred, sigma {sigma:.2g} px", Damage(blur_weights=weights)))
+    return damages

@@ -11,14 +11,7 @@ from cascaded_diffusion.errors import UserError
 def class_difference(
     first: str, expected: Sequence[str], second: str, found: Sequence[str]
 ) -> str | None:
-    """How the classes of two sides differ, with an example for each; None if they do not.
-
-    Args:
-      first: what people call the first side, for example "train_split 'train'".
-      expected: its class names, in order of label.
-      second: what people call the second side.
-      found: its class names, in order of label.
-    """
+    """How the classes of two sides, in order of label, differ; None if they do not."""
     if tuple(expected) == tuple(found):
         return None
     parts = []
@@ -37,14 +30,10 @@ def class_difference(
 
 
 def check_same_classes(class_names: Mapping[str, tuple[str, ...]]) -> None:
-    """Checks that labels mean the same in several splits, or to several models.
+    """Raises UserError if labels do not mean the same in several splits, or to several models.
 
-    Args:
-      class_names: the names in order of label, by what people call the side, for example
-        "train_split 'train'". Sides without classes are skipped.
-
-    Raises:
-      UserError: they differ; the line names the first classes that do.
+    `class_names` has the names in order of label, by what people call the side, for example
+    "train_split 'train'". Sides without classes are skipped.
     """
     sides = [(side, names) for side, names in class_names.items() if names]
     for side, names in sides[1:]:
@@ -60,15 +49,9 @@ def check_same_classes(class_names: Mapping[str, tuple[str, ...]]) -> None:
 def check_classes(
     config: DataConfig, stage: StageConfig, class_names: Mapping[str, tuple[str, ...]]
 ) -> None:
-    """Checks the classes of splits against each other and against a stage's number of classes.
+    """Raises UserError if splits have different classes, or not as many as the stage has.
 
-    Args:
-      config: the data section.
-      stage: a stage without classes accepts any.
-      class_names: by split.
-
-    Raises:
-      UserError: they differ, or are not as many as the stage has.
+    A stage without classes accepts any. `class_names` is by split.
     """
     if not stage.num_classes:
         return

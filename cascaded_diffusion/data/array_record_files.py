@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from array_record.python import array_record_module
@@ -18,9 +17,6 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.errors import UserError
-
-T = TypeVar("T")
-_Writer = array_record_module.ArrayRecordWriter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,23 +109,27 @@ def write_array_record(path: str, records: Iterable[bytes]) -> None:
     """
     writer, count = None, 0
     try:
-        writer = _written(path, lambda: _Writer(path, "group_size:1,uncompressed"))
+        with _writing(path):
+            writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
         for record in records:
-            _written(path, lambda record=record: writer.write(record))
+            with _writing(path):
+                writer.write(record)
             count += 1
     except BaseException:
         if writer is not None:
             with contextlib.suppress(Exception):
                 writer.close()
         raise
-    _written(path, writer.close)
+    with _writing(path):
+        writer.close()
     # A truncated file may merely claim to be empty.
     _check_shard(ShardPart(path, 0, count, count), "free some space, and run the command again")
 
 
-def _written(path: str, write: Callable[[], T]) -> T:
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
     try:
-        return write()
+        yield
     except Exception as e:  # whatever the C++ writer raises
         raise UserError(
             f"{path}: cannot be written ({_first_line(e)}); free some space, and run the command"

@@ -17,6 +17,8 @@ from cascaded_diffusion.config.schema import MAX_CORRUPT_FRACTION, DataConfig
 from cascaded_diffusion.errors import UserError
 
 T = TypeVar("T")
+# Threads share a guard. The lock is none of its attributes, since guards are pickled.
+_LOCK = threading.Lock()
 
 
 class CorruptRecord(Exception):
@@ -24,12 +26,7 @@ class CorruptRecord(Exception):
 
 
 class CorruptionGuard:
-    """Applies a config's policy about corrupt records to one data set, within one process.
-
-    Args:
-      config: the policy, and the largest fraction of corrupt records that it accepts.
-      num_records: the size of the data set.
-    """
+    """Applies a config's policy about corrupt records to one data set, within one process."""
 
     def __init__(self, config: DataConfig, num_records: int):
         self._skips, self._cap = config.on_corrupt == "skip", config.max_corrupt_fraction
@@ -38,14 +35,6 @@ class CorruptionGuard:
         self._num_records = num_records
         self._found: set[int] = set()
         self._too_many: str | None = None
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
 
     @property
     def num_found(self) -> int:
@@ -53,13 +42,7 @@ class CorruptionGuard:
         return len(self._found)
 
     def note(self, index: int, where: str, problem: str, *, say: bool = True) -> None:
-        """Counts a corrupt record, once.
-
-        Args:
-          index: the record.
-          where: where people find it.
-          problem: what is wrong with it.
-          say: whether to print it on stderr.
+        """Counts a corrupt record, once, and prints `where` it is and its `problem` if `say`.
 
         Raises:
           UserError: the policy is to fail, or too many records are corrupt.
@@ -69,7 +52,7 @@ class CorruptionGuard:
                 f"{where}: {problem}; replace it, or train without such records by"
                 f" --config.data.on_corrupt=skip{self._cap_that_is_needed()}"
             )
-        with self._lock:
+        with _LOCK:
             if index in self._found:
                 return
             self._found.add(index)
@@ -100,10 +83,7 @@ class CorruptionGuard:
     def first_good(
         self, index: int, read: Callable[[int], T], describe: Callable[[int], str]
     ) -> tuple[int, T]:
-        """Reads a record or, if it is corrupt, the next good one.
-
-        Returns:
-          The index that was read, and the record.
+        """Reads a record or, if it is corrupt, the next good one. Returns its index and itself.
 
         Raises:
           UserError: see `note`; or there is no good record at all.

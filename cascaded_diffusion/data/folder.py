@@ -120,10 +120,8 @@ class _Found:
     def scan(self, folder: bytes, below: bytes, on_way: frozenset[tuple[int, int]]) -> None:
         """Adds what is in a folder.
 
-        Args:
-          folder: its path.
-          below: the beginning of the paths found in it: b"", or a path that ends with a slash.
-          on_way: device and inode of the folders that it is in.
+        `below` begins the paths in it: b"", or a path that ends with a slash. `on_way` has
+        device and inode of the folders that it is in.
         """
         status = os.stat(folder)
         here = (status.st_dev, status.st_ino)

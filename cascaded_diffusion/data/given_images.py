@@ -95,12 +95,7 @@ def fitted(
 ) -> np.ndarray:
     """An image uint8 [H, W, C] at a size that a cascade accepts: uint8 [h, h, C].
 
-    Args:
-      image: the pixels.
-      sizes: see `read_given_images`.
-      resize_to: see `read_given_images`.
-      name: the name of the image, for error messages.
-      flag: the flag and its value, for error messages.
+    `sizes` and `resize_to` are those of `read_given_images`; messages contain `name` and `flag`.
 
     Raises:
       UserError: the image has another size, or is smaller than `resize_to`.
@@ -115,9 +110,8 @@ def fitted(
         return resize_uint8(center_crop(image), resize_to, "area")
     if height != width or height not in sizes:
         wanted = " or ".join(f"{size} x {size}" for size in sizes)
-        shrinkable = [size for size in sizes if size <= min(height, width)]
         how = ""
-        if shrinkable:
+        if shrinkable := [size for size in sizes if size <= min(height, width)]:
             how = (
                 f"; --resize_low_res={shrinkable[-1]} cuts out the centre square of every image"
                 " and shrinks it"

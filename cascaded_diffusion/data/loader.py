@@ -83,14 +83,7 @@ def _read_step(step: int) -> dict[str, np.ndarray]:
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
-    """A process's batches from a step on: `image`, `label`, and `low_res` if there is one.
-
-    Args:
-      stream: from `build_stream`.
-      source: what it reads.
-      config: says how many threads or processes read ahead.
-      start_step: the first step.
-    """
+    """A process's batches from a step on: `image`, `label`, and `low_res` if there is one."""
 
     def __init__(
         self, stream: grain.MapDataset, source: Source, config: DataConfig, *, start_step: int
@@ -121,7 +114,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         del batch["index"]
         for index in batch.pop("skipped").tolist():
             if index >= 0:
-                # The process that read it has told.
+                # The process that read it has printed it.
                 self._guard.note(index, f"record {index}", "see above", say=False)
         return batch
 
@@ -134,5 +127,5 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 def iterate(
     stream: grain.MapDataset, source: Source, config: DataConfig, *, start_step: int
 ) -> Batches:
-    """Iterates a stream from `start_step` on, reading ahead."""
+    """Iterates a stream from `start_step` on; threads or processes of `config` read ahead."""
     return Batches(stream, source, config, start_step=start_step)

@@ -65,10 +65,10 @@ def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
             f"{file}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, height, width, 1"
             f" or 3){layout_hint(images.shape)}"
         )
-    labels, names = np.zeros(len(images), np.int32), ()
-    if num_classes:
-        labels = _checked_labels(file, stored.get("arr_1"), len(images), num_classes)
-        names = _class_names(file, stored.get("class_names"), num_classes)
+    if not num_classes:
+        return array_source("npz", split, images, np.zeros(len(images), np.int32), ())
+    labels = _checked_labels(file, stored.get("arr_1"), len(images), num_classes)
+    names = _class_names(file, stored.get("class_names"), num_classes)
     return array_source("npz", split, images, labels, names)
 
 

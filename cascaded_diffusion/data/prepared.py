@@ -1,4 +1,4 @@
-"""Prepared data: a split's images at a stage's sizes, in ArrayRecord shards (see `manifest`).
+"""Prepared data: a split's images at a stage's sizes, in ArrayRecord shards (see `manifests`).
 
 A record is
 
@@ -18,19 +18,10 @@ import cv2
 import numpy as np
 
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
+from cascaded_diffusion.data import manifests
 from cascaded_diffusion.data.array_record_files import ArrayRecordShards, ShardPart
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import decode_image
-from cascaded_diffusion.data.manifest import (
-    MANIFEST,
-    Manifest,
-    check_settings,
-    check_source,
-    is_prepared,
-    prepared_folder,
-    read_manifest,
-    settings_of,
-)
 from cascaded_diffusion.data.records import PREPARE, DataMissing, RawSource, Sized
 from cascaded_diffusion.errors import UserError
 
@@ -57,8 +48,9 @@ def _png(image: np.ndarray) -> bytes:
 class PreparedReader:
     """Reads what `prepare` wrote; `open_prepared` makes it."""
 
-    def __init__(self, folder: pathlib.Path, manifest: Manifest):
-        remedy = f"remove {folder / MANIFEST} and prepare again by {PREPARE}: what is whole is kept"
+    def __init__(self, folder: pathlib.Path, manifest: manifests.Manifest):
+        manifest_path = folder / manifests.MANIFEST
+        remedy = f"remove {manifest_path} and prepare again by {PREPARE}: what is whole is kept"
         parts = []
         for shard in manifest["shards"]:
             path = folder / shard["file"]
@@ -136,9 +128,9 @@ def open_prepared(
       DataMissing: it was not prepared.
       UserError: it was prepared with other settings or from other images, or a file is damaged.
     """
-    folder = prepared_folder(config, split, stage)
-    if not is_prepared(folder):
-        others = sorted(p.parent.name for p in folder.parent.glob(f"*/{MANIFEST}"))
+    folder = manifests.prepared_folder(config, split, stage)
+    if not manifests.is_prepared(folder):
+        others = sorted(p.parent.name for p in folder.parent.glob(f"*/{manifests.MANIFEST}"))
         there = f" (there: {', '.join(others)})" if others else ""
         begun = ", which has begun there and is not done" if folder.exists() else ""
         raise DataMissing(
@@ -146,9 +138,9 @@ def open_prepared(
             f" {folder}{there}: run {PREPARE}{begun}, or set"
             " --config.data.prepared_dir=None to decode each image when it is read"
         )
-    manifest = read_manifest(folder)
-    wanted = settings_of(config, split, stage)
-    check_settings(manifest, wanted, folder)
+    manifest = manifests.read_manifest(folder)
+    wanted = manifests.settings_of(config, split, stage)
+    manifests.check_settings(manifest, wanted, folder)
     if manifest["path"] != wanted["path"]:
         try:
             source = find()
@@ -158,5 +150,5 @@ def open_prepared(
                 f" the data in {folder} was prepared from {manifest['path']}; give that path, or"
                 " where they are now"
             ) from e
-        check_source(manifest, source, folder)
+        manifests.check_source(manifest, source, folder)
     return PreparedReader(folder, manifest)

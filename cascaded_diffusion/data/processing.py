@@ -20,7 +20,7 @@ class ProcessingReader:
     Args:
       raw: the data set.
       config: how to crop and resize.
-      channels: of the images.
+      channels: the number of channels of the images, 1 or 3.
       low_res_resolution: if given, a low-res image is made from the crop too.
       say: told about the first image of each kind that was converted to 8-bit RGB or grey, and
         about the first that was enlarged.

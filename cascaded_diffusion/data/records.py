@@ -107,12 +107,7 @@ class Reader(Identified, Protocol):
 
 
 class Source:
-    """What the loader and evaluation read: `len`, and records by index.
-
-    Args:
-      reader: of the images, whose attributes this has too.
-      config: what to do about corrupt records.
-    """
+    """What the loader and evaluation read: a reader whose corrupt records are dealt with."""
 
     def __init__(self, reader: Reader, config: DataConfig):
         self.reader, self.guard = reader, CorruptionGuard(config, len(reader))

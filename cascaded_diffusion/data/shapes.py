@@ -15,21 +15,9 @@ _SPLITS = {"train": (1000, 0), "test": (200, 1)}
 _RIM = 1.5
 
 
-def _disc(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.hypot(u, v) - 1
-
-
-def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(u), np.abs(v)) - 0.5**0.5
-
-
 def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     slanted = 0.75**0.5 * np.abs(u) + 0.5 * v
     return np.maximum(slanted, -v) - 0.5
-
-
-def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.abs(np.hypot(u, v) - 0.77) - 0.23
 
 
 def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -37,13 +25,13 @@ def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.maximum(longer - 0.95, shorter - 0.3)
 
 
-# Each takes coordinates in which the shape just fits a circle of radius 1, and returns
-# the distance to the outline, negative inside; near corners, a lower bound of it.
+# Each takes coordinates in which the shape just fits a circle of radius 1, and returns the
+# distance to the outline (near corners a lower bound of it), negative inside.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "disc": _disc,
-    "square": _square,
+    "disc": lambda u, v: np.hypot(u, v) - 1,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.5**0.5,
     "triangle": _triangle,
-    "ring": _ring,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.77) - 0.23,
     "cross": _cross,
 }
 NUM_CLASSES = 2 * len(SHAPES)

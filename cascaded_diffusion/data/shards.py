@@ -15,20 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
-from cascaded_diffusion.data import workers
+from cascaded_diffusion.data import manifests, workers
 from cascaded_diffusion.data.array_record_files import write_array_record
 from cascaded_diffusion.data.corruption import CorruptionGuard, CorruptRecord
 from cascaded_diffusion.data.digests import ContentDigest, digest_of_json
-from cascaded_diffusion.data.manifest import (
-    Manifest,
-    Report,
-    Shard,
-    Skipped,
-    prepared_folder,
-    problem_of,
-    settings_of,
-    shard_name,
-)
 from cascaded_diffusion.data.prepared import encode_record
 from cascaded_diffusion.data.processing import ProcessingReader
 from cascaded_diffusion.data.sources import processing_reader
@@ -50,8 +40,8 @@ class Plan:
       folder: where to.
       reader: reads the images at their sizes.
       config: the data section.
-      settings: what decides the contents of a record, see `manifest.settings_of`.
-      encoding: one of `manifest.ENCODINGS`.
+      settings: what decides the contents of a record, see `manifests.settings_of`.
+      encoding: one of `manifests.ENCODINGS`.
     """
 
     folder: pathlib.Path
@@ -94,7 +84,7 @@ class Plan:
         )
 
     def shard_path(self, number: int) -> pathlib.Path:
-        return self.folder / shard_name(number)
+        return self.folder / manifests.shard_name(number)
 
     def report_path(self, number: int) -> pathlib.Path:
         """The report of a finished shard. If there is no manifest, `prepare` resumes by it."""
@@ -109,15 +99,15 @@ class Plan:
 def plan_split(config: DataConfig, split: str, stage: StageConfig, *, encoding: str) -> Plan:
     """The plan for a split. Raises UserError as `sources.load_raw` does."""
     return Plan(
-        folder=prepared_folder(config, split, stage),
+        folder=manifests.prepared_folder(config, split, stage),
         reader=processing_reader(config, split, stage),
         config=config,
-        settings=settings_of(config, split, stage),
+        settings=manifests.settings_of(config, split, stage),
         encoding=encoding,
     )
 
 
-def write_shard(number: int) -> Report:
+def write_shard(number: int) -> manifests.Report:
     """Writes a shard, in a worker process that was given the plan and a shared counter.
 
     Raises:
@@ -126,7 +116,7 @@ def write_shard(number: int) -> Report:
     plan, counter = workers.given()
     guard = CorruptionGuard(plan.config, len(plan.reader))
     labels: Counter[int] = Counter()
-    skipped: list[Skipped] = []
+    skipped: list[manifests.Skipped] = []
     before = Counter(plan.reader.converted)
     contents = ContentDigest(labels=True)
 
@@ -189,12 +179,12 @@ def _counted(indices: range, counter: Any) -> Iterator[int]:
             waiting = 0
 
 
-def finished_shard(plan: Plan, number: int) -> Report | None:
+def finished_shard(plan: Plan, number: int) -> manifests.Report | None:
     """The report of an undamaged shard that an earlier process finished by the same plan."""
     path = plan.shard_path(number)
     try:
         report = json.loads(plan.report_path(number).read_bytes())
-        if problem_of(report, Report) is not None:
+        if manifests.problem_of(report, manifests.Report) is not None:
             return None
         counts, skipped = report["class_counts"], report["skipped"]
         expected = {
@@ -207,12 +197,14 @@ def finished_shard(plan: Plan, number: int) -> Report | None:
         same = all(report[key] == value for key, value in expected.items())
         if not same or len(counts) != len(plan.reader.class_names):
             return None
-        return cast(Report, report) if sha256_of(path) == report["sha256"] else None
+        return cast(manifests.Report, report) if sha256_of(path) == report["sha256"] else None
     except (OSError, ValueError, RecursionError):
         return None  # whatever is wrong, the shard is made anew
 
 
-def manifest_of(plan: Plan, reports: Sequence[Report], content_sample: str) -> Manifest:
+def manifest_of(
+    plan: Plan, reports: Sequence[manifests.Report], content_sample: str
+) -> manifests.Manifest:
     """The manifest of all shards."""
     skipped = [item for report in reports for item in report["skipped"]]
     converted: Counter[str] = Counter()
@@ -222,7 +214,7 @@ def manifest_of(plan: Plan, reports: Sequence[Report], content_sample: str) -> M
     if skipped:
         without = hashlib.sha256(str([item["index"] for item in skipped]).encode()).hexdigest()[:8]
         identity = f"{identity} but {len(skipped)} corrupt:{without}"
-    num_classes = len(plan.reader.class_names)
+    num_classes, names = len(plan.reader.class_names), manifests.Shard.__annotations__
     manifest = {
         **plan.settings,
         "classes": num_classes,
@@ -236,9 +228,9 @@ def manifest_of(plan: Plan, reports: Sequence[Report], content_sample: str) -> M
         "class_counts": [sum(r["class_counts"][k] for r in reports) for k in range(num_classes)],
         "skipped": skipped,
         "converted": dict(converted),
-        "shards": [{name: report[name] for name in Shard.__annotations__} for report in reports],
+        "shards": [{name: report[name] for name in names} for report in reports],
     }
-    return cast(Manifest, manifest)
+    return cast(manifests.Manifest, manifest)
 
 
 def in_processes(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from types import ModuleType
 
@@ -13,7 +13,7 @@ from cascaded_diffusion.config.class_names import check_classes
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import builtin, folder, npz, prepared, shapes
 from cascaded_diffusion.data.arrays import ArraySource, array_source
-from cascaded_diffusion.data.manifest import is_prepared, prepared_folder, stored_low_res
+from cascaded_diffusion.data.manifests import is_prepared, prepared_folder, stored_low_res
 from cascaded_diffusion.data.processing import ProcessingReader
 from cascaded_diffusion.data.records import RawSource, Reader, Source
 from cascaded_diffusion.data.splits import parse_split
@@ -97,7 +97,7 @@ def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
             f"config.stage.channels = {stage.channels}: expected 1 or 3, as images have"
         )
     if isinstance(raw, folder.FolderSource) and raw.passed_over:
-        _say(f"{raw.where}: {raw.passed_over}", once=True)
+        _say_once(f"{raw.where}: {raw.passed_over}")
     return raw
 
 
@@ -146,16 +146,11 @@ def _reader(config: DataConfig, split: str, stage: StageConfig) -> Reader:
     return prepared.open_prepared(config, split, stage, find=lambda: load_raw(config, split, stage))
 
 
-_saying = threading.Lock()
-_said: set[str] = set()
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
-def _say(line: str, *, once: bool = False) -> None:
-    with _saying:
-        if once and line in _said:
-            return
-        _said.add(line)
-        print(line, file=sys.stderr, flush=True)
+_say_once = functools.cache(_say)
 
 
 def examples(source: Source, indices: Iterable[int]) -> dict[str, np.ndarray]:

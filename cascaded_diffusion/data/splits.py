@@ -28,11 +28,7 @@ def split_problem(split: str, problem: str) -> str:
 
 
 def parse_split(split: str) -> tuple[str, Part]:
-    """A split's name, and the part of it that is wanted.
-
-    Raises:
-      UserError: it is not written as above.
-    """
+    """A split's name and the part of it. Raises UserError if it is not written as above."""
     match = _PART.fullmatch(split)
     if match is None:
         expected = "a split's name, or a part of it like 'train[:90%]' or 'train[1000:]'"
@@ -51,13 +47,8 @@ def check_train_or_test(split: str, data: str) -> None:
 def part_of(keys: Iterable[bytes], part: Part, split: str) -> np.ndarray | None:
     """The record indices of a part in ascending order; None for all records.
 
-    Args:
-      keys: the names of all records.
-      part: the part.
-      split: how it was written, for the error message.
-
-    Raises:
-      UserError: the part is empty.
+    `keys` are the names of all records, `split` is how the part was written. Raises UserError
+    if the part is empty.
     """
     if part is None:
         return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
 
 import google_crc32c
 import numpy as np
@@ -35,13 +34,6 @@ class TfRecordFile:
     def __init__(self, path: str, num_records: int):
         self._path, self._num_records = path, num_records
         self._offsets: np.ndarray | None = None
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict:
-        return {"_path": self._path, "_num_records": self._num_records}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(state["_path"], state["_num_records"])
 
     def read(self, position: int) -> bytes:
         """The data of a record.
@@ -50,9 +42,8 @@ class TfRecordFile:
           CorruptRecord: its checksum is wrong, or it cannot be read.
           UserError: the file has another number of records.
         """
-        with self._lock:
-            if self._offsets is None:
-                self._offsets = self._index()
+        if self._offsets is None:  # two threads may both index the file, with the same result
+            self._offsets = self._index()
         start, end = self._offsets[position], self._offsets[position + 1]
         try:
             with open(self._path, "rb") as f:

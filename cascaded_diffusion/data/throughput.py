@@ -16,11 +16,7 @@ from cascaded_diffusion.data.records import Source
 def measure_parts(
     source: Source, *, max_images: int, max_secs: float
 ) -> tuple[dict[str, float], int]:
-    """Milliseconds per image for each part of reading, on images spread over the data set.
-
-    Returns:
-      The parts, and the number of images that were measured.
-    """
+    """Milliseconds per image for each part of reading, and the number of images measured."""
     seconds: dict[str, float] = {}
     count, start = len(source), time.monotonic()
     indices = np.unique(np.linspace(0, count - 1, min(count, max_images)).astype(int))
@@ -77,18 +73,10 @@ def measure_loader(
 def class_counts(
     source: Source, *, max_examples: int, say: Callable[[int], None]
 ) -> tuple[np.ndarray, int]:
-    """How many examples each class has.
+    """How many examples each class has, int [K], and the number of examples that were counted.
 
     If that is not known without reading, at most `max_examples` spread over the data set are
-    read.
-
-    Args:
-      source: a data set with classes.
-      max_examples: see above.
-      say: told how many have been read.
-
-    Returns:
-      int [num_classes], and the number of examples that were counted.
+    read, and `say` is told how many have been.
     """
     counts = source.reader.class_counts()
     if counts is not None:

@@ -10,38 +10,24 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from cascaded_diffusion.errors import UserError
 
 T = TypeVar("T")
 
 
-class ProgressBar(Protocol):
-    """What shows how far the work is, for example `runtime.progress.Progress`."""
+class NoProgress:
+    """Shows no progress bar. `runtime.progress.Progress`, which shows one, is called alike."""
+
+    def __init__(self, total: int, *, unit: str, label: str, initial: int = 0): ...
 
     def update(self, position: int) -> None: ...
 
     def close(self) -> None: ...
 
 
-# Called as `NoProgress` is.
-MakeProgress = Callable[..., ProgressBar]
-
-
-class NoProgress:
-    """Shows nothing."""
-
-    def __init__(self, total: int, *, unit: str, label: str, initial: int = 0):
-        pass
-
-    def update(self, position: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
+MakeProgress = Callable[..., NoProgress]
 # In a worker process, what it works with.
 _given: Any = None
 
@@ -66,12 +52,7 @@ def _end_with_parent() -> None:
 
 
 def worker_pool(num_workers: int, what: Any) -> concurrent.futures.ProcessPoolExecutor:
-    """Processes that share nothing with this one and end with it.
-
-    Args:
-      num_workers: their number.
-      what: pickled to each of them, where `given()` returns it.
-    """
+    """Processes that share nothing with this one and end with it. `given()` is `what` there."""
     return concurrent.futures.ProcessPoolExecutor(
         num_workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -83,13 +64,8 @@ def worker_pool(num_workers: int, what: Any) -> concurrent.futures.ProcessPoolEx
 class InOrder(Iterator[T]):
     """Calls `function(start)`, `function(start + 1)`, ... in worker processes, ahead of time.
 
-    The results come in that order, whichever is done first.
-
-    Args:
-      function: at the top level of a module.
-      what: what `given()` returns in the workers.
-      num_workers: number of processes.
-      start: the first number.
+    The results come in that order, whichever is done first. `given()` returns `what` in the
+    workers.
     """
 
     def __init__(self, function: Callable[[int], T], what: Any, *, num_workers: int, start: int):

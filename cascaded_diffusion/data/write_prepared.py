@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -14,28 +15,9 @@ from collections.abc import Sequence
 
 from cascaded_diffusion.config.class_names import check_classes
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
+from cascaded_diffusion.data import manifests, shards
 from cascaded_diffusion.data.corruption import CorruptionGuard, CorruptRecord
-from cascaded_diffusion.data.manifest import (
-    MANIFEST,
-    Manifest,
-    Report,
-    check_settings,
-    check_source,
-    is_prepared,
-    prepared_folder,
-    read_manifest,
-    stored_manifest,
-)
 from cascaded_diffusion.data.records import DataMissing
-from cascaded_diffusion.data.shards import (
-    Plan,
-    finished_shard,
-    in_processes,
-    manifest_of,
-    plan_split,
-    source_content,
-    write_shard,
-)
 from cascaded_diffusion.data.sources import SOURCES, load_source, tfds_sources
 from cascaded_diffusion.data.workers import MakeProgress, NoProgress
 from cascaded_diffusion.errors import UserError
@@ -43,6 +25,7 @@ from cascaded_diffusion.files.folders import check_writable, held_lock
 from cascaded_diffusion.files.paths import printable
 from cascaded_diffusion.files.whole import sha256_of, write_whole
 
+_say = functools.partial(print, flush=True)
 # What `dry_run` measures at most.
 _TRIAL_IMAGES, _TRIAL_SECS = 256, 5.0
 
@@ -66,7 +49,7 @@ def prepare_splits(
       stage: what the images are for.
       splits: their names; None for the config's train_split and eval_split.
       workers: number of processes.
-      encoding: of pixels, one of `manifest.ENCODINGS`: raw reads faster, png is smaller.
+      encoding: of pixels, one of `manifests.ENCODINGS`: raw reads faster, png is smaller.
       dry_run: print size and time instead, and write nothing.
       progress: makes a progress bar.
 
@@ -78,14 +61,14 @@ def prepare_splits(
         return
     # All plans come before the first shard: a mistake in the last split is found at once.
     plans = {
-        split: plan_split(config, split, stage, encoding=encoding)
+        split: shards.plan_split(config, split, stage, encoding=encoding)
         for split in splits or _default_splits(config)
     }
     names = {split: plan.reader.class_names for split, plan in plans.items()}
     for split in _default_splits(config):
-        folder = prepared_folder(config, split, stage)
-        if split not in names and is_prepared(folder):
-            names[split] = tuple(read_manifest(folder)["class_names"])
+        folder = manifests.prepared_folder(config, split, stage)
+        if split not in names and manifests.is_prepared(folder):
+            names[split] = tuple(manifests.read_manifest(folder)["class_names"])
     check_classes(config, stage, names)
     for split, plan in plans.items():
         if dry_run:
@@ -127,15 +110,15 @@ def _make_available(config: DataConfig, *, dry_run: bool) -> bool:
         return True
     if dry_run or tfds.manual_instructions(builder) is None:
         cost = tfds.cost_of_getting(builder)
-        print(f"{config.name}: not in {builder.data_path} yet; {cost}", flush=True)
+        _say(f"{config.name}: not in {builder.data_path} yet; {cost}")
     if dry_run:
-        print("size and time of preparing are known when it is there", flush=True)
+        _say("size and time of preparing are known when it is there")
         return False
     tfds.get(builder)
     return True
 
 
-def _say_cost(split: str, plan: Plan, workers: int) -> None:
+def _say_cost(split: str, plan: shards.Plan, workers: int) -> None:
     """Measures some images, spread over the split, and prints what all of them will take."""
     count = len(plan.reader)
     trial = [i * count // _TRIAL_IMAGES for i in range(_TRIAL_IMAGES)] if count else []
@@ -144,7 +127,7 @@ def _say_cost(split: str, plan: Plan, workers: int) -> None:
         try:
             plan.reader.read(index)
         except CorruptRecord as e:
-            print(f"corrupt: {plan.reader.describe(index)}: {e}", flush=True)
+            _say(f"corrupt: {plan.reader.describe(index)}: {e}")
         done += 1
         if time.monotonic() - start > _TRIAL_SECS:
             break
@@ -152,12 +135,11 @@ def _say_cost(split: str, plan: Plan, workers: int) -> None:
     there = plan.folder.absolute()
     while not there.exists():
         there = there.parent
-    print(
+    _say(
         f"{split}: {count:,} images -> {plan.folder}: {plan.num_shards} shards,"
         f" {_size(count * plan.bytes_per_image)} as raw pixels"
         f" ({_size(shutil.disk_usage(there).free)} free there), about {_duration(secs)} with"
-        f" {workers} workers (from {done} images in one)",
-        flush=True,
+        f" {workers} workers (from {done} images in one)"
     )
 
 
@@ -175,26 +157,25 @@ def _duration(secs: float) -> str:
     return f"{secs / 60:.0f} min" if secs < 5400 else f"{secs / 3600:.1f} h"
 
 
-def _prepare(split: str, plan: Plan, workers: int, progress: MakeProgress) -> None:
+def _prepare(split: str, plan: shards.Plan, workers: int, progress: MakeProgress) -> None:
     folder, raw = plan.folder, plan.reader.raw
     check_writable(folder, "config.data.prepared_dir")
     with held_lock(folder, "prepare", "config.data.prepared_dir"):
-        if is_prepared(folder):
-            manifest = read_manifest(folder)
-            check_settings(manifest, plan.settings, folder)
+        if manifests.is_prepared(folder):
+            manifest = manifests.read_manifest(folder)
+            manifests.check_settings(manifest, plan.settings, folder)
             if manifest["encoding"] != plan.encoding:
                 raise UserError(
                     f"--encoding={plan.encoding}: the data in {folder} was prepared as"
                     f" {manifest['encoding']}; set it back, or remove the folder"
                 )
-            check_source(manifest, raw, folder)
-            print(f"{split}: is prepared, {_summary(manifest, folder)}", flush=True)
+            manifests.check_source(manifest, raw, folder)
+            _say(f"{split}: is prepared, {_summary(manifest, folder)}")
             if manifest["times"] != raw.times:
-                print(
+                _say(
                     f"{split}: the files were written at other times than those that it was"
                     " prepared from; a sample of their contents is the same, and --verify compares"
-                    " all of them",
-                    flush=True,
+                    " all of them"
                 )
             return
         start = time.monotonic()
@@ -202,13 +183,13 @@ def _prepare(split: str, plan: Plan, workers: int, progress: MakeProgress) -> No
             leftover.unlink()  # of a process that was killed; the lock is ours
         content_sample = raw.content_sample()
         reports = _write_shards(split, plan, workers, progress)
-        manifest = manifest_of(plan, reports, content_sample)
-        write_whole(folder / MANIFEST, stored_manifest(manifest))
+        manifest = shards.manifest_of(plan, reports, content_sample)
+        write_whole(folder / manifests.MANIFEST, manifests.stored_manifest(manifest))
     secs = time.monotonic() - start
-    print(f"{split}: {_summary(manifest, folder)}, in {_duration(secs)}", flush=True)
+    _say(f"{split}: {_summary(manifest, folder)}, in {_duration(secs)}")
 
 
-def _summary(manifest: Manifest, folder: pathlib.Path) -> str:
+def _summary(manifest: manifests.Manifest, folder: pathlib.Path) -> str:
     size = sum(shard["bytes"] for shard in manifest["shards"])
     notes = [f"{len(manifest['skipped'])} corrupt skipped"] if manifest["skipped"] else []
     notes += [
@@ -221,23 +202,23 @@ def _summary(manifest: Manifest, folder: pathlib.Path) -> str:
     )
 
 
-def _write_shards(split: str, plan: Plan, workers: int, progress: MakeProgress) -> list[Report]:
+def _write_shards(
+    split: str, plan: shards.Plan, workers: int, progress: MakeProgress
+) -> list[manifests.Report]:
     """Writes the shards that are missing. Returns the reports of all shards, in order."""
-    found = {number: finished_shard(plan, number) for number in range(plan.num_shards)}
+    found = {number: shards.finished_shard(plan, number) for number in range(plan.num_shards)}
     reports = {number: report for number, report in found.items() if report is not None}
     missing = [number for number in found if number not in reports]
     if reports and missing:
-        print(
-            f"{split}: resuming, {len(reports)} of {plan.num_shards} shards are there", flush=True
-        )
+        _say(f"{split}: resuming, {len(reports)} of {plan.num_shards} shards are there")
     guard = CorruptionGuard(plan.config, len(plan.reader))
 
-    def count_skipped(report: Report) -> None:
+    def count_skipped(report: manifests.Report) -> None:
         for item in report["skipped"]:
-            # The process that read it has told.
+            # The process that read it has printed it.
             guard.note(item["index"], item["where"], item["problem"], say=False)
 
-    def done(number: int, report: Report) -> None:
+    def done(number: int, report: manifests.Report) -> None:
         reports[number] = report
         count_skipped(report)
         # From here on the shard counts as done.
@@ -246,7 +227,7 @@ def _write_shards(split: str, plan: Plan, workers: int, progress: MakeProgress) 
     for report in reports.values():
         count_skipped(report)
     label = f"prepare {split}"
-    in_processes(write_shard, plan, missing, workers, label, progress, done)
+    shards.in_processes(shards.write_shard, plan, missing, workers, label, progress, done)
     return [reports[number] for number in range(plan.num_shards)]
 
 
@@ -257,9 +238,9 @@ def _verify(
     workers: int,
     progress: MakeProgress,
 ) -> None:
-    folder = prepared_folder(config, split, stage)
+    folder = manifests.prepared_folder(config, split, stage)
     load_source(config, split, stage)  # finds what is wrong without reading everything
-    manifest, name = read_manifest(folder), printable(split)
+    manifest, name = manifests.read_manifest(folder), printable(split)
     bar = progress(len(manifest["shards"]), unit="shards", label=f"verify {name}")
     try:
         for count, shard in enumerate(manifest["shards"], start=1):
@@ -267,24 +248,24 @@ def _verify(
             if sha256_of(path) != shard["sha256"]:
                 raise UserError(
                     f"{path}: its SHA-256 is not the manifest's: it is damaged; remove"
-                    f" {folder / MANIFEST} and prepare again: shards that are whole are kept"
+                    f" {folder / manifests.MANIFEST} and prepare again: shards that are whole are"
+                    " kept"
                 )
             bar.update(count)
     finally:
         bar.close()
-    print(f"{name}: every shard is as it was written, {_summary(manifest, folder)}", flush=True)
+    _say(f"{name}: every shard is as it was written, {_summary(manifest, folder)}")
     # A model without classes ignores labels, but they were prepared.
     stage = dataclasses.replace(stage, num_classes=manifest["classes"])
     try:
-        plan = plan_split(config, split, stage, encoding=manifest["encoding"])
+        plan = shards.plan_split(config, split, stage, encoding=manifest["encoding"])
     except DataMissing as e:
-        print(
+        _say(
             f"{name}: only the shards were compared: what they were made of is not there any"
-            f" more ({e})",
-            flush=True,
+            f" more ({e})"
         )
         return
-    check_source(manifest, plan.reader.raw, folder)
+    manifests.check_source(manifest, plan.reader.raw, folder)
 
     def compare(number: int, content: str) -> None:
         if content != manifest["shards"][number]["content"]:
@@ -295,7 +276,7 @@ def _verify(
                 " other contents; remove the folder and prepare again, or bring those images back"
             )
 
-    shards = range(min(plan.num_shards, len(manifest["shards"])))
+    numbers = range(min(plan.num_shards, len(manifest["shards"])))
     label = f"verify the images of {name}"
-    in_processes(source_content, plan, shards, workers, label, progress, compare)
-    print(f"{name}: the images are those that it was prepared from", flush=True)
+    shards.in_processes(shards.source_content, plan, numbers, workers, label, progress, compare)
+    _say(f"{name}: the images are those that it was prepared from")

@@ -411,7 +411,7 @@ def _rewritten(root, change):
         (lambda m: m.update(channels=7), "'channels' is 7, expected 1 or 3"),
         (lambda m: m.update(more=1), "has an unknown 'more'"),
         (lambda m: m.pop("identity"), "it lacks 'identity'"),
-        (lambda m: m.update(format=1), "of another version of this program"),
+        (lambda m: m.update(format=1), "written by another version of this program"),
         (lambda m: m.update(converted={"CMYK": "x"}), "an element of 'converted' is a str"),
     ],
 )

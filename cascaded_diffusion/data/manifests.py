@@ -211,7 +211,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: no manifest, but {_kind_of(manifest)}; {anew}")
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: of another version of this program; {anew}")
+        raise UserError(f"{path}: written by another version of this program; {anew}")
     digest = manifest.pop("digest", None)
     problem = problem_of(manifest, Manifest) or _contradiction(cast(Manifest, manifest))
     if problem is not None:
