@@ -14,7 +14,7 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
-# What two records must agree on to be compared, besides the metric.
+# The fields, besides the metric, in which two records must agree to be compared.
 COMPARABLE = (
     "num_samples",
     "reference",

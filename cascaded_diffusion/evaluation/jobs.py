@@ -1,4 +1,4 @@
-"""What `evaluate` and `reference` do with a run and its samples, as functions of settings.
+"""The work of `evaluate` and `reference` on a run and its samples, as functions of settings.
 
 They have these arguments in common:
 

@@ -54,7 +54,7 @@ class Measurement:
         self._score: ScoreStatistics | None = None
         self._pixels: PixelStatistics | None = None
         self._features: list[np.ndarray] = []
-        self._count = self._correct = self._judged = 0
+        self._count = self._correct = self._labelled = 0
         # Samples often come sorted by class, and a split with one class has an inception score
         # of 1, so the splits are random.
         self._order = np.random.default_rng(_SEED).permutation(num_samples)
@@ -86,7 +86,7 @@ class Measurement:
         self._features.append(features.pooled.astype(np.float32))
         if self._classes and features.logits is not None and labels is not None:
             self._correct += int((features.logits.argmax(-1) == labels).sum())
-            self._judged += len(labels)
+            self._labelled += len(labels)
 
     def primary(self) -> str:
         """The name of the metric by which checkpoints are compared."""
@@ -114,8 +114,8 @@ class Measurement:
         values = {}
         if self._score is not None:
             values[self._name("is")], values[self._name("is_std")] = self._score.score()
-        if self._judged:
-            values[self._name("accuracy")] = self._correct / self._judged
+        if self._labelled:
+            values[self._name("accuracy")] = self._correct / self._labelled
         return values
 
     def _name(self, metric: str) -> str:

@@ -1,4 +1,4 @@
-"""What every evaluation of a run begins with: the device mesh, the lock and the evaluator."""
+"""The set-up of every evaluation of a run: the device mesh, the lock and the evaluator."""
 
 from __future__ import annotations
 

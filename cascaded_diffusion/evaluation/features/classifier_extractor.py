@@ -114,19 +114,8 @@ def _fingerprint(train: LabelledImages, network: str, seed: int) -> str:
     return digest.hexdigest()
 
 
-def _digest(flat: Mapping[str, np.ndarray]) -> str:
+def _variables_digest(flat: Mapping[str, np.ndarray]) -> str:
     return sha256_of_arrays(flat)[:16]
-
-
-def _unflatten(flat: Mapping[str, np.ndarray]) -> dict:
-    tree: dict = {}
-    for name, value in flat.items():
-        *parents, leaf = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
 
 
 def _finished(
@@ -136,7 +125,7 @@ def _finished(
     held_out: LabelledImages,
     mesh: Mesh,
 ) -> Classifier:
-    digest = _digest(networks.flatten_params(variables))
+    digest = _variables_digest(networks.flatten_params(variables))
     classifier = Classifier(network, module, variables, digest, mesh)
     tests = [(held_out.images, held_out.labels)]
     if network == ROTATION:
@@ -198,12 +187,12 @@ def load_or_train(
         arrays = {k: v for k, v in flat.items() if k not in ("fingerprint", "digest")}
         if flat and str(flat.get("fingerprint")) == fingerprint:
             module = networks.CLASSIFIERS[network](num_classes=num_classes)
-            if str(flat.get("digest")) != _digest(arrays):
+            if str(flat.get("digest")) != _variables_digest(arrays):
                 say(f"{path}: its arrays have changed; training the classifier again")
             elif not _fits(module, arrays, train.images[0]):
                 say(f"{path}: made for other classes; training the classifier again")
             else:
-                return _finished(network, module, _unflatten(arrays), held_out, mesh)
+                return _finished(network, module, networks.unflatten_params(arrays), held_out, mesh)
         elif flat:
             say(f"{path}: made from other data or settings; training the classifier again")
     module, variables = train_classifier(

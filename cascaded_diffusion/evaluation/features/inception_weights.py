@@ -27,6 +27,7 @@ from cascaded_diffusion.evaluation.features.torch_file import read_tensors
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.paths import check_local_path
 from cascaded_diffusion.files.whole import sha256_of, write_npz_whole, write_whole
+from cascaded_diffusion.networks.classifier import flatten_params, unflatten_params
 from cascaded_diffusion.networks.inception import (
     NUM_FEATURES,
     NUM_LOGITS,
@@ -42,7 +43,7 @@ URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{F
 _FLAG, _CACHE_VARIABLE = "--inception_weights", "CASCADED_DIFFUSION_CACHE"
 _TIMEOUT_SECS = 60
 _BLOCK = 1 << 20
-_MAX_CONVERTED_BYTES = 1 << 28  # two and a half times what they take
+_MAX_CONVERTED_BYTES = 1 << 28  # two and a half times their size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,15 +155,7 @@ def check_tensors(tensors: Mapping[str, np.ndarray]) -> None:
             raise ValueError(f"{name} has negative values")
 
 
-def _arrays_of(weights: InceptionWeights) -> dict[str, np.ndarray]:
-    return {
-        f"{unit}/{part}": array
-        for unit, parts in weights.params.items()
-        for part, array in parts.items()
-    }
-
-
-def _digest(arrays: Mapping[str, np.ndarray], sha256: str) -> str:
+def _weights_digest(arrays: Mapping[str, np.ndarray], sha256: str) -> str:
     digest = hashlib.sha256(sha256.encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
@@ -171,8 +164,8 @@ def _digest(arrays: Mapping[str, np.ndarray], sha256: str) -> str:
 
 
 def _keep(path: pathlib.Path, weights: InceptionWeights) -> None:
-    arrays = _arrays_of(weights)
-    about = dict(sha256=np.asarray(weights.sha256), digest=_digest(arrays, weights.sha256))
+    arrays = flatten_params(weights.params)
+    about = dict(sha256=np.asarray(weights.sha256), digest=_weights_digest(arrays, weights.sha256))
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_npz_whole(path, {**arrays, **about})
@@ -198,7 +191,7 @@ def _kept(path: pathlib.Path) -> InceptionWeights | None:
 
 
 def _converted_shapes() -> dict[str, tuple[int, ...]]:
-    """Of every array that `_keep` writes."""
+    """The shapes of all arrays that `_keep` writes."""
     shapes: dict[str, tuple[int, ...]] = {
         "fc/kernel": (NUM_FEATURES, NUM_LOGITS),
         "fc/bias": (NUM_LOGITS,),
@@ -213,16 +206,12 @@ def _read_converted(path: pathlib.Path) -> InceptionWeights:
     """Reads a file of `_keep`. Raises ValueError if it is damaged or something else."""
     arrays = read_arrays(path, max_bytes=_MAX_CONVERTED_BYTES)
     sha256, digest = (str(arrays.pop(name, "")) for name in ("sha256", "digest"))
-    if digest != _digest(arrays, sha256):
+    if digest != _weights_digest(arrays, sha256):
         raise ValueError("its arrays have changed since it was written, or it is another file")
     shapes = {name: array.shape for name, array in arrays.items() if array.dtype == np.float32}
     if shapes != _converted_shapes() or not all(np.isfinite(a).all() for a in arrays.values()):
         raise ValueError("not the converted weights of FID's Inception")
-    params: dict[str, dict[str, np.ndarray]] = {}
-    for name, array in arrays.items():
-        unit, part = name.split("/")
-        params.setdefault(unit, {})[part] = array
-    return InceptionWeights(params, sha256)
+    return InceptionWeights(unflatten_params(arrays), sha256)
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):

@@ -1,16 +1,16 @@
-"""Reads the tensors of a PyTorch checkpoint and executes nothing of it.
+"""Reads the tensors of a PyTorch checkpoint without executing any of it.
 
-A `.pth` file is pickled, and unpickling runs whatever the file says. Here its opcodes are
-only looked at (`pickletools` is a disassembler), and those are carried out by hand that a
-state dict is written with: dicts, tuples, numbers, strings, and descriptions of tensors.
-Any other opcode, and any other name, is refused. Both layouts of `torch.save` are known:
+A `.pth` file is pickled, and unpickling runs whatever the file says. Here its opcodes are only
+disassembled, by `pickletools`, and the few that a state dict is written with are interpreted:
+dicts, tuples, numbers, strings, and descriptions of tensors. Every other opcode and every other
+name is refused. Both layouts of `torch.save` are known:
 
     before 1.6   four pickles (magic number, protocol, system, state dict), the pickled
                  list of storage keys, then per storage its count (int64) and its numbers
     since 1.6    a zip with data.pkl, and one file of numbers per storage
 
-What a file declares is compared with its size before anything is allocated: numbers are
-stored as they are, so that neither its storages nor its tensors can be larger than it.
+The declared sizes are compared with the file's size before anything is allocated: numbers are
+stored uncompressed, so neither storages nor tensors can be larger than the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PROTOCOL = 1001
 _STORAGES = {"torch FloatStorage": np.dtype("<f4"), "torch LongStorage": np.dtype("<i8")}
 _DICT, _TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
 _NAMES = {*_STORAGES, _DICT, _TENSOR}
-# Far beyond any network that features are taken of. A state dict has some 40 opcodes a tensor.
+# Far beyond any network for features. A state dict has some 40 opcodes per tensor.
 _MAX_BYTES = 1 << 30
 _MAX_OPCODES = 200_000
 _MAX_DIMENSIONS = 8
@@ -41,7 +41,7 @@ _MAX_DIMENSIONS = 8
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """A global that a state dict refers to. Never looked up."""
+    """A global that a state dict refers to. It is never looked up."""
 
     name: str
 
@@ -82,7 +82,7 @@ class _Mark:
 
 
 def _reduced(function: Any, arguments: Any) -> Any:
-    """What a call in the file stands for."""
+    """The result of a call in the file."""
     if function == _Name(_DICT) and arguments == ():
         return {}
     if function == _Name(_TENSOR) and isinstance(arguments, tuple) and len(arguments) >= 4:
@@ -125,10 +125,10 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def _evaluated(stream: BinaryIO) -> Any:
-    """The value of one pickle, of those that a state dict is made of.
+    """The value of one pickle of a state dict's file.
 
     Raises:
-      ValueError: an opcode, a name or a structure that does not belong there.
+      ValueError: an opcode, a name or a structure does not belong there.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
@@ -197,13 +197,13 @@ def _evaluated(stream: BinaryIO) -> Any:
 
 
 def _checked(state: Any, file_bytes: int) -> Mapping[str, _Tensor]:
-    """The state dict, if it is one that a file of so many bytes can hold."""
+    """The state dict; raises ValueError if a file of this size cannot hold it."""
     if not isinstance(state, Mapping) or not all(isinstance(x, _Tensor) for x in state.values()):
         raise ValueError("it holds something else than a dict of tensors")
     storages = {tensor.storage for tensor in state.values()}
     if len({storage.key for storage in storages}) < len(storages):
         raise ValueError("it has two storages of one key")
-    # Tensors that share a storage are copied apart, and each copy counts.
+    # Tensors that share a storage are copied, and every copy counts.
     for kind, parts in (("storages", storages), ("tensors", state.values())):
         declared = sum(part.num_bytes for part in parts)
         if declared > file_bytes:
@@ -214,7 +214,7 @@ def _checked(state: Any, file_bytes: int) -> Mapping[str, _Tensor]:
 def _arrays(
     state: Mapping[str, _Tensor], numbers: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Tensors cut out of the numbers of their storages, by key."""
+    """The tensors, copied out of the numbers of their storages."""
     arrays = {}
     for name, tensor in state.items():
         part = numbers[tensor.storage.key][tensor.offset : tensor.offset + tensor.count]
@@ -224,7 +224,7 @@ def _arrays(
 
 def _read_zip(data: bytes) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        # torch.save compresses nothing: what would have to be inflated is not its file.
+        # torch.save compresses nothing, so a compressed file is not its own.
         if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
             raise ValueError("its parts are compressed, as torch.save leaves none")
         names = archive.namelist()
@@ -253,7 +253,7 @@ def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
         raise ValueError("it was not written on a little-endian machine")
     state, keys = _checked(_evaluated(stream), len(data)), _evaluated(stream)
     storages = {tensor.storage.key: tensor.storage for tensor in state.values()}
-    # Before they are looked up: the hash of nested tuples can take forever.
+    # Checked before they are looked up: hashing nested tuples can take forever.
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("its list of storages is none of names")
     numbers = {}
@@ -273,8 +273,8 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of a state dict, float32 and int64, by name.
 
     Raises:
-      ValueError: the file is no state dict of such tensors, declares more than it can hold,
-        or is damaged; in a few words.
+      ValueError: in a few words: the file is no state dict of such tensors, declares more than it
+        can hold, or is damaged.
     """
     size = path.stat().st_size
     if size > _MAX_BYTES:

@@ -1,4 +1,4 @@
-"""What every metric asks of the features that it is given."""
+"""Checks of the features that metrics are computed from."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ import numpy.typing as npt
 
 
 def checked_features(features: npt.ArrayLike, *, name: str, at_least: int = 0) -> np.ndarray:
-    """`features` as an array [n, F], dtype unchanged.
-
-    Args:
-      features: finite numbers, one row per image.
-      name: whose features they are, for the message.
-      at_least: the fewest rows the metric is defined for.
+    """`features` as an array [n, F], dtype unchanged; `name` is for messages.
 
     Raises:
-      ValueError: another shape, too few rows, or a number that is not finite.
+      ValueError: the shape is another, a number is not finite, or there are fewer than `at_least`
+        rows, for which the metric is not defined.
     """
     features = np.asarray(features)
     if features.ndim != 2 or features.shape[1] == 0:
@@ -35,7 +31,7 @@ def checked_pair(
     """Features [n, F] of real and [m, F] of generated images, dtypes unchanged.
 
     Raises:
-      ValueError: either is not what `checked_features` asks for, or their F differ.
+      ValueError: `checked_features` refuses one of them, or their F differ.
     """
     real = checked_features(real, name="features of real images", at_least=at_least)
     generated = checked_features(generated, name="features of generated images", at_least=at_least)

@@ -11,21 +11,19 @@ eigenvalues of (F_1^T F_2)(F_1^T F_2)^T, so that
 
     (2)  tr((C_1 C_2)^(1/2)) = sum_j s_j(F_1^T F_2),   s_j: singular values
 
-needs no general matrix square root, whose results can be complex or worse. Square
-roots of the eigenvalues of F_1^T C_2 F_1 would be the same sum; but if rounding makes
-e of one of its zeros, that counts sqrt(e), and with fewer examples than features there
-are many. In (2) it counts e.
+needs no general matrix square root, whose results can be complex or worse. The square roots of
+the eigenvalues of F_1^T C_2 F_1 have the same sum, but a zero that rounding turns into e counts
+sqrt(e) there, and with fewer examples than features there are many zeros. In (2) it counts e.
 
 Statistics are merged about the mean (Chan, Golub & LeVeque 1983). For parts a, b and
 M = sum (x - mu)(x - mu)^T over a part,
 
     (3)  M = M_a + M_b + (n_a n_b / n) (mu_a - mu_b)(mu_a - mu_b)^T
 
-which is exact for any split and order. Plain sums of x x^T would be as well, but
-the covariance is then what is left of n mu mu^T, and means that are large against
-the spread eat its digits.
+which is exact for any split and order. So are plain sums of x x^T, but the covariance is then a
+small difference of large numbers if the means are large against the spread.
 
-All of it is float64 on the host.
+All computations are in float64 on the host.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ import numpy.typing as npt
 
 from cascaded_diffusion.evaluation.metrics.feature_checks import checked_features
 
-# Rows that `of` holds in float64 at a time: 64 MB of features of size 2048.
+# `of` holds this many rows in float64 at a time: 64 MB of features of size 2048.
 _BLOCK_ROWS = 4096
 # A covariance stored in float32 has eigenvalues down to about -1e-6 of the largest.
 _MOST_NEGATIVE = -1e-3
@@ -46,7 +44,7 @@ _MOST_NEGATIVE = -1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean and covariance of features: all that a distance needs.
+    """Mean and covariance of features, which are all that a distance needs.
 
     Attributes:
       mean: [F] float64.
@@ -61,8 +59,8 @@ class Moments:
 class FeatureStatistics:
     """Count, sum and scatter of features.
 
-    Can be merged, with `+`, in any order and over any split into batches or hosts,
-    eq. (3): the moments come out the same but for rounding.
+    They can be merged with `+`, eq. (3), in any order and over any split into batches or hosts:
+    the moments are the same up to rounding.
 
     Attributes:
       count: number of examples.
@@ -133,15 +131,15 @@ class FeatureStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class FrechetTerms:
-    """A Fréchet distance and what it is made of.
+    """A Fréchet distance and its parts.
 
     Attributes:
       distance: eq. (1), the squared distance, as FID reports it; not below 0.
       mean_term: |mu_1 - mu_2|^2.
       covariance_term: tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^(1/2)).
-      clipped: the most negative eigenvalue of either covariance over its largest,
-        0 where there is none. It counts as zero, like all up to twice its size. About
-        -1e-16 is rounding of float64, -1e-7 of a reference that was stored in float32.
+      clipped: the most negative eigenvalue of either covariance over its largest one, or 0. It
+        counts as zero, as does every eigenvalue up to twice its size. Rounding makes about -1e-16
+        in float64, and -1e-7 in a reference that was stored in float32.
     """
 
     distance: float
@@ -193,7 +191,7 @@ def _factor(covariance: np.ndarray) -> tuple[np.ndarray, float]:
             f"covariance has eigenvalues from {lowest:.3g} to {largest:.3g}, expected none below 0:"
             " it is damaged, or something else"
         )
-    # Rounding scatters zeros to both sides; the wrong side tells how far.
+    # Rounding scatters zeros to both sides; the negative side shows how far.
     kept = values > max(-2 * lowest, 0.0)
     return vectors[:, kept] * np.sqrt(values[kept]), clipped
 
@@ -209,7 +207,7 @@ def _checked(side: FeatureStatistics | Moments) -> Moments:
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError("mean or covariance is not finite: the features or their file are broken")
-    # eigh reads one triangle only, so it would not notice.
+    # eigh would not notice, since it reads one triangle only.
     if np.abs(covariance - covariance.T).max() > 1e-5 * np.abs(covariance).max():
         raise ValueError("covariance is not symmetric: it is damaged, or something else")
     return Moments(mean=mean, covariance=covariance)

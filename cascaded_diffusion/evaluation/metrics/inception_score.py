@@ -15,7 +15,7 @@ the N samples, beside its standard deviation (divisor S); it depends on both S a
 
     (3)  floor(s N / S) <= i < floor((s + 1) N / S)   or   s = floor(((i + 1) S - 1) / N)
 
-as in the authors' own code. All of it is float64 on the host.
+as in the authors' own code. All computations are in float64 on the host.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from cascaded_diffusion.evaluation.metrics.feature_checks import checked_feature
 class ScoreStatistics:
     """Sums of class probabilities per split, for K classes and S splits.
 
-    Can be merged, with `+`, in any order and over any division into batches or hosts:
-    a sample's split follows from its index among all samples.
+    They can be merged with `+` in any order and over any division into batches or hosts, since a
+    sample's split follows from its index among all samples.
 
     Attributes:
-      num_samples: N of eq. (3): how many samples there are in the end.
-      counts: [S] int64, how many of each split are in here.
+      num_samples: N of eq. (3), the number of samples in the end.
+      counts: [S] int64, the number of samples of each split so far.
       totals: [S, K] float64, the sum of p.
       negative_entropies: [S] float64, the sum of sum_k p log p.
     """
@@ -60,8 +60,8 @@ class ScoreStatistics:
 
         Args:
           logits: [m, K], finite, of any float type.
-          indices: [m] integers: where each sample is in the whole sequence.
-          num_samples: length of the whole sequence, N.
+          indices: [m] integers, the place of each sample in the whole sequence.
+          num_samples: N, the length of the whole sequence.
           num_splits: S.
 
         Raises:
@@ -135,7 +135,7 @@ class ScoreStatistics:
                 "each of all samples must be counted once"
             )
         q = self.totals / self.counts[:, None]
-        # A class that no sample has any chance of contributes 0, not 0 * -inf.
+        # A class without any probability contributes 0, not 0 * -inf.
         entropies = -(q * np.log(q, where=q > 0, out=np.zeros_like(q))).sum(1)
         scores = np.exp(self.negative_entropies / self.counts + entropies)
         return float(scores.mean()), float(scores.std())

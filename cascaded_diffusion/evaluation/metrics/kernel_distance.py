@@ -7,12 +7,11 @@ The squared maximum mean discrepancy under a cubic kernel on features of size F,
              - 2 sum_{i, j} k(x_i, y_j) / (m n)
 
 for m real and n generated examples (Binkowski et al. 2018, "Demystifying MMD GANs";
-Gretton et al. 2012, eq. 3). Its expectation is the distance of the distributions
-whatever m and n are, so it is negative at times where they are equal. The usual
-estimate is the mean of (2) over random subsets of both sets, beside its standard
-deviation.
+Gretton et al. 2012, eq. 3). Its expectation is the distance of the distributions for any m and
+n, so it is sometimes negative for equal ones. The usual estimate is the mean of (2) over random
+subsets of both sets, with its standard deviation.
 
-In units of its own, not times 1000. All of it is float64 on the host.
+Results are not multiplied by 1000. All computations are in float64 on the host.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ def kernel_distance(
     Args:
       real: [m, F], of any float type.
       generated: [n, F].
-      num_subsets: how many pairs of subsets are drawn.
-      subset_size: examples in each subset, drawn without replacement; all of the smaller
-        set where that has fewer.
+      num_subsets: number of pairs of subsets.
+      subset_size: examples in each subset, drawn without replacement; if the smaller set has
+        fewer, all of it.
       seed: of the draws.
 
     Raises:

@@ -4,8 +4,8 @@ A set X of features stands for the region
 
     (1)  M(X) = { y : |y - x| <= r(x) for some x in X }
 
-where r(x) is the distance from x to its k-th nearest neighbour among the other members
-of X, those equal to x included. Of real features R and generated features G,
+where r(x) is the distance from x to its k-th nearest neighbour among the other members of X,
+including those equal to x. For real features R and generated features G,
 
     (2)  precision = |{ g in G : g in M(R) }| / |G|      (how many samples look real)
     (3)  recall    = |{ r in R : r in M(G) }| / |R|      (how much of the data is covered)
@@ -13,13 +13,13 @@ of X, those equal to x included. Of real features R and generated features G,
 (Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing
 Generative Models", k = 3). Both depend on how many examples there are.
 
-Distances come from a matrix product, for features of size F with the error
+Distances come from a matrix product, whose error for features of size F is
 
     (4)  |x - y|^2 = |x|^2 + |y|^2 - 2 x . y + e,   |e| <= (F + 4) eps (|x|^2 + |y|^2)
 
-and where e could turn a comparison, once more from the difference x - y. Examples that
-are equal are one point with a multiplicity: there, every comparison would be such a one,
-and a generator that has collapsed has few others. All of it is float64 on the host.
+Where e could change a comparison, the distance is computed again from the difference x - y. Equal
+examples are one point with a multiplicity: all their comparisons would have to be repeated, and a
+collapsed generator has few others. All computations are in float64 on the host.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from cascaded_diffusion.evaluation.metrics.feature_checks import checked_pair
 
-# Differences x - y that are held at a time: 64 MB for features of size 2048.
+# The number of differences x - y held at a time: 64 MB for features of size 2048.
 _DIFFERENCES = 4096
 
 
@@ -41,7 +41,7 @@ class _Points:
 
     Attributes:
       features: [u, F] float64, no two rows equal.
-      counts: [u], how many examples each row stands for.
+      counts: [u], the number of examples that each row stands for.
       squares: [u], |x|^2.
     """
 
@@ -64,8 +64,8 @@ def precision_recall(
       real: finite, of any float type.
       generated: likewise.
       num_neighbours: k.
-      block: rows of the distance matrix that are held at a time; has no influence on the result.
-        Memory is for a few times block * max(m, n) numbers, besides the features in float64.
+      block: rows of the distance matrix held at a time; it does not change the result. Memory is
+        needed for a few times block * max(m, n) numbers, besides the features in float64.
 
     Raises:
       ValueError: not more than k examples on one side, different feature sizes, numbers
@@ -105,7 +105,7 @@ class _Pairs:
         self.lower = self._a @ self._b.T
         self.lower *= -2.0
         self.lower += norms
-        # Twice the bound: what is computed from a difference is rounded as well.
+        # Twice the bound, since distances computed from differences are rounded as well.
         norms *= 2 * (self._a.shape[1] + 4) * np.finfo(np.float64).eps
         self.upper = self.lower + norms
         self.lower -= norms
@@ -146,7 +146,7 @@ def _squared_radii(points: _Points, num_neighbours: int, block: int) -> np.ndarr
 
         order = np.lexsort((distances, row))
         row, column, distances = row[order], column[order], distances[order]
-        # How many other examples are at most so far away: equal ones, then nearer points.
+        # The number of other examples within each distance: equal ones, then nearer points.
         so_far = np.cumsum(points.counts[column])
         first = np.searchsorted(row, here)
         before = np.concatenate([[0], so_far])[first]

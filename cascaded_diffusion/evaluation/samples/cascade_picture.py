@@ -1,4 +1,4 @@
-"""Pictures of a cascade: real or given images and their way through it, and its own samples."""
+"""Pictures of a cascade: its samples, and real or given images with their enlargements."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from cascaded_diffusion.evaluation.samples.real_images import shrunk
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.types import Params
 
-# At most so many images to a row, and classes to a picture; an image is shown at about so many
-# pixels.
+# The largest number of images in a row and of classes in a picture; an image's size in pixels.
 _COLUMNS, _CLASSES, _CELL = 10, 20, 96
 
 
@@ -33,7 +32,7 @@ def cascade_picture(
     seed: int,
     mesh: Mesh,
 ) -> np.ndarray:
-    """A picture of a cascade: real images and their way through it, then samples.
+    """A picture, uint8 [h, w, 3], of real images, their enlargements by every stage, and samples.
 
     Args:
       cascade: the stages.
@@ -44,9 +43,6 @@ def cascade_picture(
       real: real images; samples of the same classes are shown.
       seed: of the enlargements of the real images.
       mesh: the device mesh.
-
-    Returns:
-      uint8 [h, w, 3].
     """
     order = np.argsort(real.labels, kind="stable")
     real = LabelledImages(real.images[order], real.labels[order])
@@ -90,16 +86,9 @@ def enlarged_picture(
     stages: Sequence[StageConfig],
     aug_levels: Sequence[float],
 ) -> np.ndarray:
-    """Given images, and below them what each stage made of them.
+    """A picture, uint8 [h, w, 3], of the first given images with their enlargements below them.
 
-    Args:
-      low_res: uint8 [n, h, w, C], of which the first are shown.
-      images: uint8 [n, H, W, C] per stage.
-      stages: that made them.
-      aug_levels: one per stage.
-
-    Returns:
-      uint8 [h, w, 3].
+    `low_res` is uint8 [n, h, w, C]; `images` uint8 [n, H, W, C], one array per stage.
     """
     size = stages[-1].resolution
     rows = [(f"given, {low_res.shape[1]} px", _shown(low_res[:_COLUMNS], size))]
@@ -112,15 +101,9 @@ def enlarged_picture(
 def classes_picture(
     images: np.ndarray, labels: np.ndarray, class_names: Mapping[int, str]
 ) -> np.ndarray:
-    """A row of samples per class, of the first classes.
+    """A picture, uint8 [h, w, 3], with a row of samples per class, of the first classes.
 
-    Args:
-      images: uint8 [n, H, W, C].
-      labels: of them, [n].
-      class_names: those that are known.
-
-    Returns:
-      uint8 [h, w, 3].
+    `images` is uint8 [n, H, W, C], `labels` [n]; `class_names` has the names that are known.
     """
     rows = []
     for label in sorted(set(labels.tolist()))[:_CLASSES]:
@@ -139,7 +122,7 @@ def _shown(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def _rows_with_labels(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """For each wanted label the first unused row that has it, or any row at all."""
+    """For each wanted label, the first unused row that has it, or else any row."""
     free = {label: list(np.flatnonzero(labels == label)[::-1]) for label in set(labels.tolist())}
     return np.asarray(
         [free[w].pop() if free.get(w) else i % len(labels) for i, w in enumerate(wanted.tolist())]

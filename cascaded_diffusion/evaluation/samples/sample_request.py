@@ -1,4 +1,4 @@
-"""What `sample` makes: which stages, of which images, with which labels, how many."""
+"""A request for samples: the stages, images, labels and number of samples."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LowRes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """What is to be sampled.
+    """The samples to make.
 
     Attributes:
       workdir: the folder of the runs, or the run, for messages.
