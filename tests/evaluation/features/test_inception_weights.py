@@ -255,10 +255,10 @@ def _renamed(arrays):
 )
 def test_an_npz_of_other_arrays_is_refused_though_its_digest_is_right(change, tensors, tmp_path):
     weights = lib.InceptionWeights(params_from_checkpoint(tensors), lib.SHA256)
-    arrays = lib._arrays_of(weights)
+    arrays = lib.flatten_params(weights.params)
     change(arrays)
     path = tmp_path / "w.npz"
-    np.savez(path, **arrays, sha256=lib.SHA256, digest=lib._digest(arrays, lib.SHA256))
+    np.savez(path, **arrays, sha256=lib.SHA256, digest=lib._weights_digest(arrays, lib.SHA256))
     with pytest.raises(UserError, match="not the converted weights of FID's Inception"):
         lib.load_weights(str(path), cache=tmp_path)
 
