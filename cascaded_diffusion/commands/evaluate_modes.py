@@ -67,7 +67,8 @@ def _below(
 ) -> tuple[list[RunFolder], StoredImages | None]:
     """The runs of --low_res_run and the images of --low_res_samples."""
     below, stored = open_runs_below(fv.low_res_run, config), None
-    check_same_run_classes([*below, folder])
+    if below:
+        check_same_run_classes([*below, folder])
     if fv.low_res_samples is not None:
         stored = open_low_res_samples(fv.low_res_samples, config.stage, num_samples)
     return below, stored

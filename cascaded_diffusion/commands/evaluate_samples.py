@@ -58,6 +58,7 @@ def _counted(fv: flags.FlagValues, samples: StoredImages, features: str) -> Stor
 
 def samples_mode(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> int:
     """Stored samples, measured as a run's own are. Returns the exit code."""
+    require(fv, "samples")
     samples = _counted(fv, load_samples(fv.samples, config.stage), config.eval.features)
     common = common_settings(fv, folder, config)
     return print_record(

@@ -100,7 +100,7 @@ def build_extractor(
     held_out: RealSplit,
     mesh: Mesh,
     *,
-    load_inception: Callable[[str], FeatureExtractor],
+    load_inception: Callable[..., FeatureExtractor],
     say: Callable[[str], None] = print,
 ) -> FeatureExtractor:
     """The extractor that a run is scored by: `config.eval.features`.
@@ -114,7 +114,7 @@ def build_extractor(
     """
     stage, features = config.stage, config.eval.features
     if features == "inception":
-        return load_inception(config.eval.resize)
+        return load_inception(resize=config.eval.resize)
     real, others = train.whole(stage.resolution), held_out.whole(stage.resolution)
     classifier = load_or_train(
         folder.eval / f"{features}.npz",

@@ -14,6 +14,7 @@ from cascaded_diffusion.evaluation.features import inception_extractor
 from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
 from cascaded_diffusion.evaluation.samples.stored_images import save_samples
 from tests.evaluation.stubs import Extractor
+from tests.tiny import ROOT
 
 RNG = np.random.default_rng(0)
 SAMPLES = RNG.integers(0, 200, (40, 8, 8, 3), np.uint8)
@@ -107,6 +108,17 @@ def test_statistics_made_by_the_reference_command(files, capsys):
     record = _record(capsys, files, "--samples={0}/a.npz", "--reference={0}/r.npz")
     assert record["fid_40"] == _fid()
     assert record["features"] == "inception:clean:1"  # the statistics' own way
+
+
+def test_references_are_made_before_a_run_begins(tmp_path, capsys, extractors, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    features = ["--config.eval.features=inception", "--config.eval.resize=legacy"]
+    argv = ["--config=configs/mnist_base16.py:smoke", f"--workdir={tmp_path}/run", "--roles=val"]
+    assert reference.main(["reference", *argv, *features]) == 0
+    path = tmp_path / "run" / "eval" / "reference_val.npz"
+    assert f"{path}: mnist:test:" in capsys.readouterr().out
+    assert extractors == ["legacy"]
+    assert not (path.parent / "reference_train.npz").exists()
 
 
 def test_what_is_measured_and_passed_over_is_said_on_stderr(files, capsys):

@@ -78,6 +78,14 @@ def test_rotations_that_cannot_be_told_are_said(tmp_path):
     }
 
 
+def test_inception_is_asked_for_the_runs_way_of_resizing(tmp_path):
+    config = tiny_base(eval__features="inception", eval__resize="clean")
+    asked = {}
+    how = dict(load_inception=lambda **kwargs: asked.update(kwargs))
+    lib.build_extractor(config, RunFolder(tmp_path), None, None, None, **how)
+    assert asked == {"resize": "clean"}
+
+
 def test_a_classifier_no_better_than_guessing_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "small", dataclasses.replace(RECIPES["small"], epochs=1))
     _, _, said = _extractor(tmp_path, _split(SOURCE), _split(SOURCE, size=2, split="test"))
