@@ -1,3 +1,4 @@
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 from cascaded_diffusion import prepare
 from cascaded_diffusion.commands import entry
 from cascaded_diffusion.config.schema import to_dict
+from cascaded_diffusion.data import workers
 from cascaded_diffusion.data.digests import digest_of_json
 from cascaded_diffusion.data.sources import load_source, load_splits
 from cascaded_diffusion.errors import UserError
@@ -48,6 +50,17 @@ def _config(root, **overrides):
 
 def _source(config, split="train"):
     return load_source(config.data, split, config.stage)
+
+
+@pytest.fixture(autouse=True)
+def _a_thread_for_the_workers(monkeypatch):
+    # Starting two processes takes seconds. Those of `prepared`, which is made before this, and
+    # of the tests that start the binary are real.
+    def pool(num_workers, what):
+        monkeypatch.setattr(workers, "_given", what)
+        return concurrent.futures.ThreadPoolExecutor(1)
+
+    monkeypatch.setattr(workers, "worker_pool", pool)
 
 
 @pytest.fixture(scope="module")
