@@ -194,7 +194,7 @@ def test_sigterm_saves_and_exits_with_75_and_the_same_command_goes_on(tmp_path):
         f"--workdir={tmp_path}/run",
         "--config.train.train_steps=100000",
         "--config.train.warmup_steps=3",
-        "--config.train.sample_every_steps=100000",
+        "--config.train.sample_every_steps=None",
         "--config.checkpoint.save_every_steps=100000",
     ]
     process = subprocess.Popen(
@@ -239,7 +239,7 @@ def test_an_evaluation_that_follows_the_run_ends_it(tmp_path):
             "--config.train.learning_rate=1e-12",
             "--config.stage.diffusion.parameterization=v",
             "--config.train.warmup_steps=0",
-            "--config.train.sample_every_steps=1000000",
+            "--config.train.sample_every_steps=None",
             "--config.checkpoint.save_every_steps=200",
             "--config.eval.patience_evals=1",
             "--config.eval.num_samples=10",
@@ -280,7 +280,7 @@ def test_photos_from_a_folder_are_prepared_shown_and_trained_on(tmp_path):
         "--config.train.train_steps=6",
         "--config.train.warmup_steps=1",
         "--config.train.log_every_steps=1",
-        "--config.train.sample_every_steps=100",
+        "--config.train.sample_every_steps=None",
         "--config.checkpoint.save_every_steps=3",
     ]
     prepared = f"--config.data.prepared_dir={tmp_path}/prepared"

@@ -3,14 +3,17 @@
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from cascaded_diffusion.commands.config_flags import load_config_file
 from cascaded_diffusion.config.run_checks import run_config_from
-from cascaded_diffusion.config.schema import RunConfig, to_dict
+from cascaded_diffusion.config.schema import MeshConfig, RunConfig, to_dict
 from cascaded_diffusion.data.arrays import ArraySource
 from cascaded_diffusion.data.processing import ProcessingReader
 from cascaded_diffusion.data.records import Source
+from cascaded_diffusion.runtime.mesh import build_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -38,6 +41,9 @@ _TINY = {
     "data.read_threads": 1,
     "train.batch_size": 16,
     "train.log_every_steps": 1,
+    "train.sample_every_steps": None,
+    # The step's program is then the same for any number of steps, and compiled once.
+    "train.lr_decay": "none",
     "eval.num_samples": 40,
     "eval.batch_size": 40,
 }
@@ -62,6 +68,11 @@ def round_trip(config: RunConfig, **overrides: Any) -> RunConfig:
     """The config with overrides applied."""
     named = {key.replace("__", "."): value for key, value in overrides.items()}
     return run_config_from(with_overrides(to_dict(config), named))
+
+
+def two_devices() -> Mesh:
+    """A mesh whose devices share the batch: eight take their time on two cores."""
+    return build_mesh(MeshConfig(data=2, fsdp=1, tensor=1), jax.devices()[:2])
 
 
 def array_source(

@@ -121,7 +121,7 @@ def test_every_checkpoint_once_the_best_chosen_and_training_stopped(clean):
 
     # The trainer honours it.
     folder.complete_path.unlink()
-    longer = round_trip(folder.read_config(), train__train_steps=8, train__lr_decay="cosine")
+    longer = round_trip(folder.read_config(), train__train_steps=8)
     outcome = _train(longer, folder.path)
     assert (outcome.reason, outcome.step) == ("early_stop", 6)
     _restore_config(folder)

@@ -22,9 +22,7 @@ def main():
     config = tiny_base(
         train__train_steps=int(steps),
         train__warmup_steps=2,
-        train__lr_decay="none",
         train__accumulation_steps=2,
-        train__sample_every_steps=1000,
         checkpoint__save_every_steps=50,
         mesh__fsdp=2,
         data__random_flip=True,

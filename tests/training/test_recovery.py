@@ -10,14 +10,13 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import checkpoint, manifest
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import loop
-from tests.tiny import random_source, round_trip, tiny_base
+from tests.tiny import random_source, round_trip, tiny_base, two_devices
 
 SOURCE = random_source(64)
 EXAMPLES = {"image": SOURCE.reader.raw.images[:40], "label": SOURCE.reader.raw.labels[:40]}
 CONFIG = tiny_base(
     train__train_steps=6,
     train__warmup_steps=1,
-    train__sample_every_steps=100,
     checkpoint__save_every_steps=2,
     checkpoint__max_to_keep=2,
 )
@@ -35,6 +34,7 @@ def _train(path, config=CONFIG, data_from=None, **more):
         data_from or read,
         image_shape=SOURCE.image_shape,
         grid_examples=EXAMPLES,
+        mesh=two_devices(),
         **more,
     )
 

@@ -22,7 +22,7 @@ from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_data import RunData
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import loop, optimizer, state
-from tests.tiny import Split, random_source, round_trip, tiny_base, tiny_sr
+from tests.tiny import Split, random_source, round_trip, tiny_base, tiny_sr, two_devices
 
 SOURCE = random_source(64)
 EXAMPLES = {"image": SOURCE.reader.raw.images[:40], "label": SOURCE.reader.raw.labels[:40]}
@@ -40,6 +40,7 @@ def _train(config, path, data_from=None):
         data_from or _data(config),
         image_shape=SOURCE.image_shape,
         grid_examples=EXAMPLES,
+        mesh=two_devices(),
     )
 
 
@@ -53,7 +54,12 @@ def _records(path):
 
 @pytest.mark.parametrize("make", [tiny_base, tiny_sr])
 def test_stopping_and_resuming_changes_no_bit(make, tmp_path):
-    config = make(train__train_steps=10, train__warmup_steps=2, checkpoint__save_every_steps=5)
+    config = make(
+        train__train_steps=10,
+        train__warmup_steps=2,
+        train__lr_decay="cosine",
+        checkpoint__save_every_steps=5,
+    )
     assert _train(config, tmp_path / "whole").step == 10
 
     # The same command, killed at step 5 (as far as the folder can tell), run again.
@@ -84,7 +90,6 @@ def test_a_longer_run_resumes_from_a_finished_one(tmp_path, monkeypatch):
     config = tiny_base(
         train__train_steps=4,
         train__warmup_steps=1,
-        train__lr_decay="none",
         train__sample_every_steps=None,
     )
     assert _train(config, tmp_path / "a").step == 4
@@ -99,7 +104,12 @@ def test_a_longer_run_resumes_from_a_finished_one(tmp_path, monkeypatch):
 
 
 def test_sigterm_saves_and_the_run_resumes(tmp_path):
-    config = tiny_base(train__train_steps=8, train__warmup_steps=1, checkpoint__save_every_steps=50)
+    config = tiny_base(
+        train__train_steps=8,
+        train__warmup_steps=1,
+        train__lr_decay="cosine",
+        checkpoint__save_every_steps=50,
+    )
 
     def signals_at(number):
         def data_from(start):
@@ -222,6 +232,7 @@ def test_a_run_resumes_with_the_images_it_began_with(tmp_path):
             _data(config),
             image_shape=SOURCE.image_shape,
             grid_examples=EXAMPLES,
+            mesh=two_devices(),
             data=RunData(splits={"train": split}, path="/photos"),
         )
 
@@ -253,6 +264,7 @@ def test_low_res_images_of_the_data_are_what_the_stage_is_shown(tmp_path):
             image_shape=SOURCE.image_shape,
             low_res_shape=None if low_res is None else low_res.shape[1:],
             grid_examples=EXAMPLES,
+            mesh=two_devices(),
         )
         # The norm of the gradients, too: a new network does not hear of its input yet.
         return [float.fromhex(x) for pair in _losses(tmp_path / name).values() for x in pair]
