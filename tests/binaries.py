@@ -13,6 +13,16 @@ import threading
 from tests.tiny import ROOT
 from tests.xla import QUICK_COMPILATION
 
+# Of a stage on photos: the network that is compiled soonest.
+TINY_NETWORK = [
+    "--config.stage.network.channels=8",
+    "--config.stage.network.channel_mults=(1,)",
+    "--config.stage.network.num_res_blocks=(1,)",
+    "--config.stage.network.attention_resolutions=()",
+    "--config.stage.network.num_heads=2",
+    "--config.stage.network.patch_size=4",
+]
+
 
 def environment():
     """The environment of a binary: one device, no simulated ones."""
@@ -30,7 +40,7 @@ class Binaries:
     def __init__(self):
         self._process = None
 
-    def run(self, binary, *flags, timeout=300):
+    def run(self, binary, *flags, timeout=600):
         """What `subprocess.run` of the command returns, with text."""
         if self._process is None or self._process.poll() is not None:
             self.close()

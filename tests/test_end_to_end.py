@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.binaries import Binaries, command, environment
+from tests.binaries import TINY_NETWORK, Binaries, command, environment
 from tests.data.photos import photo, write_tree
 from tests.tiny import ROOT
 
@@ -271,6 +271,7 @@ def test_photos_from_a_folder_are_prepared_shown_and_trained_on(tmp_path):
     write_tree(tmp_path / "photos", "test", per_class=14)
     flags = [
         "--config=configs/cifar10_sr32.py:smoke",
+        *TINY_NETWORK,
         "--config.data.name=folder",
         f"--config.data.path={tmp_path}/photos",
         "--config.data.resolution=32",
@@ -327,6 +328,7 @@ def test_bad_data_ends_in_one_line(tmp_path, damage, flags, message):
     result = BINARIES.run(
         "main",
         "--config=configs/cifar10_sr32.py:smoke",
+        *TINY_NETWORK,
         "--config.data.name=folder",
         f"--config.data.path={tmp_path}",
         "--config.data.resolution=32",

@@ -19,6 +19,7 @@ from cascaded_diffusion.evaluation.sweep import Sweep
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder
+from tests.binaries import TINY_NETWORK
 from tests.data.photos import photo
 from tests.evaluation.stubs import Extractor
 from tests.tiny import ROOT, array_source, random_source, tiny_base
@@ -171,6 +172,7 @@ def test_photos_without_classes_are_trained_on_and_scored(tmp_path, monkeypatch,
     flags = [
         "main",
         "--config=configs/cifar10_sr32.py:smoke",
+        *TINY_NETWORK,
         f"--workdir={tmp_path}/run",
         "--config.data.name=folder",
         f"--config.data.path={tmp_path}/photos",
@@ -182,7 +184,7 @@ def test_photos_without_classes_are_trained_on_and_scored(tmp_path, monkeypatch,
         "--config.train.batch_size=8",
         "--config.train.train_steps=2",
         "--config.train.warmup_steps=1",
-        "--config.train.sample_every_steps=100",
+        "--config.train.sample_every_steps=None",
         "--config.checkpoint.save_every_steps=2",
     ]
     with pytest.raises(UserError, match="config.eval.features = 'classifier': expected 'rotation'"):
