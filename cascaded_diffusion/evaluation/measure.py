@@ -88,10 +88,6 @@ class Measurement:
             self._correct += int((features.logits.argmax(-1) == labels).sum())
             self._labelled += len(labels)
 
-    def primary(self) -> str:
-        """The name of the metric by which checkpoints are compared."""
-        return self._name("fid")
-
     def distances(self, reference: Reference) -> dict[str, float]:
         """FID, sFID, KID, precision and recall, as far as the reference has the features."""
         self._check_complete()

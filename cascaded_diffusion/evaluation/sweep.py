@@ -10,6 +10,7 @@ stored samples of the stages below, which are made once.
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,7 @@ class Sweep:
             )
         self._section, self._trained = section, trained
         self._evaluator, self._mesh = evaluator, mesh
-        self._folder, self._num_samples, self._batch_size = folder, num_samples, batch_size
+        self._folder, self._num_samples = folder, num_samples
         self._index = len(trained) - 1
         self._name = trained[-1].stage.config.name
         self._params = [t.params for t in trained]
@@ -74,7 +75,10 @@ class Sweep:
         self._labels = generate.class_balanced_labels(num_samples, self._num_classes)
         self.metric = metric_name("fid", evaluator.extractor.name, num_samples)
         self._programs: dict[Any, tuple[Cascade, Callable[..., Any]]] = {}
-        self._below: dict[bool, np.ndarray] = {}
+        self._samples_below = functools.cache(self._read_or_make_below)
+        self._generate = functools.partial(
+            generate.generate, num_samples=num_samples, batch_size=batch_size
+        )
         self._records_path = folder / f"{self._name}.jsonl"
 
     def run(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
@@ -133,49 +137,28 @@ class Sweep:
 
     def _score(self, setting: Setting, label: str) -> dict[str, Any]:
         cascade, sample = self._cascade(setting)
-        seed, mesh, levels = self._section.seed, self._mesh, self._levels(setting)
-        if self._index == 0 or self._stops_the_chain_below(setting):
-            sampler = generate.make_cascade_sampler(
-                cascade, levels, seed=seed, mesh=mesh, sample=sample
-            )
-        else:
-            sampler = generate.make_cascade_sampler(
-                cascade,
-                levels,
-                below=self._samples_below(setting.truncated),
-                first=self._index,
-                seed=seed,
-                mesh=mesh,
-                sample=sample,
-            )
+        # A truncated chain stops below at the setting's own level, so it is sampled as a whole.
+        truncates = setting.truncated and self._trained[-1].stage.config.has_aug_level
+        stored = {}
+        if self._index > 0 and not truncates:
+            stored = dict(below=self._samples_below(setting.truncated), first=self._index)
+        sampler = generate.make_cascade_sampler(
+            cascade,
+            self._levels(setting),
+            seed=self._section.seed,
+            mesh=self._mesh,
+            sample=sample,
+            **stored,
+        )
         try:
-            images = self._generate(sampler, self._params, label)[-1]
+            images = self._generate(sampler, self._params, label=label)[-1]
         except ValueError as e:  # only this setting's samples are not finite
             return {**self._identity(setting), self.metric: None, "failed": str(e)}
         scores = self._evaluator.scores(images, evaluated_labels(self._labels, self._num_classes))
         return {**self._identity(setting), **scores}
 
-    def _generate(
-        self, sampler: generate.BatchSampler, params: Sequence[Any], label: str
-    ) -> list[np.ndarray]:
-        return generate.generate(
-            sampler,
-            params,
-            num_samples=self._num_samples,
-            batch_size=self._batch_size,
-            label=label,
-        )
-
-    def _stops_the_chain_below(self, setting: Setting) -> bool:
-        return setting.truncated and self._trained[-1].stage.config.has_aug_level
-
-    def _samples_below(self, truncated: bool) -> np.ndarray:
-        """The samples to enlarge; `truncated` is about the enlargements below them."""
-        if truncated not in self._below:
-            self._below[truncated] = self._read_or_make_below(truncated)
-        return self._below[truncated]
-
     def _read_or_make_below(self, truncated: bool) -> np.ndarray:
+        """The samples to enlarge; `truncated` concerns the enlargements below them."""
         below = self._trained[:-1]
         name = below[-1].stage.config.name
         provenance = {
@@ -200,7 +183,7 @@ class Sweep:
             seed=self._section.seed,
             mesh=self._mesh,
         )
-        images = self._generate(sampler, self._params[:-1], f"{name}, to be enlarged")[-1]
+        images = self._generate(sampler, self._params[:-1], label=f"{name}, to be enlarged")[-1]
         save_samples(path, images, self._labels, provenance=provenance)
         return images
 

@@ -23,15 +23,6 @@ class Features:
     logits: np.ndarray | None = None
     spatial: np.ndarray | None = None
 
-    def __len__(self) -> int:
-        return len(self.pooled)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> Features:
-        return Features(
-            self.pooled[rows],
-            *(None if x is None else x[rows] for x in (self.logits, self.spatial)),
-        )
-
 
 def extract_in_batches(
     images: np.ndarray, size: int, extract: Callable[[np.ndarray], Iterable[np.ndarray]]
