@@ -2,31 +2,31 @@
 
     python -m cascaded_diffusion.sample --config=configs/mnist_cascade32.py --workdir=RUN
 
-reads the runs RUN/<stage> that the config names (without --config: the cascade that
-`evaluate --sweep --write_best` left in RUN/cascade.json) and writes, below --output:
+samples the runs RUN/<stage> that the config names. Without --config it samples the cascade that
+`evaluate sweep --write_best` wrote to RUN/cascade.json. It writes below --output:
 
     samples.npz   arr_0 uint8 [n, H, W, C], arr_1 int64 labels [n] (ADM style)
     <stage>.npz   the same for every earlier stage (if truncated, still noisy and cut)
     samples.png   per class: real, low-res, enlarged real, base and cascade images
     png/          with --png: every image of samples.npz as a file
 
-Which classes, and how many of each (--output is RUN/chosen_classes by default, else
-RUN/samples):
+These flags choose the classes and the number of samples of each. With them --output is
+RUN/chosen_classes by default, without them RUN/samples:
 
-    --labels=3,7        these alone, in turn: numbers, or names of the data's classes
+    --labels=3,7        only these, in turn: numbers, or names of the data's classes
     --labels=FILE       .txt (one per line), .npz or .npy: one for each sample, or in turn
-    --per_class=8       so many of every class, or of each of --labels
+    --per_class=8       this many of every class, or of each of --labels
 
-Images of your own are enlarged (--output is RUN/enlarged by default) by
+This enlarges images of your own; --output is then RUN/enlarged by default:
 
     --low_res=FOLDER --labels=3,7 --png
 
-a folder of images, one image, or an .npz (arr_0, and arr_1 as labels). Their size says
-which stage is the first; --resize_low_res=16 cuts out centre squares and shrinks them.
-cat.jpg becomes png/cat.png. The given images are noised to the aug_level of the first stage,
-in a truncated cascade too. Here --workdir may also be the run of one super-resolution
-stage; its sampler is then that of its config, its level `eval.aug_level`, and
---config.cascade.aug_levels=(0.2,) or --config.cascade.samplers.1.num_steps=20 set others.
+FOLDER may also be a single image or an .npz (arr_0, and arr_1 as labels). The images' size
+determines the first stage; --resize_low_res=16 cuts out centre squares and shrinks them.
+cat.jpg becomes png/cat.png. The given images are noised to the aug_level of the first stage, even
+in a truncated cascade. --workdir may also be the run of a single super-resolution stage, which is
+sampled with the sampler of its config at the level `eval.aug_level`;
+--config.cascade.aug_levels=(0.2,) or --config.cascade.samplers.1.num_steps=20 override them.
 
 Sample i depends only on (seed, i), its label and its low-res image. With another batch size or
 number of devices or hosts it is the same up to float rounding: a grey level or two in a few
