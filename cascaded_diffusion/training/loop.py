@@ -75,26 +75,32 @@ def train(
                 stack.enter_context(folder.writer_lock("train"))
         mesh_lib.check_shared(folder.path, "workdir")
         with mesh_lib.fail_on_all_processes():
-            resume.prepare_folder(folder, config, data)
+            changed = resume.check_folder(folder, config, data)
         outcome = resume.finished(folder, config, start_over=start_over)
         if outcome is not None:
+            resume.store(folder, config, data, changed)
             return outcome
         with (
             contextlib.closing(CheckpointWriter(folder, config.checkpoint)) as checkpoints,
             # From here on a signal is only noted: the step is finished and saved first.
             StopRequest() as stop,
         ):
+            stage = build_stage(config.stage)
+            state = _restore_or_init(stage, config, mesh, checkpoints, start_over=start_over)
+            # A run that is refused keeps the config that it has.
+            resume.store(folder, config, data, changed)
             outcome = _train(
                 config,
                 folder,
                 mesh,
+                stage,
+                state,
                 data_from,
                 (image_shape, low_res_shape),
                 grid_examples,
                 checkpoints,
                 stop,
                 profile_steps,
-                start_over=start_over,
             )
         if outcome.reason != "preempted" and is_first_process:
             folder.check_held()
@@ -106,17 +112,15 @@ def _train(
     config: RunConfig,
     folder: RunFolder,
     mesh: Mesh,
+    stage: Stage,
+    state: TrainState,
     data_from: DataFrom,
     shapes: tuple[Shape, Shape | None],
     grid_examples: Records,
     checkpoints: CheckpointWriter,
     stop: StopRequest,
     profile_steps: tuple[int, int] | None,
-    *,
-    start_over: bool,
 ) -> Outcome:
-    stage = build_stage(config.stage)
-    state = _restore_or_init(stage, config, mesh, checkpoints, start_over=start_over)
     step, total = int(state.step), config.train.train_steps
     profiler = monitor.StepProfiler(folder.profile, profile_steps)
     profiler.check(step + 1, total)

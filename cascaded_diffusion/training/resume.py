@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
@@ -29,32 +30,41 @@ class Outcome:
 _REASONS = ("complete", "early_stop")
 
 
-def prepare_folder(folder: RunFolder, config: RunConfig, data: RunData | None) -> None:
-    """Checks that a run may resume with this config and these images, and stores both.
-
-    Every process checks; the first one writes.
+def check_folder(folder: RunFolder, config: RunConfig, data: RunData | None) -> list[str]:
+    """Checks that a run may resume with this config and these images; lists what has changed.
 
     Raises:
-      UserError: the config or the images decide otherwise what is computed, or the config of a
-        run that was begun is missing.
+      UserError: the config or the images would change what is computed, or the config of a run
+        that was begun is missing.
     """
-    is_first_process = jax.process_index() == 0
+    changed = []
     if folder.exists():
         old = folder.read_config()
         changed = check_resume(old, config, str(folder.path))
         changed += _stretched_schedule(old, config, folder)
-        for line in changed if is_first_process else ():
-            print(f"changed since the run began: {line}", flush=True)
     elif folder.has_checkpoints() or folder.saved_path.exists():
         raise UserError(
             f"{folder.config_path}: missing, though a run was begun here; {CONFIG_REMEDY}"
         )
     if data is not None:
         check_run_data(folder, data)
-    if is_first_process:
-        folder.write_config(config)
-        if data is not None:
-            write_run_data(folder, data)
+    return changed
+
+
+def store(
+    folder: RunFolder, config: RunConfig, data: RunData | None, changed: Sequence[str]
+) -> None:
+    """Stores the config and the record of the images, and prints what `check_folder` has listed.
+
+    To be called by every process; the first one writes.
+    """
+    with mesh_lib.fail_on_all_processes():
+        if jax.process_index() == 0:
+            for line in changed:
+                print(f"changed since the run began: {line}", flush=True)
+            folder.write_config(config)
+            if data is not None:
+                write_run_data(folder, data)
 
 
 def _stretched_schedule(old: RunConfig, new: RunConfig, folder: RunFolder) -> list[str]:

@@ -94,6 +94,8 @@ def test_a_run_whose_checkpoints_are_lost_does_not_begin_again_by_itself(run, lo
     with pytest.raises(UserError, match="--start_over"):
         _train(run.path, _longer() if longer else CONFIG)
     assert _steps(run) == before
+    # A run that is refused keeps its config.
+    assert run.read_config() == CONFIG
 
 
 def test_it_does_when_told_to_and_keeps_what_was_left(run):
