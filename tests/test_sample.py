@@ -166,6 +166,11 @@ def test_chosen_classes_and_their_number(runs, tmp_path, capsys):
         runs, "--png", f"--output={tmp_path}/a"
     )
 
+    # The same command may be run again.
+    same = ["--labels=0,7", "--config.cascade.num_samples=7", f"--output={tmp_path}/a"]
+    assert len(_request(runs, "--png", *same).png_paths()) == 7
+    assert "a/png has the images of other samples" in _refused(runs, *same)
+
     _sample(runs, "--labels=0,7", "--per_class=2")
     images_of_each, labels = _arrays(runs / "chosen_classes" / "samples.npz")
     np.testing.assert_array_equal(labels, [0, 7, 0, 7])

@@ -122,7 +122,11 @@ def check_same_run_classes(folders: Sequence[RunFolder]) -> None:
     """Raises UserError if the runs of a cascade were trained on different classes."""
     known = {f"run {folder.path.name!r}": trained_classes(folder) for folder in folders}
     # Runs without classes, and runs that do not say, cannot be compared.
-    check_same_classes({name: classes for name, classes in known.items() if classes})
+    check_same_classes(
+        {name: classes for name, classes in known.items() if classes},
+        remedy="train both on the same classes; if they are the same under other names, remove"
+        " the data.json of one run, which is then not compared",
+    )
 
 
 def shown_images(folder: RunFolder, *, data_path: str | None) -> LabelledImages:

@@ -116,17 +116,19 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> SampleRequest:
     )
     if enlarging:
         _check_apart(pathlib.Path(fv.low_res), request)
-    _check_output(request.output)
+    _check_output(request)
     return request
 
 
-def _check_output(output: RunFolder) -> None:
+def _check_output(request: SampleRequest) -> None:
     """Raises UserError if the output cannot be written, or has PNG files of other samples."""
-    output.check_writable()
-    png_folder = output.path / "png"
-    if png_folder.is_dir() and any(png_folder.iterdir()):
+    request.output.check_writable()
+    folder = request.output.path / "png"
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    # The same files are those of the same command, run again.
+    if found and not (request.png and found == set(request.png_paths())):
         raise UserError(
-            f"--output={output.path}: {png_folder} has the images of other samples; move it, or"
+            f"--output={request.output.path}: {folder} has the images of other samples; move it, or"
             " choose another --output"
         )
 

@@ -29,20 +29,28 @@ def class_difference(
     return f"{first} has {len(expected)} classes, and {second} {len(found)}"
 
 
-def check_same_classes(class_names: Mapping[str, tuple[str, ...]]) -> None:
+_SAME_SPLITS = (
+    "give all splits the same class folders (or class_names), or take parts of one split, as"
+    " --config.data.train_split='train[:90%]' --config.data.eval_split='train[90%:]'"
+)
+
+
+def check_same_classes(
+    class_names: Mapping[str, tuple[str, ...]], *, remedy: str = _SAME_SPLITS
+) -> None:
     """Raises UserError if labels do not mean the same in several splits, or to several models.
 
-    `class_names` has the names in order of label, by what people call the side, for example
-    "train_split 'train'". Sides without classes are skipped.
+    Args:
+      class_names: the names in order of label, by what people call the side, for example
+        "train_split 'train'". Sides without classes are skipped.
+      remedy: what the user can do about a difference.
     """
     sides = [(side, names) for side, names in class_names.items() if names]
     for side, names in sides[1:]:
         if difference := class_difference(*sides[0], side, names):
             raise UserError(
                 f"{difference}; labels are numbers of classes, which must be the same everywhere:"
-                " give all splits the same class folders (or class_names), or take parts of one"
-                " split, as --config.data.train_split='train[:90%]'"
-                " --config.data.eval_split='train[90%:]'"
+                f" {remedy}"
             )
 
 

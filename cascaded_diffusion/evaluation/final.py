@@ -124,7 +124,9 @@ def _stored(folder: RunFolder, name: str, about: Mapping[str, Any]) -> dict[str,
     """The stored numbers, if they are of exactly the same samples and references."""
     try:
         record = json.loads((folder.eval / f"{name}.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
         return None
     wanted = json.loads(json.dumps(about))
     same = all(record.get(key) == value for key, value in wanted.items())

@@ -74,12 +74,12 @@ def _text_width(text: str, font: ImageFont.FreeTypeFont) -> int:
 def save_png_folder(
     folder: pathlib.Path, names: Iterable[str], images: Iterable[np.ndarray]
 ) -> None:
-    """Writes images uint8 [H, W, 1 or 3] as PNG files below a folder that has none yet.
+    """Writes images uint8 [H, W, 1 or 3] as PNG files below a folder.
 
-    The folder appears by a rename once all files are written.
+    The folder appears by a rename once all files are written. One that is there is replaced.
 
     Args:
-      folder: a path at which there is nothing, or an empty folder.
+      folder: its path.
       names: the files' paths below it.
       images: as many as there are names.
 
@@ -93,6 +93,7 @@ def save_png_folder(
         path = part / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -150,12 +150,11 @@ def _write_files(request: SampleRequest, store: SampleStore) -> list[str]:
         )
     if not request.png:
         return [*names, "samples.png"]
-    pngs: Iterable[str] = (f"{i:06d}.png" for i in range(store.num_samples))
-    if request.low_res is not None and request.low_res.png_names is not None:
-        pngs = request.low_res.png_names
     key = f"images_{len(names) - 1}"
     folder: pathlib.Path = request.output.path / "png"
-    save_png_folder(folder, pngs, (image for b in store.batches() for image in b[key]))
+    save_png_folder(
+        folder, request.png_paths(), (image for b in store.batches() for image in b[key])
+    )
     return [*names, "samples.png", "png/"]
 
 

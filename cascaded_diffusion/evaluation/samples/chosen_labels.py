@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import tokenize
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from cascaded_diffusion.files.paths import check_local_path
 from cascaded_diffusion.runtime.run_data import trained_classes
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
-_FILES = (".txt", ".npz", ".npy")
+_NESTED = (SyntaxError, tokenize.TokenError, MemoryError, RecursionError)
+_ARRAYS = (".npz", ".npy")
 
 
 def read_labels(
@@ -32,13 +34,19 @@ def read_labels(
     Raises:
       UserError: the text or file is not understood, or an item is no class.
     """
-    items, names = _items(text), dict[str, int]()
-    if any(isinstance(item, str) for item in items):
-        names = {name: i for i, name in enumerate(trained_classes(folder) or ())}
-        if not names:
+    is_array = text.lower().endswith(_ARRAYS)
+    items = _array(text) if is_array else _items(text)
+    names = {name: i for i, name in enumerate(trained_classes(folder) or ())}
+    if not names and any(isinstance(item, str) for item in items):
+        raise UserError(
+            f"--labels={text}: the run in {folder.path} does not say what its classes are called;"
+            " give numbers"
+        )
+    for item in () if is_array else items:
+        if isinstance(item, int) and names.get(str(item), item) != item:
             raise UserError(
-                f"--labels={text}: the run in {folder.path} does not say what its classes are"
-                " called; give numbers"
+                f"--labels={text}: {item} may mean the class called {str(item)!r}, which is number"
+                f" {names[str(item)]}, or class number {item}; give the numbers as a .npy file"
             )
     labels, named = [], {}
     for item in items:
@@ -53,16 +61,11 @@ def read_labels(
 
 
 def _items(text: str) -> list[int | str]:
-    if not text.lower().endswith(_FILES):
+    if not text.lower().endswith(".txt"):
         items = text.split(",")
     else:
-        path = check_local_path(text, "--labels")
-        if not path.is_file():
-            raise UserError(f"--labels={text}: no such file")
-        if path.suffix.lower() != ".txt":
-            return _array(path)
         try:
-            items = path.read_text().splitlines()
+            items = _existing(text).read_text().splitlines()
         except (OSError, ValueError) as e:
             raise UserError(f"--labels={text}: cannot be read as text ({e})") from e
         while items and not items[-1].strip():
@@ -79,7 +82,15 @@ def _number_or_name(item: str) -> int | str:
     return int(item) if digits.isascii() and digits.isdecimal() and len(digits) < 10 else item
 
 
-def _array(path: pathlib.Path) -> list[int | str]:
+def _existing(text: str) -> pathlib.Path:
+    path = check_local_path(text, "--labels")
+    if not path.is_file():
+        raise UserError(f"--labels={text}: no such file")
+    return path
+
+
+def _array(text: str) -> list[int | str]:
+    path = _existing(text)
     try:
         if path.suffix.lower() == ".npz":
             arrays = read_arrays(path, ("arr_0", "arr_1"))
@@ -87,7 +98,8 @@ def _array(path: pathlib.Path) -> list[int | str]:
         else:
             # Mapped, an array that the file is too short for is an error, and takes no memory.
             labels = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError, KeyError) as e:
+    # A damaged header raises some of these, one with thousands of brackets the last ones.
+    except (OSError, ValueError, EOFError, OverflowError, KeyError, TypeError, *_NESTED) as e:
         raise UserError(
             f"--labels={path}: cannot be read, expected an array of labels, in an .npz as arr_1 (or"
             f" arr_0) ({e})"

@@ -77,6 +77,12 @@ class SampleRequest:
         names = [*self.config.cascade.stages[self.first : -1], "samples"]
         return [f"{name}.npz" for name in names]
 
+    def png_paths(self) -> list[str]:
+        """The PNG files that are written below `png/` if `png` is set, one per sample."""
+        if self.low_res is not None and self.low_res.png_names is not None:
+            return list(self.low_res.png_names)
+        return [f"{i:06d}.png" for i in range(self.config.cascade.num_samples)]
+
     def title(self) -> str:
         """A description for people."""
         section, stages = self.config.cascade, [c.stage for c in self.run_configs]
