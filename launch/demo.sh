@@ -35,9 +35,9 @@ timed "evaluate sr32" run python -m cascaded_diffusion.evaluate --workdir="$runs
   --low_res_run="$runs/base16"
 timed "sample the cascade" run python -m cascaded_diffusion.sample \
   --config="configs/mnist_cascade32.py$variant" --workdir="$runs"
-timed "final numbers" run python -m cascaded_diffusion.evaluate --final --workdir="$runs" \
+timed "final numbers" run python -m cascaded_diffusion.evaluate final --workdir="$runs" \
   --config="configs/mnist_cascade32.py$variant"
-timed "CAS" run python -m cascaded_diffusion.evaluate --cas --workdir="$runs/sr32" \
+timed "CAS" run python -m cascaded_diffusion.evaluate cas --workdir="$runs/sr32" \
   --samples="$runs/samples/samples.npz"
 timed "report" run python -m cascaded_diffusion.report --workdir="$runs"
 

@@ -1,6 +1,9 @@
 """The README and the pages of `docs` say what is so: links, commands, flags, config keys, files."""
 
+import ast
+import functools
 import importlib
+import inspect
 import re
 import subprocess
 
@@ -142,6 +145,26 @@ def test_the_configuration_reference_is_that_of_the_dataclasses():
     assert text == CONFIGURATION.markdown(), "run python docs/generate_configuration.py"
     for key in FIELDS:
         assert f"| `{key.rpartition('.')[2]}` |" in text
+
+
+def test_the_python_of_the_pages_calls_what_there_is():
+    blocks = [
+        b for p in PAGES for b in re.findall(r"```python\n(.*?)```", p.read_text(), re.DOTALL)
+    ]
+    assert blocks
+    for tree in map(ast.parse, blocks):
+        names = {}
+        for node in tree.body:
+            if isinstance(node, ast.Import):
+                names |= {a.asname: importlib.import_module(a.name) for a in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                names |= {a.name: getattr(module, a.name) for a in node.names}
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            root, *path = ast.unparse(call.func).split(".")
+            if root in names:  # else it is a method of what the block makes
+                function = functools.reduce(getattr, path, names[root])
+                inspect.signature(function).bind(*call.args, **{k.arg: k for k in call.keywords})
 
 
 def test_the_api_reference_lists_every_public_name():
