@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import write_npz_whole, write_whole
 
@@ -94,7 +95,17 @@ class SampleStore:
         return [i for i in range(self.num_batches) if not self._path(i).exists()]
 
     def write(self, batch: int, arrays: Arrays) -> None:
-        """Stores a batch. Raises ValueError if its number of samples is wrong."""
+        """Stores a batch.
+
+        Raises:
+          ValueError: the number of samples is wrong.
+          UserError: the folder was moved or removed meanwhile. It is not made again.
+        """
+        if not self._folder.is_dir():
+            raise UserError(
+                f"{self._folder}: was moved or removed while samples were written to it; bring it"
+                " back and run the same command again"
+            )
         for name, array in arrays.items():
             if len(array) != len(self.rows(batch)):
                 raise ValueError(

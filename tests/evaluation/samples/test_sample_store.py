@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.generate import fill
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
@@ -45,6 +46,19 @@ def test_every_sample_once_and_in_order(tmp_path):
     assert len(list(store.batches())) == 5
     store.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_moved_is_not_made_again(tmp_path):
+    store = _store(tmp_path / "run/samples")
+
+    def make(indices):
+        if indices[0]:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+        return _maker([])(indices)
+
+    with pytest.raises(UserError, match="was moved or removed while samples were written"):
+        fill(store, make, label="")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_flipped_bit_is_noticed(tmp_path):
