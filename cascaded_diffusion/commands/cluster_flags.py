@@ -10,7 +10,8 @@ from typing import Any
 
 from absl import flags
 
-from cascaded_diffusion.config.schema import flattened, to_dict
+from cascaded_diffusion.config.convert import flattened
+from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster
 from cascaded_diffusion.runtime.meeting import meet

@@ -177,3 +177,12 @@ def nearest_key(key: str, known: typing.Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(str(key), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping)
+        flat.update(flattened(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat

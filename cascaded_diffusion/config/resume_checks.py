@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from cascaded_diffusion.config.schema import RunConfig, flattened
+from cascaded_diffusion.config.convert import flattened
+from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 
 # The keys that may change when a run is resumed. All others decide what is computed, so another

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any, Literal
 
 # Far above what anybody means, and below what breaks JAX, NumPy or a machine. `stage_checks` bounds
@@ -286,15 +285,6 @@ def ema_name(decay: float) -> str:
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as the nested dicts and lists that its JSON would give back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
-    flat = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping)
-        flat.update(flattened(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
-    return flat
 
 
 def sampler_named(name: str, like: SamplerConfig, stage: StageConfig) -> SamplerConfig:

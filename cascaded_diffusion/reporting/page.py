@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cascaded_diffusion.config.schema import flattened
+from cascaded_diffusion.config.convert import flattened
 
 # A picture of more bytes is named, not embedded: the page is to be mailed.
 _MAX_PICTURE_BYTES = 8_000_000
