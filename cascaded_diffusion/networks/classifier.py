@@ -71,10 +71,8 @@ def train_classifier_step(
 
 def flatten_params(params: Any) -> dict[str, jax.Array]:
     """Nested variables as `{"params/layer/kernel": array}`, for files of plain tensors."""
-    flat = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        flat["/".join(str(entry.key) for entry in path)] = leaf
-    return flat
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def unflatten_params(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,15 +53,14 @@ def of_training_step(
     """
     traffic = dict.fromkeys(KINDS, Traffic())
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = [str(getattr(key, "key", key)) for key in keys]
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
         # Vectors and the last convolution are used in float32.
-        narrow = leaf.ndim > 1 and "conv_out" not in names
+        narrow = leaf.ndim > 1 and "conv_out" not in path
         size = parts * jnp.dtype(dtype if narrow else jnp.float32).itemsize * leaf.size
         if "tensor" in leaf.sharding.spec:
             size //= mesh.shape["tensor"]
         if "fsdp" in leaf.sharding.spec:
-            in_block = any("block" in name or "attention" in name for name in names)
-            gathers = 2 if remat and in_block else 1
+            gathers = 2 if remat and ("block" in path or "attention" in path) else 1
             traffic["all-gather"] = traffic["all-gather"].plus(gathers * parts, gathers * size)
             traffic["reduce-scatter"] = traffic["reduce-scatter"].plus(parts, size)
             if mesh.shape["data"] > 1:

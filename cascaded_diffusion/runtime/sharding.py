@@ -46,7 +46,7 @@ _WIDE = 0.5
 
 def _path(keys: Any) -> str:
     """`params/down0_block0/conv0/kernel`."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _tensor_axis(path: str, shape: tuple[int, ...]) -> int | None:

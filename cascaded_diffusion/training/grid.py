@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -14,6 +12,7 @@ from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import pictures
+from cascaded_diffusion.types import Params
 
 Records = dict[str, np.ndarray]
 
@@ -42,7 +41,13 @@ class GridSampler:
             self._labels = examples["label"] if num_classes else None
             level = config.eval.aug_level if stage.augment.has_aug_level else None
 
-        def sample(params: Any, key: jax.Array, indices: Any, labels: Any, low_res: Any) -> Any:
+        def sample(
+            params: Params,
+            key: jax.Array,
+            indices: jax.Array,
+            labels: jax.Array | None,
+            low_res: jax.Array | None,
+        ) -> jax.Array:
             image = stage.sample(
                 params, keys_for(key, indices), label=labels, low_res=low_res, aug_level=level
             )
@@ -50,7 +55,7 @@ class GridSampler:
 
         self._sample = jax.jit(sample, out_shardings=mesh_lib.replicated(mesh))
 
-    def __call__(self, params: Any) -> np.ndarray:
+    def __call__(self, params: Params) -> np.ndarray:
         """One picture, uint8 [H, W, C], of samples from `params`."""
         images = self._sample(params, self._key, self._indices, self._labels, self._low_res)
         return pictures.grid(np.asarray(images), columns=GRID_COLUMNS)

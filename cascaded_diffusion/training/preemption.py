@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Any
+from collections.abc import Callable
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,7 +19,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._signal: int | None = None
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, signal.Handlers | Callable[..., object] | int | None] = {}
         self._distributed = jax.process_count() > 1
 
     def __enter__(self) -> StopRequest:
@@ -35,11 +35,11 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _as_sigterm(self, number: int, frame: Any) -> None:
+    def _as_sigterm(self, number: int, frame: object) -> None:
         del number, frame
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: object) -> None:
         del frame
         self._signal = number
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ class TrainState:
     step: jax.Array
     params: Params
     ema_params: dict[str, Params]
-    opt_state: Any
+    opt_state: optax.OptState
     key: jax.Array
 
 
