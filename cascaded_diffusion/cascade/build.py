@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -56,27 +58,17 @@ def build_augment(config: StageConfig) -> Augment | None:
 
 
 def build_network(config: StageConfig) -> Network:
-    """A stage's network."""
-    network = config.network
-    learned = config.diffusion.variance == "learned"
-    is_base = config.low_res_resolution is None
-    module = NETWORKS[network.name](
-        out_channels=config.channels * (2 if learned else 1),
+    """A stage's network, whose attributes have the names of the config's keys."""
+    section = dataclasses.asdict(config.network)
+    network, dtype = NETWORKS[section.pop("name")], jnp.dtype(section.pop("dtype"))
+    upsample = resize.UPSAMPLERS[section.pop("upsample")]
+    module = network(
+        out_channels=config.channels * (2 if config.diffusion.variance == "learned" else 1),
         num_classes=config.num_classes,
-        channels=network.channels,
-        channel_mults=network.channel_mults,
-        num_res_blocks=network.num_res_blocks,
-        attention_resolutions=network.attention_resolutions,
-        num_heads=network.num_heads,
-        dropout_rate=network.dropout_rate,
-        patch_size=network.patch_size,
-        resample=network.resample,
-        scale_shift=network.scale_shift,
-        scale_skips=network.scale_skips,
-        noise_input=network.noise_input,
         aug_level_input=config.has_aug_level,
-        upsample=None if is_base else resize.UPSAMPLERS[network.upsample],
-        dtype=jnp.dtype(network.dtype),
+        upsample=None if config.low_res_resolution is None else upsample,
+        dtype=dtype,
+        **section,
     )
     return Network(module=module)
 

@@ -54,12 +54,12 @@ class EfficientUNet(ConditionalNetwork):
             return self.attention_block(h, f"{name}_attention")
 
         levels = list(enumerate(zip(self.channel_mults, self.num_res_blocks, strict=True)))
-        h = layers.conv3x3(self.channels, self.dtype, "conv_in")(h.astype(self.dtype))
+        h = layers.Conv3x3(self.channels, self.dtype, name="conv_in")(h.astype(self.dtype))
         h = self.constrain_sharding(h)  # [B, H, W, channels]
         skips = []
         for level, (mult, count) in levels:
             features = self.channels * mult
-            h = layers.conv3x3(features, self.dtype, f"down{level}_resample", stride=2)(h)
+            h = layers.Conv3x3(features, self.dtype, name=f"down{level}_resample", stride=2)(h)
             h = self.constrain_sharding(h)  # [B, 2h, 2w, *] -> [B, h, w, M]
             h = blocks(h, features, count, f"down{level}")  # [B, h, w, M]
             skips.append(h)

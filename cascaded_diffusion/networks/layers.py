@@ -78,13 +78,6 @@ class Conv3x3(nn.Module):
         return _convolved(self, x, (3, 3), product)
 
 
-def conv3x3(
-    features: int, dtype: jnp.dtype, name: str, *, stride: int = 1, zero_init: bool = False
-) -> Conv3x3:
-    """A `Conv3x3` with a name."""
-    return Conv3x3(features, dtype, stride=stride, zero_init=zero_init, name=name)
-
-
 def dense(features: int, dtype: jnp.dtype, name: str, *, zero_init: bool = False) -> nn.Dense:
     """A matrix and a bias on the last axis."""
     return nn.Dense(
@@ -119,7 +112,7 @@ def image_out(h: jax.Array, features: int, dtype: jnp.dtype) -> jax.Array:
     equal numbers.
     """
     h = GroupNorm(dtype, swish=True, name="norm_out")(h).astype(jnp.float32)
-    return conv3x3(features, jnp.float32, "conv_out", zero_init=True)(h)
+    return Conv3x3(features, jnp.float32, name="conv_out", zero_init=True)(h)
 
 
 class Dropout(nn.Module):
@@ -177,7 +170,7 @@ class ResBlock(nn.Module):
         if self.resample is not None:
             resample = {"down": downsample_mean, "up": upsample_nearest}[self.resample]
             h, x = resample(h), resample(x)
-        h = conv3x3(features, dtype, "conv0")(h)
+        h = Conv3x3(features, dtype, name="conv0")(h)
 
         norm, modulation = GroupNorm(dtype, swish=True, name="norm1"), nn.swish(embedding)
         if self.scale_shift:
@@ -187,7 +180,7 @@ class ResBlock(nn.Module):
             h = norm(add_to_pixels(h, dense(features, dtype, "shift")(modulation)))
 
         h = Dropout(self.dropout_rate, name="dropout")(h, rows)
-        h = conv3x3(features, dtype, "conv1", zero_init=True)(h)
+        h = Conv3x3(features, dtype, name="conv1", zero_init=True)(h)
         if self.project_skip or x.shape[-1] != features:
             x = Conv1x1(features, dtype, name="skip")(x)
         return x + h
@@ -221,7 +214,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.method == "conv":
-            return conv3x3(x.shape[-1], self.dtype, "conv", stride=2)(x)
+            return Conv3x3(x.shape[-1], self.dtype, name="conv", stride=2)(x)
         return downsample_mean(x)
 
 
@@ -234,4 +227,4 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = upsample_nearest(x)
-        return conv3x3(x.shape[-1], self.dtype, "conv")(x) if self.method == "conv" else x
+        return Conv3x3(x.shape[-1], self.dtype, name="conv")(x) if self.method == "conv" else x

@@ -53,7 +53,7 @@ class UNet(ConditionalNetwork):
 
         levels = list(enumerate(zip(self.channel_mults, self.num_res_blocks, strict=True)))
         h = layers.space_to_depth(h, self.patch_size)  # [B, H/p, W/p, p * p * (C or 2C)]
-        h = layers.conv3x3(self.channels, self.dtype, "conv_in")(h.astype(self.dtype))
+        h = layers.Conv3x3(self.channels, self.dtype, name="conv_in")(h.astype(self.dtype))
         h = self.constrain_sharding(h)  # [B, H/p, W/p, channels]
         skips = [h]
         for level, (mult, num_blocks) in levels:

@@ -240,7 +240,7 @@ def test_a_resampling_block_resamples_both_branches_before_the_first_convolution
     captured = {k: v["__call__"][0] for k, v in state["intermediates"].items() if k != "__call__"}
     resampled = plain(captured["norm0"])
     conv0 = params["params"]["conv0"]
-    expected = layers.conv3x3(8, jnp.float32, None).apply({"params": conv0}, resampled)
+    expected = layers.Conv3x3(8, jnp.float32).apply({"params": conv0}, resampled)
     np.testing.assert_allclose(captured["conv0"], expected, atol=1e-5)
 
 

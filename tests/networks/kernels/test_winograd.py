@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.networks.kernels import winograd
 from cascaded_diffusion.networks.kernels.platforms import traced_for
-from cascaded_diffusion.networks.layers import conv3x3
+from cascaded_diffusion.networks.layers import Conv3x3
 
 # Batch, height, width, channels in and out.
 SHAPES = [(2, 8, 8, 64, 64), (1, 8, 12, 64, 96), (3, 16, 8, 80, 64)]
@@ -71,14 +71,14 @@ def test_values_and_gradients_are_those_of_the_direct_sum(shape):
 def test_what_it_is_not_for_is_summed_directly(shape, dtype):
     x, kernel, _ = (value.astype(dtype) for value in _inputs(shape))
     assert not winograd.pays(x, kernel)
-    layer = conv3x3(shape[-1], dtype, None)
+    layer = Conv3x3(shape[-1], dtype)
     out = layer.apply({"params": {"kernel": kernel, "bias": jnp.zeros(shape[-1])}}, x)
     np.testing.assert_array_equal(out, winograd.direct(x, kernel))
 
 
 def test_a_strided_convolution_is_summed_directly():
     x, kernel, _ = _inputs(SHAPES[0])
-    out = conv3x3(64, jnp.float32, None, stride=2).apply(
+    out = Conv3x3(64, jnp.float32, stride=2).apply(
         {"params": {"kernel": kernel, "bias": jnp.zeros(64)}}, x
     )
     np.testing.assert_array_equal(out, winograd.direct(x, kernel, 2))
@@ -86,7 +86,7 @@ def test_a_strided_convolution_is_summed_directly():
 
 def test_a_layer_of_many_channels_uses_it():
     x, kernel, _ = _inputs(SHAPES[0])
-    layer = conv3x3(64, jnp.float32, None)
+    layer = Conv3x3(64, jnp.float32)
     out = layer.apply({"params": {"kernel": kernel, "bias": jnp.zeros(64)}}, x)
     np.testing.assert_array_equal(out, winograd.convolve(x, kernel))
 
