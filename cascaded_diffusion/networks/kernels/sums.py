@@ -79,8 +79,7 @@ def _multiply_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     gradient = for_platform(cpu=_kernel_gradient, default=partial(jnp.einsum, "bhwc,bhwk->ck"))
-    dkernel = gradient(x, dy)
-    return dy @ kernel.T, dkernel
+    return dy @ kernel.T, gradient(x, dy)
 
 
 multiply_pixels.defvjp(_multiply_forward, _multiply_backward)
