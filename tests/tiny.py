@@ -59,6 +59,20 @@ def tiny_sr(**overrides: Any) -> RunConfig:
     return _tiny("mnist_sr32", overrides)
 
 
+# The network that compiles soonest, for tests of what is done around it.
+_ONE_LEVEL = {"stage__network__channel_mults": (1,), "stage__network__num_res_blocks": (1,)}
+
+
+def smallest_base(**overrides: Any) -> RunConfig:
+    """`tiny_base` with one level of feature maps."""
+    return tiny_base(**{**_ONE_LEVEL, **overrides})
+
+
+def smallest_sr(**overrides: Any) -> RunConfig:
+    """`tiny_sr` with one level of feature maps."""
+    return tiny_sr(**{**_ONE_LEVEL, **overrides})
+
+
 def _tiny(name: str, overrides: dict[str, Any]) -> RunConfig:
     named = {key.replace("__", "."): value for key, value in overrides.items()}
     return run_config_from(with_overrides(config_values(name), {**_TINY, **named}))

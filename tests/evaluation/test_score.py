@@ -27,7 +27,7 @@ from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.pins import pinned
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.evaluation.stubs import Evaluator, Extractor
-from tests.tiny import ROOT, random_source, round_trip, tiny_base, tiny_sr
+from tests.tiny import ROOT, random_source, round_trip, smallest_base, smallest_sr
 from tests.training.test_training import SOURCE, _train
 
 HELD_OUT = RealSplit("noise", "test", len(SOURCE), partial(examples, SOURCE))
@@ -48,7 +48,7 @@ def _config(make, **overrides):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folders = {}
-    for make in (tiny_base, tiny_sr):
+    for make in (smallest_base, smallest_sr):
         config = _config(make)
         folder = RunFolder(tmp_path_factory.mktemp("runs") / config.stage.name)
         _train(config, folder.path)
@@ -197,7 +197,7 @@ def test_results_are_one_json_object_a_line(clean):
 
 
 def test_every_ema_is_scored_and_the_best_is_chosen(tmp_path):
-    config = _config(tiny_base, train__ema_decays=(0.05, 0.99), eval__ema_decays=(0.05, 0.99))
+    config = _config(smallest_base, train__ema_decays=(0.05, 0.99), eval__ema_decays=(0.05, 0.99))
     folder = RunFolder(tmp_path)
     _train(config, folder.path)
     evaluator = Evaluator([3.0, 4.0, 5.0, 2.0, 6.0, 7.0])
@@ -409,7 +409,7 @@ def test_stored_samples_are_enlarged_and_named(clean, tmp_path):
     )
     assert (of_real.about, of_real.notes) == ("real", {"num_real_low_res": 40})
     assert few.record == of_real.record  # what is compared with older records
-    params = stage.init(jax.random.key(0))
+    params = jax.jit(stage.init)(jax.random.key(0))
     indices = np.arange(8)
     # The same images, whether they come from the data or from a file.
     for name, array in of_real.make(params, indices).items():
@@ -418,7 +418,7 @@ def test_stored_samples_are_enlarged_and_named(clean, tmp_path):
 
 def test_the_checkpoint_that_is_read_is_not_deleted(clean, tmp_path):
     config = round_trip(
-        _config(tiny_base), checkpoint__save_every_steps=1, checkpoint__max_to_keep=1
+        _config(smallest_base), checkpoint__save_every_steps=1, checkpoint__max_to_keep=1
     )
     folder = RunFolder(tmp_path)
     first = round_trip(config, train__train_steps=2)

@@ -19,7 +19,7 @@ from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.evaluation.stubs import Evaluator
-from tests.tiny import config_values, tiny_base, tiny_sr
+from tests.tiny import config_values, smallest_base, smallest_sr
 from tests.training.test_training import _train
 
 NUM_SAMPLES, BATCH_SIZE = 20, 8
@@ -28,13 +28,13 @@ METRIC = "fd_stub_20"
 
 @pytest.fixture(scope="module")
 def mesh():
-    return build_mesh(tiny_base().mesh)
+    return build_mesh(smallest_base().mesh)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, mesh):
     stages = []
-    for make in (tiny_base, tiny_sr):
+    for make in (smallest_base, smallest_sr):
         config = make(train__train_steps=2, train__warmup_steps=1, checkpoint__save_every_steps=2)
         folder = RunFolder(tmp_path_factory.mktemp("runs") / config.stage.name)
         _train(config, folder.path)
@@ -164,7 +164,7 @@ def test_a_stage_without_a_level_keeps_the_cascades_truncation():
 
 
 def test_another_sampler_has_settings_that_it_can_use():
-    stage = tiny_base().stage
+    stage = smallest_base().stage
     ddim = stage.sampler
     assert sampler_named("ddim", ddim, stage) is ddim
     ancestral = sampler_named("ancestral", ddim, stage)

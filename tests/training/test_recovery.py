@@ -10,11 +10,11 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import checkpoint, manifest
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import loop
-from tests.tiny import random_source, round_trip, tiny_base, two_devices
+from tests.tiny import random_source, round_trip, smallest_base, two_devices
 
 SOURCE = random_source(64)
 EXAMPLES = {"image": SOURCE.reader.raw.images[:40], "label": SOURCE.reader.raw.labels[:40]}
-CONFIG = tiny_base(
+CONFIG = smallest_base(
     train__train_steps=6,
     train__warmup_steps=1,
     checkpoint__save_every_steps=2,

@@ -22,7 +22,7 @@ from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_data import RunData
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import loop, optimizer, state
-from tests.tiny import Split, random_source, round_trip, tiny_base, tiny_sr, two_devices
+from tests.tiny import Split, random_source, round_trip, smallest_base, smallest_sr, two_devices
 
 SOURCE = random_source(64)
 EXAMPLES = {"image": SOURCE.reader.raw.images[:40], "label": SOURCE.reader.raw.labels[:40]}
@@ -52,7 +52,7 @@ def _records(path):
     return read_lines(RunFolder(path).metrics_path)
 
 
-@pytest.mark.parametrize("make", [tiny_base, tiny_sr])
+@pytest.mark.parametrize("make", [smallest_base, smallest_sr])
 def test_stopping_and_resuming_changes_no_bit(make, tmp_path):
     config = make(
         train__train_steps=10,
@@ -87,7 +87,7 @@ def test_stopping_and_resuming_changes_no_bit(make, tmp_path):
 def test_a_longer_run_resumes_from_a_finished_one(tmp_path, monkeypatch):
     # And None is never: no grid of samples, not at the last step either.
     monkeypatch.setattr(loop, "GridSampler", None)
-    config = tiny_base(
+    config = smallest_base(
         train__train_steps=4,
         train__warmup_steps=1,
         train__sample_every_steps=None,
@@ -104,7 +104,7 @@ def test_a_longer_run_resumes_from_a_finished_one(tmp_path, monkeypatch):
 
 
 def test_sigterm_saves_and_the_run_resumes(tmp_path):
-    config = tiny_base(
+    config = smallest_base(
         train__train_steps=8,
         train__warmup_steps=1,
         train__lr_decay="cosine",
@@ -132,7 +132,7 @@ def test_sigterm_saves_and_the_run_resumes(tmp_path):
 
 
 def test_early_stop_ends_the_run_with_a_checkpoint(tmp_path):
-    config = tiny_base(checkpoint__save_every_steps=50)
+    config = smallest_base(checkpoint__save_every_steps=50)
     folder = RunFolder(tmp_path)
 
     def data_from(start):
@@ -151,7 +151,7 @@ def test_early_stop_ends_the_run_with_a_checkpoint(tmp_path):
 
 
 def test_divergence_is_reported_and_never_saved(tmp_path, monkeypatch):
-    config = tiny_base(train__warmup_steps=0, checkpoint__save_every_steps=1)
+    config = smallest_base(train__warmup_steps=0, checkpoint__save_every_steps=1)
     # More than a config may say.
     monkeypatch.setattr(optimizer, "build_learning_rate", lambda config: lambda step: 1e30)
     with pytest.raises(UserError, match=r"is (nan|inf) at step \d+: training has diverged"):
@@ -163,7 +163,7 @@ def test_divergence_is_reported_and_never_saved(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
-    config = tiny_base(train__train_steps=3, train__warmup_steps=1)
+    config = smallest_base(train__train_steps=3, train__warmup_steps=1)
     _train(config, tmp_path)
     other = round_trip(config, train__learning_rate=5e-3)
     with pytest.raises(UserError, match="config.train.learning_rate = 0.005: .* with 0.002"):
@@ -180,7 +180,7 @@ def test_ema_warms_up_and_then_has_its_decay():
 @pytest.mark.parametrize("decay", ["none", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_learning_rate_warms_up_and_decays(decay, warmup):
-    config = tiny_base(train__lr_decay=decay, train__warmup_steps=warmup).train
+    config = smallest_base(train__lr_decay=decay, train__warmup_steps=warmup).train
     rate = optimizer.build_learning_rate(config)
     values = [float(rate(i)) for i in range(config.train_steps + 1)]
     np.testing.assert_allclose(values[warmup], config.learning_rate, rtol=1e-6)
@@ -192,7 +192,9 @@ def test_learning_rate_warms_up_and_decays(decay, warmup):
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    config = tiny_base(train__grad_clip_norm=0.5, train__adam_b2=0.0, train__warmup_steps=0).train
+    config = smallest_base(
+        train__grad_clip_norm=0.5, train__adam_b2=0.0, train__warmup_steps=0
+    ).train
     chain = optimizer.build_optimizer(config)
     grads = {"a": jnp.full((4,), 30.0), "b": jnp.full((4,), 40.0)}
     clipped, _ = chain.update(grads, chain.init(grads), grads)
@@ -204,7 +206,8 @@ def test_grids_and_curves_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     _train(
-        tiny_sr(train__train_steps=4, train__warmup_steps=1, train__sample_every_steps=2), tmp_path
+        smallest_sr(train__train_steps=4, train__warmup_steps=1, train__sample_every_steps=2),
+        tmp_path,
     )
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -222,7 +225,9 @@ def test_grids_and_curves_reach_tensorboard(tmp_path):
 
 
 def test_a_run_resumes_with_the_images_it_began_with(tmp_path):
-    config = tiny_base(train__train_steps=4, train__warmup_steps=1, checkpoint__save_every_steps=2)
+    config = smallest_base(
+        train__train_steps=4, train__warmup_steps=1, checkpoint__save_every_steps=2
+    )
 
     def train(config, times):
         split = Split(times=times, contents=f"contents at {times}")
@@ -245,7 +250,7 @@ def test_a_run_resumes_with_the_images_it_began_with(tmp_path):
 
 def test_low_res_images_of_the_data_are_what_the_stage_is_shown(tmp_path):
     # Derived and stored alike, the loss is the same; of another image it is another.
-    config = tiny_sr(train__train_steps=2, train__warmup_steps=1)
+    config = smallest_sr(train__train_steps=2, train__warmup_steps=1)
     stage = build_stage(config.stage)
     images = SOURCE.reader.raw.images
     low_res = np.asarray(uint8_from_float(stage.low_res_from(float_from_uint8(images))))
