@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+import cascaded_diffusion
 from cascaded_diffusion import prepare
 from cascaded_diffusion.commands import entry
 from cascaded_diffusion.config.schema import to_dict
@@ -89,6 +90,14 @@ def test_prepared_records_are_those_of_the_photos(prepared):
     assert source.class_names == plain.class_names
     assert source.image_shape == (32, 32, 3)
     assert "array_record, record 7" in source.reader.describe(7)
+
+
+def test_splits_are_prepared_and_verified_without_flags(tmp_path, capsys):
+    config = _config(write_tree(tmp_path, per_class=2))
+    cascaded_diffusion.prepare_splits(config.data, config.stage, ["train"])
+    cascaded_diffusion.verify_splits(config.data, config.stage, ["train"])
+    assert "train: the images are those that it was prepared from" in capsys.readouterr().out
+    assert len(cascaded_diffusion.load_splits(config.data, ["train"], config.stage)["train"]) == 6
 
 
 def test_the_manifest_says_what_is_there(prepared):
