@@ -29,7 +29,7 @@ _LONGEST_FIRST = (
     "test_sample",
     "test_sweep",
     "test_distributed",
-    "test_cli",
+    "test_jax_setup",
 )
 
 
