@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 
 
-def define_data_path(flag_values: flags.FlagValues) -> None:
+def define_data_path(fv: flags.FlagValues) -> None:
     """Adds the flag that says where images that were moved, copied or touched are now."""
     flags.DEFINE_string(
         "data_path",
         None,
         "where the run's images lie now, if they were moved, copied or touched: names, sizes and"
         " contents are compared with those it was trained on",
-        flag_values=flag_values,
+        flag_values=fv,
     )
 
 

@@ -28,7 +28,7 @@ from cascaded_diffusion.evaluation.samples.stored_images import check_labels
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 
-def define_inputs(flag_values: flags.FlagValues) -> None:
+def define_inputs(fv: flags.FlagValues) -> None:
     """Adds the flags that `read_request` reads."""
     texts = {
         "workdir": "folder that holds the stages' runs; or one run",
@@ -39,21 +39,21 @@ def define_inputs(flag_values: flags.FlagValues) -> None:
         " .txt (one per line), .npz, .npy",
     }
     for name, text in texts.items():
-        flags.DEFINE_string(name, None, text, flag_values=flag_values)
+        flags.DEFINE_string(name, None, text, flag_values=fv)
     numbers = {
         "per_class": "so many samples of each class, or of each of --labels",
         "resize_low_res": "cut out the centre square of each image of --low_res and shrink it to so"
         " many pixels",
     }
     for name, text in numbers.items():
-        flags.DEFINE_integer(name, None, text, lower_bound=1, flag_values=flag_values)
+        flags.DEFINE_integer(name, None, text, lower_bound=1, flag_values=fv)
     flags.DEFINE_bool(
         "png",
         False,
         "write every image as a PNG file too, below OUTPUT/png",
-        flag_values=flag_values,
+        flag_values=fv,
     )
-    define_data_path(flag_values)
+    define_data_path(fv)
 
 
 def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> SampleRequest:
@@ -167,8 +167,7 @@ def _cascade(
         )
     config = cascade_config_from(with_overrides(stage_as_cascade(run), argv))
     section = config.cascade
-    place = len(section.stages) - 1
-    check_sampler(f"cascade.samplers[{place}]", section.samplers[-1], stage)
+    check_sampler(f"cascade.samplers[{len(section.stages) - 1}]", section.samplers[-1], stage)
     if is_base:
         return config, [alone]
     check_level("cascade.aug_levels[0]", section.aug_levels[0], stage)
