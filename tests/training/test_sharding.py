@@ -21,11 +21,6 @@ from tests.tiny import random_source, round_trip, tiny_base, tiny_sr
 
 SOURCE = random_source(64)
 STEPS = 20
-# Nearly all of the time is compilation.
-_QUICK_COMPILATION = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
 
 
 def _mesh(data=1, fsdp=1, tensor=1):
@@ -42,7 +37,6 @@ def _compiled(config, mesh):
         SOURCE.image_shape,
         config.train.batch_size,
         mesh,
-        compiler_options=_QUICK_COMPILATION,
     )
     return stage, abstract, compiled
 
