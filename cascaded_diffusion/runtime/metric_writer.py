@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -66,9 +67,11 @@ class MetricWriter:
         try:
             yield
         except OSError as e:
+            # Not `strerror`, to which the writer of metrics.jsonl has added its own words.
+            reason = os.strerror(e.errno) if e.errno else e
             raise UserError(
-                f"{self._folder.path}: metrics cannot be written ({e.strerror}); make room and run"
-                " the same command again"
+                f"{self._folder.path}: metrics cannot be written ({reason}); make room and run the"
+                " same command again"
             ) from e
 
 
