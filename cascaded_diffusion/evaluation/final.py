@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from cascaded_diffusion.config.schema import RunConfig
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import health
 from cascaded_diffusion.evaluation.evaluator import Evaluator
 from cascaded_diffusion.evaluation.samples.generate import fill
@@ -29,7 +30,7 @@ from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.score import measure_store, save_grid
 from cascaded_diffusion.evaluation.trained import TrainedStage
-from cascaded_diffusion.files.json_files import write_json
+from cascaded_diffusion.files.json_files import read_json, write_json
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -123,8 +124,8 @@ def measure_final(
 def _stored(folder: RunFolder, name: str, about: Mapping[str, Any]) -> dict[str, Any] | None:
     """The stored numbers, if they are of exactly the same samples and references."""
     try:
-        record = json.loads((folder.eval / f"{name}.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        record = read_json(folder.eval / f"{name}.json", remedy="measure anew")
+    except UserError:
         return None
     if not isinstance(record, dict):
         return None

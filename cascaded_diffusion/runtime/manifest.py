@@ -10,6 +10,8 @@ import json
 import pathlib
 from typing import Any
 
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import has_types, read_json
 from cascaded_diffusion.files.whole import sha256_of, write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -36,25 +38,22 @@ def read_manifest(folder: RunFolder, step: int) -> bytes:
     return (folder.checkpoints / str(step) / MANIFEST).read_bytes()
 
 
-def _parsed(path: pathlib.Path) -> dict[str, Any]:
-    """A manifest. Those of older versions do not name the step. Raises ValueError, OSError."""
+def _manifest(folder: pathlib.Path) -> dict[str, Any] | None:
+    """A checkpoint's manifest, or None without one. Those of older versions lack the step."""
     try:
-        manifest = json.loads(path.read_bytes())
-    except RecursionError as e:
-        raise ValueError("nested too deeply") from e
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
-        raise ValueError("not a manifest")
-    return manifest
+        manifest = read_json(folder / MANIFEST, remedy="remove the checkpoint")
+    except UserError:
+        return None
+    known = isinstance(manifest, dict) and has_types(manifest, {"sha256": dict})
+    return manifest if known else None
 
 
 def damage(folder: pathlib.Path) -> str | None:
     """What is wrong with the checkpoint in a folder named by its step, briefly, or None."""
-    path = folder / MANIFEST
-    if not path.exists():
+    if not (folder / MANIFEST).exists():
         return NEVER_COMPLETED
-    try:
-        manifest = _parsed(path)
-    except (ValueError, OSError):
+    manifest = _manifest(folder)
+    if manifest is None:
         return f"{MANIFEST} cannot be read"
     expected, step = manifest["sha256"], manifest.get("step", int(folder.name))
     if step != int(folder.name):
@@ -89,8 +88,5 @@ def finished_steps(folder: RunFolder) -> list[int]:
 
 def is_finished(folder: RunFolder, step: int) -> bool:
     """Whether a step has a complete checkpoint. A copy of another step's does not count."""
-    try:
-        manifest = _parsed(folder.checkpoints / str(step) / MANIFEST)
-    except (ValueError, OSError):
-        return False
-    return manifest.get("step", step) == step
+    manifest = _manifest(folder.checkpoints / str(step))
+    return manifest is not None and manifest.get("step", step) == step

@@ -18,7 +18,7 @@ from cascaded_diffusion.runtime.manifest import is_finished
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 # The step, the process and a random number.
-_PIN = re.compile(r"[0-9]+\.[0-9]+\.[0-9a-f]{32}")
+_PIN = re.compile(r"([0-9]+)\.[0-9]+\.[0-9a-f]{32}")
 
 
 def _pins(folder: RunFolder) -> pathlib.Path:
@@ -59,14 +59,15 @@ def pinned_steps(folder: RunFolder) -> Iterator[set[int]]:
     with _lock(folder):
         steps = set()
         for pin in _pins(folder).iterdir() if _pins(folder).is_dir() else ():
-            if _PIN.fullmatch(pin.name) is None:  # somebody else's file
+            named = _PIN.fullmatch(pin.name)
+            if named is None:  # somebody else's file
                 continue
             # A reader that finishes removes its pin without the lock.
             with contextlib.suppress(FileNotFoundError), pin.open() as f:
                 try:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    steps.add(int(pin.name.partition(".")[0]))
+                    steps.add(int(named[1]))
                 else:  # its reader was killed
                     pin.unlink()
         yield steps
