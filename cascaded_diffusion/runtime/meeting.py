@@ -11,12 +11,11 @@ and only while it waits.
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import json
-import select
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cascaded_diffusion.errors import UserError
@@ -30,12 +29,9 @@ _GRACE_SECS = 5.0
 
 
 def meet(cluster: Cluster, facts: Mapping[str, Any], *, timeout_secs: float) -> None:
-    """Returns when all processes have come to the coordinator's address and agree.
+    """Returns when all processes have come to the coordinator's address and agree on the facts.
 
-    Args:
-      cluster: this process.
-      facts: what must be equal in all processes; JSON values.
-      timeout_secs: how long to wait for the others.
+    Facts are JSON values.
 
     Raises:
       UserError: the address cannot be reached, or a process is late or has other facts. Every
@@ -45,70 +41,66 @@ def meet(cluster: Cluster, facts: Mapping[str, Any], *, timeout_secs: float) -> 
         return
     facts = json.loads(json.dumps(dict(facts)))
     if cluster.process_id == 0:
-        _wait_for_others(cluster, facts, time.monotonic() + timeout_secs, timeout_secs)
+        problem = asyncio.run(_problem_of_all(cluster, facts, timeout_secs))
     else:
-        _report(cluster, facts, time.monotonic() + timeout_secs, timeout_secs)
+        problem = _answer_to(cluster, facts, timeout_secs)
+    if problem is not None:
+        raise UserError(problem)
 
 
-def _wait_for_others(
-    cluster: Cluster, facts: Mapping[str, Any], deadline: float, timeout_secs: float
-) -> None:
+async def _problem_of_all(
+    cluster: Cluster, facts: Mapping[str, Any], timeout_secs: float
+) -> str | None:
+    """Process 0: waits for the others and tells them what it returns."""
+    arrivals: asyncio.Queue[tuple[dict[str, Any], asyncio.StreamWriter]] = asyncio.Queue()
+
+    async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            message = _message(await reader.readline())
+        except (OSError, ValueError):  # the connection is gone, or the line is too long
+            message = None
+        if message is None:  # somebody else knocked
+            writer.close()
+        else:
+            arrivals.put_nowait((message, writer))
+
     others = range(1, cluster.num_processes)
-    came: dict[int, socket.socket] = {}
+    came: dict[int, asyncio.StreamWriter] = {}
     problem = None
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(_listening(cluster))
-        waiting: dict[socket.socket, bytes] = {}
-        while len(came) < len(others):
-            left = deadline - time.monotonic()
-            if left <= 0 and problem is not None:
-                break
-            if left <= 0:
-                absent = [str(i) for i in others if i not in came]
-                problem = (
-                    f"process {', '.join(absent)} of {cluster.num_processes} did not come to"
-                    f" {cluster.coordinator} within {timeout_secs:g} s; see what is printed there,"
-                    " or wait longer with --coordinator_timeout_secs"
-                )
-                break
-            ready, _, _ = select.select([server, *waiting], [], [], min(left, 1.0))
-            for connection in ready:
-                if connection is server:
-                    new, _ = server.accept()
-                    new.setblocking(False)
-                    waiting[stack.enter_context(new)] = b""
-                    continue
-                text = _received(connection, waiting)
-                if text is None:
-                    continue
-                del waiting[connection]
-                message = _message(text)
-                if message is None:  # somebody else knocked
-                    connection.close()
-                    continue
+    server = await asyncio.start_server(receive, sock=_listening(cluster), limit=_MAX_LINE)
+    try:
+        async with asyncio.timeout(timeout_secs) as limit:
+            while len(came) < len(others):
+                message, writer = await arrivals.get()
                 if problem is None:
                     problem = _problem_with(message, cluster, facts, came)
                     if problem is not None:
-                        deadline = min(deadline, time.monotonic() + _GRACE_SECS)
+                        grace_ends = asyncio.get_running_loop().time() + _GRACE_SECS
+                        limit.reschedule(min(limit.when(), grace_ends))
                 # A second process of the same number is told as well.
                 place = message["process_id"]
-                came[place if place not in came else -len(came)] = connection
-        answer = json.dumps({"greeting": _GREETING, "problem": problem}).encode() + b"\n"
-        for connection in came.values():
-            with contextlib.suppress(OSError):
-                connection.setblocking(True)
-                connection.sendall(answer)
-    if problem is not None:
-        raise UserError(problem)
+                came[place if place not in came else -len(came)] = writer
+    except TimeoutError:
+        if problem is None:
+            absent = ", ".join(str(i) for i in others if i not in came)
+            problem = (
+                f"process {absent} of {cluster.num_processes} did not come to"
+                f" {cluster.coordinator} within {timeout_secs:g} s; see what is printed there,"
+                " or wait longer with --coordinator_timeout_secs"
+            )
+    server.close()
+    for writer in came.values():
+        writer.write(_line({"problem": problem}))
+        writer.close()
+    await asyncio.gather(*(w.wait_closed() for w in came.values()), return_exceptions=True)
+    return problem
 
 
 def _listening(cluster: Cluster) -> socket.socket:
     host, port = cluster.address
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        server = socket.create_server((host, port), family=family, backlog=1024)
-        server.setblocking(False)
-        return server
+        return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as e:
         raise UserError(
             f"--coordinator={cluster.coordinator}: process 0 cannot listen there"
@@ -117,19 +109,8 @@ def _listening(cluster: Cluster) -> socket.socket:
         ) from e
 
 
-def _received(connection: socket.socket, waiting: dict[socket.socket, bytes]) -> bytes | None:
-    """A whole line, or what there is of it at the end; None if more is to come."""
-    try:
-        data = connection.recv(1 << 16)
-    except BlockingIOError:
-        return None
-    except OSError:
-        return b"\n"
-    waiting[connection] += data
-    text = waiting[connection]
-    if not data or b"\n" in text or len(text) > _MAX_LINE:
-        return text
-    return None
+def _line(values: Mapping[str, Any]) -> bytes:
+    return json.dumps({"greeting": _GREETING, **values}).encode() + b"\n"
 
 
 def _message(text: bytes) -> dict[str, Any] | None:
@@ -146,22 +127,13 @@ def _message(text: bytes) -> dict[str, Any] | None:
     return message if whole else None
 
 
-def _differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """How the facts of another process differ from those of process 0, a few words each."""
-    return [
-        f"{name} is {other.get(name)!r} there and {mine.get(name)!r} in process 0"
-        for name in sorted(mine.keys() | other.keys())
-        if mine.get(name) != other.get(name)
-    ]
-
-
 def _problem_with(
     message: Mapping[str, Any],
     cluster: Cluster,
     facts: Mapping[str, Any],
-    came: Mapping[int, socket.socket],
+    came: Collection[int],
 ) -> str | None:
-    other = message["process_id"]
+    other, theirs = message["process_id"], message["facts"]
     if message["num_processes"] != cluster.num_processes:
         return (
             f"process {other} was started with --num_processes={message['num_processes']},"
@@ -169,7 +141,11 @@ def _problem_with(
         )
     if other in came or not 0 < other < cluster.num_processes:
         return f"two processes came with --process_id={other}; give each its own, from 0"
-    found = _differences(facts, message["facts"])
+    found = [
+        f"{name} is {theirs.get(name)!r} there and {facts.get(name)!r} in process 0"
+        for name in sorted(facts.keys() | theirs.keys())
+        if facts.get(name) != theirs.get(name)
+    ]
     if not found:
         return None
     more = f", and {len(found) - 3} more" if len(found) > 3 else ""
@@ -179,33 +155,31 @@ def _problem_with(
     )
 
 
-def _report(
-    cluster: Cluster, facts: Mapping[str, Any], deadline: float, timeout_secs: float
-) -> None:
-    message = {
-        "greeting": _GREETING,
-        "process_id": cluster.process_id,
-        "num_processes": cluster.num_processes,
-        "facts": facts,
-    }
+def _answer_to(cluster: Cluster, facts: Mapping[str, Any], timeout_secs: float) -> str | None:
+    """The other processes: report to process 0, and return what it finds."""
+    report = _line(
+        {
+            "process_id": cluster.process_id,
+            "num_processes": cluster.num_processes,
+            "facts": facts,
+        }
+    )
+    deadline = time.monotonic() + timeout_secs
     reason = "no answer"
-    while time.monotonic() < deadline:
-        left = deadline - time.monotonic()
+    while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection(cluster.address, timeout=max(left, 0.1)) as connection:
-                connection.sendall(json.dumps(message).encode() + b"\n")
+                connection.sendall(report)
                 # Process 0 says when others are late; it is given a moment to do so.
                 connection.settimeout(max(deadline - time.monotonic(), 0.1) + 5.0)
                 answer = json.loads(connection.makefile("rb").readline(_MAX_LINE) or b"{}")
             if answer.get("greeting") == _GREETING:
-                if answer["problem"] is not None:
-                    raise UserError(answer["problem"])
-                return
+                return answer["problem"]
             reason = "another program answers there"
         except (OSError, ValueError) as e:
             reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
         time.sleep(_RETRY_SECS)
-    raise UserError(
+    return (
         f"--coordinator={cluster.coordinator}: cannot be reached within {timeout_secs:g} s"
         f" ({reason}); is process 0 running, and the port open? --coordinator_timeout_secs waits"
         " longer"
