@@ -16,8 +16,8 @@ import os
 import pathlib
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from cascaded_diffusion.config.schema import CheckpointConfig, ema_name
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.runtime.manifest import (
     damage,
     finished_steps,
@@ -61,24 +62,17 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _storable(tree: Any) -> Any:
-    """Replaces typed PRNG keys by the integers they consist of."""
-    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+    """Replaces typed PRNG keys, or their shapes, by the integers they consist of."""
 
-
-def _abstract_storable(abstract: Any) -> Any:
-    def convert(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def convert(leaf: Any) -> Any:
         if not _is_key(leaf):
             return leaf
+        if isinstance(leaf, jax.Array):
+            return jax.random.key_data(leaf)
         data = jax.eval_shape(jax.random.key_data, leaf)
         return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
 
-    return jax.tree.map(convert, abstract)
-
-
-def _from_storable(stored: Any, abstract: Any) -> Any:
-    return jax.tree.map(
-        lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x, stored, abstract
-    )
+    return jax.tree.map(convert, tree)
 
 
 # Shape and dtype of every array of a state, by name.
@@ -95,8 +89,7 @@ def _described(tree: Any) -> _Arrays:
 def _check_opens(folder: pathlib.Path, expected: _Arrays) -> None:
     """Raises OSError unless a checkpoint can be opened and has the arrays that were saved."""
     try:
-        stored = ocp.PyTreeCheckpointHandler().metadata((folder / _ITEM).absolute()).tree
-        found = _described(stored)
+        found = _described(ocp.PyTreeCheckpointHandler().metadata((folder / _ITEM).absolute()).tree)
     except Exception as e:
         raise OSError(f"what was written cannot be opened: {_reason(e)}") from e
     for name in sorted(expected.keys() | found.keys()):
@@ -113,10 +106,9 @@ class CheckpointWriter:
     def __init__(
         self, folder: RunFolder, config: CheckpointConfig, *, say: Callable[[str], None] = print
     ):
-        self._folder = folder
-        self._say = say
-        self._finisher: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._folder, self._say = folder, say
+        self._completer = ThreadPoolExecutor(1, thread_name_prefix="manifest")
+        self._completing: Future[None] | None = None
         self._max_to_keep = config.max_to_keep
         self._deleted = folder.path / ".deleted_checkpoints"
         for name in ("absl", "asyncio"):
@@ -136,8 +128,9 @@ class CheckpointWriter:
           UserError: this save or an earlier one in the background failed, or the run folder has
             disappeared.
         """
-        with fail_on_all_processes():  # perhaps only the first process failed, at the manifest
-            self._finish(step)
+        # Perhaps only the first process failed, at the manifest.
+        with fail_on_all_processes(), self._as_user_error(step):
+            self._finish()
             if jax.process_index() == 0:
                 self._folder.check_held()
         storable = _storable(state)
@@ -150,28 +143,21 @@ class CheckpointWriter:
                 f"{self._folder.checkpoints}/{step}: could not be saved: a checkpoint of this step"
                 " or a later one is there"
             )
-        self._finisher = threading.Thread(
-            target=self._complete, args=(step, _described(storable)), name="manifest"
-        )
-        self._finisher.start()
+        self._completing = self._completer.submit(self._complete, step, _described(storable))
 
     def _complete(self, step: int, arrays: _Arrays) -> None:
-        # Runs in a thread, which waits for Orbax's rename and then adds the manifest. An error is
-        # kept for the next call of the trainer.
+        """In a thread: waits for Orbax's rename, and then adds the manifest."""
         try:
-            try:
-                self._manager.wait_until_finished()
-            finally:
-                if jax.process_index() == 0:
-                    self._check_not_moved(step)
+            self._manager.wait_until_finished()
+        finally:
             if jax.process_index() == 0:
-                path = self._folder.checkpoints / str(step)
-                _check_opens(path, arrays)
-                write_manifest(path, step)
-                self._folder.note_saved(step)
-                self._delete_old(step)
-        except Exception as e:
-            self._error = e
+                self._check_not_moved(step)
+        if jax.process_index() == 0:
+            path = self._folder.checkpoints / str(step)
+            _check_opens(path, arrays)
+            write_manifest(path, step)
+            write_json(self._folder.saved_path, {"step": step}, indent=None)
+            self._delete_old(step)
 
     def _check_not_moved(self, step: int) -> None:
         """Raises UserError if the run folder was moved while Orbax was saving.
@@ -202,46 +188,40 @@ class CheckpointWriter:
                 os.replace(self._folder.checkpoints / str(step), self._deleted / str(step))
         shutil.rmtree(self._deleted, ignore_errors=True)
 
-    def _finish(self, step: int) -> None:
-        if self._finisher is not None:
-            self._finisher.join()
-            self._finisher = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise self._save_error(step, error) from error
-
-    def _save_error(self, step: int, error: BaseException) -> UserError:
-        if isinstance(error, UserError):
-            return error
-        return UserError(
-            f"{self._folder.checkpoints}: saving a checkpoint failed at or before step {step}"
-            f" ({_reason(error)}); the last good one is kept; make room and run the same command"
-            " again"
-        )
+    def _finish(self) -> None:
+        """Waits for the save in progress, and raises its error once."""
+        if self._completing is not None:
+            completing, self._completing = self._completing, None
+            completing.result()
 
     @contextlib.contextmanager
     def _as_user_error(self, step: int) -> Iterator[None]:
         try:
             yield
+        except UserError:
+            raise
         except Exception as e:
-            raise self._save_error(step, e) from e
+            raise UserError(
+                f"{self._folder.checkpoints}: saving a checkpoint failed at or before step {step}"
+                f" ({_reason(e)}); the last good one is kept; make room and run the same command"
+                " again"
+            ) from e
 
     def wait(self, step: int) -> None:
         """Waits until the save of `step` is durable. Raises UserError if it is not.
 
         Every process must call this; the first one, which writes the manifest, checks.
         """
-        with fail_on_all_processes():
-            self._finish(step)
+        with fail_on_all_processes(), self._as_user_error(step):
+            self._finish()
             if jax.process_index() == 0:
                 problem = damage(self._folder.checkpoints / str(step))
                 if problem is not None:
-                    raise self._save_error(step, OSError(problem))
+                    raise OSError(problem)
 
     def close(self) -> None:
         """Ends all threads, including Orbax's. Raises nothing; `save` and `wait` do."""
-        if self._finisher is not None:
-            self._finisher.join()
+        self._completer.shutdown()
         with contextlib.suppress(Exception):
             self._manager.close()
 
@@ -255,22 +235,21 @@ class CheckpointWriter:
         Args:
           abstract_state: tree of `jax.ShapeDtypeStruct` with the wanted shardings, which need not
             be those that the state was saved with.
-          start_over: see `recovery.newest_intact`, which also sets damaged checkpoints aside.
+          start_over: see `recovery.newest_intact`, which sets damaged checkpoints aside.
 
         Raises:
           UserError: no checkpoint is intact although there are or were some, or the state cannot
             be restored.
         """
         # The first process decides and sets aside, so that all restore the same checkpoint.
-        step: int | None = None
+        found: int | None = None
         with fail_on_all_processes():
             if jax.process_index() == 0:
                 shutil.rmtree(self._deleted, ignore_errors=True)
-                step = newest_intact(self._folder, start_over=start_over, say=self._say)
-        (told,) = broadcast_from_process_0([-1 if step is None else step])
-        step = None if told < 0 else told
+                found = newest_intact(self._folder, start_over=start_over, say=self._say)
+        (step,) = broadcast_from_process_0([-1 if found is None else found])
         self._manager.reload()
-        if step is None:
+        if step < 0:
             return None
         try:
             stored = self._manager.restore(
@@ -280,11 +259,15 @@ class CheckpointWriter:
             raise UserError(
                 f"{self._folder.checkpoints}/{step}: cannot be restored ({_reason(e)})"
             ) from e
-        return _from_storable(stored, abstract_state)
+        return jax.tree.map(
+            lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x,
+            stored,
+            abstract_state,
+        )
 
 
 def _restore_args(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:
-    abstract = _abstract_storable(abstract)
+    abstract = _storable(abstract)
     return ocp.args.PyTreeRestore(
         item=abstract,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),

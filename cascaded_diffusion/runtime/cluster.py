@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from cascaded_diffusion.errors import UserError
 
@@ -27,19 +25,24 @@ _METADATA_SECS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """One process of a job.
+    """One process of a job. Raises UserError for values that make no sense."""
 
-    Attributes:
-      coordinator: "host:port" of process 0.
-      num_processes: of the job.
-      process_id: this one, from 0.
-      local_device_ids: the devices of this process, where a host has several processes.
-    """
-
-    coordinator: str
+    coordinator: str  # "host:port" of process 0
     num_processes: int
-    process_id: int
-    local_device_ids: tuple[int, ...] | None = None
+    process_id: int  # from 0
+    local_device_ids: tuple[int, ...] | None = None  # where a host has several processes
+
+    def __post_init__(self):
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise UserError(f"--coordinator={self.coordinator}: expected HOST:PORT")
+        if self.num_processes < 1:
+            raise UserError(f"--num_processes={self.num_processes}: expected at least 1")
+        if not 0 <= self.process_id < self.num_processes:
+            raise UserError(
+                f"--process_id={self.process_id}: expected 0 to {self.num_processes - 1}, since"
+                f" --num_processes={self.num_processes}"
+            )
 
     @property
     def address(self) -> tuple[str, int]:
@@ -61,53 +64,32 @@ def find_cluster(
     Args:
       mode: one of `MODES`. "auto" reads the environment; it asks no metadata server.
       environ: the environment.
-      coordinator: "host:port"; with the next two it takes precedence over everything else.
-      num_processes: of the job.
-      process_id: of this process.
+      coordinator, num_processes, process_id: as in `Cluster`. Given together, they take precedence
+        over everything else.
       metadata: returns a Cloud TPU's attribute by name; by default it asks the metadata server.
 
     Raises:
       UserError: a part is missing or makes no sense.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    if any(value is not None for value in given.values()):
-        return _explicit(given)
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        raise UserError(
+            f"--{missing[0]} is missing: expected --coordinator=HOST:PORT, --num_processes and"
+            " --process_id together"
+        )
+    if not missing:
+        return Cluster(coordinator, num_processes, process_id)
     if mode == "none":
         return None
     if mode == "slurm" or (mode == "auto" and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1):
         return _slurm(environ)
     hosts = [h for h in environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
     if len(hosts) > 1 and "TPU_WORKER_ID" in environ:
-        return _checked(
-            Cluster(f"{hosts[0]}:{_TPU_PORT}", len(hosts), int(environ["TPU_WORKER_ID"]))
-        )
+        return Cluster(f"{hosts[0]}:{_TPU_PORT}", len(hosts), int(environ["TPU_WORKER_ID"]))
     if mode == "tpu":
         return _cloud_tpu(metadata or _metadata)
     return None
-
-
-def _explicit(given: Mapping[str, Any]) -> Cluster:
-    missing = [name for name, value in given.items() if value is None]
-    if missing:
-        raise UserError(
-            f"--{missing[0]} is missing: expected --coordinator=HOST:PORT, --num_processes and"
-            " --process_id together"
-        )
-    return _checked(Cluster(**given))
-
-
-def _checked(cluster: Cluster) -> Cluster:
-    host, _, port = cluster.coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator={cluster.coordinator}: expected HOST:PORT")
-    if cluster.num_processes < 1:
-        raise UserError(f"--num_processes={cluster.num_processes}: expected at least 1")
-    if not 0 <= cluster.process_id < cluster.num_processes:
-        raise UserError(
-            f"--process_id={cluster.process_id}: expected 0 to {cluster.num_processes - 1}, since"
-            f" --num_processes={cluster.num_processes}"
-        )
-    return cluster
 
 
 def _slurm(environ: Mapping[str, str]) -> Cluster:
@@ -125,14 +107,8 @@ def _slurm(environ: Mapping[str, str]) -> Cluster:
     # With several tasks on a node, each takes the GPU of its local number, unless it sees only one.
     sees_one = re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", "")) is not None
     several = not sees_one and any(int(n) > 1 for n in re.findall(r"(?:^|,)(\d+)", per_node))
-    return _checked(
-        Cluster(
-            f"{first_host(nodes)}:{port}",
-            int(tasks),
-            int(process_id),
-            (int(local),) if several and local is not None else None,
-        )
-    )
+    devices = (int(local),) if several and local is not None else None
+    return Cluster(f"{first_host(nodes)}:{port}", int(tasks), int(process_id), devices)
 
 
 def first_host(nodes: str) -> str:
@@ -141,9 +117,7 @@ def first_host(nodes: str) -> str:
     if found is None:
         raise UserError(f"SLURM_STEP_NODELIST={nodes!r}: expected names of nodes")
     prefix, numbers, suffix = found.groups()
-    if numbers is None:
-        return prefix
-    return prefix + re.split("[-,]", numbers)[0] + suffix
+    return prefix if numbers is None else prefix + re.split("[-,]", numbers)[0] + suffix
 
 
 def _cloud_tpu(metadata: Callable[[str], str]) -> Cluster | None:
@@ -151,7 +125,7 @@ def _cloud_tpu(metadata: Callable[[str], str]) -> Cluster | None:
     process_id = metadata("agent-worker-number").strip()
     try:
         hosts = [worker.split(":")[2] for worker in workers]
-        return _checked(Cluster(f"{hosts[0]}:{_TPU_PORT}", len(hosts), int(process_id)))
+        return Cluster(f"{hosts[0]}:{_TPU_PORT}", len(hosts), int(process_id))
     except (IndexError, ValueError) as e:
         raise UserError(
             f"--distributed=tpu: the metadata server says workers {','.join(workers)!r}, this one"
@@ -164,7 +138,7 @@ def _metadata(name: str) -> str:
     try:
         with urllib.request.urlopen(request, timeout=_METADATA_SECS) as answer:
             return answer.read(_MAX_ANSWER).decode()
-    except (urllib.error.URLError, OSError, TimeoutError) as e:
+    except OSError as e:
         raise UserError(
             f"--distributed=tpu: the metadata server does not answer ({e}); this is for Cloud TPU"
             " machines, elsewhere give --coordinator, --num_processes and --process_id"

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import queue
 import secrets
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -40,28 +40,30 @@ def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> M
     devices = jax.devices() if devices is None else devices
     tensor = config.tensor_size
     data = len(devices) // (config.fsdp_size * tensor) if config.data == -1 else config.data
-    shape, types = (data, config.fsdp_size, tensor), (AxisType.Auto,) * len(AXES)
+    shape = (data, config.fsdp_size, tensor)
     try:
         # The order that suits the network; an axis may be part of one of the slice's axes.
-        ordered = mesh_utils.create_device_mesh(
-            shape, devices=devices, allow_split_physical_axes=True
+        return _checked_mesh(
+            mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
         )
-        mesh = Mesh(ordered, AXES, axis_types=types)
-        batch_share(mesh)
     except (NotImplementedError, ValueError):
         # No such order exists, or it gives a process rows that are not neighbours. The plain
         # order works unless a host's devices do not fit the axes.
         plain = sorted(devices, key=lambda d: (d.process_index, d.id))
-        mesh = Mesh(np.asarray(plain).reshape(shape), AXES, axis_types=types)
-        try:
-            batch_share(mesh)
-        except ValueError as e:
-            hosts = len({d.process_index for d in devices})
-            raise UserError(
-                f"config.mesh.tensor = {tensor}: expected devices of a process that fit the axes;"
-                f" {len(devices)} devices of {hosts} processes as data {data} x fsdp"
-                f" {config.fsdp_size} x tensor {tensor} do not ({e})"
-            ) from e
+    try:
+        return _checked_mesh(np.asarray(plain).reshape(shape))
+    except ValueError as e:
+        hosts = len({d.process_index for d in devices})
+        raise UserError(
+            f"config.mesh.tensor = {tensor}: expected devices of a process that fit the axes;"
+            f" {len(devices)} devices of {hosts} processes as data {data} x fsdp"
+            f" {config.fsdp_size} x tensor {tensor} do not ({e})"
+        ) from e
+
+
+def _checked_mesh(devices: np.ndarray) -> Mesh:
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    batch_share(mesh)
     return mesh
 
 
@@ -179,51 +181,30 @@ class DeviceBatches:
     The thread reads and copies the next `depth` batches while a step computes, so the time that
     `next` waits is the time that the devices wait for data.
 
-    Args:
-      batches: this process's; closed together with this, if they can be.
-      mesh: the device mesh.
-      depth: how many batches to prepare ahead.
+    Closing it closes the given batches as well, if they can be.
     """
 
-    def __init__(self, batches: Iterator[Any], mesh: Mesh, *, depth: int = 2):
+    def __init__(self, batches: Iterator[Any], mesh: Mesh, *, depth: int = 3):
         self._batches, self._mesh = batches, mesh
-        # Each is a batch, or the exception that ended them.
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="device batches", daemon=True)
-        self._thread.start()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="device batches")
+        self._ahead: deque[Future[Any]] = deque()
+        for _ in range(depth):
+            self._ahead.append(self._reader.submit(self._read))
 
-    def _fill(self) -> None:
-        while not self._closing.is_set():
-            try:
-                item: Any = global_batch(next(self._batches), self._mesh)
-            except BaseException as e:  # the consuming thread raises it
-                item = e
-            while not self._closing.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
+    def _read(self) -> Any:
+        return global_batch(next(self._batches), self._mesh)
 
     def __iter__(self) -> DeviceBatches:
         return self
 
     def __next__(self) -> Any:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        batch = self._ahead.popleft().result()
+        self._ahead.append(self._reader.submit(self._read))
+        return batch
 
     def close(self) -> None:
         """Ends the thread and closes the batches."""
-        self._closing.set()
-        while self._thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                self._queue.get_nowait()
-            self._thread.join(timeout=0.05)
+        self._reader.shutdown(cancel_futures=True)
         if hasattr(self._batches, "close"):
             self._batches.close()
 

@@ -144,10 +144,6 @@ class RunFolder:
             return None
         return None if best is None else best["step"]
 
-    def note_saved(self, step: int) -> None:
-        """Records that the checkpoint of a step was completed."""
-        write_json(self.saved_path, {"step": step}, indent=None)
-
     def metrics(self, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that have a `step`. `say` is told of other lines."""
         return self._checked_records(self.metrics_path, _METRICS, say)
