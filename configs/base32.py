@@ -8,16 +8,13 @@ samples); here not measured.
 Checkpoints are compared by FID-10k in 50 steps of DDIM; `evaluate --final` takes the
 paper's 4000 steps, or those of --config.stage.sampler.num_steps, which `main` takes for a
 finished run too.
-Comments name the origin of each value; "not published" means that we did not find it.
-Ours too: computation in bfloat16, and when to save and stop.
 """
 
 from ml_collections import ConfigDict
-from sections import check_variant, fid_eval, fitting_mesh, imagenet, save_every, shrink
+from sections import ancestral, fid_eval, fitting_mesh, imagenet, in_variant, save_every
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    check_variant(variant, "smoke")
     config = ConfigDict()
     config.stage = dict(
         name="base32",
@@ -56,15 +53,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
             label_dropout_prob=0.0,  # paper: no guidance
         ),
         augment=dict(name="none"),
-        sampler=dict(
-            name="ancestral",  # iDDPM
-            num_steps=4000,  # paper
-            grid="uniform",
-            variance="learned",  # paper
-            guidance_scale=1.0,  # paper: no guidance
-            guidance_interval=(0.0, 1.0),
-            threshold="static",  # DDPM
-        ),
+        sampler=ancestral(4000, "learned"),  # paper
     )
     config.data = imagenet(32)
     config.train = dict(
@@ -83,6 +72,4 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.eval = fid_eval(batch_size=1024, ddim_steps=50)
     config.mesh = fitting_mesh()
     config.checkpoint = save_every(10_000)
-    if variant == "smoke":
-        shrink(config, attention_resolutions=(4,))
-    return config
+    return in_variant(config, variant, attention_resolutions=(4,))

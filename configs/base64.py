@@ -5,17 +5,15 @@
 Hardware and hours: not measured; 0.27 billion parameters, 5.5e20 FLOP to train.
 Expected FID: 2.35 to the training images (paper, 50,000 samples); here not measured.
 The paper describes it as Improved DDPM with dropout, trained for longer, with 2000 time
-steps; whether to train or only to sample with is not clear to us, here it is both. All
-else is the 64 px model of Improved DDPM (iDDPM).
-Comments name the origin of each value.
+steps. Whether it trains with these or only samples with them is not clear to us; here it
+does both. All else is the 64 px model of Improved DDPM.
 """
 
 from ml_collections import ConfigDict
-from sections import check_variant, fid_eval, fitting_mesh, imagenet, save_every, shrink
+from sections import ancestral, fid_eval, fitting_mesh, imagenet, in_variant, save_every
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    check_variant(variant, "smoke")
     config = ConfigDict()
     config.stage = dict(
         name="base64",
@@ -54,15 +52,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
             label_dropout_prob=0.0,  # paper: no guidance
         ),
         augment=dict(name="none"),
-        sampler=dict(
-            name="ancestral",  # iDDPM
-            num_steps=2000,  # paper, Table 3
-            grid="uniform",
-            variance="learned",  # iDDPM
-            guidance_scale=1.0,  # paper: no guidance
-            guidance_interval=(0.0, 1.0),
-            threshold="static",  # DDPM
-        ),
+        sampler=ancestral(2000, "learned"),  # paper, Table 3; iDDPM
     )
     config.data = imagenet(64)
     config.train = dict(
@@ -81,6 +71,4 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.eval = fid_eval(batch_size=1024, ddim_steps=50)
     config.mesh = fitting_mesh()
     config.checkpoint = save_every(10_000)
-    if variant == "smoke":
-        shrink(config)
-    return config
+    return in_variant(config, variant)

@@ -2,7 +2,7 @@
 
     python -m cascaded_diffusion.sample --config=configs/cascade64.py --workdir=RUN
 
-RUN holds the runs of the stages, RUN/base32 and RUN/sr64.
+The stages' runs are RUN/base32 and RUN/sr64.
 Hardware and hours: not measured; 2.4e15 FLOP per sample.
 Expected FID: 1.48 to the training images, 2.48 to the validation images, Inception Score
 67.95 (paper); here not measured.
@@ -11,23 +11,15 @@ paper's best are 751 and 1251.
 """
 
 from ml_collections import ConfigDict
-from sections import ancestral, check_variant, data_mesh, files_of, shrink_cascade
+from sections import ancestral, paper_cascade
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    check_variant(variant, "smoke")
-    config = ConfigDict()
-    config.cascade = dict(
+    return paper_cascade(
+        variant,
         stages=("base32", "sr64"),
-        configs=files_of(variant, "base32", "sr64"),
         aug_levels=(501 / 4000,),  # paper, Table 5
         truncated=True,  # paper, Table 5
         samplers=(ancestral(4000, "learned"),) * 2,  # paper
-        num_samples=50_000,  # paper
         batch_size=512,
-        seed=0,
     )
-    config.mesh = data_mesh()
-    if variant == "smoke":
-        shrink_cascade(config)
-    return config

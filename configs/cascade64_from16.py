@@ -2,30 +2,22 @@
 
     python -m cascaded_diffusion.sample --config=configs/cascade64_from16.py --workdir=RUN
 
-RUN holds the runs of the stages, RUN/base16 and RUN/sr64_from16.
+The stages' runs are RUN/base16 and RUN/sr64_from16.
 Hardware and hours: not measured; 7.6e14 FLOP per sample.
 Expected FID to the training images, by level (paper, not truncated; here not measured): 6.02 at
 0, 3.41 at 101 / 4000, 2.13 at 1001 / 4000; without a cascade 2.35 (uncascaded64).
 """
 
 from ml_collections import ConfigDict
-from sections import ancestral, check_variant, data_mesh, files_of, shrink_cascade
+from sections import ancestral, paper_cascade
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    check_variant(variant, "smoke")
-    config = ConfigDict()
-    config.cascade = dict(
+    return paper_cascade(
+        variant,
         stages=("base16", "sr64_from16"),
-        configs=files_of(variant, "base16", "sr64_from16"),
         aug_levels=(1001 / 4000,),  # paper, Table 4
         truncated=False,  # paper, Table 4
         samplers=(ancestral(4000, "learned"),) * 2,  # as base32
-        num_samples=50_000,  # paper
         batch_size=512,
-        seed=0,
     )
-    config.mesh = data_mesh()
-    if variant == "smoke":
-        shrink_cascade(config)
-    return config

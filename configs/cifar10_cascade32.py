@@ -2,30 +2,20 @@
 
     python -m cascaded_diffusion.sample --config=configs/cifar10_cascade32.py --workdir=RUN
 
-RUN holds the runs of the two stages, RUN/base16 and RUN/sr32. `aug_levels` and
-`truncated` are chosen here, after training: that is what amortized conditioning
-augmentation is for.
+The stages' runs are RUN/base16 and RUN/sr32. Their augmentation is amortized, so that
+`aug_levels` and `truncated` can be chosen here, after training.
 """
 
 from ml_collections import ConfigDict
-from sections import check_variant, data_mesh, ddim, files_of
-
-_NUM_SAMPLES = {None: 1000, "cpu": 200, "smoke": 40}
+from sections import ddim, small_cascade
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    check_variant(variant, *_NUM_SAMPLES)
-    num_samples = _NUM_SAMPLES[variant]
-    config = ConfigDict()
-    config.cascade = dict(
+    return small_cascade(
+        variant,
+        {None: 1000, "cpu": 200, "smoke": 40},
+        data="cifar10",
         stages=("base16", "sr32"),
-        configs=files_of(variant, "cifar10_base16", "cifar10_sr32"),
         aug_levels=(0.1,),
-        truncated=False,
         samplers=(ddim(25, guidance_scale=1.2), ddim(25, guidance_scale=1.0)),
-        num_samples=num_samples,
-        batch_size=min(200, num_samples),
-        seed=0,
     )
-    config.mesh = data_mesh()
-    return config

@@ -2,33 +2,25 @@
 
     python -m cascaded_diffusion.sample --config=configs/lsun_cascade128.py --workdir=RUN
 
-RUN holds the runs of the stages, RUN/lsun_base64 and RUN/lsun_sr128.
+The stages' runs are RUN/lsun_base64 and RUN/lsun_sr128.
 Hardware and hours: not measured; 7.7e14 FLOP per sample.
 Expected FID: the paper has a number, which we did not recover; not measured.
 Gaussian augmentation, not truncated, is the paper's; its level is not published.
 """
 
 from ml_collections import ConfigDict
-from sections import ancestral, check_variant, data_mesh, files_of, shrink_cascade
+from sections import ancestral, paper_cascade
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    check_variant(variant, "smoke")
-    config = ConfigDict()
-    config.cascade = dict(
+    return paper_cascade(
+        variant,
         stages=("lsun_base64", "lsun_sr128"),
-        configs=files_of(variant, "lsun_base64", "lsun_sr128"),
         aug_levels=(500 / 4000,),  # not published; ours
         truncated=False,  # paper
         samplers=(
             ancestral(4000, "learned"),  # as base32
             ancestral(100, "large"),  # as sr128
         ),
-        num_samples=50_000,  # paper
         batch_size=256,
-        seed=0,
     )
-    config.mesh = data_mesh()
-    if variant == "smoke":
-        shrink_cascade(config)
-    return config

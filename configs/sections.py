@@ -1,9 +1,14 @@
 """The parts that config files share: data sets, evaluation, meshes, samplers, smoke runs.
 
-A config file spells out its stage and its training; this module says the rest once, so that
-comparing two files shows only what matters. The loader finds it beside the config file.
+A config file spells out its stage and its training, or where they differ from another file's;
+this module says the rest once, so that comparing two files shows only what matters. The loader
+finds it beside the config file. In the configs for ImageNet and LSUN, comments name the origin of
+a value: "iDDPM" is Improved DDPM, and "not published" means that we did not find it. When to
+save and stop is ours.
 """
 
+import pathlib
+import runpy
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,6 +24,46 @@ def check_variant(variant: str | None, *known: str | None) -> None:
     if variant not in (None, *known):
         expected = ", ".join(["no variant", *names]) + ("" if names else ",")
         raise UserError(f"--config=...:{variant}: expected {expected} or {last}")
+
+
+def config_of(name: str, variant: str | None = None) -> ConfigDict:
+    """The config of the file `name` beside this one, to be changed into another.
+
+    It is found by its path, since `import base64` would find Python's module.
+    """
+    path = pathlib.Path(__file__).with_name(f"{name}.py")
+    return runpy.run_path(str(path))["get_config"](variant)
+
+
+def in_variant(config: ConfigDict, variant: str | None, **network: Any) -> ConfigDict:
+    """The config of a stage as it is, or for `smoke` small enough for a CPU.
+
+    A smoke run is a quarter of the size, on drawn pictures. `network` replaces values of its
+    small network.
+    """
+    check_variant(variant, "smoke")
+    if variant is None:
+        return config
+    stage = config.stage
+    for key in ("resolution", "low_res_resolution"):
+        if key in stage:
+            stage[key] //= 4
+    stage.num_classes = min(stage.num_classes, 10)
+    network = dict(channels=16, channel_mults=(1, 2), dtype="float32") | network
+    stage.network.update(network, num_res_blocks=(1,) * len(network["channel_mults"]))
+    for schedule in (stage.schedule, stage.get("low_res_schedule", {})):
+        for key, value in (("num_timesteps", 40), ("reference_resolution", 16)):
+            if key in schedule:
+                schedule[key] = value
+    stage.sampler.num_steps = 8
+    config.data.update(name="shapes", prepared_dir=None, eval_split="test", resolution=64)
+    config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
+    config.eval.update(resize=None, num_samples=20, final_num_samples=20, batch_size=16)
+    config.eval.features = "classifier" if stage.num_classes else "rotation"
+    if "num_steps" in config.eval:
+        config.eval.num_steps = 8
+    config.checkpoint.save_every_steps = 10
+    return config
 
 
 def _files(name: str, resolution: int, **settings: Any) -> Section:
@@ -129,42 +174,16 @@ def save_every(steps: int) -> Section:
     return dict(save_every_steps=steps, max_to_keep=3)
 
 
-def shrink(config: ConfigDict, **network: Any) -> None:
-    """Makes a stage's run small enough for a CPU: a quarter of the size, on drawn pictures.
-
-    `network` replaces values of the small network.
-    """
-    stage = config.stage
-    for key in ("resolution", "low_res_resolution"):
-        if key in stage:
-            stage[key] //= 4
-    stage.num_classes = min(stage.num_classes, 10)
-    network = dict(channels=16, channel_mults=(1, 2), dtype="float32") | network
-    stage.network.update(network, num_res_blocks=(1,) * len(network["channel_mults"]))
-    for schedule in (stage.schedule, stage.get("low_res_schedule", {})):
-        for key, value in (("num_timesteps", 40), ("reference_resolution", 16)):
-            if key in schedule:
-                schedule[key] = value
-    stage.sampler.num_steps = 8
-    config.data.update(name="shapes", prepared_dir=None, eval_split="test", resolution=64)
-    config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
-    config.eval.update(resize=None, num_samples=20, final_num_samples=20, batch_size=16)
-    config.eval.features = "classifier" if stage.num_classes else "rotation"
-    if "num_steps" in config.eval:
-        config.eval.num_steps = 8
-    config.checkpoint.save_every_steps = 10
-
-
 def ancestral(num_steps: int, variance: str) -> Section:
-    """A sampler of the paper: ancestral, without guidance; x0 is clipped as in DDPM."""
+    """A sampler of the paper."""
     return dict(
-        name="ancestral",
+        name="ancestral",  # iDDPM, SR3
         num_steps=num_steps,
-        grid="uniform",
+        grid="uniform",  # iDDPM; for the super-resolution of SR3 not published, ours
         variance=variance,
-        guidance_scale=1.0,
+        guidance_scale=1.0,  # paper: no guidance
         guidance_interval=(0.0, 1.0),
-        threshold="static",
+        threshold="static",  # DDPM
     )
 
 
@@ -181,13 +200,58 @@ def ddim(num_steps: int, guidance_scale: float) -> Section:
     )
 
 
-def files_of(variant: str | None, *names: str) -> tuple[str, ...]:
-    """`cascade.configs`: the stages' config files, each in this variant."""
-    return tuple(f"{name}.py:{variant}" if variant else f"{name}.py" for name in names)
+def dpmpp_2m(guidance_scale: float, guidance_interval: tuple[float, float]) -> Section:
+    """A sampler of today: 32 steps of DPM-Solver++."""
+    return dict(
+        name="dpmpp_2m",
+        num_steps=32,
+        grid="uniform",
+        guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
+        threshold="static",  # Imagen
+    )
 
 
-def shrink_cascade(config: ConfigDict) -> None:
-    """Makes a cascade's samples few and quick, to match its stages' smoke runs."""
-    cascade = config.cascade
-    cascade.update(num_samples=20, batch_size=16)
-    cascade.samplers = tuple({**sampler, "num_steps": 8} for sampler in cascade.samplers)
+def cascade(
+    variant: str | None, *, stages: tuple[str, ...], data: str | None = None, **settings: Any
+) -> ConfigDict:
+    """The config of a cascade.
+
+    Args:
+      variant: of the cascade, and so of its stages.
+      stages: the names of the stages, and so of their config files.
+      data: what stands before the stages' names in those of their files.
+      **settings: the other keys of `cascade`.
+    """
+    names = [f"{data}_{name}" if data else name for name in stages]
+    config = ConfigDict()
+    config.cascade = dict(
+        stages=stages,
+        configs=tuple(f"{name}.py:{variant}" if variant else f"{name}.py" for name in names),
+        seed=0,
+        **settings,
+    )
+    config.mesh = data_mesh()
+    return config
+
+
+def paper_cascade(variant: str | None, **settings: Any) -> ConfigDict:
+    """A cascade of 50,000 samples (paper); for `smoke` of few and quick ones."""
+    check_variant(variant, "smoke")
+    config = cascade(variant, num_samples=50_000, **settings)
+    if variant == "smoke":
+        section = config.cascade
+        section.update(num_samples=20, batch_size=16)
+        section.samplers = tuple({**sampler, "num_steps": 8} for sampler in section.samplers)
+    return config
+
+
+def small_cascade(
+    variant: str | None, num_samples: dict[str | None, int], **settings: Any
+) -> ConfigDict:
+    """A cascade for a small data set, not truncated; `num_samples` is by variant."""
+    check_variant(variant, *num_samples)
+    count = num_samples[variant]
+    return cascade(
+        variant, truncated=False, num_samples=count, batch_size=min(200, count), **settings
+    )

@@ -5,22 +5,17 @@
 Hardware and hours: not measured; 0.72 billion parameters, 1.1e21 FLOP to train.
 Expected FID of enlarged samples of base32: 1.48 to the training images, 2.48 to the
 validation images (paper, 50,000 samples, truncated at step 501 of 4000); here not
-measured. Checkpoints are compared by FID-10k in 50 steps of DDIM; `evaluate --final`
-takes the paper's 4000 steps, or those of --config.stage.sampler.num_steps, which `main`
-takes for a finished run too.
-Comments name the origin of each value; "not published" means that we did not find it.
-Ours too: computation in bfloat16, and when to save and stop.
+measured. Checkpoints are compared, and the final one is sampled, as base32's are.
 """
 
 from ml_collections import ConfigDict
-from sections import check_variant, fid_eval, fitting_mesh, imagenet, save_every, shrink
+from sections import ancestral, fid_eval, fitting_mesh, imagenet, in_variant, save_every
 
 # The schedule of this stage and of base32, whose images it enlarges. 4000: paper; rest: iDDPM.
 _COSINE = dict(name="cosine", num_timesteps=4000, noise_levels="discrete", cosine_offset=0.008)
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    check_variant(variant, "smoke")
     config = ConfigDict()
     config.stage = dict(
         name="sr64",
@@ -56,15 +51,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         ),
         augment=dict(name="gaussian", max_level=1.0),  # paper, section 3; the range is ours
         low_res_schedule=_COSINE,
-        sampler=dict(
-            name="ancestral",  # iDDPM
-            num_steps=4000,  # paper
-            grid="uniform",
-            variance="learned",  # paper
-            guidance_scale=1.0,  # paper: no guidance
-            guidance_interval=(0.0, 1.0),
-            threshold="static",  # DDPM
-        ),
+        sampler=ancestral(4000, "learned"),  # paper
     )
     config.data = imagenet(64)
     config.train = dict(
@@ -83,6 +70,4 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.eval = fid_eval(batch_size=1024, ddim_steps=50, aug_level=501 / 4000)  # paper, Table 5
     config.mesh = fitting_mesh()
     config.checkpoint = save_every(10_000)
-    if variant == "smoke":
-        shrink(config)
-    return config
+    return in_variant(config, variant)

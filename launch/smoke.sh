@@ -21,10 +21,10 @@ mkdir -p "$runs"
 touch "$runs/.smoke"
 export runs
 
-# A cascade's config file has a section "cascade", a stage's has "stage".
+# A stage's config file ends with `in_variant`, a cascade's with `paper_cascade`.
 mapfile -t files < <(printf '%s\n' configs/*.py | grep -v -e mnist_ -e cifar10_)
-mapfile -t cascades < <(grep -l 'config\.cascade = ' "${files[@]}")
-mapfile -t stages < <(grep -l 'config\.stage = ' "${files[@]}")
+mapfile -t cascades < <(grep -l 'return paper_cascade(' "${files[@]}")
+mapfile -t stages < <(grep -l 'return in_variant(' "${files[@]}")
 
 # Nearly all of the time is compilation: a quicker one of slower programs.
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_llvm_disable_expensive_passes=true\
@@ -45,8 +45,8 @@ logged() {
 
 train_and_evaluate() {
   local file=$1 name
-  # The run's folder has the stage's name.
-  name=$(sed -n 's/^ *name="\([a-z0-9_]*\)",.*/\1/p' "$file" | head -n 1)
+  # The run's folder has the stage's name, which is the file's.
+  name=$(basename "$file" .py)
   python -m cascaded_diffusion.main --config="$file:smoke" --workdir="$runs/$name" \
     --config.train.train_steps=8 --config.checkpoint.save_every_steps=8 &&
     python -m cascaded_diffusion.evaluate --workdir="$runs/$name"
