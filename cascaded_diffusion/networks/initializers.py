@@ -6,46 +6,24 @@ below take their numbers from one long draw, in the order in which the network i
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # The standard deviation of a standard normal distribution truncated to [-2, 2].
 _TRUNCATED_STD = 0.87962566103423978
 
 zeros = nn.initializers.zeros_init()
 
-
-class _Draw:
-    """Hands out the numbers of a long draw; without `numbers` it only counts them."""
-
-    def __init__(self, numbers: jax.Array | None = None):
-        self._numbers = numbers
-        self.taken = 0
-
-    def take(self, shape: Sequence[int]) -> jax.Array:
-        start, self.taken = self.taken, self.taken + math.prod(shape)
-        if self._numbers is None:
-            return jnp.zeros(shape)
-        return jax.lax.slice(self._numbers, (start,), (self.taken,)).reshape(shape)
-
-
-_draw: contextvars.ContextVar[_Draw | None] = contextvars.ContextVar("draw", default=None)
-
-
-@contextlib.contextmanager
-def _from(draw: _Draw) -> Iterator[None]:
-    token = _draw.set(draw)
-    try:
-        yield
-    finally:
-        _draw.reset(token)
+# Shape -> the next numbers of the long draw.
+_Take = Callable[[Sequence[int]], jax.Array]
+_take: contextvars.ContextVar[_Take | None] = contextvars.ContextVar("take", default=None)
 
 
 def fan_in_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
@@ -54,10 +32,9 @@ def fan_in_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32
     For a convolution's kernel or a matrix, whose last axis is the output. Outside
     `drawn_together` it draws from `key`.
     """
-    fan_in, draw = math.prod(shape[:-1]), _draw.get()
-    if draw is not None:
-        return (draw.take(shape) / math.sqrt(fan_in)).astype(dtype)
-    return _truncated_normal(key, shape).astype(dtype) / math.sqrt(fan_in)
+    take = _take.get()
+    numbers = _truncated_normal(key, shape) if take is None else take(shape)
+    return (numbers / math.sqrt(math.prod(shape[:-1]))).astype(dtype)
 
 
 def embedding_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
@@ -71,9 +48,22 @@ def _truncated_normal(key: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 def drawn_together(init: Callable[[], Any], key: jax.Array) -> Any:
     """Calls `init()` with all of its parameters taken from one draw of `key`."""
-    count = _Draw()
-    with _from(count):
-        # A new function each time, since JAX does not trace a known one again.
-        jax.eval_shape(lambda: init())
-    with _from(_Draw(_truncated_normal(key, (count.taken,)))):
-        return init()
+
+    def taking(take: _Take) -> Any:
+        def run() -> Any:
+            _take.set(take)
+            return init()
+
+        return contextvars.copy_context().run(run)
+
+    shapes: list[Sequence[int]] = []
+
+    def note(shape: Sequence[int]) -> jax.Array:
+        shapes.append(shape)
+        return jnp.zeros(shape)
+
+    # A new function each time, since JAX does not trace a known one again.
+    jax.eval_shape(lambda: taking(note))
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = iter(jnp.split(_truncated_normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1]))
+    return taking(lambda shape: next(parts).reshape(shape))

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.evaluation.features.extractor import Features, extract_in_batches
 from cascaded_diffusion.evaluation.features.inception_weights import InceptionWeights, load_weights
-from cascaded_diffusion.networks.inception import IMAGE_SIZE, apply_inception
+from cascaded_diffusion.networks.inception import IMAGE_SIZE, Inception
 from cascaded_diffusion.runtime import mesh as mesh_lib
 
 
@@ -132,7 +132,8 @@ class InceptionExtractor:
         params = self._programs["params"]
 
         def extract(params: dict, images: jax.Array) -> tuple[jax.Array, ...]:
-            return apply_inception(params, (at_inception_size(images, self.resize) - 128.0) / 128.0)
+            x = (at_inception_size(images, self.resize) - 128.0) / 128.0
+            return Inception().apply({"params": params}, x)
 
         abstract = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)
         lowered = jax.jit(extract, out_shardings=split).lower(params, abstract)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import http.client
-import io
 import os
 import pathlib
 import sys
@@ -29,10 +28,8 @@ from cascaded_diffusion.files.paths import check_local_path
 from cascaded_diffusion.files.whole import sha256_of, write_npz_whole, write_whole
 from cascaded_diffusion.networks.classifier import flatten_params, unflatten_params
 from cascaded_diffusion.networks.inception import (
-    NUM_FEATURES,
-    NUM_LOGITS,
-    UNITS,
     checkpoint_tensors,
+    kernel_shapes,
     params_from_checkpoint,
 )
 
@@ -42,7 +39,6 @@ NUM_BYTES = 95_628_359
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
 _FLAG, _CACHE_VARIABLE = "--inception_weights", "CASCADED_DIFFUSION_CACHE"
 _TIMEOUT_SECS = 60
-_BLOCK = 1 << 20
 _MAX_CONVERTED_BYTES = 1 << 28  # two and a half times their size
 
 
@@ -70,42 +66,46 @@ def load_weights(
       path: the public .pth file, one with the same tensors, or an .npz that this function has
         kept; by default the cached conversion of the public file, else a download.
       allow_other: accept a file that is not the public one.
-      cache: folder of the converted file; by default `cache_folder()`.
+      cache: the folder of the cached conversion; by default `cache_folder()`.
 
     Raises:
       UserError: the file is missing or damaged, holds something else, or is not the public one.
     """
     cache = cache_folder() if cache is None else cache
     kept = cache / f"{pathlib.Path(FILE).stem}.npz"
-    if path is None:
-        if (weights := _kept(kept)) is not None:
+    if path is not None:
+        file = pathlib.Path(path)
+        if not file.is_file():
+            raise UserError(f"{_FLAG}={path}: no such file; expected {FILE}, from {URL}")
+        if file.suffix == ".npz":
+            try:
+                weights = _read_converted(file)
+            except ValueError as e:
+                raise UserError(f"{_FLAG}={path}: {e}; give {FILE} itself, from {URL}") from e
+            _check_public(file, weights.sha256, allow_other)
             return weights
-        path = str(download(cache / FILE))
-        weights = _read_public(pathlib.Path(path), allow_other=False)
+        digest = sha256_of(file)
+        _check_public(file, digest, allow_other)
+        if digest != SHA256:
+            return _converted(file, digest)
+    if (weights := _kept(kept)) is None:
+        file = pathlib.Path(path or download(cache / FILE))
+        weights = _converted(file, SHA256)
         _keep(kept, weights)
-        pathlib.Path(path).unlink(missing_ok=True)
-        return weights
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise UserError(f"{_FLAG}={path}: no such file; expected {FILE}, from {URL}")
-    if file.suffix == ".npz":
-        try:
-            weights = _read_converted(file)
-        except ValueError as e:
-            raise UserError(f"{_FLAG}={path}: {e}; give {FILE} itself, from {URL}") from e
-        if weights.sha256 != SHA256 and not allow_other:
-            _refuse_other(path, weights.sha256)
-        return weights
-    digest = sha256_of(file)
-    if digest == SHA256 and (weights := _kept(kept)) is not None:
-        return weights
-    weights = _read_public(file, allow_other=allow_other, digest=digest)
-    if digest == SHA256:
-        _keep(kept, weights)
+        if path is None:
+            file.unlink()
     return weights
 
 
-def _refuse_other(path: str, digest: str) -> None:
+def _check_public(path: pathlib.Path, digest: str, allow_other: bool) -> None:
+    if digest == SHA256 or allow_other:
+        return
+    size = path.stat().st_size
+    if path.suffix != ".npz" and size < NUM_BYTES:
+        raise UserError(
+            f"{_FLAG}={path}: {size} bytes, expected {NUM_BYTES}: the file is cut off, or is not"
+            f" {FILE} (SHA-256 {SHA256})"
+        )
     raise UserError(
         f"{_FLAG}={path}: SHA-256 is {digest}, expected {SHA256}, that of {FILE}: the file is"
         " damaged, or of another network; to use weights that nobody else's FID is of, add"
@@ -113,18 +113,7 @@ def _refuse_other(path: str, digest: str) -> None:
     )
 
 
-def _read_public(
-    path: pathlib.Path, *, allow_other: bool, digest: str | None = None
-) -> InceptionWeights:
-    digest = sha256_of(path) if digest is None else digest
-    if digest != SHA256 and not allow_other:
-        size = path.stat().st_size
-        if size < NUM_BYTES:
-            raise UserError(
-                f"{_FLAG}={path}: {size} bytes, expected {NUM_BYTES}: the file is cut off, or is"
-                f" not {FILE} (SHA-256 {SHA256})"
-            )
-        _refuse_other(str(path), digest)
+def _converted(path: pathlib.Path, digest: str) -> InceptionWeights:
     try:
         tensors = read_tensors(path)
         check_tensors(tensors)
@@ -165,7 +154,7 @@ def _weights_digest(arrays: Mapping[str, np.ndarray], sha256: str) -> str:
 
 def _keep(path: pathlib.Path, weights: InceptionWeights) -> None:
     arrays = flatten_params(weights.params)
-    about = dict(sha256=np.asarray(weights.sha256), digest=_weights_digest(arrays, weights.sha256))
+    about = {"sha256": weights.sha256, "digest": _weights_digest(arrays, weights.sha256)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_npz_whole(path, {**arrays, **about})
@@ -190,18 +179,6 @@ def _kept(path: pathlib.Path) -> InceptionWeights | None:
     return weights
 
 
-def _converted_shapes() -> dict[str, tuple[int, ...]]:
-    """The shapes of all arrays that `_keep` writes."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc/kernel": (NUM_FEATURES, NUM_LOGITS),
-        "fc/bias": (NUM_LOGITS,),
-    }
-    for name, unit in UNITS.items():
-        shapes[f"{name}/kernel"] = (*unit.kernel, unit.channels_in, unit.channels_out)
-        shapes[f"{name}/bias"] = (unit.channels_out,)
-    return shapes
-
-
 def _read_converted(path: pathlib.Path) -> InceptionWeights:
     """Reads a file of `_keep`. Raises ValueError if it is damaged or something else."""
     arrays = read_arrays(path, max_bytes=_MAX_CONVERTED_BYTES)
@@ -209,7 +186,10 @@ def _read_converted(path: pathlib.Path) -> InceptionWeights:
     if digest != _weights_digest(arrays, sha256):
         raise ValueError("its arrays have changed since it was written, or it is another file")
     shapes = {name: array.shape for name, array in arrays.items() if array.dtype == np.float32}
-    if shapes != _converted_shapes() or not all(np.isfinite(a).all() for a in arrays.values()):
+    expected = {}
+    for layer, shape in kernel_shapes().items():
+        expected |= {f"{layer}/kernel": shape, f"{layer}/bias": shape[-1:]}
+    if shapes != expected or not all(np.isfinite(a).all() for a in arrays.values()):
         raise ValueError("not the converted weights of FID's Inception")
     return InceptionWeights(unflatten_params(arrays), sha256)
 
@@ -233,14 +213,9 @@ def download(
     num_bytes: int = NUM_BYTES,
     opener: urllib.request.OpenerDirector | None = None,
 ) -> pathlib.Path:
-    """Downloads a file and keeps it if it has the expected size and hash.
+    """Downloads a file to `path` and keeps it if it has the expected size and hash.
 
-    Args:
-      path: where the file goes.
-      url: an https address.
-      sha256: the expected hash.
-      num_bytes: the expected size; no more is read.
-      opener: of the connection; by default one that follows redirects to https alone.
+    The default `opener` follows redirects to https alone. No more than `num_bytes` are read.
 
     Raises:
       UserError: the download fails, or gets another file.
@@ -251,21 +226,19 @@ def download(
             raise UserError(f"{url}: expected https")
         opener = urllib.request.build_opener(_HttpsOnly)
     print(f"downloading {url} ({num_bytes / 1e6:.0f} MB)", file=sys.stderr, flush=True)
-    data = io.BytesIO()
     try:
         with opener.open(url, timeout=_TIMEOUT_SECS) as response:
-            while block := response.read(_BLOCK):
-                data.write(block)
-                if data.tell() > num_bytes:
-                    raise UserError(f"{url}: more than the {num_bytes} bytes expected{remedy}")
+            data = response.read(num_bytes + 1)
     except (OSError, http.client.HTTPException) as e:  # URLError and timeouts too
         raise UserError(f"{url}: cannot be downloaded ({e}){remedy}") from e
-    found = hashlib.sha256(data.getvalue()).hexdigest()
-    if data.tell() != num_bytes or found != sha256:
+    if len(data) > num_bytes:
+        raise UserError(f"{url}: more than the {num_bytes} bytes expected{remedy}")
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
         raise UserError(
-            f"{url}: got {data.tell()} bytes of SHA-256 {found}, expected {num_bytes} of"
-            f" {sha256}; nothing was kept{remedy}"
+            f"{url}: got {len(data)} bytes of SHA-256 {found}, expected {num_bytes} of {sha256};"
+            f" nothing was kept{remedy}"
         )
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_whole(path, data.getvalue())
+    write_whole(path, data)
     return path

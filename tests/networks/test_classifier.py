@@ -19,7 +19,7 @@ def test_features_and_logits(network, features):
     module = lib.CLASSIFIERS[network](num_classes=7)
     variables = jax.eval_shape(lambda k: lib.init_classifier(module, k, 64, 3), jax.random.key(0))
     image = jax.ShapeDtypeStruct((2, 64, 64, 3), np.float32)
-    outputs = jax.eval_shape(lambda v, x: lib.apply_classifier(module, v, x), variables, image)
+    outputs = jax.eval_shape(module.apply, variables, image)
     assert [x.shape for x in outputs] == [(2, features), (2, 7)]
 
 
@@ -27,12 +27,12 @@ def test_batch_statistics_move_while_training_alone():
     module = lib.CLASSIFIERS["resnet"](num_classes=3)
     variables = lib.init_classifier(module, jax.random.key(0), 8, 1)
     image = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)) + 2
-    _, updated = lib.train_classifier_step(module, variables, image, jax.random.key(2))
+    _, updated = module.apply(variables, image, train=True, mutable=["batch_stats"])
     before, after = (jax.tree.leaves(v["batch_stats"]) for v in (variables, updated))
     assert any(np.abs(a - b).max() > 0.01 for a, b in zip(before, after, strict=True))
     # While testing, an image's logits depend on no other image.
-    alone = lib.apply_classifier(module, variables, image[:1])[1]
-    together = lib.apply_classifier(module, variables, image)[1][:1]
+    alone = module.apply(variables, image[:1])[1]
+    together = module.apply(variables, image)[1][:1]
     np.testing.assert_allclose(alone, together, atol=1e-5)
     flat = lib.flatten_params(variables)
     assert {name.split("/")[0] for name in flat} == {"params", "batch_stats"}
