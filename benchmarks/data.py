@@ -145,7 +145,7 @@ def check_pixels(folder: pathlib.Path) -> str:
     for index in range(0, len(plain), max(1, len(plain) // 20)):
         ours = plain[index]["image"]
         np.testing.assert_array_equal(ours, prepared[index]["image"])
-        photo = np.asarray(Image.open(plain.reader.describe(index)), np.float64)
+        photo = np.asarray(Image.open(plain.describe(index)), np.float64)
         crop = photo[:, left : left + HEIGHT]
         # Without `optimize` numpy sums over both axes at once: seconds for each image.
         exact = np.einsum("ih,hwc,jw->ijc", weights, crop, weights, optimize=True)

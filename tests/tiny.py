@@ -11,8 +11,7 @@ from cascaded_diffusion.commands.config_flags import load_config_file
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import MeshConfig, RunConfig, to_dict
 from cascaded_diffusion.data.arrays import ArraySource
-from cascaded_diffusion.data.processing import ProcessingReader
-from cascaded_diffusion.data.records import Source
+from cascaded_diffusion.data.processing import ProcessedSource
 from cascaded_diffusion.runtime.mesh import build_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -91,17 +90,17 @@ def two_devices() -> Mesh:
 
 def array_source(
     images: np.ndarray, labels: np.ndarray, *, num_classes: int = 10, **overrides: Any
-) -> Source:
+) -> ProcessedSource:
     """Arrays as a source; `raw` is what it was made of. Overrides are of `config.data`."""
     size, channels = images.shape[1], images.shape[3]
     config = tiny_base(
         data__resolution=size, **{f"data__{k}": v for k, v in overrides.items()}
     ).data
     raw = ArraySource(images, labels, tuple(map(str, range(num_classes))))
-    return Source(ProcessingReader(raw, config, channels=channels), config)
+    return ProcessedSource(raw, config, channels=channels)
 
 
-def random_source(num_images: int = 64, resolution: int = 32) -> Source:
+def random_source(num_images: int = 64, resolution: int = 32) -> ProcessedSource:
     """Images of noise, whose first pixels spell the image's index."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (num_images, resolution, resolution, 1), np.uint8)

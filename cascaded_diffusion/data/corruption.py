@@ -1,22 +1,14 @@
-"""Records that cannot be read, and what is done about them: fail, or skip and count.
-
-A skipped record is replaced by the next good one of the data set. Which record replaces which
-is then a function of the data alone, so that batches are the same for any number of processes
-and threads, and for a run that resumes.
-"""
+"""Records that cannot be read, and what is done about them: fail, or skip and count."""
 
 from __future__ import annotations
 
 import math
 import sys
 import threading
-from collections.abc import Callable
-from typing import TypeVar
 
 from cascaded_diffusion.config.schema import MAX_CORRUPT_FRACTION, DataConfig
 from cascaded_diffusion.errors import UserError
 
-T = TypeVar("T")
 # Threads share a guard. The lock is none of its attributes, since guards are pickled.
 _LOCK = threading.Lock()
 
@@ -48,9 +40,17 @@ class CorruptionGuard:
           UserError: the policy is to fail, or too many records are corrupt.
         """
         if not self._skips:
+            # What else to set if even one corrupt record would be too many.
+            cap = ""
+            if self._cap * self._num_records < 1:
+                enough = max(0.01, math.ceil(100 / self._num_records) / 100)
+                cap = (
+                    f" --config.data.max_corrupt_fraction={enough:g} (at {self._cap:g}, one of"
+                    f" {self._num_records} is too many)"
+                )
             raise UserError(
                 f"{where}: {problem}; replace it, or train without such records by"
-                f" --config.data.on_corrupt=skip{self._cap_that_is_needed()}"
+                f" --config.data.on_corrupt=skip{cap}"
             )
         with _LOCK:
             if index in self._found:
@@ -69,29 +69,3 @@ class CorruptionGuard:
             print(f"skipped: {where}: {problem}", file=sys.stderr, flush=True)
         if self._too_many is not None:
             raise UserError(self._too_many)
-
-    def _cap_that_is_needed(self) -> str:
-        """What else to set if even one corrupt record would be too many."""
-        if self._cap * self._num_records >= 1:
-            return ""
-        enough = max(0.01, math.ceil(100 / self._num_records) / 100)
-        return (
-            f" --config.data.max_corrupt_fraction={enough:g} (at {self._cap:g}, one of"
-            f" {self._num_records} is too many)"
-        )
-
-    def first_good(
-        self, index: int, read: Callable[[int], T], describe: Callable[[int], str]
-    ) -> tuple[int, T]:
-        """Reads a record or, if it is corrupt, the next good one. Returns its index and itself.
-
-        Raises:
-          UserError: see `note`; or there is no good record at all.
-        """
-        for offset in range(self._num_records):
-            at = (index + offset) % self._num_records
-            try:
-                return at, read(at)
-            except CorruptRecord as e:
-                self.note(at, describe(at), str(e))
-        raise UserError(f"none of {self._num_records} records can be read")

@@ -12,17 +12,16 @@ kept as one string, so that a million of them fit anywhere.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import os
+import stat
 from collections.abc import Callable
 
 import numpy as np
 
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import SUFFIXES
-from cascaded_diffusion.data.digests import digest_of_files, sample_digest
-from cascaded_diffusion.data.records import DataMissing, RawExample
-from cascaded_diffusion.data.splits import Part, parse_split, part_of, split_problem
+from cascaded_diffusion.data.records import DataMissing, RawExample, RawSource, digest_of_files
+from cascaded_diffusion.data.splits import WHOLE, parse_split, part_of, split_problem
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.litter import describe_passed_over, is_litter
 from cascaded_diffusion.files.paths import printable
@@ -30,55 +29,54 @@ from cascaded_diffusion.files.paths import printable
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
 # Whatever its name says, a larger file is no image.
 _MAX_FILE_BYTES = 2_000_000_000
-WHOLE = "all"
 _SLASH = os.fsencode(os.sep)
+# The path of an image below a folder, its bytes, and its modification time in whole seconds.
+_File = tuple[bytes, int, int]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FolderSource:
-    """The image files below a folder, in order of their paths.
+class FolderSource(RawSource):
+    """The image files below a folder, in order of their paths; `load_folder` makes it.
 
     Attributes:
-      root: the folder.
+      where: the folder, for people.
       names: the paths of the files below it, one after the other.
-      ends: int64 [n], where each path ends in `names`.
       labels: int32 [n]; 0 without classes.
-      class_names: in order of label; empty without classes.
-      identity: a digest of the files' names and sizes.
-      times: a digest of their modification times.
       passed_over: how many files of which kinds are no images, for people; "" for none.
     """
 
-    root: bytes
-    names: bytes
-    ends: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    identity: str
-    times: str
-    passed_over: str
-
-    fixed_shape = None
+    def __init__(
+        self,
+        root: bytes,
+        split: str,
+        files: list[_File],
+        labels: np.ndarray,
+        class_names: list[bytes],
+        passed_over: str,
+    ):
+        names = [name for name, _, _ in files]
+        self.where, self.passed_over, self._root = printable(root), passed_over, root
+        self.names = b"".join(names)
+        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        self.labels, self.class_names = labels, tuple(map(os.fsdecode, class_names))
+        self.class_counts = np.bincount(labels, minlength=len(class_names))
+        digest = digest_of_files(names, (size for _, size, _ in files))
+        self.identity = f"folder:{printable(split)}:{len(names)} images:{digest}"
+        self.times = digest_of_files(names, (time for _, _, time in files))
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self._ends)
 
     def __repr__(self) -> str:
-        return f"FolderSource({len(self)} files in {os.fsdecode(self.root)})"
-
-    @property
-    def where(self) -> str:
-        """The folder, for people."""
-        return printable(self.root)
+        return f"FolderSource({len(self)} files in {self.where})"
 
     def name(self, index: int) -> bytes:
-        """The path of a file below `root`."""
-        start = self.ends[index - 1] if index else 0
-        return self.names[start : self.ends[index]]
+        """The path of a file below the folder."""
+        start = self._ends[index - 1] if index else 0
+        return self.names[start : self._ends[index]]
 
     def read(self, index: int) -> RawExample:
         try:
-            with open(os.path.join(self.root, self.name(index)), "rb", buffering=0) as f:
+            with open(os.path.join(self._root, self.name(index)), "rb", buffering=0) as f:
                 size = os.fstat(f.fileno()).st_size
                 if size > _MAX_FILE_BYTES:
                     raise CorruptRecord(f"{size:,} bytes, expected at most {_MAX_FILE_BYTES:,}")
@@ -87,13 +85,7 @@ class FolderSource:
             raise CorruptRecord(f"cannot be read ({e.strerror or e})") from e
 
     def describe(self, index: int) -> str:
-        return printable(os.path.join(self.root, self.name(index)))
-
-    def class_counts(self) -> np.ndarray:
-        return np.bincount(self.labels, minlength=len(self.class_names))
-
-    def content_sample(self) -> str:
-        return sample_digest(self)
+        return printable(os.path.join(self._root, self.name(index)))
 
 
 def _is(kind: Callable[[], bool]) -> bool:
@@ -103,58 +95,47 @@ def _is(kind: Callable[[], bool]) -> bool:
         return False
 
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """What is in a folder.
+def _scan(
+    folder: bytes,
+    below: bytes,
+    on_way: frozenset[tuple[int, int]],
+    files: list[_File],
+    others: collections.Counter[str],
+) -> list[bytes]:
+    """Adds what is in a folder to `files`, and to the counts by kind of `others`.
 
-    Attributes:
-      folders: the folders directly in it, except hidden ones.
-      images: (path below the folder, bytes, modification time in seconds) of each.
-      others: the number of other files by kind.
+    `below` begins the paths in it: b"", or a path that ends with a slash. `on_way` has device
+    and inode of the folders that it is in. Returns the folders directly in it, except hidden ones.
     """
-
-    folders: list[bytes] = dataclasses.field(default_factory=list)
-    images: list[tuple[bytes, int, int]] = dataclasses.field(default_factory=list)
-    others: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-
-    def scan(self, folder: bytes, below: bytes, on_way: frozenset[tuple[int, int]]) -> None:
-        """Adds what is in a folder.
-
-        `below` begins the paths in it: b"", or a path that ends with a slash. `on_way` has
-        device and inode of the folders that it is in.
-        """
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in on_way:
-            self.others["links back"] += 1
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                name = entry.name
-                if is_litter(name):
-                    self.others["hidden"] += 1
-                elif _is(entry.is_dir):
-                    if not below:
-                        self.folders.append(name)
-                    self.scan(entry.path, below + name + _SLASH, on_way | {here})
-                elif not _is(entry.is_file):
-                    self.others["broken links" if entry.is_symlink() else "pipes or devices"] += 1
-                elif name.lower().endswith(_SUFFIXES):
-                    status = entry.stat()
-                    # Item 8 of a status is the modification time in whole seconds.
-                    self.images.append((below + name, status.st_size, status[8]))
-                else:
-                    suffix = os.path.splitext(name)[1].lower()
-                    self.others[printable(suffix) or "without suffix"] += 1
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    folders: list[bytes] = []
+    if here in on_way:
+        others["links back"] += 1
+        return folders
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if is_litter(name):
+                others["hidden"] += 1
+            elif _is(entry.is_dir):
+                folders.append(name)
+                _scan(entry.path, below + name + _SLASH, on_way | {here}, files, others)
+            elif not _is(entry.is_file):
+                others["broken links" if entry.is_symlink() else "pipes or devices"] += 1
+            elif name.lower().endswith(_SUFFIXES):
+                status = entry.stat()
+                files.append((below + name, status.st_size, status[stat.ST_MTIME]))
+            else:
+                suffix = os.path.splitext(name)[1].lower()
+                others[printable(suffix) or "without suffix"] += 1
+    return folders
 
 
 def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
-    """Lists the images of a split of a folder.
+    """Lists the images of a split (or a part of it) of the folder `path`.
 
-    Args:
-      path: the folder, `config.data.path`.
-      split: a folder in it, or `all`; or a part of either.
-      classes: "folder", "file_name", or None for a model without classes.
+    `classes` is "folder", "file_name", or None for a model without classes.
 
     Raises:
       DataMissing: there is no such folder or split.
@@ -167,6 +148,8 @@ def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
             " SPLIT/CLASS/NAME.jpg, or give another"
         )
     root = os.fsencode(os.path.join(path, name))
+    files: list[_File] = []
+    others = collections.Counter[str]()
     try:
         if not os.path.isdir(root):
             if name != WHOLE:
@@ -179,58 +162,39 @@ def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
                 )
                 raise DataMissing(split_problem(split, problem))
             root = os.fsencode(path)
-        return _listed(root, split, part, classes)
+        folders = _scan(root, b"", frozenset(), files, others)
     except (OSError, RecursionError) as e:
         raise UserError(f"config.data.path = {path!r}: cannot be listed ({e})") from e
-
-
-def _listed(root: bytes, split: str, part: Part, classes: str | None) -> FolderSource:
-    found = _Found()
-    found.scan(root, b"", frozenset())
-    images, passed_over = sorted(found.images), describe_passed_over(found.others)
-    names = [name for name, _, _ in images]
-    where = printable(root)
-    if not names:
+    files.sort()
+    names = [name for name, _, _ in files]
+    where, passed_over = printable(root), describe_passed_over(others)
+    if not files:
         raise UserError(
             f"{where}: no images there, expected files that end with {', '.join(SUFFIXES)};"
             f" {passed_over or 'no other files either'}"
         )
-    if classes == "folder":
-        in_root = [name for name in names if _SLASH not in name]
-        if in_root:
+    labels, class_names = np.zeros(len(files), np.int32), []
+    if classes is not None:
+        if classes == "folder":
+            if in_root := [name for name in names if _SLASH not in name]:
+                raise UserError(
+                    f"{where}: {len(in_root)} images outside of any class folder, the first"
+                    f" {printable(in_root[0])}, expected CLASS/NAME.jpg; for a model"
+                    " without classes set --config.stage.num_classes=0"
+                )
+            of_name = [name.partition(_SLASH)[0] for name in names]
+            class_names = sorted(folders)
+        else:
+            of_name = [os.path.basename(name).partition(b"_")[0] for name in names]
+            class_names = sorted(set(of_name))
+        if empty := sorted(set(class_names) - set(of_name)):
             raise UserError(
-                f"{where}: {len(in_root)} images outside of any class folder, the first"
-                f" {printable(in_root[0])}, expected CLASS/NAME.jpg; for a model"
-                " without classes set --config.stage.num_classes=0"
+                f"{where}: class {os.fsdecode(empty[0])!r} has no images; remove the folder, or"
+                " fill it"
             )
-        class_names = sorted(found.folders)
-        of_name = [name.partition(_SLASH)[0] for name in names]
-    elif classes == "file_name":
-        of_name = [os.path.basename(name).partition(b"_")[0] for name in names]
-        class_names = sorted(set(of_name))
-    else:
-        class_names, of_name = [], []
-    number = {name: i for i, name in enumerate(class_names)}
-    labels = np.zeros(len(names), np.int32)
-    if class_names:
-        labels = np.fromiter((number[c] for c in of_name), np.int32, len(names))
-    for i in np.flatnonzero(np.bincount(labels, minlength=len(class_names)) == 0):
-        raise UserError(
-            f"{where}: class {os.fsdecode(class_names[i])!r} has no images; remove the folder, or"
-            " fill it"
-        )
+        number = {name: i for i, name in enumerate(class_names)}
+        labels = np.fromiter((number[name] for name in of_name), np.int32, len(names))
     chosen = part_of(names, part, split)
     if chosen is not None:
-        images, labels = [images[i] for i in chosen], labels[chosen]
-        names = [name for name, _, _ in images]
-    digest = digest_of_files(names, (size for _, size, _ in images))
-    return FolderSource(
-        root=root,
-        names=b"".join(names),
-        ends=np.cumsum([len(name) for name in names], dtype=np.int64),
-        labels=labels,
-        class_names=tuple(map(os.fsdecode, class_names)),
-        identity=f"folder:{printable(split)}:{len(names)} images:{digest}",
-        times=digest_of_files(names, (time for _, _, time in images)),
-        passed_over=passed_over,
-    )
+        files, labels = [files[i] for i in chosen], labels[chosen]
+    return FolderSource(root, split, files, labels, class_names, passed_over)

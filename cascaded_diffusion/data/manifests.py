@@ -11,20 +11,20 @@ records of the data set that went into it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
 import re
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 from cascaded_diffusion.config.run_checks import FILE_DATA
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
-from cascaded_diffusion.data.digests import digest_of_json
-from cascaded_diffusion.data.records import PREPARE, DataMissing, RawSource
+from cascaded_diffusion.data.records import RawSource
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import read_json, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -63,12 +63,8 @@ class Report(Shard):
     times: str
 
 
-class Manifest(TypedDict):
-    """What is known about a split when all its shards have been written.
-
-    The first ten keys are `settings_of`, of which `path` is for people. `identity` is
-    `source_identity` and what was left out; `times` and `content_sample` are the source's.
-    """
+class Settings(TypedDict):
+    """Everything in a config that decides what is in the records; `path` is for people."""
 
     format: int
     data: str
@@ -80,6 +76,15 @@ class Manifest(TypedDict):
     low_res_resolution: int | None
     channels: int
     classes: int
+
+
+class Manifest(Settings):
+    """What is known about a split when all its shards have been written.
+
+    `identity` is `source_identity` and what was left out; `times` and `content_sample` are the
+    source's.
+    """
+
     identity: str
     source_identity: str
     times: str
@@ -93,13 +98,11 @@ class Manifest(TypedDict):
     shards: list[Shard]
 
 
-def problem_of(value: Any, kind: Any, where: str = "it") -> str | None:
+def problem_of(value: object, kind: Any, where: str = "it") -> str | None:
     """What is wrong with a JSON value that should be of a kind; None for nothing.
 
-    Args:
-      value: what was read.
-      kind: a type, a union of types, a TypedDict, or a list or dict of kinds.
-      where: what to call the value.
+    The kind is a type, a union of types, a TypedDict, or a list or dict of kinds. The answer
+    calls the value `where`.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if typing.is_typeddict(kind):
@@ -129,7 +132,7 @@ def problem_of(value: Any, kind: Any, where: str = "it") -> str | None:
 _NAMES = {int: "a number from 0 on", str: "text", type(None): "null"}
 
 
-def _kind_of(value: Any) -> str:
+def _kind_of(value: object) -> str:
     return f"{value}" if type(value) is int else f"a {type(value).__name__}"
 
 
@@ -160,8 +163,8 @@ def is_prepared(folder: pathlib.Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
-def settings_of(config: DataConfig, split: str, stage: StageConfig) -> dict[str, Any]:
-    """Everything in a config that decides what is in the records."""
+def settings_of(config: DataConfig, split: str, stage: StageConfig) -> Settings:
+    """The settings of a split that is prepared as a config wants it."""
     return {
         "format": FORMAT,
         "data": config.name,
@@ -189,9 +192,14 @@ _KEYS = {
 }
 
 
-def stored_manifest(manifest: Manifest) -> bytes:
-    """A manifest as a file, with its own digest."""
-    return json.dumps({**manifest, "digest": digest_of_json(manifest)}, indent=1).encode() + b"\n"
+def digest_of_json(value: Any) -> str:
+    """SHA-256 of a JSON value, with its keys in order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
+    """Writes a manifest with its own digest."""
+    write_json(folder / MANIFEST, {**manifest, "digest": digest_of_json(manifest)}, indent=1)
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
@@ -202,23 +210,19 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     """
     path = folder / MANIFEST
     anew = "remove the folder and prepare the data anew"
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataMissing(f"{path}: missing; prepare the data by {PREPARE}") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(e).split())}); {anew}") from e
+    manifest = read_json(path, remedy=anew)
+    digest = manifest.pop("digest", None) if isinstance(manifest, dict) else None
     if not isinstance(manifest, dict):
-        raise UserError(f"{path}: no manifest, but {_kind_of(manifest)}; {anew}")
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: written by another version of this program; {anew}")
-    digest = manifest.pop("digest", None)
-    problem = problem_of(manifest, Manifest) or _contradiction(cast(Manifest, manifest))
+        problem = f"no manifest, but {_kind_of(manifest)}"
+    elif manifest.get("format") != FORMAT:
+        problem = "written by another version of this program"
+    else:
+        problem = problem_of(manifest, Manifest) or _contradiction(manifest)
+    if problem is None and digest != digest_of_json(manifest):
+        problem = "has changed since it was written"
     if problem is not None:
         raise UserError(f"{path}: {problem}; {anew}")
-    if digest != digest_of_json(manifest):
-        raise UserError(f"{path}: has changed since it was written; {anew}")
-    return cast(Manifest, manifest)
+    return manifest
 
 
 def _contradiction(manifest: Manifest) -> str | None:
@@ -241,7 +245,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     return None
 
 
-def check_settings(manifest: Manifest, wanted: Mapping[str, Any], folder: pathlib.Path) -> None:
+def check_settings(manifest: Manifest, wanted: Settings, folder: pathlib.Path) -> None:
     """Raises UserError, naming the config key, if the data was prepared with other settings."""
     for name, key in _KEYS.items():
         if name == "classes" and not wanted[name]:
@@ -255,13 +259,10 @@ def check_settings(manifest: Manifest, wanted: Mapping[str, Any], folder: pathli
 
 
 def check_source(manifest: Manifest, source: RawSource, folder: pathlib.Path) -> None:
-    """Checks that data was prepared from a source, as far as can be told without reading it all.
+    """Raises UserError if data was prepared from another source.
 
     If only the modification times differ, as those of a copy do, a sample of the contents is
     compared.
-
-    Raises:
-      UserError: it was prepared from another.
     """
     if manifest["source_identity"] != source.identity:
         what = f"of {manifest['source_identity']!r}, not of {source.identity!r}"

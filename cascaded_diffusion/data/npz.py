@@ -11,23 +11,18 @@ import os
 
 import numpy as np
 
-from cascaded_diffusion.data.arrays import ArraySource, array_source
+from cascaded_diffusion.data.arrays import ArraySource
 from cascaded_diffusion.data.records import DataMissing
-from cascaded_diffusion.data.splits import parse_split, split_problem
+from cascaded_diffusion.data.splits import WHOLE, parse_split, split_problem
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.litter import is_litter
 from cascaded_diffusion.files.npz_archive import layout_hint, read_arrays
 
-WHOLE = "all"
-
 
 def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
-    """Reads a file.
+    """Reads a split, or a part of it, of a file (`all`) or of a folder with SPLIT.npz in it.
 
-    Args:
-      path: a file, whose one split is `all`; or a folder with SPLIT.npz in it.
-      split: the name of the split, or of a part of it.
-      num_classes: all labels below it must occur, and no others; 0 for data without classes.
+    All labels below `num_classes` must occur, and no others; 0 is for data without classes.
 
     Raises:
       DataMissing: there is no such file.
@@ -65,11 +60,11 @@ def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
             f"{file}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, height, width, 1"
             f" or 3){layout_hint(images.shape)}"
         )
-    if not num_classes:
-        return array_source("npz", split, images, np.zeros(len(images), np.int32), ())
-    labels = _checked_labels(file, stored.get("arr_1"), len(images), num_classes)
-    names = _class_names(file, stored.get("class_names"), num_classes)
-    return array_source("npz", split, images, labels, names)
+    labels, names = np.zeros(len(images), np.int32), ()
+    if num_classes:
+        labels = _checked_labels(file, stored.get("arr_1"), len(images), num_classes)
+        names = _class_names(file, stored.get("class_names"), num_classes)
+    return ArraySource(images, labels, names, name="npz", split=split)
 
 
 def _class_names(file: str, names: np.ndarray | None, num_classes: int) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from cascaded_diffusion.data import manifests
 from cascaded_diffusion.data.array_record_files import ArrayRecordShards, ShardPart
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import decode_image
-from cascaded_diffusion.data.records import PREPARE, DataMissing, RawSource, Sized
+from cascaded_diffusion.data.records import PREPARE, DataMissing, RawSource, Sized, Source
 from cascaded_diffusion.errors import UserError
 
 _HEAD = struct.Struct("<iqB")
@@ -30,25 +30,23 @@ _HEAD = struct.Struct("<iqB")
 
 def encode_record(record: Sized, index: int, *, png: bool) -> bytes:
     """One example as bytes; see the module."""
-    images = [record["image"]] + ([record["low_res"]] if "low_res" in record else [])
+    images = [record[name] for name in ("image", "low_res") if name in record]
     payloads = [_png(image) if png else np.ascontiguousarray(image).tobytes() for image in images]
-    lengths = [len(payload) for payload in payloads]
-    head = _HEAD.pack(int(record["label"]), index, len(payloads))
-    return b"".join([head, struct.pack(f"<{len(lengths)}I", *lengths), *payloads])
+    count, lengths = len(payloads), map(len, payloads)
+    head = struct.pack(f"<iqB{count}I", int(record["label"]), index, count, *lengths)
+    return b"".join([head, *payloads])
 
 
 def _png(image: np.ndarray) -> bytes:
     # cv2 has blue first.
-    done, data = cv2.imencode(".png", image[..., ::-1] if image.shape[2] == 3 else image)
-    if not done:
-        raise ValueError("cannot be encoded as PNG")
+    _, data = cv2.imencode(".png", image[..., ::-1] if image.shape[2] == 3 else image)
     return data.tobytes()
 
 
-class PreparedReader:
-    """Reads what `prepare` wrote; `open_prepared` makes it."""
+class PreparedSource(Source):
+    """Reads what `prepare` wrote in a folder."""
 
-    def __init__(self, folder: pathlib.Path, manifest: manifests.Manifest):
+    def __init__(self, folder: pathlib.Path, manifest: manifests.Manifest, config: DataConfig):
         manifest_path = folder / manifests.MANIFEST
         remedy = f"remove {manifest_path} and prepare again by {PREPARE}: what is whole is kept"
         parts = []
@@ -62,18 +60,23 @@ class PreparedReader:
             if shard["count"]:
                 parts.append(ShardPart(str(path), 0, shard["count"], shard["count"]))
         self._shards = ArrayRecordShards(parts, remedy=remedy)
-        self.describe = self._shards.describe
-        resolution, low_res = manifest["resolution"], manifest["low_res_resolution"]
-        self._png, channels = manifest["encoding"] == "png", manifest["channels"]
-        self.image_shape = (resolution, resolution, channels)
-        self.low_res_shape = (low_res, low_res, channels) if low_res else None
-        self.class_names = tuple(manifest["class_names"])
+        size = manifest["resolution"]
+        image_shape = (size, size, manifest["channels"])
+        super().__init__(config, len(self._shards), image_shape, manifest["low_res_resolution"])
         self.identity, self.times = manifest["identity"], manifest["times"]
-        self._class_counts = np.asarray(manifest["class_counts"])
-        self._content_sample = manifest["content_sample"]
+        self.class_names = tuple(manifest["class_names"])
+        self.class_counts = np.asarray(manifest["class_counts"])
+        self._manifest = manifest
 
     def __len__(self) -> int:
         return len(self._shards)
+
+    def describe(self, index: int) -> str:
+        return self._shards.describe(index)
+
+    def content_sample(self) -> str:
+        """The sample that was taken when the images were prepared."""
+        return self._manifest["content_sample"]
 
     def read(self, index: int) -> Sized:
         data = self._shards.read(index)
@@ -96,7 +99,7 @@ class PreparedReader:
         return record
 
     def _image(self, data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-        if self._png:
+        if self._manifest["encoding"] == "png":
             image, _ = decode_image(data, channels=shape[2], max_pixels=shape[0] * shape[1])
         else:
             image = np.frombuffer(data, np.uint8)
@@ -104,25 +107,14 @@ class PreparedReader:
             raise CorruptRecord("its image has another size than the manifest says")
         return image.reshape(shape)
 
-    def class_counts(self) -> np.ndarray:
-        return self._class_counts
-
-    def content_sample(self) -> str:
-        """The source's, when it was prepared."""
-        return self._content_sample
-
 
 def open_prepared(
     config: DataConfig, split: str, stage: StageConfig, *, find: Callable[[], RawSource]
-) -> PreparedReader:
-    """Opens a split that was prepared as the config wants it.
+) -> PreparedSource:
+    """Opens a split that was prepared as the config and the stage want it.
 
-    Args:
-      config: the data section.
-      split: its name.
-      stage: what the images are for.
-      find: gives the split as it is in `config.path`. It is compared if the images were
-        prepared from another path.
+    If the images were prepared from another path, they are compared with those in `config.path`,
+    which `find` gives.
 
     Raises:
       DataMissing: it was not prepared.
@@ -151,4 +143,4 @@ def open_prepared(
                 " where they are now"
             ) from e
         manifests.check_source(manifest, source, folder)
-    return PreparedReader(folder, manifest)
+    return PreparedSource(folder, manifest, config)

@@ -9,24 +9,17 @@ import numpy as np
 
 from cascaded_diffusion.config.schema import MAX_PIXELS, DataConfig
 from cascaded_diffusion.data.decode import decode_image
-from cascaded_diffusion.data.records import RawExample, RawSource, Sized
+from cascaded_diffusion.data.records import RawExample, RawSource, Sized, Source
 from cascaded_diffusion.data.transforms import CROPS, resize_uint8
 from cascaded_diffusion.errors import UserError
 
 
-class ProcessingReader:
-    """A `Reader` of a raw source.
+class ProcessedSource(Source):
+    """A raw source, cropped and resized as `config` says, with 1 or 3 channels.
 
-    Args:
-      raw: the data set.
-      config: how to crop and resize.
-      channels: the number of channels of the images, 1 or 3.
-      low_res_resolution: if given, a low-res image is made from the crop too.
-      say: told about the first image of each kind that was converted to 8-bit RGB or grey, and
-        about the first that was enlarged.
-
-    Attributes:
-      converted: the number of converted images by kind; "enlarged" is one.
+    A low-res image is made of the crop too if there is a `low_res_resolution`. `say` is told
+    about the first image of each kind that was converted to 8-bit RGB or grey, and about the
+    first that was enlarged; `converted` counts them by kind, of which "enlarged" is one.
     """
 
     def __init__(
@@ -38,17 +31,21 @@ class ProcessingReader:
         low_res_resolution: int | None = None,
         say: Callable[[str], None] | None = None,
     ):
-        self.raw, self._config, self._channels, self._say = raw, config, channels, say
-        sizes = [config.resolution] + ([low_res_resolution] if low_res_resolution else [])
-        self.image_shape = (sizes[0], sizes[0], channels)
-        self.low_res_shape = (sizes[1], sizes[1], channels) if low_res_resolution else None
-        self.class_names, self.identity, self.times = raw.class_names, raw.identity, raw.times
-        self.describe, self.content_sample = raw.describe, raw.content_sample
-        self.class_counts = raw.class_counts
+        size = config.resolution
+        super().__init__(config, len(raw), (size, size, channels), low_res_resolution)
+        self.raw, self._config, self._say = raw, config, say
+        self.class_names, self.class_counts = raw.class_names, raw.class_counts
+        self.identity, self.times = raw.identity, raw.times
         self.converted: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self.raw)
+
+    def describe(self, index: int) -> str:
+        return self.raw.describe(index)
+
+    def content_sample(self) -> str:
+        return self.raw.content_sample()
 
     def read(self, index: int) -> Sized:
         return self.processed(self.raw.read(index), index)
@@ -85,14 +82,15 @@ class ProcessingReader:
         """The pixels of an image: uint8 [H, W, C] of any size."""
         if isinstance(image, np.ndarray):
             return image
+        channels = self.image_shape[2]
         pixels, note = decode_image(
-            image, channels=self._channels, max_pixels=self._config.max_pixels or MAX_PIXELS
+            image, channels=channels, max_pixels=self._config.max_pixels or MAX_PIXELS
         )
         if note is not None:
             self._note(
                 note,
                 f"converted: {self.describe(index)} ({note}) to 8-bit"
-                f" {'grey' if self._channels == 1 else 'RGB'}; so are others like it",
+                f" {'grey' if channels == 1 else 'RGB'}; so are others like it",
             )
         return pixels
 

@@ -1,23 +1,31 @@
-"""The records of a data set on their way to the model, and the protocols of what gives them.
+"""The records of a data set on their way to the model, what gives them, and their digests.
 
-    RawSource --RawExample--> Reader --Sized--> Source --Record--> loader, evaluation
+    RawSource --RawExample--> Source --Record--> loader, evaluation
 
-A raw source gives images as they are stored, a reader images of one size, and a source does
-the same in spite of corrupt records. Records are known by their index in the data set.
+A raw source gives images as they are stored, a source at one size and in spite of corrupt
+records. Records are known by their index in the data set.
+
+Three digests tell which images a data set consists of, each more certain and more expensive
+than the one before: its `identity`, the modification `times` of its files, and a digest of some
+contents (`content_sample`) or of all of them (`ContentDigest`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, NotRequired, Protocol, TypedDict
+import contextlib
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from cascaded_diffusion.config.schema import DataConfig
-from cascaded_diffusion.data.corruption import CorruptionGuard
+from cascaded_diffusion.data.corruption import CorruptionGuard, CorruptRecord
 from cascaded_diffusion.errors import UserError
 
 # How messages name the command that prepares data, which this package does not know.
 PREPARE = "`python -m cascaded_diffusion.prepare --config=...` of this config"
+_SAMPLE = 256
 
 
 class DataMissing(UserError):
@@ -46,8 +54,8 @@ class Record(Sized):
     skipped: np.int64
 
 
-class Identified(Protocol):
-    """What raw sources and readers have in common.
+class DataSet:
+    """What raw sources and sources have in common.
 
     Attributes:
       class_names: in order of label; empty for data without classes.
@@ -55,85 +63,132 @@ class Identified(Protocol):
         of the contents of data that is in memory anyway.
       times: a digest of the modification times of its files, in whole seconds; "" where
         `identity` covers the contents.
+      class_counts: int [K], the number of examples per class; None if only reading tells.
     """
 
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] = ()
     identity: str
-    times: str
+    times: str = ""
+    class_counts: np.ndarray | None = None
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        # grain puts this into its error messages, where the pixels do not belong.
+        return f"{type(self).__name__}({self.identity})"
 
     def describe(self, index: int) -> str:
         """Where a record is, for people."""
-        ...
-
-    def class_counts(self) -> np.ndarray | None:
-        """int [K]: the number of examples per class, if known without reading images."""
-        ...
+        raise NotImplementedError
 
     def content_sample(self) -> str:
-        """`digests.sample_digest`; "" where `identity` covers the contents."""
-        ...
+        """SHA-256 of at most 256 images, or "" where `identity` covers the contents."""
+        raise NotImplementedError
 
 
-class RawSource(Identified, Protocol):
+class RawSource(DataSet):
     """A data set as it is stored, with random access.
 
-    Attributes:
-      fixed_shape: (H, W, C) if all images have it, else None.
+    `fixed_shape` is (H, W, C) if all images have it, else None.
     """
 
-    fixed_shape: tuple[int, int, int] | None
+    fixed_shape: tuple[int, int, int] | None = None
 
     def read(self, index: int) -> RawExample:
         """Raises CorruptRecord for what cannot be read."""
-        ...
+        raise NotImplementedError
+
+    def content_sample(self) -> str:
+        """A digest of images spread evenly over the data set.
+
+        Labels are left out, since a model without classes does not see them.
+        """
+        if not self.times:
+            return ""
+        contents, count = ContentDigest(labels=False), min(_SAMPLE, len(self))
+        for i in range(count):
+            with contextlib.suppress(CorruptRecord):
+                contents.read(self, i * len(self) // count)
+        return contents.hexdigest()
 
 
-class Reader(Identified, Protocol):
-    """Random access to images of one size.
+class Source(DataSet):
+    """What the loader and evaluation read: images of one size, with corrupt ones dealt with.
 
     Attributes:
       image_shape: (H, W, C).
       low_res_shape: (h, w, C) where low-res images are stored, else None.
+      guard: applies the config's policy about corrupt records.
     """
 
-    image_shape: tuple[int, int, int]
-    low_res_shape: tuple[int, int, int] | None
+    def __init__(
+        self,
+        config: DataConfig,
+        num_records: int,
+        image_shape: tuple[int, int, int],
+        low_res_size: int | None,
+    ):
+        self.guard, self.image_shape = CorruptionGuard(config, num_records), image_shape
+        self.low_res_shape = low_res_size and (low_res_size, low_res_size, image_shape[2])
 
     def read(self, index: int) -> Sized:
         """Raises CorruptRecord for what cannot be read."""
-        ...
-
-
-class Source:
-    """What the loader and evaluation read: a reader whose corrupt records are dealt with."""
-
-    def __init__(self, reader: Reader, config: DataConfig):
-        self.reader, self.guard = reader, CorruptionGuard(config, len(reader))
-        self.image_shape, self.low_res_shape = reader.image_shape, reader.low_res_shape
-        self.class_names = reader.class_names
-        self.identity, self.times = reader.identity, reader.times
+        raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
         """0 for data without classes."""
         return len(self.class_names)
 
-    def content_sample(self) -> str:
-        """The reader's. Prepared data has the sample that was taken when it was prepared."""
-        return self.reader.content_sample()
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
     def __getitem__(self, index: int) -> Record:
-        """Raises UserError for a corrupt record, if the policy says so."""
-        index = int(index)
-        at, record = self.guard.first_good(index, self.reader.read, self.reader.describe)
-        skipped = -1 if at == index else index
-        return {**record, "index": np.int64(at), "skipped": np.int64(skipped)}
+        """A record or, if it is corrupt, the next good one.
 
-    def __repr__(self) -> str:
-        # grain puts this into its error messages.
-        return f"Source({self.identity})"
+        Which record replaces which is a function of the data alone, so that batches are the same
+        for any number of processes and threads, and for a run that resumes.
+
+        Raises:
+          UserError: a record is corrupt and the policy is to fail, too many records are corrupt,
+            or all are.
+        """
+        for at in ((index + offset) % len(self) for offset in range(len(self))):
+            try:
+                record = self.read(at)
+            except CorruptRecord as e:
+                self.guard.note(at, self.describe(at), str(e))
+            else:
+                skipped = -1 if at == index else index
+                return {**record, "index": np.int64(at), "skipped": np.int64(skipped)}
+        raise UserError(f"none of {len(self)} records can be read")
+
+
+class ContentDigest:
+    """SHA-256 over images as they are stored, and over their labels if `labels`, while reading."""
+
+    def __init__(self, *, labels: bool):
+        self._digest, self._labels = hashlib.sha256(), labels
+
+    def read(self, raw: RawSource, index: int) -> RawExample:
+        """Reads a record and adds it. A record that cannot be read is added as such."""
+        try:
+            image, label = example = raw.read(index)
+        except CorruptRecord:
+            self._digest.update(b"unreadable\n")
+            raise
+        if isinstance(image, np.ndarray):
+            self._digest.update(f"{image.shape}\n".encode())
+            image = np.ascontiguousarray(image).tobytes()
+        self._digest.update(f"{label if self._labels else ''} {len(image)}\n".encode())
+        self._digest.update(image)
+        return example
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def digest_of_files(names: Iterable[bytes], numbers: Iterable[int]) -> str:
+    """The first 12 digits of a SHA-256 over names and a number for each, such as its size."""
+    digest = hashlib.sha256(b"\0".join(names))
+    digest.update(b"\0\0")
+    digest.update(np.fromiter(numbers, "<i8").tobytes())
+    return digest.hexdigest()[:12]

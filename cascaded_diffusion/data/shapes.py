@@ -44,14 +44,8 @@ def load_shapes(split: str) -> tuple[np.ndarray, np.ndarray]:
     Label k < 5 is shape k of `SHAPES` in one colour, label k + 5 the same shape with
     stripes. Colours, position, size and rotation are random, and the same at each call.
 
-    Args:
-      split: "train" (1000 images) or "test" (200 others).
-
-    Returns:
-      uint8 images [n, 64, 64, 3] and int32 labels [n], the index modulo 10.
-
-    Raises:
-      UserError: there is no such split.
+    Returns uint8 images [n, 64, 64, 3] and int32 labels [n], the index modulo 10; n is 1000 for
+    the split "train" and 200 for "test". Raises UserError for any other.
     """
     check_train_or_test(split, "shapes")
     n, seed = _SPLITS[split]
@@ -96,9 +90,7 @@ def _draw(
     light_shape = rng.random(n) < 0.5
     is_light = np.stack([light_shape, ~light_shape, ~light_shape, ~light_shape], axis=1)
     colours = np.where(is_light[:, :, None], 1 - colours, colours)
-    shape_colour, stripe_colour, start, end = (
-        colours[:, None, None, i] for i in range(colours.shape[1])
-    )
+    shape_colour, stripe_colour, start, end = np.moveaxis(colours[:, None, None], 3, 0)
     along, _ = _turned(pixel[None, None, :], pixel[None, :, None], uniform(0, 2 * np.pi, 1, 1))
     fade = np.clip(along / RESOLUTION + 0.5, 0, 1)
     picture = _mix(start, end, fade)

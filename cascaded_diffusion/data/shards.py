@@ -4,82 +4,69 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import hashlib
-import json
 import multiprocessing
 import os
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from multiprocessing.sharedctypes import Synchronized
+from typing import TypeVar, cast
 
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import manifests, workers
 from cascaded_diffusion.data.array_record_files import write_array_record
-from cascaded_diffusion.data.corruption import CorruptionGuard, CorruptRecord
-from cascaded_diffusion.data.digests import ContentDigest, digest_of_json
+from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.prepared import encode_record
-from cascaded_diffusion.data.processing import ProcessingReader
-from cascaded_diffusion.data.sources import processing_reader
+from cascaded_diffusion.data.records import ContentDigest
+from cascaded_diffusion.data.sources import processed_source
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import read_json
 from cascaded_diffusion.files.whole import sha256_of
 
 T = TypeVar("T")
 
 _SHARD_BYTES = 128_000_000
 _MIN_SHARD_EXAMPLES = 256
-_REPORT_EVERY, _POLL_SECS = 32, 0.5
+_POLL_SECS = 0.5
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a split is to be prepared.
+    """How a split is to be prepared, as a config and a stage want it.
 
     Attributes:
       folder: where to.
-      reader: reads the images at their sizes.
-      config: the data section.
-      settings: what decides the contents of a record, see `manifests.settings_of`.
+      source: the images at their sizes, as they are now.
+      settings: what decides the contents of a record.
       encoding: one of `manifests.ENCODINGS`.
+      bytes_per_image: the size of the pixels, which is about the largest that a PNG can have.
+      shards: which records of the data set each shard is made of: a function of the data, so
+        that a process that resumes makes the same cuts.
+      fingerprint: a digest of what decides which shard has what, except for files replaced in
+        place.
+
+    Raises:
+      UserError: as `sources.load_raw` does.
     """
 
-    folder: pathlib.Path
-    reader: ProcessingReader
-    config: DataConfig
-    settings: dict[str, Any]
-    encoding: str
-
-    @property
-    def bytes_per_image(self) -> int:
-        """The size of the pixels, which is about the largest that a PNG can have."""
-        shapes = (self.reader.image_shape, self.reader.low_res_shape or (0, 0, 0))
-        return sum(h * w * c for h, w, c in shapes)
-
-    @property
-    def shard_examples(self) -> int:
-        """Records of the data set per shard.
-
-        A function of the data, so that a process that resumes makes the same cuts.
-        """
+    def __init__(self, config: DataConfig, split: str, stage: StageConfig, *, encoding: str):
+        self.folder = manifests.prepared_folder(config, split, stage)
+        self.source = source = processed_source(config, split, stage)
+        self.settings = manifests.settings_of(config, split, stage)
+        self.encoding = encoding
+        shapes = (source.image_shape, source.low_res_shape or (0, 0, 0))
+        self.bytes_per_image = sum(h * w * c for h, w, c in shapes)
         by_size = max(1, _SHARD_BYTES // self.bytes_per_image)
-        by_count = max(_MIN_SHARD_EXAMPLES, -(-len(self.reader) // 16))
-        return min(by_size, by_count)
-
-    @property
-    def num_shards(self) -> int:
-        return -(-len(self.reader) // self.shard_examples)
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of what decides which shard has what, except for files replaced in place."""
-        return digest_of_json(
+        size = min(by_size, max(_MIN_SHARD_EXAMPLES, -(-len(source) // 16)))
+        indices = range(len(source))
+        self.shards = [indices[start : start + size] for start in indices[::size]]
+        self.fingerprint = manifests.digest_of_json(
             {
                 # The images may have moved.
                 "settings": {**self.settings, "path": None},
-                "identity": self.reader.identity,
-                "encoding": self.encoding,
-                "shard_examples": self.shard_examples,
+                "identity": source.identity,
+                "encoding": encoding,
+                "shard_examples": size,
             }
         )
 
@@ -90,21 +77,34 @@ class Plan:
         """The report of a finished shard. If there is no manifest, `prepare` resumes by it."""
         return self.folder / "reports" / f"{number:05d}.json"
 
-    def record_indices(self, number: int) -> range:
-        """Which records of the data set a shard is made of."""
-        start = number * self.shard_examples
-        return range(start, min(start + self.shard_examples, len(self.reader)))
-
-
-def plan_split(config: DataConfig, split: str, stage: StageConfig, *, encoding: str) -> Plan:
-    """The plan for a split. Raises UserError as `sources.load_raw` does."""
-    return Plan(
-        folder=manifests.prepared_folder(config, split, stage),
-        reader=processing_reader(config, split, stage),
-        config=config,
-        settings=manifests.settings_of(config, split, stage),
-        encoding=encoding,
-    )
+    def manifest(
+        self, reports: Sequence[manifests.Report], content_sample: str
+    ) -> manifests.Manifest:
+        """The manifest, from the reports of all shards."""
+        source, skipped = self.source, [item for report in reports for item in report["skipped"]]
+        identity = source.identity
+        if skipped:
+            left_out = str([item["index"] for item in skipped]).encode()
+            without = hashlib.sha256(left_out).hexdigest()[:8]
+            identity = f"{identity} but {len(skipped)} corrupt:{without}"
+        num_classes = len(source.class_names)
+        return {
+            **self.settings,
+            "classes": num_classes,
+            "identity": identity,
+            "source_identity": source.identity,
+            "times": source.times,
+            "content_sample": content_sample,
+            "encoding": self.encoding,
+            "num_examples": sum(report["count"] for report in reports),
+            "class_names": list(source.class_names),
+            "class_counts": [
+                sum(report["class_counts"][k] for report in reports) for k in range(num_classes)
+            ],
+            "skipped": skipped,
+            "converted": dict(sum((Counter(r["converted"]) for r in reports), Counter())),
+            "shards": [{key: r[key] for key in manifests.Shard.__annotations__} for r in reports],
+        }
 
 
 def write_shard(number: int) -> manifests.Report:
@@ -114,20 +114,19 @@ def write_shard(number: int) -> manifests.Report:
       UserError: a record is corrupt, and the config says to fail.
     """
     plan, counter = workers.given()
-    guard = CorruptionGuard(plan.config, len(plan.reader))
+    source = plan.source
     labels: Counter[int] = Counter()
     skipped: list[manifests.Skipped] = []
-    before = Counter(plan.reader.converted)
+    before = Counter(source.converted)
     contents = ContentDigest(labels=True)
 
     def records() -> Iterator[bytes]:
-        for index in _counted(plan.record_indices(number), counter):
+        for index in _counted(plan.shards[number], counter):
             try:
-                example = contents.read(plan.reader.raw, index)
-                record = plan.reader.processed(example, index)
+                record = source.processed(contents.read(source.raw, index), index)
             except CorruptRecord as e:
-                where = plan.reader.describe(index)
-                guard.note(index, where, str(e))
+                where = source.describe(index)
+                source.guard.note(index, where, str(e))
                 skipped.append({"index": index, "where": where, "problem": str(e)})
             else:
                 labels[int(record["label"])] += 1
@@ -145,15 +144,15 @@ def write_shard(number: int) -> manifests.Report:
         temporary.unlink(missing_ok=True)
     return {
         "file": path.name,
-        "count": sum(labels.values()),
+        "count": labels.total(),
         "bytes": size,
         "sha256": digest,
         "content": contents.hexdigest(),
-        "class_counts": [labels[k] for k in range(len(plan.reader.class_names))],
+        "class_counts": [labels[k] for k in range(len(source.class_names))],
         "skipped": skipped,
-        "converted": dict(plan.reader.converted - before),
+        "converted": dict(source.converted - before),
         "fingerprint": plan.fingerprint,
-        "times": plan.reader.times,
+        "times": source.times,
     }
 
 
@@ -161,113 +160,73 @@ def source_content(number: int) -> str:
     """The digest of what a shard is made of, as it is now; in a worker, as `write_shard`."""
     plan, counter = workers.given()
     contents = ContentDigest(labels=True)
-    for index in _counted(plan.record_indices(number), counter):
+    for index in _counted(plan.shards[number], counter):
         with contextlib.suppress(CorruptRecord):
-            contents.read(plan.reader.raw, index)
+            contents.read(plan.source.raw, index)
     return contents.hexdigest()
 
 
-def _counted(indices: range, counter: Any) -> Iterator[int]:
+def _counted(indices: range, counter: Synchronized[int]) -> Iterator[int]:
     """The indices; adds to the shared counter how many are done."""
-    waiting = 0
     for index in indices:
         yield index
-        waiting += 1
-        if waiting == _REPORT_EVERY or index == indices[-1]:
-            with counter.get_lock():
-                counter.value += waiting
-            waiting = 0
+        with counter.get_lock():
+            counter.value += 1
 
 
 def finished_shard(plan: Plan, number: int) -> manifests.Report | None:
-    """The report of an undamaged shard that an earlier process finished by the same plan."""
+    """The report of an undamaged shard that an earlier process finished by the same plan.
+
+    None if anything is wrong with it: the shard is then made anew.
+    """
     path = plan.shard_path(number)
     try:
-        report = json.loads(plan.report_path(number).read_bytes())
+        report = read_json(plan.report_path(number), remedy="")
         if manifests.problem_of(report, manifests.Report) is not None:
             return None
-        counts, skipped = report["class_counts"], report["skipped"]
         expected = {
             "file": path.name,
             "fingerprint": plan.fingerprint,
-            "times": plan.reader.times,
-            "count": len(plan.record_indices(number)) - len(skipped),
+            "times": plan.source.times,
+            "count": len(plan.shards[number]) - len(report["skipped"]),
             "bytes": path.stat().st_size,
         }
-        same = all(report[key] == value for key, value in expected.items())
-        if not same or len(counts) != len(plan.reader.class_names):
+        same = expected.items() <= report.items()
+        if not same or len(report["class_counts"]) != len(plan.source.class_names):
             return None
         return cast(manifests.Report, report) if sha256_of(path) == report["sha256"] else None
-    except (OSError, ValueError, RecursionError):
-        return None  # whatever is wrong, the shard is made anew
-
-
-def manifest_of(
-    plan: Plan, reports: Sequence[manifests.Report], content_sample: str
-) -> manifests.Manifest:
-    """The manifest of all shards."""
-    skipped = [item for report in reports for item in report["skipped"]]
-    converted: Counter[str] = Counter()
-    for report in reports:
-        converted.update(report["converted"])
-    identity = plan.reader.identity
-    if skipped:
-        without = hashlib.sha256(str([item["index"] for item in skipped]).encode()).hexdigest()[:8]
-        identity = f"{identity} but {len(skipped)} corrupt:{without}"
-    num_classes, names = len(plan.reader.class_names), manifests.Shard.__annotations__
-    manifest = {
-        **plan.settings,
-        "classes": num_classes,
-        "identity": identity,
-        "source_identity": plan.reader.identity,
-        "times": plan.reader.times,
-        "content_sample": content_sample,
-        "encoding": plan.encoding,
-        "num_examples": sum(report["count"] for report in reports),
-        "class_names": list(plan.reader.class_names),
-        "class_counts": [sum(r["class_counts"][k] for r in reports) for k in range(num_classes)],
-        "skipped": skipped,
-        "converted": dict(converted),
-        "shards": [{name: report[name] for name in names} for report in reports],
-    }
-    return cast(manifests.Manifest, manifest)
+    except (OSError, UserError):
+        return None
 
 
 def in_processes(
     function: Callable[[int], T],
     plan: Plan,
-    shards: Sequence[int],
+    numbers: Sequence[int],
     num_workers: int,
     label: str,
     progress: workers.MakeProgress,
-    done: Callable[[int, T], None],
-) -> None:
-    """Calls `function(number)` for shards in worker processes, and `done(number, result)` here."""
-    total = len(plan.reader)
-    before = total - sum(len(plan.record_indices(number)) for number in shards)
+) -> Iterator[tuple[int, T]]:
+    """Calls `function(number)` for shards in worker processes. Yields numbers and results."""
+    total = len(plan.source)
+    before = total - sum(len(plan.shards[number]) for number in numbers)
     counter = multiprocessing.get_context("spawn").Value("q", 0)
     bar = progress(total, unit="images", label=label, initial=before)
-    pool = workers.worker_pool(min(num_workers, max(1, len(shards))), (plan, counter))
+    pool = workers.worker_pool(min(num_workers, max(1, len(numbers))), (plan, counter))
     try:
-        waiting = {pool.submit(function, number): number for number in shards}
+        waiting = {pool.submit(function, number): number for number in numbers}
         while waiting:
             finished, _ = concurrent.futures.wait(
                 waiting, timeout=_POLL_SECS, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in finished:
-                number = waiting.pop(future)
-                try:
-                    result = future.result()
-                except concurrent.futures.process.BrokenProcessPool as e:
-                    raise UserError(
-                        f"{plan.folder}: a worker process died (out of memory?); run the command"
-                        " again to resume, with a smaller --workers"
-                    ) from e
-                done(number, result)
+                yield waiting.pop(future), future.result()
             bar.update(min(total, before + counter.value))
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
+    except concurrent.futures.process.BrokenProcessPool as e:
+        raise UserError(
+            f"{plan.folder}: a worker process died (out of memory?); run the command again to"
+            " resume, with a smaller --workers"
+        ) from e
     finally:
+        pool.shutdown(wait=True, cancel_futures=True)
         bar.close()
-    pool.shutdown()

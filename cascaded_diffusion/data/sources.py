@@ -10,49 +10,20 @@ from types import ModuleType
 import numpy as np
 
 from cascaded_diffusion.config.class_names import check_classes
+from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import builtin, folder, npz, prepared, shapes
-from cascaded_diffusion.data.arrays import ArraySource, array_source
+from cascaded_diffusion.data.arrays import ArraySource
 from cascaded_diffusion.data.manifests import is_prepared, prepared_folder, stored_low_res
-from cascaded_diffusion.data.processing import ProcessingReader
-from cascaded_diffusion.data.records import RawSource, Reader, Source
+from cascaded_diffusion.data.processing import ProcessedSource
+from cascaded_diffusion.data.records import RawSource, Source
 from cascaded_diffusion.data.splits import parse_split
 from cascaded_diffusion.errors import UserError
 
-# (config, split, number of classes) -> the split's raw source.
-_Load = Callable[[DataConfig, str, int], RawSource]
 
-
-def _in_package(
-    name: str,
-    load: Callable[[str], tuple[np.ndarray, np.ndarray]],
-    class_names: tuple[str, ...],
-) -> _Load:
-    def loaded(config: DataConfig, split: str, num_classes: int) -> RawSource:
-        return array_source(name, split, *load(parse_split(split)[0]), class_names)
-
-    return loaded
-
-
-def _in_folder(classes: str) -> _Load:
-    def loaded(config: DataConfig, split: str, num_classes: int) -> RawSource:
-        return folder.load_folder(config.path, split, classes=classes if num_classes else None)
-
-    return loaded
-
-
-def _npz(config: DataConfig, split: str, num_classes: int) -> RawSource:
-    return npz.load_npz(config.path, split, num_classes=num_classes)
-
-
-# All data sets but those of TFDS.
-SOURCES: dict[str, _Load] = {
-    "mnist": _in_package("mnist", builtin.load_mnist, tuple(map(str, range(10)))),
-    "shapes": _in_package("shapes", shapes.load_shapes, shapes.CLASS_NAMES),
-    "folder": _in_folder("folder"),
-    "adm_folder": _in_folder("file_name"),
-    "npz": _npz,
-}
+def of_tfds(config: DataConfig) -> bool:
+    """Whether the data set is one of TFDS, as all are that have no name of ours."""
+    return config.name not in (*BUILTIN_DATA, *FILE_DATA)
 
 
 def tfds_sources() -> ModuleType:
@@ -60,6 +31,23 @@ def tfds_sources() -> ModuleType:
     from cascaded_diffusion.data import tfds
 
     return tfds
+
+
+def _stored(config: DataConfig, split: str, num_classes: int) -> RawSource:
+    name, path = config.name, config.path
+    if of_tfds(config):
+        return tfds_sources().load_tfds(name, split, path)
+    if name == "npz":
+        return npz.load_npz(path, split, num_classes=num_classes)
+    if name in FILE_DATA:
+        classes = "folder" if name == "folder" else "file_name"
+        return folder.load_folder(path, split, classes=classes if num_classes else None)
+    whole, _ = parse_split(split)
+    if name == "mnist":
+        arrays, class_names = builtin.load_mnist(whole), tuple(map(str, range(10)))
+    else:
+        arrays, class_names = shapes.load_shapes(whole), shapes.CLASS_NAMES
+    return ArraySource(*arrays, class_names, name=name, split=split)
 
 
 def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
@@ -71,10 +59,7 @@ def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
       UserError: the data set is missing or damaged, has no such split, or is not what the
         stage expects: it has another number of channels, or its images are too small.
     """
-    if config.name in SOURCES:
-        raw = SOURCES[config.name](config, split, stage.num_classes)
-    else:
-        raw = tfds_sources().load_tfds(config.name, split, config.path)
+    raw = _stored(config, split, stage.num_classes)
     if raw.fixed_shape is not None:
         height, width, channels = raw.fixed_shape
         if config.resolution > min(height, width):
@@ -102,20 +87,13 @@ def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
 
 
 def load_splits(config: DataConfig, splits: Iterable[str], stage: StageConfig) -> dict[str, Source]:
-    """Several splits of a data set, with the same classes.
-
-    Args:
-      config: the data section.
-      splits: their names; a repeated one is loaded once.
-      stage: what they must fit.
+    """Several splits of a data set, with the same classes; a repeated one is loaded once.
 
     Raises:
       UserError: see `load_raw` and `check_classes`; or `config.prepared_dir` does not hold a
         split as this config wants it.
     """
-    sources = {
-        split: Source(_reader(config, split, stage), config) for split in dict.fromkeys(splits)
-    }
+    sources = {split: _source(config, split, stage) for split in dict.fromkeys(splits)}
     check_classes(config, stage, {split: s.class_names for split, s in sources.items()})
     return sources
 
@@ -125,11 +103,11 @@ def load_source(config: DataConfig, split: str, stage: StageConfig) -> Source:
     return load_splits(config, [split], stage)[split]
 
 
-def processing_reader(
+def processed_source(
     config: DataConfig, split: str, stage: StageConfig, say: Callable[[str], None] | None = None
-) -> ProcessingReader:
+) -> ProcessedSource:
     """Reads a split at the stage's sizes, from the images themselves; see `load_raw`."""
-    return ProcessingReader(
+    return ProcessedSource(
         load_raw(config, split, stage),
         config,
         channels=stage.channels,
@@ -138,10 +116,10 @@ def processing_reader(
     )
 
 
-def _reader(config: DataConfig, split: str, stage: StageConfig) -> Reader:
+def _source(config: DataConfig, split: str, stage: StageConfig) -> Source:
     if config.prepared_dir is None:
-        return processing_reader(config, split, stage, _say)
-    if config.name not in SOURCES and not is_prepared(prepared_folder(config, split, stage)):
+        return processed_source(config, split, stage, _say)
+    if of_tfds(config) and not is_prepared(prepared_folder(config, split, stage)):
         tfds_sources().find_builder(config.name, config.path)  # names what may have been meant
     return prepared.open_prepared(config, split, stage, find=lambda: load_raw(config, split, stage))
 

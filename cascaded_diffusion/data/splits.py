@@ -16,6 +16,8 @@ import numpy as np
 
 from cascaded_diffusion.errors import UserError
 
+# The split that is all images of a folder or file.
+WHOLE = "all"
 _BOUND = "-?[0-9]{1,15}%?"
 _PART = re.compile(rf"(?P<name>[^\[\]]+)(\[(?P<low>{_BOUND})?:(?P<high>{_BOUND})?\])?")
 # The bounds of a part as they are written; None for a whole split.

@@ -17,10 +17,15 @@ import tensorflow_datasets as tfds
 from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
 from cascaded_diffusion.data.array_record_files import ArrayRecordShards, ShardPart, Shards
 from cascaded_diffusion.data.corruption import CorruptRecord
-from cascaded_diffusion.data.digests import digest_of_files, sample_digest
-from cascaded_diffusion.data.records import PREPARE, DataMissing, RawExample
+from cascaded_diffusion.data.records import (
+    PREPARE,
+    DataMissing,
+    RawExample,
+    RawSource,
+    digest_of_files,
+)
 from cascaded_diffusion.data.splits import split_problem
-from cascaded_diffusion.data.tfrecord import TfRecordFile
+from cascaded_diffusion.data.tfrecord import TfRecordShards
 from cascaded_diffusion.errors import UserError
 
 # A name, a builder config, a version. No namespace: TFDS would run code it downloads for it.
@@ -28,50 +33,50 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.\-]+)?(:\d+\.\d+\.\d+)?")
 _REMEDY = "copy the data set anew, or remove the folder and prepare it again"
 
 
-class _TfRecordShards(Shards):
-    """TFRecord files, which are checked when the first of their records is read."""
-
-    def __init__(self, parts: list[ShardPart], *, remedy: str):
-        super().__init__(parts, remedy=remedy)
-        self._files = [TfRecordFile(p.filename, p.examples_in_shard) for p in parts]
-
-    def read(self, index: int) -> bytes:
-        which, position = self.locate(index)
-        return self._files[which].read(position)
+_SHARDS: dict[str, type[Shards]] = {"array_record": ArrayRecordShards, "tfrecord": TfRecordShards}
 
 
-_SHARDS: dict[str, type[Shards]] = {"array_record": ArrayRecordShards, "tfrecord": _TfRecordShards}
-
-
-class TfdsSource:
+class TfdsSource(RawSource):
     """A split of a TFDS image data set; `load_tfds` makes it."""
 
-    def __init__(
-        self,
-        shards: Shards,
-        features: tfds.features.FeaturesDict,
-        *,
-        image_key: str,
-        label_key: str | None,
-        identity: str,
-        times: str,
-    ):
-        self._shards, self._features = shards, features
-        self.describe = shards.describe
-        self._image_key, self._label_key = image_key, label_key
-        self.identity, self.times = identity, times
-        label = features[label_key] if label_key else None
-        self.class_names = tuple(label.names) if label else ()
-        shape = features[image_key].shape
+    def __init__(self, name: str, split: str, builder: tfds.core.DatasetBuilder):
+        self._features = features = builder.info.features
+        self._image_key, self._label_key = _keys(name, features)
+        if self._label_key:
+            self.class_names = tuple(features[self._label_key].names)
+        shape = features[self._image_key].shape
         self.fixed_shape = tuple(shape) if None not in shape else None
         # Images stay encoded, since decoding them takes our own checks.
-        self._decoders = {image_key: tfds.decode.SkipDecoding()}
+        self._decoders = {self._image_key: tfds.decode.SkipDecoding()}
+        try:
+            instructions = builder.info.splits[split].file_instructions
+        except (KeyError, ValueError, AssertionError) as e:
+            there = f"{name!r} has {', '.join(map(repr, builder.info.splits))}"
+            line = split_problem(split, f"{there}, and parts of them like 'train[:90%]'")
+            raise UserError(line) from e
+        if not instructions:
+            raise UserError(split_problem(split, "holds no images"))
+        parts = [
+            ShardPart(str(i.filename), i.skip, i.take, i.examples_in_shard) for i in instructions
+        ]
+        file_format = builder.info.file_format.value if builder.info.file_format else "tfrecord"
+        if file_format not in _SHARDS:
+            raise UserError(
+                f"{builder.data_path}: prepared as {file_format}, expected {' or '.join(_SHARDS)}"
+            )
+        self._shards = _SHARDS[file_format](parts, remedy=_REMEDY)
+        files = sorted({part.filename for part in parts})
+        found = [os.stat(file) for file in files]
+        names = [os.path.basename(file).encode() for file in files]
+        digest = digest_of_files(names, (status.st_size for status in found))
+        self.identity = f"{builder.info.full_name}:{split}:{len(self)} images:{digest}"
+        self.times = digest_of_files(names, (int(status.st_mtime) for status in found))
 
     def __len__(self) -> int:
         return len(self._shards)
 
-    def __repr__(self) -> str:
-        return f"TfdsSource({self.identity})"
+    def describe(self, index: int) -> str:
+        return self._shards.describe(index)
 
     def read(self, index: int) -> RawExample:
         data = self._shards.read(index)
@@ -82,12 +87,6 @@ class TfdsSource:
         except Exception as e:  # whatever protobuf and TFDS raise for other bytes
             raise CorruptRecord(f"cannot be parsed ({' '.join(str(e).split())[:200]})") from e
         return RawExample(bytes(image) if not isinstance(image, np.ndarray) else image, label)
-
-    def class_counts(self) -> None:
-        return None
-
-    def content_sample(self) -> str:
-        return sample_digest(self)
 
 
 def find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
@@ -161,35 +160,7 @@ def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
             f"config.data.name = {name!r}: not found in {builder.data_path}; get and prepare it by"
             f" {PREPARE}, or give the folder of a copy as --config.data.path{by_hand}"
         )
-    features = builder.info.features
-    image_key, label_key = _keys(name, features)
-    try:
-        instructions = builder.info.splits[split].file_instructions
-    except (KeyError, ValueError, AssertionError) as e:
-        there = f"{name!r} has {', '.join(map(repr, builder.info.splits))}"
-        line = split_problem(split, f"{there}, and parts of them like 'train[:90%]'")
-        raise UserError(line) from e
-    parts = [ShardPart(str(i.filename), i.skip, i.take, i.examples_in_shard) for i in instructions]
-    if not parts:
-        raise UserError(split_problem(split, "holds no images"))
-    file_format = builder.info.file_format.value if builder.info.file_format else "tfrecord"
-    if file_format not in _SHARDS:
-        raise UserError(
-            f"{builder.data_path}: prepared as {file_format}, expected {' or '.join(_SHARDS)}"
-        )
-    shards = _SHARDS[file_format](parts, remedy=_REMEDY)
-    files = sorted({part.filename for part in parts})
-    found = [os.stat(file) for file in files]
-    names = [os.path.basename(file).encode() for file in files]
-    digest = digest_of_files(names, (status.st_size for status in found))
-    return TfdsSource(
-        shards,
-        features,
-        image_key=image_key,
-        label_key=label_key,
-        identity=f"{builder.info.full_name}:{split}:{len(shards)} images:{digest}",
-        times=digest_of_files(names, (int(status.st_mtime) for status in found)),
-    )
+    return TfdsSource(name, split, builder)
 
 
 def _keys(name: str, features: tfds.features.FeatureConnector) -> tuple[str, str | None]:

@@ -12,6 +12,7 @@ import struct
 import google_crc32c
 import numpy as np
 
+from cascaded_diffusion.data.array_record_files import ShardPart, Shards
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.errors import UserError
 
@@ -23,30 +24,23 @@ def _masked_crc(data: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-class TfRecordFile:
-    """One file, indexed when its first record is read.
+class TfRecordShards(Shards):
+    """TFRecord files, each checked and indexed when the first of its records is read."""
 
-    Args:
-      path: the file.
-      num_records: the number of records that it must have.
-    """
+    def __init__(self, parts: list[ShardPart], *, remedy: str):
+        super().__init__(parts, remedy=remedy)
+        # Two threads may both index a file, with the same result.
+        self._offsets: dict[int, np.ndarray] = {}
 
-    def __init__(self, path: str, num_records: int):
-        self._path, self._num_records = path, num_records
-        self._offsets: np.ndarray | None = None
-
-    def read(self, position: int) -> bytes:
-        """The data of a record.
-
-        Raises:
-          CorruptRecord: its checksum is wrong, or it cannot be read.
-          UserError: the file has another number of records.
-        """
-        if self._offsets is None:  # two threads may both index the file, with the same result
-            self._offsets = self._index()
-        start, end = self._offsets[position], self._offsets[position + 1]
+    def read(self, index: int) -> bytes:
+        """Raises UserError too if the file has another number of records."""
+        which, position = self.locate(index)
+        part = self._parts[which]
+        if which not in self._offsets:
+            self._offsets[which] = _record_offsets(part.filename, part.examples_in_shard)
+        start, end = self._offsets[which][position : position + 2]
         try:
-            with open(self._path, "rb") as f:
+            with open(part.filename, "rb") as f:
                 f.seek(start + _HEADER)
                 data = f.read(end - start - _HEADER - _FOOTER)
                 footer = f.read(_FOOTER)
@@ -57,28 +51,29 @@ class TfRecordFile:
             raise CorruptRecord("its checksum is wrong")
         return data
 
-    def _index(self) -> np.ndarray:
-        """Where each record starts, and where the last ends."""
-        offsets, at = [0], 0
-        size = os.path.getsize(self._path)
-        with open(self._path, "rb", buffering=0) as f:
-            while at < size:
-                f.seek(at)
-                header = f.read(_HEADER)
-                if len(header) < _HEADER:
-                    break
-                length, crc = struct.unpack("<QI", header)
-                if _masked_crc(header[:8]) != crc:
-                    raise UserError(
-                        f"{self._path}: the length of record {len(offsets) - 1} is damaged; what"
-                        " follows cannot be found; copy or prepare the file anew"
-                    )
-                at += _HEADER + length + _FOOTER
-                offsets.append(at)
-        found = len(offsets) - 1 - (at > size)
-        if found != self._num_records or at != size:
-            raise UserError(
-                f"{self._path}: {found} whole records in it, expected {self._num_records}: it was"
-                " cut or is another file; copy or prepare it anew"
-            )
-        return np.asarray(offsets, np.int64)
+
+def _record_offsets(path: str, num_records: int) -> np.ndarray:
+    """int64 [num_records + 1]: where each record starts, and where the last ends."""
+    offsets, at = [0], 0
+    size = os.path.getsize(path)
+    with open(path, "rb", buffering=0) as f:
+        while at < size:
+            f.seek(at)
+            header = f.read(_HEADER)
+            if len(header) < _HEADER:
+                break
+            length, crc = struct.unpack("<QI", header)
+            if _masked_crc(header[:8]) != crc:
+                raise UserError(
+                    f"{path}: the length of record {len(offsets) - 1} is damaged; what follows"
+                    " cannot be found; copy or prepare the file anew"
+                )
+            at += _HEADER + length + _FOOTER
+            offsets.append(at)
+    found = len(offsets) - 1 - (at > size)
+    if found != num_records or at != size:
+        raise UserError(
+            f"{path}: {found} whole records in it, expected {num_records}: it was cut or is another"
+            " file; copy or prepare it anew"
+        )
+    return np.asarray(offsets, np.int64)

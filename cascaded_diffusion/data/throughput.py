@@ -3,68 +3,68 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 
+import grain
 import numpy as np
 
+from cascaded_diffusion.config.schema import DataConfig
 from cascaded_diffusion.data.corruption import CorruptRecord
-from cascaded_diffusion.data.loader import Batches
-from cascaded_diffusion.data.processing import ProcessingReader
+from cascaded_diffusion.data.loader import iterate
+from cascaded_diffusion.data.processing import ProcessedSource
 from cascaded_diffusion.data.records import Source
 
+_MAX_IMAGES, _MAX_SECS = 512, 5.0
 
-def measure_parts(
-    source: Source, *, max_images: int, max_secs: float
-) -> tuple[dict[str, float], int]:
+
+def measure_parts(source: Source) -> tuple[dict[str, float], int]:
     """Milliseconds per image for each part of reading, and the number of images measured."""
-    seconds: dict[str, float] = {}
+    seconds: Counter[str] = Counter()
     count, start = len(source), time.monotonic()
-    indices = np.unique(np.linspace(0, count - 1, min(count, max_images)).astype(int))
+    indices = np.unique(np.linspace(0, count - 1, min(count, _MAX_IMAGES)).astype(int))
     done = 0
-    for index in np.random.default_rng(0).permutation(indices):
+    for index in np.random.default_rng(0).permutation(indices).tolist():
         try:
-            for name, secs in _timed_parts(source, int(index)):
-                seconds[name] = seconds.get(name, 0.0) + secs
+            seconds.update(_seconds_of_parts(source, index))
         except CorruptRecord:
             continue
         done += 1
-        if time.monotonic() - start > max_secs:
+        if time.monotonic() - start > _MAX_SECS:
             break
     return {name: 1000 * secs / max(done, 1) for name, secs in seconds.items()}, done
 
 
-def _timed_parts(source: Source, index: int) -> Iterator[tuple[str, float]]:
-    reader = source.reader
+def _seconds_of_parts(source: Source, index: int) -> dict[str, float]:
     start = time.perf_counter()
-    if not isinstance(reader, ProcessingReader):
-        reader.read(index)
-        yield "read a prepared record", time.perf_counter() - start
-        return
-    image, label = reader.raw.read(index)
+    if not isinstance(source, ProcessedSource):
+        source.read(index)
+        return {"read a prepared record": time.perf_counter() - start}
+    image, label = source.raw.read(index)
     read = time.perf_counter()
-    pixels = reader.decoded(image, index)
+    pixels = source.decoded(image, index)
     decoded = time.perf_counter()
-    reader.sized(pixels, label)
-    yield "read the file or record", read - start
-    yield "decode", decoded - read
-    yield "crop and resize", time.perf_counter() - decoded
+    source.sized(pixels, label)
+    return {
+        "read the file or record": read - start,
+        "decode": decoded - read,
+        "crop and resize": time.perf_counter() - decoded,
+    }
 
 
 def measure_loader(
-    make_batches: Callable[[], Batches], *, max_batches: int, max_secs: float
+    stream: grain.MapDataset, source: Source, config: DataConfig, *, max_secs: float
 ) -> tuple[float, float]:
     """Runs the loader from step 0. Returns images/s after the first batch, and its seconds."""
     start = time.monotonic()
-    batches = make_batches()
+    batches = iterate(stream, source, config, start_step=0)
     try:
-        next(batches)
+        images, batch_size = 0, len(next(batches)["image"])
         first = last = time.monotonic()
-        images = 0
-        for _ in range(max_batches):
-            images += len(next(batches)["image"])
+        while last - first <= max_secs and images < 1_000_000:
+            next(batches)
+            images += batch_size
             last = time.monotonic()
-            if last - first > max_secs:
-                break
     finally:
         batches.close()
     return images / max(last - first, 1e-9), first - start
@@ -78,19 +78,17 @@ def class_counts(
     If that is not known without reading, at most `max_examples` spread over the data set are
     read, and `say` is told how many have been.
     """
-    counts = source.reader.class_counts()
-    if counts is not None:
-        return counts, len(source)
+    if source.class_counts is not None:
+        return source.class_counts, len(source)
     count, labels = min(len(source), max_examples), []
-    for done, i in enumerate(range(count), start=1):
-        index = i * len(source) // count
+    for done in range(1, count + 1):
+        index = (done - 1) * len(source) // count
         try:
-            label = source.reader.raw.read(index).label
+            label = source.raw.read(index).label
         except CorruptRecord as e:
-            source.guard.note(index, source.reader.describe(index), str(e))
+            source.guard.note(index, source.describe(index), str(e))
             continue
-        source.reader.check_label(label, index)
+        source.check_label(label, index)
         labels.append(label)
         say(done)
-    counts = np.bincount(np.asarray(labels, np.int64), minlength=source.num_classes)
-    return counts, len(labels)
+    return np.bincount(np.asarray(labels, np.int64), minlength=source.num_classes), len(labels)

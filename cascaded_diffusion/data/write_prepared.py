@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 import shutil
 import time
 from collections.abc import Sequence
 
+import numpy as np
+
 from cascaded_diffusion.config.class_names import check_classes
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import manifests, shards
-from cascaded_diffusion.data.corruption import CorruptionGuard, CorruptRecord
+from cascaded_diffusion.data.corruption import CorruptRecord
+from cascaded_diffusion.data.manifests import Manifest, Report, is_prepared, read_manifest
 from cascaded_diffusion.data.records import DataMissing
-from cascaded_diffusion.data.sources import SOURCES, load_source, tfds_sources
+from cascaded_diffusion.data.sources import load_source, of_tfds, tfds_sources
 from cascaded_diffusion.data.workers import MakeProgress, NoProgress
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.folders import check_writable, held_lock
+from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.files.paths import printable
-from cascaded_diffusion.files.whole import sha256_of, write_whole
+from cascaded_diffusion.files.whole import sha256_of
 
 _say = functools.partial(print, flush=True)
 # What `dry_run` measures at most.
@@ -57,18 +60,27 @@ def prepare_splits(
       UserError: a split is missing, damaged, or prepared with other settings; the classes do
         not fit; a folder cannot be written; or a worker process died.
     """
-    if not _make_available(config, dry_run=dry_run):
-        return
+    if of_tfds(config):
+        tfds = tfds_sources()
+        builder = tfds.find_builder(config.name, config.path)
+        if not tfds.is_prepared(builder):
+            if dry_run or tfds.manual_instructions(builder) is None:
+                cost = tfds.cost_of_getting(builder)
+                _say(f"{config.name}: not in {builder.data_path} yet; {cost}")
+            if dry_run:
+                _say("size and time of preparing are known when it is there")
+                return
+            tfds.get(builder)
     # All plans come before the first shard: a mistake in the last split is found at once.
     plans = {
-        split: shards.plan_split(config, split, stage, encoding=encoding)
+        split: shards.Plan(config, split, stage, encoding=encoding)
         for split in splits or _default_splits(config)
     }
-    names = {split: plan.reader.class_names for split, plan in plans.items()}
+    names = {split: plan.source.class_names for split, plan in plans.items()}
     for split in _default_splits(config):
         folder = manifests.prepared_folder(config, split, stage)
-        if split not in names and manifests.is_prepared(folder):
-            names[split] = tuple(manifests.read_manifest(folder)["class_names"])
+        if split not in names and is_prepared(folder):
+            names[split] = tuple(read_manifest(folder)["class_names"])
     check_classes(config, stage, names)
     for split, plan in plans.items():
         if dry_run:
@@ -87,10 +99,7 @@ def verify_splits(
 ) -> None:
     """Compares the shards of splits, and the images they were made of, with the manifest.
 
-    The arguments are those of `prepare_splits`.
-
-    Raises:
-      UserError: they differ.
+    The arguments are those of `prepare_splits`. Raises UserError if they differ.
     """
     for split in splits or _default_splits(config):
         _verify(config, stage, split, workers, progress)
@@ -100,43 +109,22 @@ def _default_splits(config: DataConfig) -> list[str]:
     return list(dict.fromkeys([config.train_split, config.eval_split]))
 
 
-def _make_available(config: DataConfig, *, dry_run: bool) -> bool:
-    """Has TFDS prepare a data set that it does not have. False where a dry run ends here."""
-    if config.name in SOURCES:
-        return True
-    tfds = tfds_sources()
-    builder = tfds.find_builder(config.name, config.path)
-    if tfds.is_prepared(builder):
-        return True
-    if dry_run or tfds.manual_instructions(builder) is None:
-        cost = tfds.cost_of_getting(builder)
-        _say(f"{config.name}: not in {builder.data_path} yet; {cost}")
-    if dry_run:
-        _say("size and time of preparing are known when it is there")
-        return False
-    tfds.get(builder)
-    return True
-
-
 def _say_cost(split: str, plan: shards.Plan, workers: int) -> None:
     """Measures some images, spread over the split, and prints what all of them will take."""
-    count = len(plan.reader)
-    trial = [i * count // _TRIAL_IMAGES for i in range(_TRIAL_IMAGES)] if count else []
+    count = len(plan.source)
     start, done = time.monotonic(), 0
-    for index in dict.fromkeys(trial):
+    for index in np.unique(np.arange(_TRIAL_IMAGES) * count // _TRIAL_IMAGES).tolist():
         try:
-            plan.reader.read(index)
+            plan.source.read(index)
         except CorruptRecord as e:
-            _say(f"corrupt: {plan.reader.describe(index)}: {e}")
+            _say(f"corrupt: {plan.source.describe(index)}: {e}")
         done += 1
         if time.monotonic() - start > _TRIAL_SECS:
             break
     secs = (time.monotonic() - start) / done * count / workers
-    there = plan.folder.absolute()
-    while not there.exists():
-        there = there.parent
+    there = next(p for p in [plan.folder, *plan.folder.absolute().parents] if p.exists())
     _say(
-        f"{split}: {count:,} images -> {plan.folder}: {plan.num_shards} shards,"
+        f"{split}: {count:,} images -> {plan.folder}: {len(plan.shards)} shards,"
         f" {_size(count * plan.bytes_per_image)} as raw pixels"
         f" ({_size(shutil.disk_usage(there).free)} free there), about {_duration(secs)} with"
         f" {workers} workers (from {done} images in one)"
@@ -158,11 +146,11 @@ def _duration(secs: float) -> str:
 
 
 def _prepare(split: str, plan: shards.Plan, workers: int, progress: MakeProgress) -> None:
-    folder, raw = plan.folder, plan.reader.raw
+    folder, raw = plan.folder, plan.source.raw
     check_writable(folder, "config.data.prepared_dir")
     with held_lock(folder, "prepare", "config.data.prepared_dir"):
-        if manifests.is_prepared(folder):
-            manifest = manifests.read_manifest(folder)
+        if is_prepared(folder):
+            manifest = read_manifest(folder)
             manifests.check_settings(manifest, plan.settings, folder)
             if manifest["encoding"] != plan.encoding:
                 raise UserError(
@@ -183,13 +171,13 @@ def _prepare(split: str, plan: shards.Plan, workers: int, progress: MakeProgress
             leftover.unlink()  # of a process that was killed; the lock is ours
         content_sample = raw.content_sample()
         reports = _write_shards(split, plan, workers, progress)
-        manifest = shards.manifest_of(plan, reports, content_sample)
-        write_whole(folder / manifests.MANIFEST, manifests.stored_manifest(manifest))
+        manifest = plan.manifest(reports, content_sample)
+        manifests.write_manifest(folder, manifest)
     secs = time.monotonic() - start
     _say(f"{split}: {_summary(manifest, folder)}, in {_duration(secs)}")
 
 
-def _summary(manifest: manifests.Manifest, folder: pathlib.Path) -> str:
+def _summary(manifest: Manifest, folder: pathlib.Path) -> str:
     size = sum(shard["bytes"] for shard in manifest["shards"])
     notes = [f"{len(manifest['skipped'])} corrupt skipped"] if manifest["skipped"] else []
     notes += [
@@ -204,43 +192,38 @@ def _summary(manifest: manifests.Manifest, folder: pathlib.Path) -> str:
 
 def _write_shards(
     split: str, plan: shards.Plan, workers: int, progress: MakeProgress
-) -> list[manifests.Report]:
+) -> list[Report]:
     """Writes the shards that are missing. Returns the reports of all shards, in order."""
-    found = {number: shards.finished_shard(plan, number) for number in range(plan.num_shards)}
-    reports = {number: report for number, report in found.items() if report is not None}
-    missing = [number for number in found if number not in reports]
+    numbers = range(len(plan.shards))
+    reports = {n: report for n in numbers if (report := shards.finished_shard(plan, n))}
+    missing = [number for number in numbers if number not in reports]
     if reports and missing:
-        _say(f"{split}: resuming, {len(reports)} of {plan.num_shards} shards are there")
-    guard = CorruptionGuard(plan.config, len(plan.reader))
+        _say(f"{split}: resuming, {len(reports)} of {len(numbers)} shards are there")
 
-    def count_skipped(report: manifests.Report) -> None:
+    def count_skipped(report: Report) -> None:
         for item in report["skipped"]:
             # The process that read it has printed it.
-            guard.note(item["index"], item["where"], item["problem"], say=False)
-
-    def done(number: int, report: manifests.Report) -> None:
-        reports[number] = report
-        count_skipped(report)
-        # From here on the shard counts as done.
-        write_whole(plan.report_path(number), json.dumps(report).encode())
+            plan.source.guard.note(item["index"], item["where"], item["problem"], say=False)
 
     for report in reports.values():
         count_skipped(report)
     label = f"prepare {split}"
-    shards.in_processes(shards.write_shard, plan, missing, workers, label, progress, done)
-    return [reports[number] for number in range(plan.num_shards)]
+    for number, report in shards.in_processes(
+        shards.write_shard, plan, missing, workers, label, progress
+    ):
+        count_skipped(report)
+        # From here on the shard counts as done.
+        write_json(plan.report_path(number), report, indent=None)
+        reports[number] = report
+    return [reports[number] for number in numbers]
 
 
 def _verify(
-    config: DataConfig,
-    stage: StageConfig,
-    split: str,
-    workers: int,
-    progress: MakeProgress,
+    config: DataConfig, stage: StageConfig, split: str, workers: int, progress: MakeProgress
 ) -> None:
     folder = manifests.prepared_folder(config, split, stage)
     load_source(config, split, stage)  # finds what is wrong without reading everything
-    manifest, name = manifests.read_manifest(folder), printable(split)
+    manifest, name = read_manifest(folder), printable(split)
     bar = progress(len(manifest["shards"]), unit="shards", label=f"verify {name}")
     try:
         for count, shard in enumerate(manifest["shards"], start=1):
@@ -258,25 +241,24 @@ def _verify(
     # A model without classes ignores labels, but they were prepared.
     stage = dataclasses.replace(stage, num_classes=manifest["classes"])
     try:
-        plan = shards.plan_split(config, split, stage, encoding=manifest["encoding"])
+        plan = shards.Plan(config, split, stage, encoding=manifest["encoding"])
     except DataMissing as e:
         _say(
             f"{name}: only the shards were compared: what they were made of is not there any"
             f" more ({e})"
         )
         return
-    manifests.check_source(manifest, plan.reader.raw, folder)
-
-    def compare(number: int, content: str) -> None:
+    manifests.check_source(manifest, plan.source.raw, folder)
+    numbers = range(min(len(plan.shards), len(manifest["shards"])))
+    label = f"verify the images of {name}"
+    for number, content in shards.in_processes(
+        shards.source_content, plan, numbers, workers, label, progress
+    ):
         if content != manifest["shards"][number]["content"]:
-            indices = plan.record_indices(number)
+            first, last = plan.shards[number][0], plan.shards[number][-1]
             raise UserError(
                 f"{folder}: the images are not those that it was prepared from: one or more of"
-                f" {plan.reader.describe(indices[0])} to {plan.reader.describe(indices[-1])} has"
-                " other contents; remove the folder and prepare again, or bring those images back"
+                f" {plan.source.describe(first)} to {plan.source.describe(last)} has other"
+                " contents; remove the folder and prepare again, or bring those images back"
             )
-
-    numbers = range(min(plan.num_shards, len(manifest["shards"])))
-    label = f"verify the images of {name}"
-    shards.in_processes(shards.source_content, plan, numbers, workers, label, progress, compare)
     _say(f"{name}: the images are those that it was prepared from")

@@ -146,7 +146,7 @@ def test_conversions_are_said_once(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("converted: ")
     assert line.endswith("ant/000.jpg (CMYK) to 8-bit RGB; so are others like it")
-    assert source.reader.converted == {"CMYK": 2}
+    assert source.converted == {"CMYK": 2}
 
 
 def test_a_source_survives_pickling(damaged):

@@ -284,7 +284,7 @@ def test_small_photos_are_counted_and_said(tmp_path, capsys):
     source = load_source(config.data, "train", config.stage)
     for i in range(4):
         assert source[i]["image"].shape == (16, 16, 3)
-    assert source.reader.converted == {"enlarged": 2}
+    assert source.converted == {"enlarged": 2}
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("ant/000.jpg (40 x 8 pixels) to 16 px; so are others that are smaller")
 

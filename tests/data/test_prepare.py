@@ -17,7 +17,7 @@ from cascaded_diffusion import prepare
 from cascaded_diffusion.commands import entry
 from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.data import workers
-from cascaded_diffusion.data.digests import digest_of_json
+from cascaded_diffusion.data.manifests import digest_of_json
 from cascaded_diffusion.data.sources import load_source, load_splits
 from cascaded_diffusion.errors import UserError
 from tests.data.photos import photo, photo_config, write_tree
@@ -89,7 +89,7 @@ def test_prepared_records_are_those_of_the_photos(prepared):
     assert source.content_sample() == plain.content_sample() != ""
     assert source.class_names == plain.class_names
     assert source.image_shape == (32, 32, 3)
-    assert "array_record, record 7" in source.reader.describe(7)
+    assert "array_record, record 7" in source.describe(7)
 
 
 def test_splits_are_prepared_and_verified_without_flags(tmp_path, capsys):

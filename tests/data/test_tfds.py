@@ -199,7 +199,7 @@ def test_a_data_set_without_images_is_refused(array_record):
 def test_a_label_out_of_range_is_named(array_record, monkeypatch):
     config = photo_config(array_record, data__name="tiny_photos")
     source = load_source(config.data, "train", config.stage)
-    raw = source.reader.raw
+    raw = source.raw
     read = raw.read
     monkeypatch.setattr(raw, "read", lambda i: read(i)._replace(label=-1))
     with pytest.raises(UserError, match=r"record 2: label -1 is out of range, expected 0 to 2"):

@@ -155,7 +155,7 @@ def test_super_resolution_is_scored_on_real_and_on_generated_input(clean):
     real_images, real_labels = evaluator.seen[0]
     assert real_images.shape == (40, 32, 32, 1)
     rows = np.arange(40) * 64 // 40
-    np.testing.assert_array_equal(real_labels, SOURCE.reader.raw.labels[rows])
+    np.testing.assert_array_equal(real_labels, SOURCE.raw.labels[rows])
 
 
 def test_a_damaged_checkpoint_is_recorded_as_failed_once_and_passed_over(clean):
@@ -245,7 +245,7 @@ def test_samples_that_are_not_finite_are_an_error():
 
 
 def test_real_rows_are_spread_over_a_sorted_set():
-    assert random_source(64).reader.raw.labels[np.arange(40) * 64 // 40].tolist()[:3] == [0, 1, 3]
+    assert random_source(64).raw.labels[np.arange(40) * 64 // 40].tolist()[:3] == [0, 1, 3]
 
 
 def test_killed_at_random_an_evaluation_records_what_an_unbroken_one_does(clean, tmp_path):

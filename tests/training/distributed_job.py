@@ -57,7 +57,7 @@ def main():
                 f.write(json.dumps([step, ids]) + "\n")
             yield batch
 
-    raw = source.reader.raw
+    raw = source.raw
     outcome = loop.train(
         config,
         RunFolder(workdir),

@@ -13,7 +13,7 @@ from cascaded_diffusion.training import loop
 from tests.tiny import random_source, round_trip, smallest_base, two_devices
 
 SOURCE = random_source(64)
-EXAMPLES = {"image": SOURCE.reader.raw.images[:40], "label": SOURCE.reader.raw.labels[:40]}
+EXAMPLES = {"image": SOURCE.raw.images[:40], "label": SOURCE.raw.labels[:40]}
 CONFIG = smallest_base(
     train__train_steps=6,
     train__warmup_steps=1,

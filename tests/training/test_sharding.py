@@ -230,7 +230,7 @@ def test_a_grid_is_sampled_on_devices_that_do_not_divide_it():
     stage = build_stage(config.stage)
     shapes = step.abstract_state(stage, config.train, mesh)
     init = jax.jit(stage.init, out_shardings=jax.tree.map(lambda x: x.sharding, shapes.params))
-    raw = SOURCE.reader.raw
+    raw = SOURCE.raw
     examples = {"image": raw.images[:40], "label": raw.labels[:40]}
     params = init(jax.random.key(0))
     picture = GridSampler(step.stage_for_sampling(stage, mesh), config, mesh, examples)(params)

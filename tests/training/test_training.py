@@ -25,7 +25,7 @@ from cascaded_diffusion.training import loop, optimizer, state
 from tests.tiny import Split, random_source, round_trip, smallest_base, smallest_sr, two_devices
 
 SOURCE = random_source(64)
-EXAMPLES = {"image": SOURCE.reader.raw.images[:40], "label": SOURCE.reader.raw.labels[:40]}
+EXAMPLES = {"image": SOURCE.raw.images[:40], "label": SOURCE.raw.labels[:40]}
 
 
 def _data(config):
@@ -252,7 +252,7 @@ def test_low_res_images_of_the_data_are_what_the_stage_is_shown(tmp_path):
     # Derived and stored alike, the loss is the same; of another image it is another.
     config = smallest_sr(train__train_steps=2, train__warmup_steps=1)
     stage = build_stage(config.stage)
-    images = SOURCE.reader.raw.images
+    images = SOURCE.raw.images
     low_res = np.asarray(uint8_from_float(stage.low_res_from(float_from_uint8(images))))
 
     def run(name, low_res):
