@@ -20,6 +20,7 @@ _HOMES = {
     "Cascade": "cascade.cascade",
     "CascadeConfig": "config.schema",
     "Conditioning": "types",
+    "Evaluation": "evaluation.jobs",
     "FeatureExtractor": "evaluation.features.extractor",
     "FeatureStatistics": "evaluation.metrics.frechet",
     "Features": "evaluation.features.extractor",

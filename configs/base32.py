@@ -5,7 +5,7 @@
 Hardware and hours: not measured; 0.79 billion parameters, 6.1e20 FLOP to train.
 Expected FID: 1.11 to the training images, 1.99 to the validation images (paper, 50,000
 samples); here not measured.
-Checkpoints are compared by FID-10k in 50 steps of DDIM; `evaluate --final` takes the
+Checkpoints are compared by FID-10k in 50 steps of DDIM; `evaluate final` takes the
 paper's 4000 steps, or those of --config.stage.sampler.num_steps, which `main` takes for a
 finished run too.
 """

@@ -4,7 +4,7 @@
 
 The stages' runs are RUN/modern_base64 and RUN/modern_sr256.
 Hardware, hours and expected FID: not measured; 3.0e13 FLOP per sample.
-Guidance, steps and level are to be chosen when trained: `evaluate --sweep`.
+Guidance, steps and level are to be chosen when trained: `evaluate sweep`.
 """
 
 from ml_collections import ConfigDict

@@ -170,7 +170,7 @@ def cascade_config(fv: flags.FlagValues, argv: Sequence[str], runs: CascadeFolde
     if not runs.cascade_path.exists():
         raise UserError(
             f"--config is missing: {fv['config'].help}; there is no {runs.cascade_path},"
-            " as `evaluate --sweep --write_best` writes it, to be used without"
+            " as `evaluate sweep --write_best` writes it, to be used without"
         )
     values = with_overrides(runs.read_cascade(), argv)
     try:

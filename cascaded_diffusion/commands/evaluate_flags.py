@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from absl import flags
@@ -105,29 +106,22 @@ def check_mode(fv: flags.FlagValues, argv: Sequence[str], mode: str | None) -> s
     Raises:
       UserError: a flag does not belong to it.
     """
-    named = None if mode is None else f"`evaluate {mode}`"
-    mode = mode or next((name for name in MODES if _given(fv, name)), "checkpoints")
+    known = {*MODES, *itertools.chain(*MODES.values())}
+    given = {name for name in known.intersection(fv) if fv[name].value not in (None, False, [])}
+    what = "--workdir alone" if mode is None and given.isdisjoint(MODES) else None
+    mode = mode or next((name for name in MODES if name in given), "checkpoints")
     overridden = overrides_in(argv)
     if overridden and "config" not in MODES[mode]:
         raise UserError(
-            f"{overridden[0]}: only for --sweep and --final of a cascade; a run is scored by its"
-            " own config, which a call of `main` with this override changes where that is allowed"
+            f"{overridden[0]}: only for `evaluate sweep` and `evaluate final` of a cascade; a run"
+            " is scored by its own config, which a call of `main` with this override changes where"
+            " that is allowed"
         )
-    for name in sorted({*MODES, *(flag for taken in MODES.values() for flag in taken)}):
-        if _given(fv, name) and name != mode and name not in MODES[mode]:
-            users = [
-                "scoring checkpoints" if m == "checkpoints" else f"--{m}"
-                for m in MODES
-                if name in MODES[m]
-            ]
-            what = named or ("--workdir alone" if mode == "checkpoints" else f"--{mode}")
-            raise UserError(
-                f"--{name} does not go with {what}"
-                + (f"; it is for {', '.join(users)}" if users else "")
-                + ": leave one of them out"
-            )
+    if strange := sorted(given - {mode, *MODES[mode]}):
+        users = ", ".join(f"`evaluate {m}`" for m in MODES if strange[0] in MODES[m])
+        raise UserError(
+            f"--{strange[0]} does not go with {what or f'`evaluate {mode}`'}"
+            + (f"; it is for {users}" if users else "")
+            + ": leave one of them out"
+        )
     return mode
-
-
-def _given(fv: flags.FlagValues, name: str) -> bool:
-    return name in fv and fv[name].value not in (None, False, [])

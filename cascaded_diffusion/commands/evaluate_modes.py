@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -12,8 +12,8 @@ from cascaded_diffusion.commands.config_flags import cascade_config
 from cascaded_diffusion.commands.evaluate_flags import SWEEP_FLAGS
 from cascaded_diffusion.commands.evaluate_samples import (
     cas_mode,
-    common_settings,
     files_mode,
+    open_evaluation,
     print_record,
     samples_mode,
 )
@@ -27,13 +27,9 @@ from cascaded_diffusion.commands.run_images import (
 from cascaded_diffusion.config.run_checks import check_chain, check_sample_count
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.inputs import (
-    bound_chain,
-    open_low_res_samples,
-    open_runs_below,
-)
+from cascaded_diffusion.evaluation.inputs import open_low_res_samples, open_runs_below
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages
-from cascaded_diffusion.evaluation.settings import checked_settings
+from cascaded_diffusion.evaluation.settings import bound_chain, checked_settings
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 
@@ -53,7 +49,7 @@ def run_mode(fv: flags.FlagValues, argv: Sequence[str], mode: str) -> int:
     folder = RunFolder(fv.workdir)
     config = folder.read_config()
     folder.check_writable()
-    modes: dict[str, Callable[..., int]] = {
+    modes = {
         "bits_per_dim": _bits_per_dim,
         "cas": cas_mode,
         "samples": samples_mode,
@@ -83,9 +79,9 @@ def _checkpoints(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> 
             " checkpoints"
         )
     check_sample_count(settings.num_samples, settings.features, allow_few=fv.allow_few_samples)
-    common = common_settings(fv, folder, config)
+    evaluation = open_evaluation(fv, folder, config)
     library.score_checkpoints(
-        folder, below=below, low_res_samples=stored, follow=fv.follow, **common
+        folder, evaluation, below=below, low_res_samples=stored, follow=fv.follow
     )
     return 0
 
@@ -101,11 +97,12 @@ def _bits_per_dim(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) ->
     jax_setup.set_up_jax()
     name = fv.bits_per_dim
     try:
-        names = [name, config.data.train_split]
-        source = open_splits(folder, config, names, data_path=fv.data_path)[name]
+        sources = open_splits(
+            folder, config, [name, config.data.train_split], data_path=fv.data_path
+        )
     except UserError as e:
         raise UserError(f"--bits_per_dim={name}: {e}") from e
-    split = real_split(config, name, source)
+    split = real_split(config, name, sources[name])
     return print_record(
         library.bits_per_dim(folder, split, num_images=fv.num_images, num_steps=num_steps)
     )
@@ -119,14 +116,15 @@ def _final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         if fv.config is None and not runs.cascade_path.exists():
             folder.read_config()  # says that there is no run
         cascade = cascade_config(fv, argv, runs)
-        *below, folder = runs.stage_folders(cascade.cascade)
-        config = folder.read_config()
-        check_chain(cascade.cascade, [f.read_config().stage for f in (*below, folder)])
-        check_same_run_classes([*below, folder])
+        folders = runs.stage_folders(cascade.cascade)
+        configs = [run.read_config() for run in folders]
+        check_chain(cascade.cascade, [c.stage for c in configs])
+        check_same_run_classes(folders)
         for name in ("low_res_run", "low_res_samples"):
             if fv[name].value:
                 raise UserError(f"--{name}: not with a cascade, which makes its own; leave it out")
-        count = fv.num_samples or config.eval.final_num_samples
+        *below, folder = folders
+        config = configs[-1]
     else:
         refuse_overrides(
             argv,
@@ -134,17 +132,25 @@ def _final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
             " changes where that is allowed",
         )
         config = folder.read_config()
-        count = fv.num_samples or config.eval.final_num_samples
+    count = fv.num_samples or config.eval.final_num_samples
+    if cascade is None:
         below, stored = _below(fv, folder, config, count)
         if below and stored is not None:
-            raise UserError("--low_res_run, --low_res_samples: one of them at a time with --final")
+            raise UserError(
+                "--low_res_run, --low_res_samples: one of them at a time with `evaluate final`"
+            )
     check_sample_count(count, config.eval.features, allow_few=fv.allow_few_samples)
     for run in (*below, folder):
         run.chosen()
     folder.check_writable()
-    common = common_settings(fv, folder, config)
+    evaluation = open_evaluation(fv, folder, config)
     record = library.final_numbers(
-        folder, cascade=cascade, below=below, low_res_samples=stored, num_samples=count, **common
+        folder,
+        evaluation,
+        cascade=cascade,
+        below=below,
+        low_res_samples=stored,
+        num_samples=count,
     )
     return print_record({"stage": record["stage"], **record["metrics"]})
 
@@ -165,7 +171,12 @@ def _sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     kinds = {"aug_levels": float, "num_steps": int, "guidance_scales": float}
     choices = {flag: fv[flag].value for flag in SWEEP_FLAGS}
     choices |= {flag: numbers_in(fv, flag, kind) for flag, kind in kinds.items()}
-    choices["truncated"] = [_truth_value(fv, text) for text in fv.truncated]
+    words = [text.lower() for text in fv.truncated]
+    if not set(words) <= {"true", "false"}:
+        raise UserError(
+            f"--truncated={','.join(fv.truncated)}: expected true, false, or both between commas"
+        )
+    choices["truncated"] = [word == "true" for word in words]
     settings = checked_settings(config, index, [c.stage for c in configs], **choices)
     check_same_run_classes(folders)
     for folder in folders:
@@ -173,16 +184,8 @@ def _sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     features = configs[index].eval.features
     check_sample_count(section.num_samples, features, allow_few=fv.allow_few_samples)
     runs.check_writable()
-    common = common_settings(fv, folders[-1], configs[index])
+    evaluation = open_evaluation(fv, folders[-1], configs[index])
     library.sweep_settings(
-        runs, config, settings=settings, stage=index, write_best=fv.write_best, **common
+        runs, config, evaluation, settings, index=index, write_best=fv.write_best
     )
     return 0
-
-
-def _truth_value(fv: flags.FlagValues, text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise UserError(
-            f"--truncated={','.join(fv.truncated)}: expected true, false, or both between commas"
-        )
-    return text.lower() == "true"

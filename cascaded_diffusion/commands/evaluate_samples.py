@@ -26,14 +26,13 @@ from cascaded_diffusion.evaluation.samples.stored_images import (
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
-def common_settings(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """Sets up JAX and opens what most modes are called with."""
+def open_evaluation(
+    fv: flags.FlagValues, folder: RunFolder, config: RunConfig
+) -> library.Evaluation:
+    """Sets up JAX and opens what a run is evaluated with."""
     jax_setup.set_up_jax()
-    return {
-        "splits": real_splits(folder, config, data_path=fv.data_path),
-        "inception": inception_loader(fv),
-        "allow_few_samples": fv.allow_few_samples,
-    }
+    splits = real_splits(folder, config, data_path=fv.data_path)
+    return library.Evaluation(splits, fv.allow_few_samples, inception_loader(fv))
 
 
 def print_record(record: Mapping[str, Any]) -> int:
@@ -60,9 +59,9 @@ def samples_mode(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> 
     """Stored samples, measured as a run's own are. Returns the exit code."""
     require(fv, "samples")
     samples = _counted(fv, load_samples(fv.samples, config.stage), config.eval.features)
-    common = common_settings(fv, folder, config)
+    evaluation = open_evaluation(fv, folder, config)
     return print_record(
-        library.measure_samples(folder, samples=samples, num_samples=fv.num_samples, **common)
+        library.measure_samples(folder, evaluation, samples, num_samples=fv.num_samples)
     )
 
 
@@ -90,9 +89,9 @@ def cas_mode(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> int:
     """The classification accuracy score of stored samples. Returns the exit code."""
     require(fv, "samples")
     if config.stage.num_classes < 2:
-        raise UserError(f"--cas: {config.stage.name!r} has no classes to tell apart")
+        raise UserError(f"`evaluate cas`: {config.stage.name!r} has no classes to tell apart")
     samples = load_samples(fv.samples, config.stage)
-    splits = common_settings(fv, folder, config)["splits"]
+    splits = open_evaluation(fv, folder, config).splits
     return print_record(
         library.classification_accuracy(
             folder, splits, samples, network=fv.network, epochs=fv.epochs

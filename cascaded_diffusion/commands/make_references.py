@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -38,20 +39,16 @@ def references_of_run(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         config = run_config_from(config_values(fv, argv))
     folder.check_writable()
     jax_setup.set_up_jax()
-    library.write_references(
-        folder,
-        config,
-        real_splits(folder, config, data_path=None),
-        fv.roles,
-        inception=inception_loader(fv),
-    )
+    splits = real_splits(folder, config, data_path=None)
+    evaluation = library.Evaluation(splits, inception=inception_loader(fv))
+    library.write_references(folder, config, evaluation, fv.roles)
     return 0
 
 
 def reference_of_images(fv: flags.FlagValues) -> int:
     """Makes the reference of a file or folder. Returns the exit code; raises UserError."""
     require(fv, "output")
-    output = RunFolder(fv.output, flag="output").path
+    output = pathlib.Path(fv.output)
     if output.suffix != ".npz" or output.is_dir():
         raise UserError(f"--output={fv.output}: expected a name that ends with .npz, of a file")
     check_writable(output.parent, "output")

@@ -206,7 +206,7 @@ class EvalConfig:
     features: Literal["classifier", "resnet", "resnet50", "rotation", "inception"]
     resize: Literal["legacy", "clean"] | None  # to the 299 px of inception alone
     num_samples: int = _range(2, _MAX_SAMPLES)  # by which checkpoints are compared
-    final_num_samples: int = _range(2, _MAX_SAMPLES)  # of `evaluate --final`
+    final_num_samples: int = _range(2, _MAX_SAMPLES)  # of `evaluate final`
     sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun"] | None  # None: the stage's
     num_steps: int | None = _range(1, 10**6)  # to score a checkpoint; None: the stage's sampler's
     batch_size: int = _range(1, _MAX_BATCH)

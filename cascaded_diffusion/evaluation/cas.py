@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.evaluator import Splits, default_mesh
 from cascaded_diffusion.evaluation.features.classifier_extractor import Classifier, LabelledImages
 from cascaded_diffusion.evaluation.features.classifier_training import (
     RECIPES,
@@ -21,7 +22,6 @@ from cascaded_diffusion.evaluation.features.classifier_training import (
     train_classifier,
 )
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, check_labels
-from cascaded_diffusion.evaluation.setup import Splits, default_mesh
 from cascaded_diffusion.files.json_files import append_line
 from cascaded_diffusion.runtime.run_folder import RunFolder
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cascaded_diffusion.config.run_checks import LABELLED_FEATURES
-from cascaded_diffusion.config.schema import RunConfig
+from cascaded_diffusion.config.run_checks import LABELLED_FEATURES, evaluation_mesh
+from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.classifier_extractor import (
     ROTATION,
@@ -30,11 +29,16 @@ from cascaded_diffusion.evaluation.reference import (
 )
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 from cascaded_diffusion.evaluation.samples.stored_images import Images, check_labels
+from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 _BATCH = 500
 # An accuracy on rotations; guessing gets a quarter right.
 _LEAST_ROTATIONS = 0.4
+# A run's real images by role: "train" and "val".
+Splits = Mapping[str, RealSplit]
+# (resize=, mesh=) -> FID's extractor.
+InceptionLoader = Callable[..., FeatureExtractor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +71,8 @@ class Evaluator:
     ) -> dict[str, float]:
         """Every metric of samples against the training images, the primary one first.
 
-        Args:
-          images: uint8 [n, H, W, C] at the references' resolution.
-          labels: int [n], or None for samples without classes.
-          count: measure the first ones only; by default all.
+        Images are uint8 [n, H, W, C] at the references' resolution, labels int [n] if the samples
+        have classes. Only the first `count` samples are measured if it is given.
         """
         count = len(images) if count is None else count
         measurement = self.measurement(count)
@@ -78,6 +80,11 @@ class Evaluator:
             rows = slice(start, min(start + _BATCH, count))
             measurement.add(images[rows], None if labels is None else labels[rows])
         return {**measurement.distances(self.references["train"]), **measurement.own()}
+
+
+def default_mesh(settings: RunConfig | CascadeConfig) -> Mesh:
+    """The mesh that samples are made on. Raises UserError if a batch cannot be split over it."""
+    return build_mesh(evaluation_mesh(settings, jax.device_count()))
 
 
 def evaluated_labels(labels: np.ndarray, num_classes: int) -> np.ndarray | None:
@@ -100,14 +107,13 @@ def build_extractor(
     held_out: RealSplit,
     mesh: Mesh,
     *,
-    load_inception: Callable[..., FeatureExtractor],
+    load_inception: InceptionLoader,
     say: Callable[[str], None] = print,
 ) -> FeatureExtractor:
     """The extractor that a run is scored by: `config.eval.features`.
 
-    A classifier is trained on the real images `train` unless the run folder has it already. Its
-    accuracy on `held_out` images is measured, and `say` is told of it. `load_inception` returns
-    Inception with a way of resizing.
+    A classifier is trained on the real images `train` unless the run folder has it already, and
+    `say` is told its accuracy on the `held_out` images.
 
     Raises:
       UserError: the real images are of a single class, or fewer than the devices.
@@ -153,30 +159,14 @@ def _doubt(classifier: Classifier, held_out: LabelledImages) -> str | None:
 
 
 def build_evaluator(
-    config: RunConfig,
-    folder: RunFolder,
-    extractor: FeatureExtractor,
-    splits: Mapping[str, RealSplit],
-    *,
-    say: Callable[[str], None] = print,
+    config: RunConfig, folder: RunFolder, extractor: FeatureExtractor, splits: Splits
 ) -> Evaluator:
-    """A run's evaluator, with references of the given splits by role: "train" and maybe "val".
-
-    References that the run folder does not have yet are made and kept; `say` is told why a stored
-    one is replaced.
-
-    Raises:
-      UserError: a split has fewer than two images.
-    """
+    """A run's evaluator, with references of the given splits: see `run_reference`."""
     references = {
-        role: run_reference(config, folder, extractor, role, split, say=say)
+        role: run_reference(config, folder, extractor, role, split)
         for role, split in splits.items()
     }
-    return Evaluator(
-        extractor=extractor,
-        references=references,
-        classes=config.eval.features in LABELLED_FEATURES,
-    )
+    return Evaluator(extractor, references, classes=config.eval.features in LABELLED_FEATURES)
 
 
 def run_reference(
@@ -202,17 +192,13 @@ def run_reference(
             f"split {split.split!r} of config.data: {len(split)} image, expected at least 2 to"
             " compare samples with"
         )
-    wanted: dict[str, Any] = {
-        "data": split.data,
-        "split": split.split,
-        "crop": split.crop,
-        "resize": split.resize,
-    }
+    origin = {key: getattr(split, key) for key in ("data", "split", "crop", "resize")}
     if path.exists():
         try:
-            return _stored_reference(
-                path,
-                **wanted,
+            stored = read_reference(str(path), flag="workdir")
+            why = differing_field(
+                stored,
+                **origin,
                 num_images=len(split),
                 resolution=resolution,
                 channels=config.stage.channels,
@@ -220,23 +206,17 @@ def run_reference(
             )
         except UserError as e:
             why = str(e).removeprefix(f"--workdir={path}: ").removesuffix("; make it anew")
-            say(f"{path}: {why}; it is made anew")
+        if why is None:
+            return stored
+        say(f"{path}: {why}; it is made anew")
     reference = measure_reference(
         (chunk.images for chunk in split.chunks(resolution)),
         extractor,
         num_images=len(split),
         label=f"reference, {split.data}:{split.split}",
-        **wanted,
+        **origin,
     )
     save_reference(path, reference)
-    return reference
-
-
-def _stored_reference(path: pathlib.Path, **wanted: Any) -> Reference:
-    """Reads a run's reference. Raises UserError if it is damaged or not as wanted."""
-    reference = read_reference(str(path), flag="workdir")
-    if (why := differing_field(reference, **wanted)) is not None:
-        raise UserError(why)
     return reference
 
 

@@ -6,21 +6,15 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from jax.sharding import Mesh
-
 from cascaded_diffusion.config.run_checks import check_sample_count
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import reference as reference_lib
-from cascaded_diffusion.evaluation.evaluator import Evaluator
+from cascaded_diffusion.evaluation.evaluator import Evaluator, InceptionLoader
 from cascaded_diffusion.evaluation.features.extractor import Features
 from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
 from cascaded_diffusion.evaluation.reference import Reference
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, open_images
-from cascaded_diffusion.evaluation.setup import InceptionLoader
 from cascaded_diffusion.files.npz_archive import array_names
-
-# ADM's reference statistics were resized like this, and so is every file without a fingerprint.
-_FOREIGN_RESIZE = "legacy"
 
 
 def measure_files(
@@ -31,9 +25,8 @@ def measure_files(
     resize: str | None = None,
     allow_few_samples: bool = False,
     inception: InceptionLoader = load_inception,
-    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Measures stored samples against images or statistics.
+    """Measures stored samples against images or statistics; returns the record.
 
     Args:
       samples: from `stored_images.open_images`.
@@ -41,11 +34,7 @@ def measure_files(
       num_samples: how many of the samples, the first; by default all.
       resize: "legacy" or "clean"; by default the reference's own way.
       allow_few_samples: allow an FID of fewer than 2,048 samples.
-      inception: (resize=, mesh=) -> FID's extractor.
-      mesh: the device mesh; by default all devices.
-
-    Returns:
-      The record.
+      inception: (resize=) -> FID's extractor.
 
     Raises:
       UserError: a file cannot be read, images differ in size, or the reference is of another
@@ -61,7 +50,7 @@ def measure_files(
         images = _reference_images(reference, samples)
     if statistics is not None:
         _print_missing_metrics(statistics, images)
-    extractor = inception(resize=_chosen_resize(resize, reference, statistics), mesh=mesh)
+    extractor = inception(resize=_chosen_resize(resize, reference, statistics))
     if statistics is not None:
         reference_lib.check_reference(
             statistics, reference, "reference", features=extractor.identity
@@ -92,26 +81,26 @@ def measure_files(
 
 def _chosen_resize(resize: str | None, reference: str, statistics: Reference | None) -> str:
     """Inception's way of resizing: the one asked for, else the reference's own."""
-    own = None
-    if statistics is not None:
-        # ADM's files have spatial statistics; other files may have been made either way.
-        own = _FOREIGN_RESIZE if statistics.spatial is not None else resize
-        if own is None and statistics.fingerprint is None:
-            raise UserError(
-                f"--reference={reference}: does not say how its images came to Inception's"
-                " 299 px; say it with --resize=legacy or --resize=clean"
-            )
-        if statistics.fingerprint is not None:
-            own = "clean" if ":clean:" in statistics.fingerprint.features else "legacy"
-    chosen = resize or own or "legacy"
-    if own is not None and chosen != own:
+    if statistics is None:
+        return resize or "legacy"
+    if statistics.fingerprint is not None:
+        own = "clean" if ":clean:" in statistics.fingerprint.features else "legacy"
+    elif statistics.spatial is not None:  # ADM's files have them, and were resized like this
+        own = "legacy"
+    elif resize is not None:  # the file may have been made either way
+        return resize
+    else:
         raise UserError(
-            f"--resize={chosen}: the statistics of --reference={reference} are of"
-            f" --resize={own}"
-            + (" (as those of every file that does not say)" if not statistics.fingerprint else "")
-            + "; the two are never mixed"
+            f"--reference={reference}: does not say how its images came to Inception's 299 px; say"
+            " it with --resize=legacy or --resize=clean"
         )
-    return chosen
+    if resize not in (None, own):
+        foreign = "" if statistics.fingerprint else " (as those of every file that does not say)"
+        raise UserError(
+            f"--resize={resize}: the statistics of --reference={reference} are of"
+            f" --resize={own}{foreign}; the two are never mixed"
+        )
+    return own
 
 
 def _reference_images(reference: str, samples: StoredImages) -> StoredImages:
@@ -171,10 +160,9 @@ def write_file_reference(
     *,
     resize: str = "legacy",
     inception: InceptionLoader = load_inception,
-    mesh: Mesh | None = None,
 ) -> Reference:
     """Measures images by Inception and writes their statistics, an `.npz`."""
-    extractor = inception(resize=resize, mesh=mesh)
+    extractor = inception(resize=resize)
     reference = reference_lib.measure_stored(images, extractor)
     reference_lib.save_reference(output, reference)
     print(f"{output}: {reference.name}, {extractor.identity}", flush=True)

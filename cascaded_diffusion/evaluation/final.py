@@ -12,6 +12,7 @@ over-fits.
 from __future__ import annotations
 
 import json
+import pathlib
 import platform
 from collections.abc import Mapping
 from functools import partial
@@ -20,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import health
 from cascaded_diffusion.evaluation.evaluator import Evaluator
@@ -40,7 +40,6 @@ _NUM_LEVELS = 6
 
 
 def measure_final(
-    config: RunConfig,
     folder: RunFolder,
     trained: TrainedStage,
     evaluator: Evaluator,
@@ -59,7 +58,7 @@ def measure_final(
     Returns:
       The content of final_<source>.json.
     """
-    stage, name = config.stage, f"final_{source.kind}"
+    stage, path = trained.stage.config, folder.eval / f"final_{source.kind}.json"
     about = {
         "stage": stage.name,
         "step": trained.chosen.step,
@@ -74,64 +73,59 @@ def measure_final(
             for role, r in evaluator.references.items()
         },
     }
-    known = _stored(folder, name, about)
     identity = {**source.record, "seed": seed, "weights": trained.identity}
     store = SampleStore(folder.samples, identity, num_samples=num_samples, batch_size=batch_size)
-    if known is not None:
+    if (known := _stored(path, about)) is not None:
         store.remove()
         return known
     make = partial(source.make, trained.params)
     fill(store, make, label=f"{trained.name}, low-res {source.about}")
-    measurement, agreement, first = measure_store(evaluator, store, stage.num_classes)
-    metrics: dict[str, float] = {}
-    for role, reference in evaluator.references.items():
-        for metric, value in measurement.distances(reference).items():
-            metrics[f"{metric}_{role}"] = value
-    metrics |= measurement.own()
+    measurement, errors, first = measure_store(evaluator, store, stage.num_classes)
+    metrics = {
+        f"{metric}_{role}": value
+        for role, reference in evaluator.references.items()
+        for metric, value in measurement.distances(reference).items()
+    }
     condition: dict[str, Any] = {}
-    real = evaluator.references["train"].pixels
-    if real is not None:
+    if (real := evaluator.references["train"].pixels) is not None:
         condition |= health.drift(measurement.pixels, real)
-    if agreement is not None:
-        condition["psnr_low_res"] = {"mean": agreement.psnr, "min": agreement.worst_psnr}
+    if errors is not None:
+        psnr = health.psnr
+        condition["psnr_low_res"] = {"mean": psnr(errors.mean()), "min": psnr(errors.max())}
     if levels is not None:
-        highest = stage.augment.max_level
-        condition["aug_response"] = health.response(
-            levels, trained.params, np.linspace(0.0, highest, _NUM_LEVELS).round(6).tolist()
-        )
+        spread = np.linspace(0.0, stage.augment.max_level, _NUM_LEVELS).round(6).tolist()
+        condition["aug_response"] = health.response(levels, trained.params, spread)
     record = {
         **about,
         **source.notes,
-        "metrics": metrics,
+        "metrics": metrics | measurement.own(),
         "health": condition,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
     }
     # The numbers of an earlier call must not stand beside these samples.
-    (folder.eval / f"{name}.json").unlink(missing_ok=True)
-    save_grid(folder, f"{name}.png", first)
+    path.unlink(missing_ok=True)
+    save_grid(path.with_suffix(".png"), first)
     save_sample_batches(
-        folder.eval / f"{name}.npz",
+        path.with_suffix(".npz"),
         (num_samples, *first.shape[1:]),
         lambda: ((a["images"], a["labels"]) for a in store.batches()),
     )
     # The JSON comes after the table since it says that everything is there, the store after both.
-    write_whole(folder.eval / f"{name}.md", _table(record).encode())
-    write_json(folder.eval / f"{name}.json", record)
+    write_whole(path.with_suffix(".md"), _table(record).encode())
+    write_json(path, record)
     store.remove()
     return record
 
 
-def _stored(folder: RunFolder, name: str, about: Mapping[str, Any]) -> dict[str, Any] | None:
+def _stored(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
     """The stored numbers, if they are of exactly the same samples and references."""
     try:
-        record = read_json(folder.eval / f"{name}.json", remedy="measure anew")
+        record = read_json(path, remedy="measure anew")
     except UserError:
         return None
-    if not isinstance(record, dict):
-        return None
     wanted = json.loads(json.dumps(about))
-    same = all(record.get(key) == value for key, value in wanted.items())
-    return record if same and (folder.eval / f"{name}.npz").exists() else None
+    same = isinstance(record, dict) and wanted.items() <= record.items()
+    return record if same and path.with_suffix(".npz").exists() else None
 
 
 def _table(record: Mapping[str, Any]) -> str:
@@ -153,7 +147,7 @@ def _table(record: Mapping[str, Any]) -> str:
         "",
         *(f"Reference {role}: {r['name']}." for role, r in record["references"].items()),
         "",
+        *(f"{name}: {json.dumps(value)}" for name, value in record["health"].items()),
+        "",
     ]
-    for name, value in record["health"].items():
-        lines.append(f"{name}: {json.dumps(value)}")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)

@@ -9,7 +9,6 @@ r"""Measures of a super-resolution stage's health besides distances between feat
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +25,9 @@ from cascaded_diffusion.types import Params
 _LEAST_MSE = 1 / 12
 
 
-def psnr(mse: np.ndarray | float) -> np.ndarray:
-    """Eq. (1) in dB of mean squared errors in squared grey levels."""
-    return 10 * np.log10(255.0**2 / np.maximum(mse, _LEAST_MSE))
+def psnr(mse: float) -> float:
+    """Eq. (1) in dB of a mean squared error in squared grey levels."""
+    return float(10 * np.log10(255.0**2 / max(mse, _LEAST_MSE)))
 
 
 def low_res_errors(images: np.ndarray, low_res: np.ndarray) -> np.ndarray:
@@ -39,24 +38,6 @@ def low_res_errors(images: np.ndarray, low_res: np.ndarray) -> np.ndarray:
     shrunk = np.asarray(area_downsample(float_from_uint8(images), low_res.shape[1]), np.float64)
     difference = (shrunk + 1) * 127.5 - low_res.astype(np.float64)
     return np.square(difference).mean((1, 2, 3))
-
-
-@dataclasses.dataclass(frozen=True)
-class LowResAgreement:
-    """How well enlargements keep their low-res input.
-
-    Attributes:
-      psnr: of all images together, dB.
-      worst_psnr: of the worst image, dB.
-    """
-
-    psnr: float
-    worst_psnr: float
-
-    @classmethod
-    def of(cls, errors: np.ndarray) -> LowResAgreement:
-        """From `low_res_errors` of all images."""
-        return cls(float(psnr(errors.mean())), float(psnr(errors.max())))
 
 
 def drift(samples: PixelStatistics, real: PixelStatistics) -> dict[str, list[float]]:
@@ -80,6 +61,6 @@ def response(source: LevelSource, params: Params, aug_levels: Sequence[float]) -
     for level in aug_levels:
         images = source.make(params, level)
         first = images if first is None else first
-        psnrs.append(float(psnr(low_res_errors(images, source.low_res).mean())))
+        psnrs.append(psnr(low_res_errors(images, source.low_res).mean()))
         changes.append(float(np.abs(images.astype(np.float64) - first).mean()))
     return {"aug_levels": list(aug_levels), "psnr_low_res": psnrs, "change": changes}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from cascaded_diffusion.config.run_checks import check_chain
-from cascaded_diffusion.config.schema import CascadeSection, RunConfig, SamplerConfig, StageConfig
+from cascaded_diffusion.config.schema import CascadeSection, RunConfig, StageConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import (
     StoredImages,
@@ -70,33 +69,3 @@ def open_low_res_samples(path: str, stage: StageConfig, num_samples: int) -> Sto
             f"{given}: {len(stored)} images, expected the {num_samples} that are asked for"
         )
     return stored
-
-
-def bound_chain(stage: StageConfig, num_steps: int | None = None) -> SamplerConfig:
-    """The chain whose variational bound is computed: ancestral, however the stage is sampled.
-
-    Args:
-      stage: the stage.
-      num_steps: by default all steps of its process.
-
-    Raises:
-      UserError: the process has fewer steps.
-    """
-    steps = num_steps or stage.schedule.num_timesteps or 1000
-    if (stage.schedule.discrete_timesteps or steps) < steps:
-        raise UserError(
-            f"--num_steps={steps}: expected at most {stage.schedule.discrete_timesteps}, the"
-            f" config.stage.schedule.num_timesteps of {stage.name!r}"
-        )
-    return dataclasses.replace(
-        stage.sampler,
-        name="ancestral",
-        num_steps=steps,
-        grid="uniform",
-        variance="learned" if stage.diffusion.variance == "learned" else "large",
-        variance_interpolation=None,
-        eta=None,
-        guidance_scale=1.0,
-        threshold="static",
-        threshold_percentile=None,
-    )

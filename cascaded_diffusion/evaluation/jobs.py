@@ -1,19 +1,14 @@
 """The work of `evaluate` and `reference` on a run and its samples, as functions of settings.
 
-They have these arguments in common:
-
-    splits               the run's real images by role: "train" and "val"
-    allow_few_samples    allow an FID of fewer than 2,048 samples, which is mostly bias
-    inception            (resize=, mesh=) -> FID's extractor, if the run is scored by it
-    mesh                 by default all devices, or for a cascade its config's mesh
-
-All raise UserError if another process evaluates the run at the same time.
+All of them raise UserError if another process evaluates the run at the same time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,8 +18,15 @@ from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.run_checks import check_sample_count
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, eval_sampler
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation import setup
-from cascaded_diffusion.evaluation.evaluator import evaluated_labels
+from cascaded_diffusion.evaluation.evaluator import (
+    Evaluator,
+    InceptionLoader,
+    Splits,
+    build_evaluator,
+    build_extractor,
+    default_mesh,
+    evaluated_labels,
+)
 from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
 from cascaded_diffusion.evaluation.final import measure_final
 from cascaded_diffusion.evaluation.reference import Reference
@@ -42,45 +44,66 @@ _POLL_SECS = 5.0
 _LEVEL_IMAGES = 64
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a run is evaluated with.
+
+    Attributes:
+      splits: the run's real images by role, "train" and "val".
+      allow_few_samples: allow an FID of fewer than 2,048 samples, which is mostly bias.
+      inception: (resize=, mesh=) -> FID's extractor, for a run that is scored by it.
+    """
+
+    splits: Splits
+    allow_few_samples: bool = False
+    inception: InceptionLoader = load_inception
+
+    def check_count(self, num_samples: int, config: RunConfig) -> None:
+        """Raises UserError for an FID of too few samples."""
+        check_sample_count(num_samples, config.eval.features, allow_few=self.allow_few_samples)
+
+    @contextlib.contextmanager
+    def evaluator(
+        self, folder: RunFolder, config: RunConfig, mesh: Mesh, roles: Sequence[str] = ("train",)
+    ) -> Iterator[Evaluator]:
+        """Holds a run's lock and yields its evaluator, with the references of these roles."""
+        real, load = self.splits, partial(self.inception, mesh=mesh)
+        with folder.writer_lock("eval"):
+            extractor = build_extractor(
+                config, folder, real["train"], real["val"], mesh, load_inception=load
+            )
+            yield build_evaluator(config, folder, extractor, {role: real[role] for role in roles})
+
+
 def score_checkpoints(
     folder: RunFolder,
-    splits: setup.Splits,
+    evaluation: Evaluation,
     *,
     below: Sequence[RunFolder] = (),
     low_res_samples: StoredImages | None = None,
     follow: bool = False,
-    allow_few_samples: bool = False,
-    inception: setup.InceptionLoader = load_inception,
-    mesh: Mesh | None = None,
 ) -> Mapping[str, Any]:
-    """Scores a run's checkpoints that have no score yet and chooses the best.
+    """Scores a run's checkpoints that have no score yet; returns the record of the best one.
 
-    Args:
-      folder: the run.
-      below: the runs of the stages below, see `inputs.open_runs_below`: enlargements of their
-        samples are scored as well.
-      low_res_samples: from `inputs.open_low_res_samples`: their enlargements are scored as well.
-      follow: keep scoring new checkpoints until training ends.
-
-    Returns:
-      The record of the best checkpoint.
+    The enlargements of the samples of `below`, the runs of the stages below (see
+    `inputs.open_runs_below`), and of `low_res_samples` (see `inputs.open_low_res_samples`) are
+    scored as well. With `follow`, new checkpoints are scored until training ends.
 
     Raises:
-      UserError: another process evaluates the run, or no checkpoint could be scored.
+      UserError: no checkpoint could be scored.
     """
     config = folder.read_config()
-    settings = config.eval
-    check_sample_count(settings.num_samples, settings.features, allow_few=allow_few_samples)
-    mesh = mesh or setup.default_mesh(config)
-    with setup.run_evaluator(folder, config, splits, ("train",), inception, mesh) as evaluator:
+    evaluation.check_count(config.eval.num_samples, config)
+    mesh = default_mesh(config)
+    with evaluation.evaluator(folder, config, mesh) as evaluator:
         source = partial(
             run_source,
             config,
             build_stage(config.stage),
             eval_sampler(config),
-            held_out=splits["val"],
-            num_samples=settings.num_samples,
-            seed=settings.seed,
+            held_out=evaluation.splits["val"],
+            num_samples=config.eval.num_samples,
+            seed=config.eval.seed,
             mesh=mesh,
         )
         # Checkpoints are chosen by the first.
@@ -89,15 +112,14 @@ def score_checkpoints(
             sources.append(source(below=below))
         if low_res_samples is not None:
             sources.append(source(low_res=low_res_samples))
-        scorer = RunScorer(config, folder, evaluator, sources, mesh)
-        while True:
-            # Asked before scoring, so that this scoring sees whatever was saved before the end.
-            ended = not follow or folder.complete_path.exists()
-            scored = scorer.score_new_checkpoints()
-            if ended:
-                break
-            time.sleep(_POLL_SECS)
-        scorer.close()
+        with contextlib.closing(RunScorer(config, folder, evaluator, sources, mesh)) as scorer:
+            while True:
+                # Asked before scoring, so that this scoring sees what was saved before the end.
+                ended = not follow or folder.complete_path.exists()
+                scored = scorer.score_new_checkpoints()
+                if ended:
+                    break
+                time.sleep(_POLL_SECS)
         best = folder.best()
         if best is None:
             raise UserError(
@@ -110,29 +132,20 @@ def score_checkpoints(
 
 def measure_samples(
     folder: RunFolder,
-    splits: setup.Splits,
+    evaluation: Evaluation,
     samples: StoredImages,
     *,
     num_samples: int | None = None,
-    allow_few_samples: bool = False,
-    inception: setup.InceptionLoader = load_inception,
-    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Measures stored samples as the run's own are measured. Nothing is recorded.
+    """Measures stored samples as the run's own are measured; returns a record and stores none.
 
-    Args:
-      folder: the run.
-      samples: from `stored_images.load_samples`.
-      num_samples: how many of them, the first; by default all.
-
-    Returns:
-      The record.
+    `samples` are from `stored_images.load_samples`; only the first `num_samples` are measured if
+    it is given.
     """
     config = folder.read_config()
     count = num_samples or len(samples)
-    check_sample_count(count, config.eval.features, allow_few=allow_few_samples)
-    mesh = mesh or setup.default_mesh(config)
-    with setup.run_evaluator(folder, config, splits, ("train",), inception, mesh) as evaluator:
+    evaluation.check_count(count, config)
+    with evaluation.evaluator(folder, config, default_mesh(config)) as evaluator:
         labels = samples.labels
         if labels is not None:
             labels = evaluated_labels(labels[:count], config.stage.num_classes)
@@ -147,20 +160,18 @@ def measure_samples(
 
 def final_numbers(
     folder: RunFolder,
-    splits: setup.Splits,
+    evaluation: Evaluation,
     *,
     cascade: CascadeConfig | None = None,
     below: Sequence[RunFolder] = (),
     low_res_samples: StoredImages | None = None,
     num_samples: int | None = None,
-    allow_few_samples: bool = False,
-    inception: setup.InceptionLoader = load_inception,
-    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Measures a run's chosen checkpoint, or a whole cascade, against both splits.
 
     Args:
       folder: the run, which is the last one of a cascade.
+      evaluation: what it is evaluated with.
       cascade: how the cascade of `below` and this run is sampled; by default every stage is
         sampled as its own config says.
       below: the runs of the stages below.
@@ -171,23 +182,23 @@ def final_numbers(
       The content of RUN/eval/final_<source>.json.
 
     Raises:
-      UserError: another process evaluates the run, or a sample is not finite.
+      UserError: a sample is not finite.
     """
     config = folder.read_config()
     count = num_samples or config.eval.final_num_samples
-    check_sample_count(count, config.eval.features, allow_few=allow_few_samples)
-    mesh = mesh or setup.default_mesh(cascade or config)
+    evaluation.check_count(count, config)
+    mesh = default_mesh(cascade or config)
     section = None if cascade is None else cascade.cascade
     sampler = config.stage.sampler if section is None else section.samplers[-1]
     how = dict(seed=(section or config.eval).seed, mesh=mesh)
-    roles = ("train", "val")
-    with setup.run_evaluator(folder, config, splits, roles, inception, mesh) as evaluator:
+    held_out = evaluation.splits["val"]
+    with evaluation.evaluator(folder, config, mesh, ("train", "val")) as evaluator:
         trained = load_trained(folder, mesh)
         source = run_source(
             config,
             trained.stage,
             sampler,
-            held_out=splits["val"],
+            held_out=held_out,
             num_samples=count,
             below=below,
             low_res=low_res_samples,
@@ -197,10 +208,9 @@ def final_numbers(
         levels = None
         if config.stage.has_aug_level:
             num_images = min(_LEVEL_IMAGES, config.eval.batch_size)
-            levels = at_levels(trained.stage, sampler, splits["val"], num_images=num_images, **how)
+            levels = at_levels(trained.stage, sampler, held_out, num_images=num_images, **how)
         try:
             record = measure_final(
-                config,
                 folder,
                 trained,
                 evaluator,
@@ -211,7 +221,7 @@ def final_numbers(
                 levels=levels,
             )
         except (ValueError, DamagedBatchError) as e:  # a sample that is not finite, for one
-            raise UserError(f"--final: {e}") from e
+            raise UserError(f"`evaluate final`: {e}") from e
     print((folder.eval / f"final_{source.kind}.md").read_text(), flush=True)
     return record
 
@@ -219,51 +229,32 @@ def final_numbers(
 def sweep_settings(
     runs: CascadeFolder,
     config: CascadeConfig,
-    splits: setup.Splits,
+    evaluation: Evaluation,
     settings: Sequence[Setting],
     *,
-    stage: int = -1,
+    index: int,
     write_best: bool = False,
-    allow_few_samples: bool = False,
-    inception: setup.InceptionLoader = load_inception,
-    mesh: Mesh | None = None,
 ) -> Setting:
-    """Scores one stage of a trained cascade in several settings.
+    """Scores stage `index` of a trained cascade in several settings; returns the best setting.
 
-    Args:
-      runs: the folder of the stages' runs.
-      config: the cascade.
-      splits: the real images of the stage's run.
-      settings: from `settings.checked_settings`.
-      stage: the place of the stage in the cascade.
-      write_best: write RUNS/cascade.json, the cascade with the best setting.
-
-    Returns:
-      The best setting.
+    `evaluation` is with the real images of that stage's run, `settings` are from
+    `settings.checked_settings`. With `write_best`, RUNS/cascade.json is written, the cascade with
+    the best setting.
 
     Raises:
       UserError: another process sweeps the cascade, or every setting failed.
     """
     section = config.cascade
-    index = stage % len(section.stages)
     folders = runs.stage_folders(section)[: index + 1]
-    last, run = folders[-1], folders[-1].read_config()
-    check_sample_count(section.num_samples, run.eval.features, allow_few=allow_few_samples)
-    mesh = mesh or setup.default_mesh(config)
+    run = folders[-1].read_config()
+    evaluation.check_count(section.num_samples, run)
+    mesh = default_mesh(config)
     with runs.sweep_lock():
-        with setup.run_evaluator(last, run, splits, ("train",), inception, mesh) as evaluator:
+        with evaluation.evaluator(folders[-1], run, mesh) as evaluator:
             pass  # made; the run's checkpoints may be scored meanwhile
-        search = Sweep(
-            section,
-            [load_trained(folder, mesh) for folder in folders],
-            evaluator,
-            runs.sweep,
-            mesh,
-            num_samples=section.num_samples,
-            batch_size=section.batch_size,
-        )
-        rows = search.run(settings)
-        best = best_setting(settings, rows, search.metric)
+        trained = [load_trained(folder, mesh) for folder in folders]
+        search = Sweep(section, trained, evaluator, runs.sweep, mesh)
+        best = best_setting(settings, search.run(settings), search.metric)
         print(f"{section.stages[index]}: best is {best}", flush=True)
         if write_best:
             chosen = with_setting(section, index, best)
@@ -275,19 +266,11 @@ def sweep_settings(
 def write_references(
     folder: RunFolder,
     config: RunConfig,
-    splits: setup.Splits,
+    evaluation: Evaluation,
     roles: Sequence[str] = ("train", "val"),
-    *,
-    inception: setup.InceptionLoader = load_inception,
-    mesh: Mesh | None = None,
 ) -> Mapping[str, Reference]:
-    """Makes those reference statistics of a run that its folder does not hold yet, by role.
-
-    Raises:
-      UserError: another process evaluates the run.
-    """
-    mesh = mesh or setup.default_mesh(config)
-    with setup.run_evaluator(folder, config, splits, roles, inception, mesh) as evaluator:
+    """Makes those reference statistics of a run that its folder does not hold yet, by role."""
+    with evaluation.evaluator(folder, config, default_mesh(config), roles) as evaluator:
         pass
     for role, reference in evaluator.references.items():
         print(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor, Features
-from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
+from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
+from cascaded_diffusion.evaluation.metrics.frechet import frechet_distance
 from cascaded_diffusion.evaluation.metrics.inception_score import ScoreStatistics
 from cascaded_diffusion.evaluation.metrics.kernel_distance import kernel_distance
 from cascaded_diffusion.evaluation.metrics.pixel_statistics import PixelStatistics
 from cascaded_diffusion.evaluation.metrics.precision_recall import precision_recall
-from cascaded_diffusion.evaluation.reference import Reference, added
+from cascaded_diffusion.evaluation.reference import ImageSums, Reference, added
 
 # The seed of KID's random subsets and of the inception score's splits.
 _SEED = 0
@@ -39,22 +39,17 @@ def counted(metric: str, num_samples: int) -> str:
 
 
 class Measurement:
-    """The sums over a set of samples from which its metrics are computed.
+    """The sums over a set of `num_samples` samples from which its metrics are computed.
 
-    Args:
-      extractor: of the features.
-      num_samples: how many samples there will be.
-      classes: whether the extractor's logits are those of the samples' own classes.
+    With `classes`, the extractor's logits are those of the samples' own classes.
     """
 
     def __init__(self, extractor: FeatureExtractor, num_samples: int, *, classes: bool):
         self._extractor, self._num_samples, self._classes = extractor, num_samples, classes
-        self._pooled: FeatureStatistics | None = None
-        self._spatial: FeatureStatistics | None = None
+        self._sums = ImageSums()
         self._score: ScoreStatistics | None = None
-        self._pixels: PixelStatistics | None = None
         self._features: list[np.ndarray] = []
-        self._count = self._correct = self._labelled = 0
+        self._correct = self._labelled = 0
         # Samples often come sorted by class, and a split with one class has an inception score
         # of 1, so the splits are random.
         self._order = np.random.default_rng(_SEED).permutation(num_samples)
@@ -62,7 +57,7 @@ class Measurement:
     @property
     def pixels(self) -> PixelStatistics:
         """Sums over the pixels of all samples so far."""
-        return self._pixels
+        return self._sums.pixels
 
     def add(self, images: np.ndarray, labels: np.ndarray | None) -> None:
         """Adds the next samples, uint8 [b, H, W, C], and their labels int [b] if they have any.
@@ -70,30 +65,27 @@ class Measurement:
         Raises:
           ValueError: a feature is not finite.
         """
-        features: Features = self._extractor(images)
-        rows = self._order[self._count : self._count + len(images)]
-        self._count += len(images)
-        self._pooled = added(self._pooled, FeatureStatistics.of(features.pooled))
-        if features.spatial is not None:
-            self._spatial = added(self._spatial, FeatureStatistics.of(features.spatial))
-        self._pixels = added(self._pixels, PixelStatistics.of(images))
-        enough = self._num_samples >= _LEAST_PER_SPLIT * _NUM_SPLITS
-        if features.logits is not None and enough:
+        features = self._extractor(images)
+        rows = self._order[self._sums.count :][: len(images)]
+        self._sums.add(images, features)
+        self._features.append(features.pooled.astype(np.float32))
+        if features.logits is None:
+            return
+        if self._num_samples >= _LEAST_PER_SPLIT * _NUM_SPLITS:
             score = ScoreStatistics.of(
                 features.logits, rows, num_samples=self._num_samples, num_splits=_NUM_SPLITS
             )
             self._score = added(self._score, score)
-        self._features.append(features.pooled.astype(np.float32))
-        if self._classes and features.logits is not None and labels is not None:
+        if self._classes and labels is not None:
             self._correct += int((features.logits.argmax(-1) == labels).sum())
             self._labelled += len(labels)
 
     def distances(self, reference: Reference) -> dict[str, float]:
         """FID, sFID, KID, precision and recall, as far as the reference has the features."""
         self._check_complete()
-        values = {self._name("fid"): frechet_distance(self._pooled, reference.pooled)}
-        if self._spatial is not None and reference.spatial is not None:
-            values[self._name("sfid")] = frechet_distance(self._spatial, reference.spatial)
+        values = {self._name("fid"): frechet_distance(self._sums.pooled, reference.pooled)}
+        if self._sums.spatial is not None and reference.spatial is not None:
+            values[self._name("sfid")] = frechet_distance(self._sums.spatial, reference.spatial)
         real, own = reference.features, np.concatenate(self._features)
         if real is not None and min(len(real), len(own)) > _NUM_NEIGHBOURS:
             values[self._name("kid")], values[self._name("kid_std")] = kernel_distance(
@@ -118,5 +110,5 @@ class Measurement:
         return metric_name(metric, self._extractor.name, self._num_samples)
 
     def _check_complete(self) -> None:
-        if self._count != self._num_samples:
-            raise ValueError(f"{self._count} samples were measured, expected {self._num_samples}")
+        if (count := self._sums.count) != self._num_samples:
+            raise ValueError(f"{count} samples were measured, expected {self._num_samples}")

@@ -16,13 +16,14 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import typing
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
+from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor, Features
 from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, Moments
 from cascaded_diffusion.evaluation.metrics.pixel_statistics import PixelStatistics
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, batches
@@ -37,6 +38,7 @@ _KEPT_FEATURES = 10_000
 _MAX_BYTES = 1 << 31
 # The asymmetry of a covariance stored in float32, relative to its largest number.
 _ASYMMETRY = 1e-5
+S = TypeVar("S")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,10 +48,8 @@ class Fingerprint:
     Attributes:
       data: name of the data set, the file or the folder.
       split: of the data set; "" for files.
-      num_images: number of images.
       crop: how images were made square.
       resolution: height in pixels at which they are compared.
-      channels: 1 or 3.
       resize: how they were brought to that resolution; "none" if they had it.
       features: identity of the extractor, which includes its own resizing.
       pixels: SHA-256 of all pixels in order, first 12 digits.
@@ -73,9 +73,6 @@ class Fingerprint:
         )
 
 
-_FIELDS = dataclasses.fields(Fingerprint)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
     """Statistics of real images.
@@ -97,9 +94,27 @@ class Reference:
     pixels: PixelStatistics | None
 
 
-def added(sums: Any, more: Any) -> Any:
+def added(sums: S | None, more: S) -> S:
     """`sums + more`, where None stands for no sums yet."""
     return more if sums is None else sums + more
+
+
+class ImageSums:
+    """Sums over images, their pooled and, if there are any, spatial features."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.pooled: FeatureStatistics | None = None
+        self.spatial: FeatureStatistics | None = None
+        self.pixels: PixelStatistics | None = None
+
+    def add(self, images: np.ndarray, features: Features) -> None:
+        """Adds images uint8 [b, H, W, C]. Raises ValueError if a feature is not finite."""
+        self.count += len(images)
+        self.pooled = added(self.pooled, FeatureStatistics.of(features.pooled))
+        if features.spatial is not None:
+            self.spatial = added(self.spatial, FeatureStatistics.of(features.spatial))
+        self.pixels = added(self.pixels, PixelStatistics.of(images))
 
 
 def measure_reference(
@@ -108,16 +123,12 @@ def measure_reference(
     *,
     num_images: int,
     label: str,
-    **fingerprint: Any,
+    **origin: str,
 ) -> Reference:
-    """Statistics of images uint8 [b, H, W, C] that come batch by batch.
+    """Statistics of `num_images` images uint8 [b, H, W, C] that come batch by batch.
 
-    Args:
-      batches: the images, in order.
-      extractor: of the features.
-      num_images: the number of images in all batches.
-      label: for the progress line.
-      **fingerprint: `data`, `split`, `crop` and `resize` of `Fingerprint`.
+    `label` is for the progress line; `origin` has `data`, `split`, `crop` and `resize` of the
+    fingerprint.
 
     Raises:
       ValueError: a feature is not finite, or there are more or fewer images.
@@ -125,37 +136,32 @@ def measure_reference(
     progress = Progress(num_images, unit="images", label=label)
     num_kept = min(num_images, _KEPT_FEATURES)
     kept_rows = np.arange(num_kept) * num_images // num_kept
-    pooled = spatial = pixels = None
-    kept, digest, count, shape = [], hashlib.sha256(), 0, ()
+    sums, kept, digest, shape = ImageSums(), [], hashlib.sha256(), ()
     for images in batches:
-        features, shape = extractor(images), images.shape[1:]
-        pooled = added(pooled, FeatureStatistics.of(features.pooled))
-        if features.spatial is not None:
-            spatial = added(spatial, FeatureStatistics.of(features.spatial))
-        pixels = added(pixels, PixelStatistics.of(images))
-        wanted = (kept_rows >= count) & (kept_rows < count + len(images))
-        kept.append(features.pooled[kept_rows[wanted] - count].astype(np.float32))
+        features, shape, start = extractor(images), images.shape[1:], sums.count
+        sums.add(images, features)
+        wanted = kept_rows[(kept_rows >= start) & (kept_rows < sums.count)]
+        kept.append(features.pooled[wanted - start].astype(np.float32))
         digest.update(np.ascontiguousarray(images).tobytes())
-        count += len(images)
-        progress.update(count)
+        progress.update(sums.count)
     progress.close()
-    if count != num_images:
-        raise ValueError(f"{count} images, expected {num_images}")
+    if sums.count != num_images:
+        raise ValueError(f"{sums.count} images, expected {num_images}")
     made = Fingerprint(
-        num_images=count,
+        num_images=num_images,
         resolution=shape[0],
         channels=shape[2],
         features=extractor.identity,
         pixels=digest.hexdigest()[:12],
-        **fingerprint,
+        **origin,
     )
     return Reference(
         name=str(made),
         fingerprint=made,
-        pooled=pooled,
-        spatial=spatial,
+        pooled=sums.pooled,
+        spatial=sums.spatial,
         features=np.concatenate(kept),
-        pixels=pixels,
+        pixels=sums.pixels,
     )
 
 
@@ -180,11 +186,9 @@ def save_reference(path: pathlib.Path, reference: Reference) -> None:
         arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
     if reference.features is not None:
         arrays["features"] = reference.features
-    if reference.pixels is not None:
-        sums = reference.pixels
-        arrays["pixels"] = np.stack(
-            [np.full_like(sums.total, sums.count), sums.total, sums.squares]
-        )
+    if (sums := reference.pixels) is not None:
+        count = np.full_like(sums.total, sums.count)
+        arrays["pixels"] = np.stack([count, sums.total, sums.squares])
     fingerprint = dataclasses.asdict(reference.fingerprint)
     arrays["fingerprint"] = np.asarray(json.dumps(fingerprint, sort_keys=True))
     write_npz_whole(path, {**arrays, "digest": np.asarray(sha256_of_arrays(arrays))})
@@ -240,17 +244,14 @@ def _reference_of(arrays: Mapping[str, np.ndarray], name: str) -> Reference:
     fingerprint = pixels = None
     if "fingerprint" in arrays:
         fingerprint = _fingerprint_of(str(arrays["fingerprint"]))
-        name = str(fingerprint)
-    else:
-        name = f"{name}:{sha256_of_arrays(arrays)[:12]}"
     pooled = _moments(arrays["mu"], arrays["sigma"])
-    if (features := arrays.get("features")) is not None:
-        size = len(pooled.mean)
-        if features.ndim != 2 or features.shape[1] != size or not _finite_numbers(features):
-            raise ValueError(
-                f"features are {features.dtype} {features.shape}, expected finite numbers"
-                f" (n, {size})"
-            )
+    size = len(pooled.mean)
+    if (features := arrays.get("features")) is not None and not (
+        features.ndim == 2 and features.shape[1] == size and _finite_numbers(features)
+    ):
+        raise ValueError(
+            f"features are {features.dtype} {features.shape}, expected finite numbers (n, {size})"
+        )
     if (sums := arrays.get("pixels")) is not None:
         if sums.ndim != 2 or len(sums) != 3 or not _finite_numbers(sums) or sums[0, 0] < 1:
             raise ValueError(
@@ -259,7 +260,7 @@ def _reference_of(arrays: Mapping[str, np.ndarray], name: str) -> Reference:
             )
         pixels = PixelStatistics(int(sums[0, 0]), sums[1], sums[2])
     return Reference(
-        name=name,
+        name=str(fingerprint) if fingerprint else f"{name}:{sha256_of_arrays(arrays)[:12]}",
         fingerprint=fingerprint,
         pooled=pooled,
         spatial=_moments(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None,
@@ -269,7 +270,7 @@ def _reference_of(arrays: Mapping[str, np.ndarray], name: str) -> Reference:
 
 
 def _fingerprint_of(text: str) -> Fingerprint:
-    types = {field.name: str if field.type == "str" else int for field in _FIELDS}
+    types = typing.get_type_hints(Fingerprint)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as e:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -28,7 +30,16 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
 
 _GRID_COLUMNS, _GRID_ROWS = 20, 5
-GRID_IMAGES = _GRID_COLUMNS * _GRID_ROWS
+_GRID_IMAGES = _GRID_COLUMNS * _GRID_ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """One EMA of a checkpoint; a step that was trained again has another digest."""
+
+    step: int
+    ema_decay: float
+    digest: str
 
 
 class RunScorer:
@@ -47,9 +58,10 @@ class RunScorer:
         sources: Sequence[SampleSource],
         mesh: Mesh,
     ):
-        self._config, self._folder, self._evaluator = config, folder, evaluator
-        self._sources = sources
-        self._abstract_params = abstract_params(build_stage(config.stage), mesh)
+        self._eval, self._name = config.eval, config.stage.name
+        self._folder, self._evaluator, self._sources = folder, evaluator, sources
+        self._stage = build_stage(config.stage)
+        self._abstract_params = abstract_params(self._stage, mesh)
         self._metric = metric_name("fid", evaluator.extractor.name, config.eval.num_samples)
         self._curves = ScoreCurves(folder)
 
@@ -60,7 +72,7 @@ class RunScorer:
         while steps := set(finished_steps(self._folder)) - looked_at:
             looked_at |= steps
             outcomes = [self._score(step) for step in sorted(steps)]
-            scored += sum(outcome == "scored" for outcome in outcomes)
+            scored += outcomes.count("scored")
             if scored or "known" in outcomes:
                 break
         best = self._decide()
@@ -71,7 +83,7 @@ class RunScorer:
     def say_best(self, best: Mapping[str, Any]) -> None:
         """Prints which checkpoint is the best so far."""
         print(
-            f"{self._config.stage.name}: best is step {best['step']}, EMA"
+            f"{self._name}: best is step {best['step']}, EMA"
             f" {best['ema_decay']:g} ({best['metric']} {best['value']:.3f})",
             flush=True,
         )
@@ -83,11 +95,11 @@ class RunScorer:
     def _identity(self, source: SampleSource) -> dict[str, Any]:
         """The part of a record that says what was measured, without the step."""
         return {
-            "num_samples": self._config.eval.num_samples,
+            "num_samples": self._eval.num_samples,
             "reference": self._evaluator.reference,
             "features": self._evaluator.features,
             **source.record,
-            "seed": self._config.eval.seed,
+            "seed": self._eval.seed,
         }
 
     def _score(self, step: int) -> str:
@@ -100,112 +112,100 @@ class RunScorer:
             if not is_there:
                 return self._gone(step)
             try:
-                weights = checkpoint_digest(self._folder, self._config.stage, step)
+                digest = checkpoint_digest(self._folder, self._stage.config, step)
             except OSError:
                 return self._gone(step)
-            outcomes = [
-                self._score_ema(step, decay, weights) for decay in self._config.eval.ema_decays
-            ]
+            weights = [_Weights(step, decay, digest) for decay in self._eval.ema_decays]
+            outcomes = list(map(self._score_ema, weights))
             if "scored" in outcomes:
                 # The checkpoint cannot be deleted yet, and the best one is kept from here on.
                 self._decide()
         return next((o for o in ("gone", "scored") if o in outcomes), "known")
 
     def _gone(self, step: int) -> str:
-        print(f"{self._config.stage.name} step {step}: gone, the trainer kept newer ones")
+        print(f"{self._name} step {step}: gone, the trainer kept newer ones")
         return "gone"
 
-    def _score_ema(self, step: int, ema_decay: float, weights: str) -> str:
-        missing = [
-            source
-            for source in self._sources
-            if not self._recorded(step, ema_decay, source, self._metric, weights)
-        ]
-        if not missing:
-            return "known"
+    def _score_ema(self, weights: _Weights) -> str:
+        missing = [s for s in self._sources if not self._recorded(weights, s, self._metric)]
         params: Params | None = None
         for source in missing:
-            record = partial(self._record, step, ema_decay, source, weights)
+            identity = {"weights": weights.digest, "ema": weights.ema_decay}
+            store = SampleStore(
+                self._folder.samples,
+                {**source.record, "seed": self._eval.seed, **identity},
+                num_samples=self._eval.num_samples,
+                batch_size=self._eval.batch_size,
+            )
             try:
                 if params is None:
                     params = checkpoint.load_ema_params(
-                        self._folder, step, ema_decay, self._abstract_params
+                        self._folder, weights.step, weights.ema_decay, self._abstract_params
                     )
-                store = self._store(ema_decay, source, weights)
                 try:
-                    values = self._score_source(step, ema_decay, source, params, store)
+                    values = self._score_source(weights, source, params, store)
                 except DamagedBatchError:  # what was damaged is made again
-                    values = self._score_source(step, ema_decay, source, params, store)
+                    values = self._score_source(weights, source, params, store)
             except (UserError, ValueError, OSError) as e:
-                if not is_finished(self._folder, step):  # somebody removed it
-                    return self._gone(step)
+                if not is_finished(self._folder, weights.step):  # somebody removed it
+                    return self._gone(weights.step)
                 if isinstance(e, OSError):  # a full disk, say: not the checkpoint's fault
                     raise UserError(f"{self._folder.eval}: {e}; run the same command again") from e
-                print(f"{self._config.stage.name} step {step}: failed ({e})", flush=True)
-                record(self._metric, None, failed=str(e))
+                print(f"{self._name} step {weights.step}: failed ({e})", flush=True)
+                self._record(weights, source, self._metric, None, failed=str(e))
                 continue
             # The metric that marks a source as done comes last. If this process ends before it,
             # no other metric is lost or recorded twice.
             for metric in sorted(values, key=lambda name: name == self._metric):
-                record(metric, values[metric])
+                self._record(weights, source, metric, values[metric])
             store.remove()
-        return "scored"
+        return "scored" if missing else "known"
 
-    def _recorded(
-        self, step: int, ema_decay: float, source: SampleSource, metric: str, weights: str
-    ) -> bool:
-        """Whether these weights have such a score; a step that was trained again has others."""
+    def _recorded(self, weights: _Weights, source: SampleSource, metric: str) -> bool:
         comparable = early_stopping.series(
-            self._folder.scores(), metric, self._identity(source), [ema_decay]
+            self._folder.scores(), metric, self._identity(source), [weights.ema_decay]
         )
-        return any(r["step"] == step and r.get("weights") == weights for r in comparable)
-
-    def _store(self, ema_decay: float, source: SampleSource, weights: str) -> SampleStore:
-        return SampleStore(
-            self._folder.samples,
-            {**source.record, "seed": self._config.eval.seed, "weights": weights, "ema": ema_decay},
-            num_samples=self._config.eval.num_samples,
-            batch_size=self._config.eval.batch_size,
-        )
+        wanted = (weights.step, weights.digest)
+        return any((r["step"], r.get("weights")) == wanted for r in comparable)
 
     def _record(
         self,
-        step: int,
-        ema_decay: float,
+        weights: _Weights,
         source: SampleSource,
-        weights: str,
         metric: str,
         value: float | None,
         **extra: Any,
     ) -> None:
-        if self._recorded(step, ema_decay, source, metric, weights):
+        if self._recorded(weights, source, metric):
             return
         self._folder.check_held()
-        record = {"step": step, "ema_decay": ema_decay, "metric": metric, "value": value}
-        record |= {"weights": weights, **self._identity(source), **source.notes, **extra}
+        record = {
+            "step": weights.step,
+            "ema_decay": weights.ema_decay,
+            "metric": metric,
+            "value": value,
+            "weights": weights.digest,
+            **self._identity(source),
+            **source.notes,
+            **extra,
+        }
         append_line(self._folder.results_path, record)
         self._curves.add(record)
 
     def _score_source(
-        self,
-        step: int,
-        ema_decay: float,
-        source: SampleSource,
-        params: Params,
-        store: SampleStore,
+        self, weights: _Weights, source: SampleSource, params: Params, store: SampleStore
     ) -> dict[str, float]:
-        config, name = self._config, self._config.stage.name
-        about = f"step {step}, EMA {ema_decay:g}, low-res {source.about}"
+        about = f"step {weights.step}, EMA {weights.ema_decay:g}, low-res {source.about}"
         fill(store, partial(source.make, params), label=about)
-        measurement, agreement, first = measure_store(
-            self._evaluator, store, config.stage.num_classes
+        measurement, errors, first = measure_store(
+            self._evaluator, store, self._stage.config.num_classes
         )
         values = {**measurement.distances(self._evaluator.references["train"]), **measurement.own()}
-        if agreement is not None:
-            values[counted("psnr_low_res", store.num_samples)] = agreement.psnr
-        several = f"_ema_{ema_decay:g}" if len(config.eval.ema_decays) > 1 else ""
-        save_grid(self._folder, f"step_{step}{several}_{source.kind}.png", first)
-        print(f"{name} {about}: {shown(values)}", flush=True)
+        if errors is not None:
+            values[counted("psnr_low_res", store.num_samples)] = health.psnr(errors.mean())
+        several = f"_ema_{weights.ema_decay:g}" if len(self._eval.ema_decays) > 1 else ""
+        save_grid(self._folder.eval / f"step_{weights.step}{several}_{source.kind}.png", first)
+        print(f"{self._name} {about}: {shown(values)}", flush=True)
         return values
 
     def _decide(self) -> Mapping[str, Any] | None:
@@ -214,7 +214,7 @@ class RunScorer:
             self._folder.scores(),
             self._metric,
             self._identity(self._sources[0]),
-            self._config.eval.ema_decays,
+            self._eval.ema_decays,
         )
         # The trainer keeps the best and the latest ones; a checkpoint that it removed before it
         # had a score cannot be chosen.
@@ -222,7 +222,7 @@ class RunScorer:
         best = early_stopping.best_record([r for r in comparable if r["step"] in on_disk])
         if best is not None:
             write_json(self._folder.best_path, best)
-        patience = self._config.eval.patience_evals
+        patience = self._eval.patience_evals
         if early_stopping.should_stop(early_stopping.lowest_per_step(comparable), patience):
             self._folder.ask_to_stop(patience)
         return best
@@ -230,8 +230,8 @@ class RunScorer:
 
 def measure_store(
     evaluator: Evaluator, store: SampleStore, num_classes: int
-) -> tuple[Measurement, health.LowResAgreement | None, np.ndarray]:
-    """The sums over a full store, how enlargements agree with their input, the first images."""
+) -> tuple[Measurement, np.ndarray | None, np.ndarray]:
+    """The sums over a full store, `low_res_errors` of its enlargements, and the first images."""
     measurement = evaluator.measurement(store.num_samples)
     errors, first = [], []
     for arrays in store.batches():
@@ -239,13 +239,12 @@ def measure_store(
         measurement.add(images, evaluated_labels(arrays["labels"], num_classes))
         if "low_res" in arrays:
             errors.append(health.low_res_errors(images, arrays["low_res"]))
-        if sum(map(len, first)) < GRID_IMAGES:
+        if sum(map(len, first)) < _GRID_IMAGES:
             first.append(images)
-    agreement = health.LowResAgreement.of(np.concatenate(errors)) if errors else None
-    return measurement, agreement, np.concatenate(first)[:GRID_IMAGES]
+    return measurement, np.concatenate(errors) if errors else None, np.concatenate(first)
 
 
-def save_grid(folder: RunFolder, name: str, images: np.ndarray) -> None:
-    """Writes a picture of the first samples into the run's `eval` folder."""
-    picture = pictures.grid(images[:GRID_IMAGES], columns=_GRID_COLUMNS)
-    pictures.save_png(folder.eval / name, picture, scale=2)
+def save_grid(path: pathlib.Path, images: np.ndarray) -> None:
+    """Writes a picture of the first samples."""
+    picture = pictures.grid(images[:_GRID_IMAGES], columns=_GRID_COLUMNS)
+    pictures.save_png(path, picture, scale=2)

@@ -26,12 +26,9 @@ from cascaded_diffusion.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to sample the stage.
+    """One way to sample a stage: sampler, level of its low-res input, and mode.
 
-    Attributes:
-      sampler: its sampler.
-      aug_level: of its low-res input; None for a base model.
-      truncated: whether the chain below is stopped at that level.
+    A base model has the level None. If `truncated`, the chain below is stopped at that level.
     """
 
     sampler: SamplerConfig
@@ -66,11 +63,19 @@ def make_settings(
     """All combinations for stage `index`; choices that are not given stay as in the cascade."""
     own = section.samplers[index]
     levels: Sequence[float | None] = [None]
-    if index > 0:
-        levels = aug_levels or [section.aug_levels[index - 1]]
     # A base model has nothing to truncate. A stage without a level keeps the cascade's mode,
     # which concerns the stages below it.
-    modes = list(truncated or [section.truncated]) if index > 0 else [False]
+    modes: Sequence[bool] = [False]
+    if index > 0:
+        levels = aug_levels or [section.aug_levels[index - 1]]
+        modes = truncated or [section.truncated]
+    combinations = itertools.product(
+        levels,
+        modes,
+        samplers or [own.name],
+        num_steps or [own.num_steps],
+        guidance_scales or [own.guidance_scale],
+    )
     return [
         Setting(
             sampler=dataclasses.replace(
@@ -79,13 +84,7 @@ def make_settings(
             aug_level=level,
             truncated=mode,
         )
-        for level, mode, name, steps, scale in itertools.product(
-            levels,
-            modes,
-            samplers or [own.name],
-            num_steps or [own.num_steps],
-            guidance_scales or [own.guidance_scale],
-        )
+        for level, mode, name, steps, scale in combinations
     ]
 
 
@@ -105,13 +104,10 @@ def with_setting(section: CascadeSection, index: int, setting: Setting) -> Casca
 def checked_settings(
     config: CascadeConfig, index: int, stages: Sequence[StageConfig], **choices: Sequence[Any]
 ) -> list[Setting]:
-    """All combinations for stage `index`, each checked to make a good cascade.
+    """`make_settings` of the choices, each checked to make a good cascade.
 
-    Args:
-      config: the cascade.
-      index: the place of the stage in it.
-      stages: its first stages, at least up to this one: all of them if the best is to be written.
-      **choices: of `make_settings`.
+    `stages` are the cascade's first, at least up to the one that is swept: all of them if the
+    best cascade is to be written.
 
     Raises:
       UserError: the stage has nothing to choose, or a setting is impossible.
@@ -127,27 +123,50 @@ def checked_settings(
             f" {stage.augment.name!r} and has no level to truncate at"
         )
     settings = make_settings(section, index, stage, **choices)
+    given = ", ".join(f"--{name}" for name in choices if choices[name]) or "`evaluate sweep`"
+    # The given stages are checked as a cascade of their own.
+    count = len(stages)
     for setting in settings:
+        chosen = with_setting(section, index, setting)
+        first = dataclasses.replace(
+            chosen,
+            stages=chosen.stages[:count],
+            configs=chosen.configs[:count],
+            samplers=chosen.samplers[:count],
+            aug_levels=chosen.aug_levels[: count - 1],
+            truncated=chosen.truncated and any(s.has_aug_level for s in stages),
+        )
         try:
-            _check_cascade(config, with_setting(section, index, setting), stages)
+            values = to_dict(dataclasses.replace(config, cascade=first))
+            check_chain(cascade_config_from(values).cascade, stages)
         except UserError as e:
-            given = ", ".join(f"--{name}" for name in choices if choices[name])
-            raise UserError(f"{given or '--sweep'}: {e}") from e
+            raise UserError(f"{given}: {e}") from e
     return settings
 
 
-def _check_cascade(
-    config: CascadeConfig, section: CascadeSection, stages: Sequence[StageConfig]
-) -> None:
-    """Checks the first stages of a cascade, those given, as a cascade of their own."""
-    num_stages = len(stages)
-    first = dataclasses.replace(
-        section,
-        stages=section.stages[:num_stages],
-        configs=section.configs[:num_stages],
-        samplers=section.samplers[:num_stages],
-        aug_levels=section.aug_levels[: num_stages - 1],
-        truncated=section.truncated and any(s.has_aug_level for s in stages),
+def bound_chain(stage: StageConfig, num_steps: int | None = None) -> SamplerConfig:
+    """The chain whose variational bound is computed: ancestral, however the stage is sampled.
+
+    By default it has all steps of the stage's process.
+
+    Raises:
+      UserError: the process has fewer steps.
+    """
+    steps = num_steps or stage.schedule.num_timesteps or 1000
+    if (stage.schedule.discrete_timesteps or steps) < steps:
+        raise UserError(
+            f"--num_steps={steps}: expected at most {stage.schedule.discrete_timesteps}, the"
+            f" config.stage.schedule.num_timesteps of {stage.name!r}"
+        )
+    return dataclasses.replace(
+        stage.sampler,
+        name="ancestral",
+        num_steps=steps,
+        grid="uniform",
+        variance="learned" if stage.diffusion.variance == "learned" else "large",
+        variance_interpolation=None,
+        eta=None,
+        guidance_scale=1.0,
+        threshold="static",
+        threshold_percentile=None,
     )
-    values = to_dict(dataclasses.replace(config, cascade=first))
-    check_chain(cascade_config_from(values).cascade, stages)

@@ -10,17 +10,19 @@ stored samples of the stages below, which are made once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.cascade import Cascade
-from cascaded_diffusion.config.schema import CascadeSection, to_dict
+from cascaded_diffusion.config.schema import CascadeSection, SamplerConfig, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.evaluator import Evaluator, evaluated_labels
 from cascaded_diffusion.evaluation.measure import metric_name
@@ -33,17 +35,24 @@ from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.plots import line_plot
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+    """How the first stages of the cascade are sampled: one sampler each."""
+
+    samplers: tuple[SamplerConfig, ...]
+    aug_levels: tuple[float, ...]
+    truncated: bool
+
+
 class Sweep:
     """Scores settings of one stage of a cascade.
 
     Args:
-      section: the cascade.
+      section: the cascade, with the number of samples per setting, at least 2.
       trained: its stages up to the one that is swept.
       evaluator: of that stage's run.
       folder: where records, table, plot and stored samples are kept.
       mesh: the device mesh.
-      num_samples: per setting, at least 2.
-      batch_size: of sampling.
 
     Attributes:
       metric: the name of the metric by which settings are compared.
@@ -56,195 +65,169 @@ class Sweep:
         evaluator: Evaluator,
         folder: pathlib.Path,
         mesh: Mesh,
-        *,
-        num_samples: int,
-        batch_size: int,
     ):
-        if num_samples < 2:
+        if section.num_samples < 2:
             raise UserError(
-                f"config.cascade.num_samples = {num_samples}: expected at least 2 to compare"
-                " settings by"
+                f"config.cascade.num_samples = {section.num_samples}: expected at least 2 to"
+                " compare settings by"
             )
         self._section, self._trained = section, trained
-        self._evaluator, self._mesh = evaluator, mesh
-        self._folder, self._num_samples = folder, num_samples
-        self._index = len(trained) - 1
-        self._name = trained[-1].stage.config.name
-        self._params = [t.params for t in trained]
-        self._num_classes = trained[0].stage.config.num_classes
-        self._labels = generate.class_balanced_labels(num_samples, self._num_classes)
-        self.metric = metric_name("fid", evaluator.extractor.name, num_samples)
-        self._programs: dict[Any, tuple[Cascade, Callable[..., Any]]] = {}
-        self._samples_below = functools.cache(self._read_or_make_below)
-        self._generate = functools.partial(
-            generate.generate, num_samples=num_samples, batch_size=batch_size
+        self._evaluator, self._folder, self._mesh = evaluator, folder, mesh
+        self._stage, self._index = trained[-1].stage, len(trained) - 1
+        self._name = self._stage.config.name
+        self._labels = generate.class_balanced_labels(
+            section.num_samples, self._stage.config.num_classes
         )
-        self._records_path = folder / f"{self._name}.jsonl"
+        self.metric = metric_name("fid", evaluator.extractor.name, section.num_samples)
+        self._compiled = functools.cache(self._compile)
+        self._samples_below = functools.cache(self._read_or_make_below)
 
     def run(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
         """Scores settings without a score, writes table and plot; returns a record per setting."""
-        rows = []
+        rows, path = [], self._folder / f"{self._name}.jsonl"
         for i, setting in enumerate(settings, start=1):
-            record = self._stored(setting)
+            identity = {
+                **self._origin(self._chain(setting)),
+                "num_samples": self._section.num_samples,
+                "seed": self._section.seed,
+                "reference": self._evaluator.reference,
+                "features": self._evaluator.features,
+            }
+            known = (r for r in read_lines(path) if identity.items() <= r.items())
+            record = next(known, None)
             if record is None:
-                record = self._score(setting, f"{self._name}, setting {i}/{len(settings)}")
-                append_line(self._records_path, record)
+                scores = self._score(setting, f"{self._name}, setting {i}/{len(settings)}")
+                record = {**identity, **scores}
+                append_line(path, record)
             rows.append(record)
             print(
                 f"{self._name}, {setting}: {self.metric} {_shown(record, self.metric)}", flush=True
             )
-        self._write_table(settings, rows)
+        table = self._table(settings, rows)
+        write_whole(self._folder / f"{self._name}.md", table.encode())
+        print(f"\n{table}", flush=True)
         self._write_plot(settings, rows)
         return rows
 
-    def _cascade(self, setting: Setting) -> tuple[Cascade, Callable[..., Any]]:
-        """The cascade of a setting and its sampler, compiled once for all levels."""
-        key = (setting.truncated, setting.sampler)
-        if key not in self._programs:
-            cascade = Cascade(
-                stages=[t.stage for t in self._trained],
-                samplers=[*self._section.samplers[: self._index], setting.sampler],
-                truncated=setting.truncated,
-            )
-            self._programs[key] = (cascade, cascade.make_sampler())
-        return self._programs[key]
-
-    def _levels(self, setting: Setting) -> list[float]:
-        levels = with_setting(self._section, self._index, setting).aug_levels
-        return list(levels[: self._index])
-
-    def _identity(self, setting: Setting) -> dict[str, Any]:
-        """Everything that the scores depend on."""
-        return {
-            "stages": [t.identity for t in self._trained],
-            "samplers": [
-                to_dict(s) for s in (*self._section.samplers[: self._index], setting.sampler)
-            ],
-            "aug_levels": self._levels(setting),
-            "truncated": setting.truncated,
-            "num_samples": self._num_samples,
-            "seed": self._section.seed,
-            "reference": self._evaluator.reference,
-            "features": self._evaluator.features,
-        }
-
-    def _stored(self, setting: Setting) -> dict[str, Any] | None:
-        wanted = self._identity(setting)
-        for record in read_lines(self._records_path):
-            if all(record.get(key) == value for key, value in wanted.items()):
-                return record
-        return None
+    def _chain(self, setting: Setting) -> _Chain:
+        chosen, index = with_setting(self._section, self._index, setting), self._index
+        return _Chain(
+            chosen.samplers[: index + 1], chosen.aug_levels[:index], truncated=setting.truncated
+        )
 
     def _score(self, setting: Setting, label: str) -> dict[str, Any]:
-        cascade, sample = self._cascade(setting)
         # A truncated chain stops below at the setting's own level, so it is sampled as a whole.
-        truncates = setting.truncated and self._trained[-1].stage.config.has_aug_level
+        truncates = setting.truncated and self._stage.config.has_aug_level
         stored = {}
         if self._index > 0 and not truncates:
             stored = dict(below=self._samples_below(setting.truncated), first=self._index)
-        sampler = generate.make_cascade_sampler(
-            cascade,
-            self._levels(setting),
-            seed=self._section.seed,
-            mesh=self._mesh,
-            sample=sample,
-            **stored,
-        )
         try:
-            images = self._generate(sampler, self._params, label=label)[-1]
+            images = self._sample(self._chain(setting), label, **stored)
         except ValueError as e:  # only this setting's samples are not finite
-            return {**self._identity(setting), self.metric: None, "failed": str(e)}
-        scores = self._evaluator.scores(images, evaluated_labels(self._labels, self._num_classes))
-        return {**self._identity(setting), **scores}
+            return {self.metric: None, "failed": str(e)}
+        labels = evaluated_labels(self._labels, self._stage.config.num_classes)
+        return self._evaluator.scores(images, labels)
 
     def _read_or_make_below(self, truncated: bool) -> np.ndarray:
         """The samples to enlarge; `truncated` concerns the enlargements below them."""
-        below = self._trained[:-1]
-        name = below[-1].stage.config.name
-        provenance = {
-            "stages": [t.identity for t in below],
-            "samplers": [to_dict(s) for s in self._section.samplers[: len(below)]],
-            "aug_levels": list(self._section.aug_levels[: len(below) - 1]),
-            "truncated": truncated,
-            "seed": self._section.seed,
-        }
+        section, last = self._section, self._index - 1
+        chain = _Chain(section.samplers[: self._index], section.aug_levels[:last], truncated)
+        name = self._trained[last].stage.config.name
         path = self._folder / f"{name}.npz"
+        provenance = {**self._origin(chain), "seed": section.seed}
         images = stored_samples(path, provenance)
-        if images is not None and len(images) >= self._num_samples:
-            return images
-        cascade = Cascade(
-            stages=[t.stage for t in below],
-            samplers=self._section.samplers[: len(below)],
-            truncated=truncated,
-        )
-        sampler = generate.make_cascade_sampler(
-            cascade,
-            self._section.aug_levels[: len(below) - 1],
-            seed=self._section.seed,
-            mesh=self._mesh,
-        )
-        images = self._generate(sampler, self._params[:-1], label=f"{name}, to be enlarged")[-1]
-        save_samples(path, images, self._labels, provenance=provenance)
+        if images is None or len(images) < section.num_samples:
+            images = self._sample(chain, f"{name}, to be enlarged")
+            save_samples(path, images, self._labels, provenance=provenance)
         return images
 
-    def _write_table(self, settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> None:
-        columns = list(settings[0].describe())
-        metrics = _metrics_of(rows, self.metric)
-        lines = [
-            f"# {self._name}: {self._num_samples} samples per setting, best first",
-            "",
-            f"| {' | '.join([*columns, 'evaluations', *metrics])} |",
-            f"|{'---|' * (len(columns) + 1 + len(metrics))}",
-        ]
-        stage = self._trained[-1].stage
-        for setting, row in sorted(
-            zip(settings, rows, strict=True), key=lambda x: _rank(x[1], self.metric)
-        ):
-            cells = [str(v) for v in setting.describe().values()]
-            cells.append(str(stage.evaluations(setting.sampler)))
-            cells += [_shown(row, m) for m in metrics]
-            lines.append(f"| {' | '.join(cells)} |")
-        about = (
-            "Evaluations: of the stage's network for one sample, with guidance and Heun's second."
+    def _origin(self, chain: _Chain) -> dict[str, Any]:
+        """What the samples of a chain depend on besides the seed."""
+        return {
+            "stages": [t.identity for t in self._trained[: len(chain.samplers)]],
+            "samplers": [to_dict(s) for s in chain.samplers],
+            "aug_levels": list(chain.aug_levels),
+            "truncated": chain.truncated,
+        }
+
+    def _compile(
+        self, samplers: tuple[SamplerConfig, ...], truncated: bool
+    ) -> tuple[Cascade, Callable[..., list[jax.Array]]]:
+        stages = [t.stage for t in self._trained[: len(samplers)]]
+        cascade = Cascade(stages=stages, samplers=samplers, truncated=truncated)
+        return cascade, cascade.make_sampler()
+
+    def _sample(self, chain: _Chain, label: str, **stored: Any) -> np.ndarray:
+        """Samples of a chain's last stage, uint8 [n, H, W, C]."""
+        cascade, sample = self._compiled(chain.samplers, chain.truncated)
+        seed, mesh = self._section.seed, self._mesh
+        sampler = generate.make_cascade_sampler(
+            cascade, chain.aug_levels, seed=seed, mesh=mesh, sample=sample, **stored
         )
-        origin = f"Stages: {'; '.join(rows[0]['stages'])}. Reference: {rows[0]['reference']}."
-        text = "\n".join([*lines, "", f"{about}.", "", origin, ""])
-        write_whole(self._folder / f"{self._name}.md", text.encode())
-        print(f"\n{text}", flush=True)
+        return generate.generate(
+            sampler,
+            [t.params for t in self._trained[: len(chain.samplers)]],
+            num_samples=self._section.num_samples,
+            batch_size=self._section.batch_size,
+            label=label,
+        )[-1]
+
+    def _table(self, settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> str:
+        """Markdown with the deciding metric first, then the others of the first good row."""
+        good = list(next((r for r in rows if r[self.metric] is not None), {self.metric: None}))
+        metrics = [m for m in good[good.index(self.metric) :] if "_std_" not in m]
+        columns = [*settings[0].describe(), "evaluations", *metrics]
+        cells = [
+            (
+                *setting.describe().values(),
+                self._stage.evaluations(setting.sampler),
+                *(_shown(row, m) for m in metrics),
+            )
+            for setting, row in _best_first(settings, rows, self.metric)
+        ]
+        head, *body = (f"| {' | '.join(map(str, row))} |" for row in (columns, *cells))
+        return "\n".join(
+            [
+                f"# {self._name}: {self._section.num_samples} samples per setting, best first",
+                "",
+                head,
+                f"|{'---|' * len(columns)}",
+                *body,
+                "",
+                "Evaluations: of the stage's network for one sample, with guidance and Heun's"
+                " second.",
+                "",
+                f"Stages: {'; '.join(rows[0]['stages'])}. Reference: {rows[0]['reference']}.",
+                "",
+            ]
+        )
 
     def _write_plot(self, settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> None:
         """The first number that varies along x, one line for every combination of the rest."""
         described = [s.describe() for s in settings]
         varies = [key for key in described[0] if len({d[key] for d in described}) > 1]
-        numbers = [key for key in varies if key in ("aug_level", "num_steps", "guidance")]
-        if not numbers:
+        x = next((key for key in varies if key in ("aug_level", "num_steps", "guidance")), None)
+        if x is None:
             return
-        x = numbers[0]
         series: dict[str, list[tuple[float, float]]] = {}
         for d, row in zip(described, rows, strict=True):
             name = ", ".join(f"{key} {d[key]}" for key in varies if key != x) or self._name
             if row[self.metric] is not None:
                 series.setdefault(name, []).append((d[x], row[self.metric]))
         path = self._folder / f"{self._name}.png"
-        plot = line_plot(
-            {name: sorted(points) for name, points in series.items()},
-            x_label=x,
-            y_label=self.metric,
-            title=self._name,
-        )
+        points = {name: sorted(line) for name, line in series.items()}
+        plot = line_plot(points, x_label=x, y_label=self.metric, title=self._name)
         write_whole(path, plot)
         print(f"{path}, {path.with_suffix('.md')}", flush=True)
 
 
-def _metrics_of(rows: Sequence[Mapping[str, Any]], primary: str) -> list[str]:
-    """The columns of a table: the deciding metric, then the others of the first good row."""
-    good = next((row for row in rows if row[primary] is not None), {primary: None})
-    names = list(good)[list(good).index(primary) :]
-    return [name for name in names if "_std_" not in name]
-
-
-def _rank(row: Mapping[str, Any], metric: str) -> float:
-    return math.inf if row[metric] is None else row[metric]
+def _best_first(
+    settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]], metric: str
+) -> list[tuple[Setting, Mapping[str, Any]]]:
+    return sorted(
+        zip(settings, rows, strict=True),
+        key=lambda x: math.inf if x[1][metric] is None else x[1][metric],
+    )
 
 
 def _shown(row: Mapping[str, Any], metric: str) -> str:
@@ -260,7 +243,7 @@ def best_setting(
     Raises:
       UserError: every one of them failed.
     """
-    setting, row = min(zip(settings, rows, strict=True), key=lambda x: _rank(x[1], metric))
+    setting, row = _best_first(settings, rows, metric)[0]
     if row[metric] is None:
-        raise UserError(f"--sweep: no setting could be scored ({row['failed']})")
+        raise UserError(f"`evaluate sweep`: no setting could be scored ({row['failed']})")
     return setting

@@ -201,7 +201,7 @@ def _final(folder: RunFolder) -> list[Markup]:
         picture_path = path.with_suffix(".png")
         if picture_path.exists():
             parts.append(picture_file(picture_path, f"The first samples of {path.stem}"))
-    note = "No final numbers yet: `evaluate --final` makes them."
+    note = "No final numbers yet: `evaluate final` makes them."
     return parts or [paragraph(note, quiet=True)]
 
 
@@ -240,7 +240,7 @@ def _cas(folder: RunFolder) -> list[Markup]:
                 )
             )
     if not rows:
-        return [paragraph("Not measured yet: `evaluate --cas` does.", quiet=True)]
+        return [paragraph("Not measured yet: `evaluate cas` does.", quiet=True)]
     columns = ("", "images", "top-1", "top-5", "network", "steps", "real test images", "samples")
     return [table(columns, rows)]
 

@@ -267,7 +267,7 @@ class CascadeFolder:
 
     def read_cascade(self) -> dict[str, Any]:
         """The cascade that a sweep wrote, as plain values, to be checked like a new one."""
-        remedy = "have `evaluate --sweep --write_best` write it again"
+        remedy = "have `evaluate sweep --write_best` write it again"
         values = read_json(self.cascade_path, remedy=remedy)
         if not isinstance(values, dict):
             raise UserError(f"{self.cascade_path}: not a cascade; {remedy}")

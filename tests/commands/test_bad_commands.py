@@ -123,17 +123,17 @@ BAD_COMMANDS = [
     (
         evaluate,
         ["--workdir=RUN", "--num_images=3"],
-        "--num_images does not go with --workdir alone; it is for --bits_per_dim: leave one",
+        "--num_images does not go with --workdir alone; it is for `evaluate bits_per_dim`: leave",
     ),
     (
         evaluate,
         ["--workdir=RUN", "--stage=sr32"],
-        "--stage does not go with --workdir alone; it is for --sweep: leave one of them out",
+        "--stage does not go with --workdir alone; it is for `evaluate sweep`: leave one of them",
     ),
     (
         evaluate,
         ["--workdir=RUN", "--final", "--samples=a.npz"],
-        "--samples does not go with --final; it is for --cas: leave one of them out",
+        "--samples does not go with `evaluate final`; it is for `evaluate cas`: leave one of them",
     ),
     (evaluate, ["--workdir=RUN", "--cas"], "--workdir=RUN: no run there"),
     (evaluate, ["--workdir=RUN", "--final"], "--workdir=RUN: no run there"),
@@ -155,7 +155,7 @@ BAD_COMMANDS = [
     (
         evaluate,
         ["--workdir=RUN", "--sweep", "--follow", CASCADE],
-        "--follow does not go with --sweep; it is for scoring checkpoints: leave one of them out",
+        "--follow does not go with `evaluate sweep`; it is for `evaluate checkpoints`: leave one",
     ),
     (evaluate, ["--workdir=RUN", "--sweep"], "--config is missing: "),
     (
@@ -166,7 +166,7 @@ BAD_COMMANDS = [
     (
         evaluate,
         ["--workdir=RUN", "--config.stage.sampler.num_steps=3"],
-        "--config.stage.sampler.num_steps=3: only for --sweep and --final of a cascade; a run is",
+        "--config.stage.sampler.num_steps=3: only for `evaluate sweep` and `evaluate final` of a",
     ),
     (
         evaluate,

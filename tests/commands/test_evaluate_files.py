@@ -222,7 +222,7 @@ BAD = [
     ),
     (
         ["--reference={0}/b.npz"],
-        "--reference does not go with --workdir alone; it is for --sam",
+        "--reference does not go with --workdir alone; it is for `evaluate sam",
     ),
     (["--samples={0}/c.npz", "--reference={0}/b.npz"], "--samples={0}/c.npz: expected a folder"),
     (

@@ -43,9 +43,12 @@ def test_a_mode_is_named_or_implied(flags, mode):
         ),
         (
             ["checkpoints", "--num_images=3"],
-            "--num_images does not go with `evaluate checkpoints`; it is for --bits_per_dim: leave",
+            "--num_images does not go with `evaluate checkpoints`; it is for `evaluate bits_per_",
         ),
-        (["samples", "--config.eval.seed=1"], "--config.eval.seed=1: only for --sweep and --final"),
+        (
+            ["samples", "--config.eval.seed=1"],
+            "--config.eval.seed=1: only for `evaluate sweep` and",
+        ),
     ],
 )
 def test_what_a_mode_does_not_take_is_refused(arguments, message):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion import evaluate, main, report
+from cascaded_diffusion.config.run_checks import cascade_config_from
 from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.data.sources import examples
 from cascaded_diffusion.errors import UserError
@@ -22,7 +23,7 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.binaries import TINY_NETWORK
 from tests.data.photos import photo
 from tests.evaluation.stubs import Extractor
-from tests.tiny import ROOT, array_source, random_source, tiny_base
+from tests.tiny import ROOT, array_source, config_values, random_source, tiny_base
 
 SOURCE = random_source(64, 16)
 UNLABELLED = {
@@ -151,13 +152,12 @@ def test_what_no_metric_can_be_of_is_refused(tmp_path):
     with pytest.raises(UserError, match="samples: labels from 0 to 10, expected 0 to 9"):
         lib.evaluated_labels(np.asarray([0, 10]), 10)
     assert lib.evaluated_labels(np.asarray([0, 10]), 0) is None
+    section = cascade_config_from(config_values("mnist_cascade32")).cascade
     with pytest.raises(UserError, match=r"config.cascade.num_samples = 1: expected at least 2"):
-        Sweep(None, [], None, tmp_path, None, num_samples=1, batch_size=8)
+        Sweep(dataclasses.replace(section, num_samples=1), [], None, tmp_path, None)
     one = _split(SOURCE).rows([0], 16)
     with pytest.raises(UserError, match="bits/dim of 1 image: expected at least 2"):
-        mean_bits_per_dim(
-            None, one, batch_size=8, seed=0, aug_level=0.0, sampler=config.stage.sampler, mesh=None
-        )
+        mean_bits_per_dim(None, one, config.eval, config.stage.sampler, None)
 
 
 def test_photos_without_classes_are_trained_on_and_scored(tmp_path, monkeypatch, capsys):
@@ -210,7 +210,7 @@ def test_photos_without_classes_are_trained_on_and_scored(tmp_path, monkeypatch,
     samples = f"--samples={tmp_path}/run/eval/final_real.npz"
     assert evaluate.main(["evaluate", f"--workdir={tmp_path}/run", samples]) == 0
     assert '"fd_rotation_16": ' in capsys.readouterr().out
-    with pytest.raises(UserError, match="--cas: 'sr32' has no classes to tell apart"):
+    with pytest.raises(UserError, match="`evaluate cas`: 'sr32' has no classes to tell apart"):
         evaluate.main(["evaluate", f"--workdir={tmp_path}/run", samples, "--cas"])
     assert report.main(["report", f"--workdir={tmp_path}/run"]) == 0
     assert "fd_rotation_16_val" in (tmp_path / "run" / "report.html").read_text()

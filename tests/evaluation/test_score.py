@@ -311,7 +311,6 @@ def _final(folder, mesh, *, num_samples=30, below=(), held_out=HELD_OUT):
         )
     evaluator = build_evaluator(config, folder, Extractor(), {"train": HELD_OUT, "val": HELD_OUT})
     return measure_final(
-        config,
         folder,
         trained,
         evaluator,

@@ -47,12 +47,12 @@ def trained(tmp_path_factory, mesh):
 def _section(truncated=False):
     section = cascade_config_from(config_values("mnist_cascade32")).cascade
     short = tuple(dataclasses.replace(s, num_steps=2, guidance_scale=1.0) for s in section.samplers)
-    return dataclasses.replace(section, samplers=short, truncated=truncated)
-
-
-def _sweep(section, trained, evaluator, folder, mesh):
-    return Sweep(
-        section, trained, evaluator, folder, mesh, num_samples=NUM_SAMPLES, batch_size=BATCH_SIZE
+    return dataclasses.replace(
+        section,
+        samplers=short,
+        truncated=truncated,
+        num_samples=NUM_SAMPLES,
+        batch_size=BATCH_SIZE,
     )
 
 
@@ -64,7 +64,7 @@ def test_every_setting_gives_what_sampling_the_cascade_with_it_gives(trained, tm
     section = _section()
     settings = _settings(section, trained, aug_levels=[0.1, 0.6], truncated=[False, True])
     evaluator = Evaluator([4.0, 3.0, 2.0, 5.0])
-    rows = _sweep(section, trained, evaluator, tmp_path, mesh).run(settings)
+    rows = Sweep(section, trained, evaluator, tmp_path, mesh).run(settings)
     assert [row[METRIC] for row in rows] == [4.0, 3.0, 2.0, 5.0]
     for setting, (images, labels) in zip(settings, evaluator.seen, strict=True):
         chosen = with_setting(section, 1, setting)
@@ -99,16 +99,16 @@ def test_every_setting_gives_what_sampling_the_cascade_with_it_gives(trained, tm
 def test_what_is_scored_is_not_scored_again_and_base_samples_are_made_once(trained, tmp_path, mesh):
     section = _section()
     first = _settings(section, trained, aug_levels=[0.1])
-    _sweep(section, trained, Evaluator([4.0]), tmp_path, mesh).run(first)
+    Sweep(section, trained, Evaluator([4.0]), tmp_path, mesh).run(first)
     stamp = (tmp_path / "base16.npz").stat().st_mtime_ns
     more = _settings(section, trained, aug_levels=[0.1, 0.2])
-    rows = _sweep(section, trained, Evaluator([3.0]), tmp_path, mesh).run(more)
+    rows = Sweep(section, trained, Evaluator([3.0]), tmp_path, mesh).run(more)
     assert [row[METRIC] for row in rows] == [4.0, 3.0]
     assert (tmp_path / "base16.npz").stat().st_mtime_ns == stamp
 
     # Other base samples, other scores.
     other = dataclasses.replace(section, seed=7)
-    rows = _sweep(other, trained, Evaluator([9.0]), tmp_path, mesh).run(first)
+    rows = Sweep(other, trained, Evaluator([9.0]), tmp_path, mesh).run(first)
     assert rows[0][METRIC] == 9.0
     about = read_arrays(tmp_path / "base16.npz")["provenance"]
     assert json.loads(str(about))["seed"] == 7
@@ -126,7 +126,7 @@ def test_a_base_model_is_swept_over_steps_and_samplers(trained, tmp_path, mesh):
         ("heun", 2),
         ("heun", 3),
     ]
-    rows = _sweep(section, base, Evaluator([4.0, 3.0, 2.0, 1.0]), tmp_path, mesh).run(settings)
+    rows = Sweep(section, base, Evaluator([4.0, 3.0, 2.0, 1.0]), tmp_path, mesh).run(settings)
     best = best_setting(settings, rows, METRIC)
     chosen = with_setting(section, 0, best)
     assert (chosen.samplers[0].name, chosen.samplers[0].num_steps) == ("heun", 3)
@@ -145,7 +145,7 @@ def test_a_setting_that_fails_is_recorded_and_passed_over(trained, tmp_path, mes
         return whole(sampler, params, label=label, **kwargs)
 
     monkeypatch.setattr(generate, "generate", failing)
-    rows = _sweep(section, trained, Evaluator([3.0]), tmp_path, mesh).run(settings)
+    rows = Sweep(section, trained, Evaluator([3.0]), tmp_path, mesh).run(settings)
     assert [row[METRIC] for row in rows] == [None, 3.0]
     assert best_setting(settings, rows, METRIC).aug_level == 0.2
     assert "failed (a sample is not finite)" in (tmp_path / "sr32.md").read_text()
