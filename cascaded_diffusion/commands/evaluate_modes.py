@@ -27,9 +27,13 @@ from cascaded_diffusion.commands.run_images import (
 from cascaded_diffusion.config.run_checks import check_chain, check_sample_count
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.inputs import open_low_res_samples, open_runs_below
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages
-from cascaded_diffusion.evaluation.settings import bound_chain, checked_settings
+from cascaded_diffusion.evaluation.settings import (
+    bound_chain,
+    checked_settings,
+    open_low_res_samples,
+    open_runs_below,
+)
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 

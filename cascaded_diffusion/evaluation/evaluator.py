@@ -14,8 +14,6 @@ from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.classifier_extractor import (
     ROTATION,
-    Classifier,
-    LabelledImages,
     load_or_train,
 )
 from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
@@ -132,30 +130,25 @@ def build_extractor(
         mesh=mesh,
         say=say,
     )
-    tells = "tells the rotation of" if features == ROTATION else "recognises"
+    accuracy, is_rotation = classifier.accuracy, features == ROTATION
     say(
-        f"{stage.name}: {features} at {stage.resolution} px {tells}"
-        f" {100 * classifier.accuracy:.1f} % of the {len(others.labels)} held-out real images"
+        f"{stage.name}: {features} at {stage.resolution} px"
+        f" {'tells the rotation of' if is_rotation else 'recognises'} {100 * accuracy:.1f} % of the"
+        f" {len(others.labels)} held-out real images"
     )
-    doubt = _doubt(classifier, others)
-    if doubt:
+    if is_rotation:
+        doubtful, guess = accuracy < _LEAST_ROTATIONS, "near the 25 % of guessing"
+    else:
+        most = np.bincount(others.labels).max() / len(others.labels)
+        guess = f"no more than the {100 * most:.1f} % of their most frequent class"
+        doubtful = accuracy <= most
+    if doubtful:
         say(
-            f"{stage.name}: {doubt}: the features are those of an all but untrained network; take"
-            " Inception's by a call of `main` with --config.eval.features=inception"
+            f"{stage.name}: that is {guess}: the features are those of an all but untrained"
+            " network; take Inception's by a call of `main` with --config.eval.features=inception"
             " --config.eval.resize=legacy"
         )
     return classifier
-
-
-def _doubt(classifier: Classifier, held_out: LabelledImages) -> str | None:
-    """A reason why a classifier's features may mean little, or None."""
-    if classifier.network == ROTATION:
-        near = classifier.accuracy < _LEAST_ROTATIONS
-        return "that is near the 25 % of guessing" if near else None
-    most = np.bincount(held_out.labels).max() / len(held_out.labels)
-    if classifier.accuracy > most:
-        return None
-    return f"that is no more than the {100 * most:.1f} % of their most frequent class"
 
 
 def build_evaluator(

@@ -86,7 +86,7 @@ def score_checkpoints(
     """Scores a run's checkpoints that have no score yet; returns the record of the best one.
 
     The enlargements of the samples of `below`, the runs of the stages below (see
-    `inputs.open_runs_below`), and of `low_res_samples` (see `inputs.open_low_res_samples`) are
+    `settings.open_runs_below`), and of `low_res_samples` (see `settings.open_low_res_samples`) are
     scored as well. With `follow`, new checkpoints are scored until training ends.
 
     Raises:
@@ -175,7 +175,7 @@ def final_numbers(
       cascade: how the cascade of `below` and this run is sampled; by default every stage is
         sampled as its own config says.
       below: the runs of the stages below.
-      low_res_samples: from `inputs.open_low_res_samples`: images to enlarge instead of real ones.
+      low_res_samples: from `settings.open_low_res_samples`: images to enlarge instead of real ones.
       num_samples: by default `config.eval.final_num_samples`.
 
     Returns:

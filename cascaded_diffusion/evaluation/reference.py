@@ -17,8 +17,8 @@ import hashlib
 import json
 import pathlib
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
 
@@ -67,23 +67,20 @@ class Fingerprint:
 
     def __str__(self) -> str:
         where = f"{self.data}:{self.split}" if self.split else self.data
-        return (
-            f"{where}:{self.num_images}:{self.resolution}px:crop {self.crop}:resize {self.resize}"
-            f":{self.pixels}"
-        )
+        how = f"crop {self.crop}:resize {self.resize}"
+        return f"{where}:{self.num_images}:{self.resolution}px:{how}:{self.pixels}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Statistics of real images.
+    """Statistics of real images, as far as they are known.
 
     Attributes:
       name: its name in records.
       fingerprint: its origin; None for a file of another tool.
-      pooled: moments of the pooled features.
-      spatial: moments of the spatial features, if known.
-      features: pooled features of up to 10,000 images [m, F] float32, if known.
-      pixels: sums over the pixels, if known.
+      pooled, spatial: moments of these features.
+      features: pooled features of up to 10,000 images [m, F] float32.
+      pixels: sums over the pixels.
     """
 
     name: str
@@ -224,19 +221,17 @@ def read_reference(path: str, *, flag: str) -> Reference:
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"--{flag}={path}: cannot be read as .npz ({reason})") from e
-    recorded = arrays.pop("digest", None)
-    if recorded is not None and str(recorded) != sha256_of_arrays(arrays):
-        raise UserError(
-            f"--{flag}={path}: its arrays have changed since it was written; make it anew"
-        )
     try:
         return _reference_of(arrays, pathlib.Path(path).name)
     except ValueError as e:
         raise UserError(f"--{flag}={path}: {e}") from e
 
 
-def _reference_of(arrays: Mapping[str, np.ndarray], name: str) -> Reference:
+def _reference_of(arrays: dict[str, np.ndarray], name: str) -> Reference:
     """The reference of the arrays of a file called `name`; raises ValueError if they are wrong."""
+    recorded, digest = arrays.pop("digest", None), sha256_of_arrays(arrays)
+    if recorded is not None and str(recorded) != digest:
+        raise ValueError("its arrays have changed since it was written; make it anew")
     if not {"mu", "sigma"} <= set(arrays):
         raise ValueError("expected statistics, mu and sigma, in it")
     if ("mu_s" in arrays) != ("sigma_s" in arrays):
@@ -245,22 +240,17 @@ def _reference_of(arrays: Mapping[str, np.ndarray], name: str) -> Reference:
     if "fingerprint" in arrays:
         fingerprint = _fingerprint_of(str(arrays["fingerprint"]))
     pooled = _moments(arrays["mu"], arrays["sigma"])
-    size = len(pooled.mean)
-    if (features := arrays.get("features")) is not None and not (
-        features.ndim == 2 and features.shape[1] == size and _finite_numbers(features)
-    ):
-        raise ValueError(
-            f"features are {features.dtype} {features.shape}, expected finite numbers (n, {size})"
-        )
+    if (features := arrays.get("features")) is not None:
+        wanted = f"expected finite numbers (n, {len(pooled.mean)})"
+        if features.shape[1:] != pooled.mean.shape or not _is_finite(features):
+            raise ValueError(f"features are {features.dtype} {features.shape}, {wanted}")
     if (sums := arrays.get("pixels")) is not None:
-        if sums.ndim != 2 or len(sums) != 3 or not _finite_numbers(sums) or sums[0, 0] < 1:
-            raise ValueError(
-                f"pixels are {sums.dtype} {sums.shape}, expected count, sum and sum of squares"
-                " of every channel"
-            )
+        wanted = "expected count, sum and sum of squares of every channel"
+        if sums.ndim != 2 or len(sums) != 3 or not _is_finite(sums) or sums[0, 0] < 1:
+            raise ValueError(f"pixels are {sums.dtype} {sums.shape}, {wanted}")
         pixels = PixelStatistics(int(sums[0, 0]), sums[1], sums[2])
     return Reference(
-        name=str(fingerprint) if fingerprint else f"{name}:{sha256_of_arrays(arrays)[:12]}",
+        name=str(fingerprint) if fingerprint else f"{name}:{digest[:12]}",
         fingerprint=fingerprint,
         pooled=pooled,
         spatial=_moments(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None,
@@ -283,24 +273,24 @@ def _fingerprint_of(text: str) -> Fingerprint:
     return Fingerprint(**values)
 
 
-def _finite_numbers(array: np.ndarray) -> bool:
+def _is_finite(array: np.ndarray) -> bool:
     return array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
 
 
 def _moments(mean: np.ndarray, covariance: np.ndarray) -> Moments:
     square = mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
-    if not square or not (_finite_numbers(mean) and _finite_numbers(covariance)):
+    if not (square and _is_finite(mean) and _is_finite(covariance)):
         raise ValueError(
             f"a mean of {mean.dtype} {mean.shape} and a covariance of {covariance.dtype}"
             f" {covariance.shape}, expected [F] and [F, F], finite numbers"
         )
-    asymmetry, largest = np.abs(covariance - covariance.T).max(), np.abs(covariance).max()
-    if asymmetry > _ASYMMETRY * largest or covariance.diagonal().min() < -_ASYMMETRY * largest:
+    asymmetry, tolerance = np.abs(covariance - covariance.T), _ASYMMETRY * np.abs(covariance).max()
+    if asymmetry.max() > tolerance or covariance.diagonal().min() < -tolerance:
         raise ValueError("its covariance is none: not symmetric, or with negative variances")
     return Moments(mean.astype(np.float64), covariance.astype(np.float64))
 
 
-def differing_field(reference: Reference, **wanted: Any) -> str | None:
+def differing_field(reference: Reference, **wanted: str | int) -> str | None:
     """The first field of a reference's fingerprint that is not as wanted, in a few words."""
     if reference.fingerprint is None:
         return "it has no fingerprint"
@@ -311,7 +301,7 @@ def differing_field(reference: Reference, **wanted: Any) -> str | None:
     return None
 
 
-def check_reference(reference: Reference, path: str, flag: str, **wanted: Any) -> None:
+def check_reference(reference: Reference, path: str, flag: str, **wanted: str | int) -> None:
     """Raises UserError if a reference has a fingerprint and a field of it is not as wanted."""
     if reference.fingerprint is not None and (why := differing_field(reference, **wanted)):
         raise UserError(

@@ -14,7 +14,7 @@ from cascaded_diffusion.data.sources import examples
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import evaluator as lib
 from cascaded_diffusion.evaluation.features.classifier_training import RECIPES
-from cascaded_diffusion.evaluation.likelihood import mean_bits_per_dim
+from cascaded_diffusion.evaluation.likelihood import bits_per_dim
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 from cascaded_diffusion.evaluation.sweep import Sweep
 from cascaded_diffusion.files.json_files import read_lines
@@ -155,9 +155,10 @@ def test_what_no_metric_can_be_of_is_refused(tmp_path):
     section = cascade_config_from(config_values("mnist_cascade32")).cascade
     with pytest.raises(UserError, match=r"config.cascade.num_samples = 1: expected at least 2"):
         Sweep(dataclasses.replace(section, num_samples=1), [], None, tmp_path, None)
-    one = _split(SOURCE).rows([0], 16)
+    folder = RunFolder(tmp_path)
+    folder.write_config(config)
     with pytest.raises(UserError, match="bits/dim of 1 image: expected at least 2"):
-        mean_bits_per_dim(None, one, config.eval, config.stage.sampler, None)
+        bits_per_dim(folder, _split(SOURCE, size=1))
 
 
 def test_photos_without_classes_are_trained_on_and_scored(tmp_path, monkeypatch, capsys):
