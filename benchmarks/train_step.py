@@ -60,11 +60,7 @@ def measure_here(config_path: str, steps: int) -> dict[str, float]:
 
     start = time.perf_counter()
     compiled = step_lib.compile_train_step(
-        step_lib.make_train_step(stage, train, mesh),
-        state,
-        (size, size, config.stage.channels),
-        train.batch_size,
-        mesh,
+        stage, train, mesh, state, (size, size, config.stage.channels)
     )
     compile_secs = time.perf_counter() - start
     rng = np.random.default_rng(0)

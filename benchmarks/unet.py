@@ -112,9 +112,7 @@ def our_training(config: RunConfig) -> Runner:
     state = jax.jit(step_lib.make_init(stage, train))()
     state = jax.device_put(state, sharding.state_shardings(state, mesh))
     image_shape = (SIZE, SIZE, config.stage.channels)
-    compiled = step_lib.compile_train_step(
-        step_lib.make_train_step(stage, train, mesh), state, image_shape, train.batch_size, mesh
-    )
+    compiled = step_lib.compile_train_step(stage, train, mesh, state, image_shape)
     shape = (train.batch_size, *image_shape)
     records = mesh_lib.global_batch(
         {

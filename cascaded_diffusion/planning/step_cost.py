@@ -98,11 +98,11 @@ def compiled_cost(config: RunConfig, topology: Topology) -> dict[str, Any]:
     start = time.monotonic()
     try:
         compiled = step.compile_train_step(
-            step.make_train_step(stage, train, mesh),
+            stage,
+            train,
+            mesh,
             step.abstract_state(stage, train, mesh),
             (size, size, config.stage.channels),
-            train.batch_size,
-            mesh,
             low_res_shape=low_res_shape,
             compiler_options=_COMPILER_OPTIONS,
         )

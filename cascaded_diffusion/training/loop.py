@@ -53,8 +53,7 @@ def train(
       folder: where the run lives; made if it is not there.
       data_from: gives this process's batches from a step on.
       image_shape: (H, W, C) of the data.
-      grid_examples: GRID_ROWS * GRID_COLUMNS real examples, whose low-res versions
-        the sample grids of a super-resolution stage enlarge.
+      grid_examples: GRID_ROWS * GRID_COLUMNS real examples, for `GridSampler`.
       low_res_shape: (h, w, C), where the data has low-res images stored.
       data: identifies the images, since a run resumes only with the same; None: not compared.
       start_over: begin at step 0 where a run is in the folder but none of its checkpoints is
@@ -68,7 +67,7 @@ def train(
     """
     check_precision()
     mesh = mesh_lib.build_mesh(config.mesh) if mesh is None else mesh
-    is_first_process = jax.process_index() == 0
+    total, is_first_process = config.train.train_steps, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         with mesh_lib.fail_on_all_processes():
             if is_first_process:
@@ -80,108 +79,73 @@ def train(
         if outcome is not None:
             resume.store(folder, config, data, changed)
             return outcome
+        checkpoints = stack.enter_context(
+            contextlib.closing(CheckpointWriter(folder, config.checkpoint))
+        )
+        # From here on a signal is only noted: the step is finished and saved first.
+        stop = stack.enter_context(StopRequest())
+        stage = build_stage(config.stage)
+        state = _restore_or_init(stage, config, mesh, checkpoints, start_over=start_over)
+        # A run that is refused keeps the config that it has.
+        resume.store(folder, config, data, changed)
+        step = int(state.step)
+        profiler = monitor.StepProfiler(folder.profile, profile_steps)
+        profiler.check(step + 1, total)
+        if is_first_process:
+            # Whoever waits for a shorter run that now resumes, waits for the new end.
+            folder.complete_path.unlink(missing_ok=True)
+            print_parameter_overview(state.params)
+        start = time.monotonic()
+        train_step = step_lib.compile_train_step(
+            stage, config.train, mesh, state, image_shape, low_res_shape=low_res_shape
+        )
+        compile_secs = time.monotonic() - start
+        flops_per_step = step_lib.flops_per_step(stage, config.train.batch_size)
+        if is_first_process:
+            _print_start(config, mesh, state, flops_per_step, compile_secs)
+        grid_sampler = None
+        if config.train.sample_every_steps is not None:
+            sampled = step_lib.stage_for_sampling(stage, mesh)
+            grid_sampler = GridSampler(sampled, config, mesh, grid_examples)
+        local_batches = data_from(step)
+        recorder = Recorder(
+            config,
+            folder,
+            mesh,
+            checkpoints,
+            grid_sampler,
+            local_batches,
+            first_step=step,
+            flops_per_step=flops_per_step,
+            compile_secs=compile_secs,
+        )
+        reason = "complete"
         with (
-            contextlib.closing(CheckpointWriter(folder, config.checkpoint)) as checkpoints,
-            # From here on a signal is only noted: the step is finished and saved first.
-            StopRequest() as stop,
+            recorder,
+            contextlib.closing(mesh_lib.DeviceBatches(local_batches, mesh)) as batches,
+            contextlib.closing(profiler),
         ):
-            stage = build_stage(config.stage)
-            state = _restore_or_init(stage, config, mesh, checkpoints, start_over=start_over)
-            # A run that is refused keeps the config that it has.
-            resume.store(folder, config, data, changed)
-            outcome = _train(
-                config,
-                folder,
-                mesh,
-                stage,
-                state,
-                data_from,
-                (image_shape, low_res_shape),
-                grid_examples,
-                checkpoints,
-                stop,
-                profile_steps,
-            )
-        if outcome.reason != "preempted" and is_first_process:
+            while step < total:
+                if _asked_to_stop(folder, config, step):
+                    reason = "early_stop"
+                    break
+                records = recorder.next_of(batches)
+                step += 1
+                profiler.before(step)
+                state, metrics = train_step(state, records)
+                if (traced := profiler.after(step, metrics)) is not None:
+                    recorder.say(traced)
+                recorder.add(step, metrics)
+                stopping = stop.seen(step)
+                recorder.keep(step, state, stopping=stopping)
+                if stopping and step < total:
+                    reason = "preempted"
+                    break
+            recorder.finish(step, state)
+        if reason != "preempted" and is_first_process:
             folder.check_held()
-            write_json(folder.complete_path, dataclasses.asdict(outcome), indent=None)
-        return outcome
-
-
-def _train(
-    config: RunConfig,
-    folder: RunFolder,
-    mesh: Mesh,
-    stage: Stage,
-    state: TrainState,
-    data_from: DataFrom,
-    shapes: tuple[Shape, Shape | None],
-    grid_examples: Records,
-    checkpoints: CheckpointWriter,
-    stop: StopRequest,
-    profile_steps: tuple[int, int] | None,
-) -> Outcome:
-    step, total = int(state.step), config.train.train_steps
-    profiler = monitor.StepProfiler(folder.profile, profile_steps)
-    profiler.check(step + 1, total)
-    if jax.process_index() == 0:
-        # Whoever waits for a shorter run that now resumes, waits for the new end.
-        folder.complete_path.unlink(missing_ok=True)
-        print_parameter_overview(state.params)
-    start, batch_size = time.monotonic(), config.train.batch_size
-    image_shape, low_res_shape = shapes
-    train_step = step_lib.compile_train_step(
-        step_lib.make_train_step(stage, config.train, mesh),
-        state,
-        image_shape,
-        batch_size,
-        mesh,
-        low_res_shape=low_res_shape,
-    )
-    compile_secs = time.monotonic() - start
-    flops_per_step = step_lib.flops_per_step(stage, batch_size)
-    if jax.process_index() == 0:
-        _print_start(config, mesh, state, flops_per_step, compile_secs)
-    grid_sampler = None
-    if config.train.sample_every_steps is not None:
-        sampled = step_lib.stage_for_sampling(stage, mesh)
-        grid_sampler = GridSampler(sampled, config, mesh, grid_examples)
-    local_batches = data_from(step)
-    recorder = Recorder(
-        config,
-        folder,
-        mesh,
-        checkpoints,
-        grid_sampler,
-        local_batches,
-        first_step=step,
-        flops_per_step=flops_per_step,
-        compile_secs=compile_secs,
-    )
-    reason = "complete"
-    with (
-        recorder,
-        contextlib.closing(mesh_lib.DeviceBatches(local_batches, mesh)) as batches,
-        contextlib.closing(profiler),
-    ):
-        while step < total:
-            if _asked_to_stop(folder, config, step):
-                reason = "early_stop"
-                break
-            records = recorder.next_of(batches)
-            step += 1
-            profiler.before(step)
-            state, metrics = train_step(state, records)
-            if (traced := profiler.after(step, metrics)) is not None:
-                recorder.say(traced)
-            recorder.add(step, metrics)
-            stopping = stop.seen(step)
-            recorder.keep(step, state, stopping=stopping)
-            if stopping and step < total:
-                reason = "preempted"
-                break
-        recorder.finish(step, state)
-    return Outcome(reason=reason, step=step)
+            write_json(folder.complete_path, {"reason": reason, "step": step}, indent=None)
+        return Outcome(reason=reason, step=step)
 
 
 def _restore_or_init(

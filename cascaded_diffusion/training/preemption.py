@@ -18,33 +18,29 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._signal: int | None = None
+        self._noted = False
         self._previous: dict[int, signal.Handlers | Callable[..., object] | int | None] = {}
         self._distributed = jax.process_count() > 1
 
     def __enter__(self) -> StopRequest:
         if self._distributed:
             # JAX notices SIGTERM only.
-            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._as_sigterm)
+            handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         else:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
+            handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
+        for number, handler in handlers.items():
+            self._previous[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _as_sigterm(self, number: int, frame: object) -> None:
-        del number, frame
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def _note(self, number: int, frame: object) -> None:
-        del frame
-        self._signal = number
+    def _note(self, *_: object) -> None:
+        self._noted = True
 
     def seen(self, step: int) -> bool:
         """Whether to stop after `step`. Every process calls it at every step."""
         if self._distributed:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._signal is not None
+        return self._noted

@@ -1,15 +1,14 @@
-"""The state that training carries from step to step."""
+"""The state that training carries from step to step, and the optimizer."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from cascaded_diffusion.config.schema import ema_name
+from cascaded_diffusion.config.schema import TrainConfig
 from cascaded_diffusion.types import Params
 
 
@@ -34,23 +33,6 @@ class TrainState:
     key: jax.Array
 
 
-def init_state(
-    params: Params,
-    optimizer: optax.GradientTransformation,
-    key: jax.Array,
-    *,
-    ema_decays: Sequence[float],
-) -> TrainState:
-    """The state before the first step. Every EMA starts at the parameters."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        ema_params={ema_name(d): jax.tree.map(jnp.copy, params) for d in ema_decays},
-        opt_state=optimizer.init(params),
-        key=key,
-    )
-
-
 def updated_ema(ema_params: Params, params: Params, step: jax.Array, *, decay: float) -> Params:
     r"""EMA with a warm-up: the effective decay is min(decay, (1 + step) / (10 + step)).
 
@@ -60,3 +42,26 @@ def updated_ema(ema_params: Params, params: Params, step: jax.Array, *, decay: f
     step = step.astype(jnp.float32)
     effective = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda e, p: e + (1 - effective) * (p - e), ema_params, params)
+
+
+def build_learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up from 0, then constant or a cosine decay to a twentieth."""
+    if config.lr_decay == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0 if config.warmup_steps else config.learning_rate,
+            peak_value=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            decay_steps=config.train_steps,
+            end_value=config.learning_rate / 20,
+        )
+    if not config.warmup_steps:
+        return optax.constant_schedule(config.learning_rate)
+    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+
+
+def build_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipping by the norm of the global batch's gradient, then Adam."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip_norm),
+        optax.adam(build_learning_rate(config), b2=config.adam_b2),
+    )

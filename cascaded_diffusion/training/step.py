@@ -17,8 +17,12 @@ from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding
-from cascaded_diffusion.training.optimizer import build_learning_rate, build_optimizer
-from cascaded_diffusion.training.state import TrainState, init_state, updated_ema
+from cascaded_diffusion.training.state import (
+    TrainState,
+    build_learning_rate,
+    build_optimizer,
+    updated_ema,
+)
 from cascaded_diffusion.types import Batch
 
 Metrics = dict[str, jax.Array]
@@ -37,15 +41,20 @@ def abstract_state(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
-    """Returns `init()`, which makes the state before the first step from the seed."""
+    """Returns `init()`, which makes the state before the first step from the seed.
+
+    Every EMA starts at the parameters.
+    """
 
     def init() -> TrainState:
         params_key, run_key = jax.random.split(jax.random.key(config.seed))
-        return init_state(
-            stage.init(params_key),
-            build_optimizer(config),
-            run_key,
-            ema_decays=config.ema_decays,
+        params = stage.init(params_key)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema_params={ema_name(d): jax.tree.map(jnp.copy, params) for d in config.ema_decays},
+            opt_state=build_optimizer(config).init(params),
+            key=run_key,
         )
 
     return init
@@ -164,45 +173,40 @@ def flops_per_step(stage: Stage, batch_size: int) -> float:
 
 
 def compile_train_step(
-    train_step: TrainStep,
+    stage: Stage,
+    config: TrainConfig,
+    mesh: Mesh,
     state: TrainState,
     image_shape: tuple[int, int, int],
-    batch_size: int,
-    mesh: Mesh,
     *,
     low_res_shape: tuple[int, int, int] | None = None,
     compiler_options: dict[str, Any] | None = None,
 ) -> jax.stages.Compiled:
-    """Compiles the step ahead of time for the state's and the batch's shardings.
+    """Compiles `make_train_step` for the shardings of a state, or its shapes, which it donates.
 
     Args:
-      train_step: from `make_train_step`.
+      stage: as in `make_train_step`, as are the next two.
+      config: the training's.
+      mesh: the device mesh.
       state: the state, or its shapes, with shardings.
       image_shape: (H, W, C) of the data.
-      batch_size: global.
-      mesh: the device mesh.
       low_res_shape: (h, w, C), if the data has low-res images stored.
       compiler_options: for XLA.
-
-    Returns:
-      The compiled step, which donates the state.
     """
     split = mesh_lib.batch_sharding(mesh)
-    records = {
-        "image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8, sharding=split),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=split),
-    }
+    shapes = {"image": image_shape, "label": ()}
     if low_res_shape is not None:
-        records["low_res"] = jax.ShapeDtypeStruct(
-            (batch_size, *low_res_shape), jnp.uint8, sharding=split
+        shapes["low_res"] = low_res_shape
+    records = {
+        name: jax.ShapeDtypeStruct(
+            (config.batch_size, *shape), jnp.uint8 if shape else jnp.int32, sharding=split
         )
+        for name, shape in shapes.items()
+    }
     state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    return (
-        jax.jit(
-            train_step,
-            out_shardings=(state_shardings, mesh_lib.replicated(mesh)),
-            donate_argnums=0,
-        )
-        .lower(state, records)
-        .compile(compiler_options)
+    jitted = jax.jit(
+        make_train_step(stage, config, mesh),
+        out_shardings=(state_shardings, mesh_lib.replicated(mesh)),
+        donate_argnums=0,
     )
+    return jitted.lower(state, records).compile(compiler_options)

@@ -31,13 +31,7 @@ def _mesh(data=1, fsdp=1, tensor=1):
 def _compiled(config, mesh):
     stage = build_stage(config.stage)
     abstract = step.abstract_state(stage, config.train, mesh)
-    compiled = step.compile_train_step(
-        step.make_train_step(stage, config.train, mesh),
-        abstract,
-        SOURCE.image_shape,
-        config.train.batch_size,
-        mesh,
-    )
+    compiled = step.compile_train_step(stage, config.train, mesh, abstract, SOURCE.image_shape)
     return stage, abstract, compiled
 
 
