@@ -15,10 +15,11 @@ from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.commands import config_flags
 from cascaded_diffusion.commands.sample_inputs import define_inputs, read_request
 from cascaded_diffusion.config.run_checks import cascade_config_from, run_config_from
-from cascaded_diffusion.config.schema import ema_name
+from cascaded_diffusion.config.schema import ema_name, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples import chosen_labels, generate
 from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
+from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 from tests.tiny import config_values, with_overrides
@@ -58,7 +59,7 @@ def runs(tmp_path_factory):
     values["cascade"] |= {"num_samples": NUM, "batch_size": 8}
     for sampler in values["cascade"]["samplers"]:
         sampler |= {"num_steps": 2, "guidance_scale": 1.0}
-    CascadeFolder(root).write_cascade(cascade_config_from(values))
+    write_json(CascadeFolder(root).cascade_path, to_dict(cascade_config_from(values)))
     _sample(root)
     return root
 

@@ -34,6 +34,7 @@ from cascaded_diffusion.evaluation.settings import (
     open_low_res_samples,
     open_runs_below,
 )
+from cascaded_diffusion.files.folders import check_writable
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 
@@ -187,7 +188,7 @@ def _sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         folder.chosen()
     features = configs[index].eval.features
     check_sample_count(section.num_samples, features, allow_few=fv.allow_few_samples)
-    runs.check_writable()
+    check_writable(runs.path, "workdir")
     evaluation = open_evaluation(fv, folders[-1], configs[index])
     library.sweep_settings(
         runs, config, evaluation, settings, index=index, write_best=fv.write_best

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.run_checks import check_sample_count
-from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, eval_sampler
+from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, eval_sampler, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.evaluator import (
     Evaluator,
@@ -37,6 +37,8 @@ from cascaded_diffusion.evaluation.score import RunScorer
 from cascaded_diffusion.evaluation.settings import Setting, with_setting
 from cascaded_diffusion.evaluation.sweep import Sweep, best_setting
 from cascaded_diffusion.evaluation.trained import load_trained
+from cascaded_diffusion.files.folders import held_lock
+from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 _POLL_SECS = 5.0
@@ -249,7 +251,7 @@ def sweep_settings(
     run = folders[-1].read_config()
     evaluation.check_count(section.num_samples, run)
     mesh = default_mesh(config)
-    with runs.sweep_lock():
+    with held_lock(runs.path, "sweep", "workdir"):
         with evaluation.evaluator(folders[-1], run, mesh) as evaluator:
             pass  # made; the run's checkpoints may be scored meanwhile
         trained = [load_trained(folder, mesh) for folder in folders]
@@ -258,7 +260,7 @@ def sweep_settings(
         print(f"{section.stages[index]}: best is {best}", flush=True)
         if write_best:
             chosen = with_setting(section, index, best)
-            runs.write_cascade(CascadeConfig(cascade=chosen, mesh=config.mesh))
+            write_json(runs.cascade_path, to_dict(CascadeConfig(cascade=chosen, mesh=config.mesh)))
             print(f"{runs.cascade_path}: written", flush=True)
     return best
 

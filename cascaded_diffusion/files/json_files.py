@@ -26,6 +26,24 @@ def read_json(path: pathlib.Path, *, remedy: str) -> Any:
         raise UserError(f"{path}: cannot be read as JSON ({reason}); {remedy}") from e
 
 
+def read_record(
+    path: pathlib.Path,
+    types: Mapping[str, Any],
+    *,
+    otherwise: str = "not what this program writes",
+    remedy: str = "remove it",
+) -> dict[str, Any]:
+    """Reads a JSON file of one object that has values of the given types.
+
+    Raises:
+      UserError: it cannot be read, or is `otherwise`; the message ends with `remedy`.
+    """
+    record = read_json(path, remedy=remedy)
+    if not isinstance(record, dict) or not _has_types(record, types):
+        raise UserError(f"{path}: {otherwise}; {remedy}")
+    return record
+
+
 def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Appends one JSON line, durably, in a single write.
 
@@ -55,13 +73,12 @@ def read_records(path: pathlib.Path, types: Mapping[str, Any]) -> tuple[list[dic
     """The objects that have values of the given types, and the number of all other lines."""
     data = path.read_bytes() if path.exists() else b""
     lines = [line for line in data.split(b"\n") if line.strip()]
-    kept = [record for record in map(_parsed, lines) if record is not None]
-    kept = [record for record in kept if has_types(record, types)]
+    kept = [r for r in map(_parsed, lines) if r is not None and _has_types(r, types)]
     return kept, len(lines) - len(kept)
 
 
-def has_types(record: Mapping[str, Any], types: Mapping[str, Any]) -> bool:
-    """Whether each key named by `types` has a value of its type; True is not a number."""
+def _has_types(record: Mapping[str, Any], types: Mapping[str, Any]) -> bool:
+    # True is not a number.
     return all(
         isinstance(record.get(name), kind) and not isinstance(record.get(name), bool)
         for name, kind in types.items()

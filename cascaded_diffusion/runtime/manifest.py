@@ -11,7 +11,7 @@ import pathlib
 from typing import Any
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import has_types, read_json
+from cascaded_diffusion.files.json_files import read_record
 from cascaded_diffusion.files.whole import sha256_of, write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -41,11 +41,9 @@ def read_manifest(folder: RunFolder, step: int) -> bytes:
 def _manifest(folder: pathlib.Path) -> dict[str, Any] | None:
     """A checkpoint's manifest, or None without one. Those of older versions lack the step."""
     try:
-        manifest = read_json(folder / MANIFEST, remedy="remove the checkpoint")
+        return read_record(folder / MANIFEST, {"sha256": dict})
     except UserError:
         return None
-    known = isinstance(manifest, dict) and has_types(manifest, {"sha256": dict})
-    return manifest if known else None
 
 
 def damage(folder: pathlib.Path) -> str | None:

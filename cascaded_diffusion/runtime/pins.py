@@ -9,7 +9,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import pathlib
 import re
 import uuid
 from collections.abc import Iterator
@@ -19,10 +18,6 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 
 # The step, the process and a random number.
 _PIN = re.compile(r"([0-9]+)\.[0-9]+\.[0-9a-f]{32}")
-
-
-def _pins(folder: RunFolder) -> pathlib.Path:
-    return folder.eval / "reading"
 
 
 @contextlib.contextmanager
@@ -42,8 +37,8 @@ def pinned(folder: RunFolder, step: int) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         try:
             with _lock(folder):
-                _pins(folder).mkdir(parents=True, exist_ok=True)
-                pin = _pins(folder) / f"{step}.{os.getpid()}.{uuid.uuid4().hex}"
+                folder.reading.mkdir(parents=True, exist_ok=True)
+                pin = folder.reading / f"{step}.{os.getpid()}.{uuid.uuid4().hex}"
                 held = stack.enter_context(pin.open("w"))
                 fcntl.flock(held, fcntl.LOCK_EX)
                 stack.callback(pin.unlink, missing_ok=True)
@@ -58,7 +53,7 @@ def pinned_steps(folder: RunFolder) -> Iterator[set[int]]:
     """The steps that are being read. While the context is open, no further reader begins."""
     with _lock(folder):
         steps = set()
-        for pin in _pins(folder).iterdir() if _pins(folder).is_dir() else ():
+        for pin in folder.reading.iterdir() if folder.reading.is_dir() else ():
             named = _PIN.fullmatch(pin.name)
             if named is None:  # somebody else's file
                 continue

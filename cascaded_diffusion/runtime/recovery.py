@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -55,23 +56,20 @@ def newest_intact(folder: RunFolder, *, start_over: bool, say: Callable[[str], N
 
 def _check_nothing_is_lost(folder: RunFolder, problems: dict[int, str]) -> None:
     """Raises UserError where beginning at step 0 would throw a run away."""
-    remedy = (
-        "restore the folder from a backup, choose another --workdir, or add --start_over to"
-        " begin at step 0 here"
-    )
     damaged = {k: v for k, v in problems.items() if v != NEVER_COMPLETED}
     if damaged:
         newest = max(damaged)
-        raise UserError(
-            f"{folder.checkpoints}: none of the checkpoints {sorted(problems)} is intact"
-            f" ({newest}: {damaged[newest]}); {remedy}"
+        problem = (
+            f"none of the checkpoints {sorted(problems)} is intact ({newest}: {damaged[newest]})"
         )
-    proof = _proof_of_steps(folder)
-    if proof is not None:
-        raise UserError(
-            f"{folder.checkpoints}: no checkpoint is there that was completed, but {proof};"
-            f" {remedy}"
-        )
+    elif (proof := _proof_of_steps(folder)) is not None:
+        problem = f"no checkpoint is there that was completed, but {proof}"
+    else:
+        return
+    raise UserError(
+        f"{folder.checkpoints}: {problem}; restore the folder from a backup, choose another"
+        " --workdir, or add --start_over to begin at step 0 here"
+    )
 
 
 def _proof_of_steps(folder: RunFolder) -> str | None:
@@ -100,9 +98,8 @@ def _set_lost_run_aside(folder: RunFolder) -> pathlib.Path | None:
     found = [path for path in left if path.exists()]
     if not found:
         return None
-    number = 1
-    while (target := folder.path / f"lost_run_{number}").exists():
-        number += 1
+    targets = (folder.path / f"lost_run_{number}" for number in itertools.count(1))
+    target = next(path for path in targets if not path.exists())
     target.mkdir()
     for path in found:
         os.replace(path, target / path.name)

@@ -8,24 +8,19 @@ from typing import Protocol
 
 from cascaded_diffusion.config.class_names import class_difference
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import read_json, write_json
+from cascaded_diffusion.files.json_files import read_json, read_record, write_json
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 _SAME_IMAGES = "bring those images back, or choose another --workdir"
 
 
 class SplitFacts(Protocol):
-    """The facts that identify a split of a data set; `data.records.Source` has them.
+    """The facts that identify a split of a data set; `data.records.Source` has them."""
 
-    Attributes:
-      identity: what the images are, wherever they lie.
-      times: a digest of their files' times of modification; "" where `identity` has the contents.
-      class_names: in order of label.
-    """
-
-    identity: str
+    identity: str  # what the images are, wherever they lie
+    # A digest of the files' times of modification; "" where `identity` has the contents.
     times: str
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # in order of label
 
     def content_sample(self) -> str:
         """A digest of the contents of some images; "" where `identity` has the contents."""
@@ -34,19 +29,12 @@ class SplitFacts(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunData:
-    """The images that a run is trained on, or is to be scored against.
-
-    Attributes:
-      splits: the facts of each split by its name.
-      path: where the images are: absolute, or None for data that has no path.
-      path_as_given: the same as the user wrote it.
-      given_anew: the user has named the path again, for images that were moved or touched.
-    """
+    """The images that a run is trained on, or is to be scored against."""
 
     splits: Mapping[str, SplitFacts]
-    path: str | None = None
-    path_as_given: str | None = None
-    given_anew: bool = False
+    path: str | None = None  # absolute; None for data that has none
+    path_as_given: str | None = None  # the same as the user wrote it
+    given_anew: bool = False  # the user has named the path of images that were moved or touched
 
 
 def check_run_data(folder: RunFolder, data: RunData, *, say: Callable[[str], None] = print) -> None:
@@ -61,10 +49,12 @@ def check_run_data(folder: RunFolder, data: RunData, *, say: Callable[[str], Non
     """
     if not folder.data_path.exists():
         return
-    remedy = "remove it to resume without comparing the images"
-    stored = read_json(folder.data_path, remedy=remedy)
-    if not isinstance(stored, dict) or not isinstance(stored.get("splits"), dict):
-        raise UserError(f"{folder.data_path}: of another version of this program; {remedy}")
+    stored = read_record(
+        folder.data_path,
+        {"splits": dict},
+        otherwise="of another version of this program",
+        remedy="remove it to resume without comparing the images",
+    )
     where = data.path or "FOLDER"
     moved = data.given_anew or stored.get("path") != data.path
     names = tuple(stored.get("class_names") or ())

@@ -31,17 +31,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from cascaded_diffusion.config.run_checks import run_config_from
-from cascaded_diffusion.config.schema import CascadeConfig, CascadeSection, RunConfig, to_dict
+from cascaded_diffusion.config.schema import CascadeSection, RunConfig, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.folders import check_writable, held_lock
-from cascaded_diffusion.files.json_files import has_types, read_json, read_records, write_json
+from cascaded_diffusion.files.json_files import (
+    read_json,
+    read_record,
+    read_records,
+    write_json,
+)
 
 # What a record must have: a line of metrics.jsonl, best.json, a line of eval/results.jsonl.
 _METRICS = {"step": int}
@@ -79,6 +83,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.metrics_path = self.path / "metrics.jsonl"
         self.eval = self.path / "eval"
+        self.reading = self.eval / "reading"
         self.results_path = self.eval / "results.jsonl"
         self.best_path = self.eval / "best.json"
         self.saved_path = self.path / "saved.json"
@@ -128,9 +133,8 @@ class RunFolder:
         if not self.best_path.exists():
             return None
         remedy = f"remove it and run `python -m cascaded_diffusion.evaluate --workdir={self.path}`"
-        record = read_json(self.best_path, remedy=remedy)
-        if not isinstance(record, dict) or not has_types(record, _CHOSEN):
-            raise UserError(f"{self.best_path}: not a record of evaluation; {remedy}")
+        what = "not a record of evaluation"
+        record = read_record(self.best_path, _CHOSEN, otherwise=what, remedy=remedy)
         return record if record["step"] >= 0 else None
 
     def best_step(self, *, say: Callable[[str], None] = print) -> int | None:
@@ -180,10 +184,7 @@ class RunFolder:
         write_json(self.early_stop_path, {"patience_evals": patience_evals}, indent=None)
 
     def asked_to_stop(self, patience_evals: int) -> bool:
-        """Whether EARLY_STOP holds for a run with this patience.
-
-        It does not hold for a run that has more patience than the file states.
-        """
+        """Whether EARLY_STOP is there and states no less patience than the run has."""
         if not self.early_stop_path.exists():
             return False
         patience = self._stop_patience()
@@ -197,19 +198,14 @@ class RunFolder:
 
     def _stop_patience(self) -> float | None:
         """The patience that EARLY_STOP states; None if evaluation did not write the file."""
+        types = {"patience_evals": (int, float)}
         try:
-            record = json.loads(self.early_stop_path.read_bytes())
-        except (OSError, ValueError, RecursionError):
+            return read_record(self.early_stop_path, types)["patience_evals"]
+        except UserError:
             return None
-        known = isinstance(record, dict) and has_types(record, {"patience_evals": (int, float)})
-        return record["patience_evals"] if known else None
 
     def chosen(self) -> Chosen:
-        """The checkpoint that evaluation chose.
-
-        Raises:
-          UserError: none was chosen yet.
-        """
+        """The checkpoint that evaluation chose. Raises UserError if none was chosen yet."""
         best = self.best()
         if best is None:
             raise UserError(
@@ -242,11 +238,7 @@ class CascadeFolder:
         self.cascade_path = self.path / "cascade.json"
 
     def stage_folders(self, section: CascadeSection) -> list[RunFolder]:
-        """The runs of a cascade's stages.
-
-        Raises:
-          UserError: one is missing; says which command trains it.
-        """
+        """The runs of a cascade's stages. Raises UserError if one is missing."""
         folders = [RunFolder(self.path / name) for name in section.stages]
         for folder, config in zip(folders, section.configs, strict=True):
             if not folder.exists():
@@ -257,22 +249,7 @@ class CascadeFolder:
                 )
         return folders
 
-    def check_writable(self) -> None:
-        """Raises UserError if the folder cannot be written; leaves no trace."""
-        check_writable(self.path, "workdir")
-
-    def sweep_lock(self) -> contextlib.AbstractContextManager[None]:
-        """Holds the folder for one sweep: see `held_lock`."""
-        return held_lock(self.path, "sweep", "workdir")
-
     def read_cascade(self) -> dict[str, Any]:
         """The cascade that a sweep wrote, as plain values, to be checked like a new one."""
         remedy = "have `evaluate sweep --write_best` write it again"
-        values = read_json(self.cascade_path, remedy=remedy)
-        if not isinstance(values, dict):
-            raise UserError(f"{self.cascade_path}: not a cascade; {remedy}")
-        return values
-
-    def write_cascade(self, config: CascadeConfig) -> None:
-        """Stores a cascade's config."""
-        write_json(self.cascade_path, to_dict(config))
+        return read_record(self.cascade_path, {}, otherwise="not a cascade", remedy=remedy)

@@ -61,30 +61,33 @@ class _Rules:
 
     def __init__(self, tree: Any, mesh: Mesh):
         self._fsdp, self._tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-        self._widest = 0
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            axis = _tensor_axis(_path(keys), leaf.shape)
-            if axis is not None:
-                self._widest = max(self._widest, leaf.shape[axis])
+        widths = (
+            leaf.shape[axis]
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            if (axis := _tensor_axis(_path(keys), leaf.shape)) is not None
+        )
+        self._wide = _WIDE * max(widths, default=0)
 
     def computed(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
         """How a parameter is split while it is used."""
         axis = _tensor_axis(path, shape)
-        if self._tensor == 1 or axis is None or shape[axis] % self._tensor:
+        if axis is None or self._tensor == 1:
             return PartitionSpec()
-        if shape[axis] < _WIDE * self._widest:
+        if shape[axis] % self._tensor or shape[axis] < self._wide:
             return PartitionSpec()
         return PartitionSpec(*[None] * axis, "tensor")
 
     def stored(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
         """How a parameter is stored: `fsdp` splits the last axis that it divides and `tensor`
         leaves, nearly always the output channels."""
-        spec = (list(self.computed(path, shape)) + [None] * len(shape))[: len(shape)]
-        if self._fsdp > 1 and np.prod(shape) >= MIN_SHARDED_SIZE:
-            for axis in reversed(range(len(shape))):
-                if spec[axis] is None and shape[axis] % self._fsdp == 0:
-                    spec[axis] = "fsdp"
-                    break
+        computed = self.computed(path, shape)
+        if self._fsdp == 1 or np.prod(shape) < MIN_SHARDED_SIZE:
+            return computed
+        spec = [*computed, *[None] * (len(shape) - len(computed))]
+        for axis in reversed(range(len(shape))):
+            if spec[axis] is None and shape[axis] % self._fsdp == 0:
+                spec[axis] = "fsdp"
+                break
         while spec and spec[-1] is None:
             spec.pop()
         return PartitionSpec(*spec)
@@ -104,11 +107,8 @@ def make_gather(params: Any, mesh: Mesh) -> Callable[[Any, tuple[str, ...], Any]
 
     `gather` takes the stored parameters of a part of the network, the part's path in the tree,
     and the dtype in which kernels are gathered: bfloat16 halves the bytes, None keeps their own.
-    Gradients have the dtype and the sharding of the stored parameters.
-
-    Args:
-      params: the tree of all parameters, or of their shapes.
-      mesh: the device mesh.
+    Gradients have the dtype and the sharding of the stored parameters. `params` is the tree of
+    all parameters, or of their shapes.
     """
     if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
         return None
@@ -154,10 +154,8 @@ def make_sharding_constraint(
 ) -> Callable[[jax.Array], jax.Array] | None:
     """Returns `constrain(h)`, which shards a feature map [B, H, W, C]; None on one device.
 
-    Args:
-      mesh: the device mesh.
-      batch_size: examples that the whole mesh computes at once. If there are fewer than devices,
-        feature maps of at least half the first one's height are split by rows.
+    If there are fewer examples than devices, feature maps of at least half the first one's height
+    are split by rows. `batch_size` examples are computed at once by the whole mesh.
     """
     if mesh.size == 1:
         return None

@@ -10,7 +10,7 @@ import jax
 from cascaded_diffusion.config.resume_checks import check_resume
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import read_json
+from cascaded_diffusion.files.json_files import read_record
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.manifest import finished_steps
 from cascaded_diffusion.runtime.run_data import RunData, check_run_data, write_run_data
@@ -101,12 +101,11 @@ def _finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outc
     steps = finished_steps(folder)
     asked_to_stop = folder.asked_to_stop(config.eval.patience_evals)
     if folder.complete_path.exists():
-        remedy = "remove it"
-        record = read_json(folder.complete_path, remedy=remedy)
-        known = isinstance(record, dict) and record.get("reason") in _REASONS
-        if not known or not isinstance(record.get("step"), int):
-            raise UserError(f"{folder.complete_path}: not what a trainer writes; {remedy}")
+        what, types = "not what a trainer writes", {"reason": str, "step": int}
+        record = read_record(folder.complete_path, types, otherwise=what)
         reason, step = record["reason"], record["step"]
+        if reason not in _REASONS:
+            raise UserError(f"{folder.complete_path}: {what}; remove it")
         stopped = reason == "early_stop" and asked_to_stop
         if (stopped or step >= config.train.train_steps) and (steps or not start_over):
             if not steps:
