@@ -26,10 +26,8 @@ def print_parameter_overview(params: Any) -> None:
 class MetricWriter:
     """Writes scalars to `metrics.jsonl` and TensorBoard, images to TensorBoard.
 
-    Args:
-      folder: the run folder.
-      resume_step: the step from which the run is resumed. What an earlier, interrupted process
-        logged after it is dropped, since those steps are run again.
+    What an earlier, interrupted process logged after `resume_step` is dropped, since those steps
+    are run again.
     """
 
     def __init__(self, folder: RunFolder, *, resume_step: int = 0):
@@ -80,9 +78,6 @@ class ScoreCurves:
 
     Each process that adds scores rewrites the curves from the committed records, so that each
     record is shown once.
-
-    Args:
-      folder: the run folder.
     """
 
     def __init__(self, folder: RunFolder):

@@ -60,12 +60,7 @@ def peak_memory() -> dict[str, float]:
 
 
 class StepProfiler:
-    """Traces steps `first` to `last` for TensorBoard's profiler or Perfetto.
-
-    Args:
-      folder: where the trace goes.
-      steps: the first and last step, counted from 1; None traces nothing.
-    """
+    """Traces `steps`, the first to the last (from 1), for TensorBoard's profiler or Perfetto."""
 
     def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
         self._folder, self._steps = folder, steps

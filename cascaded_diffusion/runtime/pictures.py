@@ -14,21 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cascaded_diffusion.files.whole import write_whole
 
-_WHITE = (255, 255, 255)
-
-
-def _rgb(images: np.ndarray) -> np.ndarray:
-    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
-
 
 def grid(images: np.ndarray, *, columns: int, gap: int = 1) -> np.ndarray:
     """uint8 [n, H, W, C] -> one uint8 picture [h, w, 3], row by row, the last row padded."""
-    images = _rgb(images)
-    n, height, width, channels = images.shape
+    n, height, width, _ = images.shape
     rows = -(-n // columns)
-    picture = np.full(
-        (rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 64, np.uint8
-    )
+    picture = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 64, np.uint8)
     for i, image in enumerate(images):
         y, x = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
         picture[y : y + height, x : x + width] = image
@@ -58,8 +49,9 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, scale: int = 2) -> 
     strips = []
     for caption, images in rows:
         strip = grid(images, columns=len(images)).repeat(scale, axis=0).repeat(scale, axis=1)
-        header = Image.new("RGB", (max(strip.shape[1], _text_width(caption, font) + 8), 18), _WHITE)
-        ImageDraw.Draw(header).text((4, 2), caption, fill=(0, 0, 0), font=font)
+        width = max(strip.shape[1], math.ceil(font.getlength(caption)) + 8)
+        header = Image.new("RGB", (width, 18), "white")
+        ImageDraw.Draw(header).text((4, 2), caption, fill="black", font=font)
         strips += [np.asarray(header), strip]
     width = max(strip.shape[1] for strip in strips)
     return np.concatenate(
@@ -67,24 +59,13 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, scale: int = 2) -> 
     )
 
 
-def _text_width(text: str, font: ImageFont.FreeTypeFont) -> int:
-    return math.ceil(font.getlength(text))
-
-
 def save_png_folder(
     folder: pathlib.Path, names: Iterable[str], images: Iterable[np.ndarray]
 ) -> None:
     """Writes images uint8 [H, W, 1 or 3] as PNG files below a folder.
 
-    The folder appears by a rename once all files are written. One that is there is replaced.
-
-    Args:
-      folder: its path.
-      names: the files' paths below it.
-      images: as many as there are names.
-
-    Raises:
-      OSError: they cannot be written.
+    The folder appears by a rename once all files, which `names` places below it, are written. One
+    that is there is replaced. Raises OSError if they cannot be written.
     """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
@@ -100,10 +81,10 @@ def save_png_folder(
 def with_names(picture: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """A picture [h, w, 3] with a line of names above it, one per column of equal width."""
     width = picture.shape[1] // len(names)
-    header = Image.new("RGB", (picture.shape[1], 18), _WHITE)
+    header = Image.new("RGB", (picture.shape[1], 18), "white")
     draw, font = ImageDraw.Draw(header), ImageFont.load_default(size=11)
     for i, name in enumerate(names):
         while len(name) > 1 and draw.textlength(name, font=font) > width - 4:
             name = name[:-1]
-        draw.text((i * width + 3, 3), name, fill=(0, 0, 0), font=font)
+        draw.text((i * width + 3, 3), name, fill="black", font=font)
     return np.concatenate([np.asarray(header), picture], axis=0)

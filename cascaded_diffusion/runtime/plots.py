@@ -20,14 +20,8 @@ def line_plot(
 ) -> bytes:
     """A PNG of 960 x 600 pixels with one line per series.
 
-    Args:
-      series: the (x, y) points of each line, in the order to join them, by its name in
-        the legend.
-      x_label: what x is.
-      y_label: what y is.
-      title: above the plot.
-      markers: one at each point.
-      log_scale: of y.
+    `series` holds the (x, y) points of each line, in the order to join them, by the line's name in
+    the legend. `log_scale` is that of y.
     """
     # Without pyplot, a Figure needs no display and leaves nothing open.
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")

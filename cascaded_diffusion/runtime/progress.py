@@ -32,17 +32,13 @@ class Progress:
         line_secs: float = 15.0,
         silent: bool = False,
     ):
-        self._silent = silent
         self._total, self._unit, self._label, self._initial = total, unit, label, initial
-        self._line_secs = line_secs
+        self._line_secs, self._silent = line_secs, silent
         self._start = self._last_line = time.monotonic()
         self._bar = None
         # A terminal that knows no width would show an empty bar.
-        if (
-            not silent
-            and sys.stderr.isatty()
-            and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-        ):
+        on_terminal = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        if on_terminal and not silent:
             self._bar = tqdm.tqdm(
                 total=total, initial=initial, unit=unit, desc=label, dynamic_ncols=True
             )

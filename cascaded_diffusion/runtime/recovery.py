@@ -21,11 +21,8 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 def newest_intact(folder: RunFolder, *, start_over: bool, say: Callable[[str], None]) -> int | None:
     """The step to restore, or None to begin at step 0. Damaged newer checkpoints are set aside.
 
-    Args:
-      folder: the run.
-      start_over: begin at step 0 if no checkpoint is intact, whatever was lost. What the lost run
-        has left is moved to `lost_run_N/`.
-      say: is told what was set aside and why.
+    With `start_over` the run begins at step 0 if no checkpoint is intact, whatever was lost, and
+    what it has left is moved to `lost_run_N/`. `say` is told what was set aside and why.
 
     Raises:
       UserError: no checkpoint is intact, though there are some, or the rest of the folder shows

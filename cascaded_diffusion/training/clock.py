@@ -21,11 +21,8 @@ _STRAGGLER_FRACTION = 0.2
 class Clock:
     """Rates between two readings, with pauses (saving, sampling) left out.
 
-    Args:
-      batch_size: global.
-      flops_per_step: model FLOPs of a step; a multiply-add counts as two.
-      peak_flops: of all devices together, per second; None if unknown.
-      say: prints a warning.
+    `batch_size` is the global one, `flops_per_step` are model FLOPs (a multiply-add counts as two),
+    and `peak_flops` are those of all devices together, per second.
     """
 
     def __init__(
@@ -50,10 +47,9 @@ class Clock:
         now = time.monotonic()
         if self._last is not None:
             secs = now - self._last
-            if len(self._recent) >= _MIN_STEPS:
-                usual = statistics.median(self._recent)
-                if secs > _SLOW_STEP * usual and secs > 1.0:
-                    self._say(f"step {step} took {secs:.1f} s, the ones before it {usual:.2f} s")
+            usual = statistics.median(self._recent) if len(self._recent) >= _MIN_STEPS else secs
+            if secs > _SLOW_STEP * usual and secs > 1.0:
+                self._say(f"step {step} took {secs:.1f} s, the ones before it {usual:.2f} s")
             self._recent.append(secs)
         self._last = now
         self._steps += 1
@@ -83,16 +79,12 @@ class Clock:
         }
         if self._peak_flops is not None:
             rates["model_flops_utilization"] = flops / self._peak_flops
-        self._warn_of_stragglers(waited)
+        if jax.process_count() > 1:
+            line = straggler(multihost_utils.process_allgather(np.float32(waited)).ravel())
+            if line is not None:
+                self._say(line)
         self._restart()
         return rates
-
-    def _warn_of_stragglers(self, waited: float) -> None:
-        if jax.process_count() == 1:
-            return
-        line = straggler(multihost_utils.process_allgather(np.float32(waited)).ravel())
-        if line is not None:
-            self._say(line)
 
 
 def straggler(waited: np.ndarray) -> str | None:
@@ -101,8 +93,7 @@ def straggler(waited: np.ndarray) -> str | None:
     Devices synchronize at every step, so a step takes equally long on all processes. What tells
     them apart is `waited` [process], the share of the time in which a process had no data.
     """
-    slowest = int(np.argmax(waited))
-    usual = float(np.median(waited))
+    slowest, usual = int(np.argmax(waited)), float(np.median(waited))
     if waited[slowest] - usual < _STRAGGLER_FRACTION:
         return None
     return (

@@ -23,11 +23,8 @@ GRID_ROWS, GRID_COLUMNS = 4, 10
 class GridSampler:
     """Makes grids of EMA samples, always from the same noise and labels.
 
-    Args:
-      stage: from `step.stage_for_sampling`, so its parameters may be split over the mesh.
-      config: the run's.
-      mesh: the device mesh.
-      examples: real images, whose low-res versions a super-resolution stage enlarges.
+    `stage` comes from `step.stage_for_sampling`, so its parameters may be split over the mesh. A
+    super-resolution stage enlarges the low-res versions of `examples`, which are real images.
     """
 
     def __init__(self, stage: Stage, config: RunConfig, mesh: Mesh, examples: Records):

@@ -47,16 +47,8 @@ class Recorder:
     Metrics are read one step late: the devices work on a step while the host reads the numbers
     of the one before. A context manager; it counts compilations while it is open.
 
-    Args:
-      config: the run's config.
-      folder: the run folder.
-      mesh: the device mesh.
-      checkpoints: where the state is saved.
-      grid_sampler: makes the sample grids; None for none.
-      local_batches: this process's; may count its `num_skipped` records.
-      first_step: the step that training resumes from, or 0.
-      flops_per_step: model FLOPs.
-      compile_secs: how long the step took to compile.
+    `local_batches` are this process's and may count their `num_skipped` records. Training resumes
+    from `first_step`, and its step has `flops_per_step` and took `compile_secs` to compile.
     """
 
     def __init__(

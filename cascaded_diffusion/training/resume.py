@@ -56,7 +56,7 @@ def store(
 ) -> None:
     """Stores the config and the record of the images, and prints what `check_folder` has listed.
 
-    To be called by every process; the first one writes.
+    Every process calls it; the first one writes.
     """
     with mesh_lib.fail_on_all_processes():
         if jax.process_index() == 0:
@@ -88,16 +88,16 @@ def finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outco
     Raises:
       UserError: TRAIN_COMPLETE is damaged, or there are no checkpoints beside it.
     """
-    outcome = None
+    values = (-1, 0)
     with mesh_lib.fail_on_all_processes():
         if jax.process_index() == 0:
-            outcome = _finished(folder, config, start_over=start_over)
-    values = (-1, 0) if outcome is None else (_REASONS.index(outcome.reason), outcome.step)
+            values = _finished(folder, config, start_over=start_over)
     reason, step = mesh_lib.broadcast_from_process_0(values)
     return None if reason < 0 else Outcome(reason=_REASONS[reason], step=step)
 
 
-def _finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outcome | None:
+def _finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> tuple[int, int]:
+    """The reason's index and the step; (-1, 0) where there is something left to do."""
     steps = finished_steps(folder)
     asked_to_stop = folder.asked_to_stop(config.eval.patience_evals)
     if folder.complete_path.exists():
@@ -114,7 +114,7 @@ def _finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outc
                     f" is in {folder.checkpoints}; restore it from a backup, choose another"
                     " --workdir, or add --start_over to begin at step 0 here"
                 )
-            return Outcome(reason=reason, step=step)
+            return _REASONS.index(reason), step
     if asked_to_stop and (steps or not start_over):
-        return Outcome(reason="early_stop", step=max(steps, default=0))
-    return None
+        return _REASONS.index("early_stop"), max(steps, default=0)
+    return -1, 0
