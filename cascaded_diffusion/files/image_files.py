@@ -33,10 +33,6 @@ class PngFolder:
     refused, since compression that the eye does not see changes an FID considerably. The headers
     of all files are compared at once; their pixels are read later.
 
-    Args:
-      path: the folder.
-      flag: the flag that named it, for error messages.
-
     Attributes:
       shape: (n, H, W, C).
       passed_over: which other files there are, for people; "" for none.
@@ -70,11 +66,7 @@ class PngFolder:
         return len(self._files)
 
     def __getitem__(self, indices: slice | np.ndarray) -> np.ndarray:
-        """uint8 [m, H, W, C] for a slice or an array of indices.
-
-        Raises:
-          UserError: a file cannot be read, or has changed since its header was read.
-        """
+        """uint8 [m, H, W, C]. Raises UserError for files that have changed or cannot be read."""
         files = np.asarray(self._files, dtype=object)[indices]
         return np.stack([self._read(name) for name in np.atleast_1d(files)])
 

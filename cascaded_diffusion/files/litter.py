@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 # In lower case: leftovers of macOS archives, network storage, Windows and file systems.
 _LITTER = frozenset(
-    {
-        "__macosx",
-        "@eadir",
-        "#recycle",
-        "#snapshot",
-        "thumbs.db",
-        "ehthumbs.db",
-        "desktop.ini",
-        "$recycle.bin",
-        "system volume information",
-        "lost+found",
-        "icon\r",
-    }
-)
-_LITTER_BYTES = frozenset(name.encode() for name in _LITTER)
+    (
+        "__macosx", "@eadir", "#recycle", "#snapshot", "thumbs.db", "ehthumbs.db", "desktop.ini",
+        "$recycle.bin", "system volume information", "lost+found", "icon\r",
+    )
+)  # fmt: skip
 _MAX_KINDS = 6
 
 
@@ -29,9 +20,8 @@ def is_litter(name: str | bytes) -> bool:
 
     Apply it to every component below the folder that the user named, not to that folder.
     """
-    if isinstance(name, bytes):
-        return name.startswith(b".") or name.lower() in _LITTER_BYTES
-    return name.startswith(".") or name.lower() in _LITTER
+    text = os.fsdecode(name)
+    return text.startswith(".") or text.lower() in _LITTER
 
 
 def describe_passed_over(counts: Mapping[str, int]) -> str:

@@ -37,15 +37,12 @@ def read_arrays(
     *,
     max_bytes: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Reads arrays of an `.npz` file into memory. Nothing is unpickled.
+    """Reads arrays of an `.npz` file into memory, by name without ".npy". Nothing is unpickled.
 
     Args:
       path: the file.
       names: of the arrays; those that the file lacks are left out. None for all it has.
       max_bytes: the limit for all arrays together; None for the memory of this machine.
-
-    Returns:
-      The arrays by name, without ".npy".
 
     Raises:
       ValueError: in a few words, without the path: the file is damaged or no `.npz`; an array
@@ -55,11 +52,7 @@ def read_arrays(
     limit = _memory() if max_bytes is None else max_bytes
     try:
         with _opened(path) as archive:
-            members = {
-                info.filename.removesuffix(".npy"): info
-                for info in archive.infolist()
-                if info.filename.endswith(".npy")
-            }
+            members = _members(archive)
             if names is not None:
                 members = {name: members[name] for name in names if name in members}
             _check_sizes(members, os.stat(path).st_size, limit)
@@ -76,7 +69,7 @@ def array_names(path: str | os.PathLike[str]) -> set[str]:
       OSError: it cannot be opened.
     """
     with _opened(path) as archive:
-        return {n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")}
+        return set(_members(archive))
 
 
 def layout_hint(shape: tuple[int, ...]) -> str:
@@ -98,6 +91,14 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
             yield archive
     except _DAMAGED as e:
         raise ValueError(f"damaged, or no .npz: {' '.join(str(e).split())}") from e
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    return {
+        info.filename.removesuffix(".npy"): info
+        for info in archive.infolist()
+        if info.filename.endswith(".npy")
+    }
 
 
 def _memory() -> int:
@@ -157,20 +158,16 @@ def _header(f: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype, i
     start = f.read(8)
     if len(start) < 8 or start[:6] != b"\x93NUMPY" or start[6] not in (1, 2, 3):
         raise ValueError(f"{name} is no array as numpy writes it")
-    length_format = "<H" if start[6] == 1 else "<I"
-    length_bytes = f.read(struct.calcsize(length_format))
-    (length,) = struct.unpack(length_format, length_bytes)
+    length_bytes = f.read(2 if start[6] == 1 else 4)
+    length = int.from_bytes(length_bytes, "little")
     if length > _MAX_HEADER_BYTES:
         raise ValueError(f"{name} has a header of {length:,} bytes")
-    header = f.read(length)
+    header = io.BytesIO(length_bytes + f.read(length))
+    formats = np.lib.format
     # Version 3 is 2 with field names in UTF-8, which numpy has no public function for.
-    read = (
-        np.lib.format.read_array_header_1_0
-        if start[6] == 1
-        else np.lib.format.read_array_header_2_0
-    )
+    read = formats.read_array_header_1_0 if start[6] == 1 else formats.read_array_header_2_0
     try:
-        shape, fortran_order, dtype = read(io.BytesIO(length_bytes + header))
+        shape, fortran_order, dtype = read(header)
     except Exception as e:  # whatever Python's tokenizer and parser, which numpy uses, raise
         raise ValueError(f"{name} has a header that cannot be read") from e
     return shape, fortran_order, dtype, len(start) + len(length_bytes) + length

@@ -10,7 +10,7 @@ from cascaded_diffusion.errors import UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 # Orbax and TFDS pass whole paths to glob, which then matches other names or none.
-_GLOB = "*?["
+_GLOB = re.compile(r"[*?\[\]]")
 
 
 def printable(name: str | bytes) -> str:
@@ -22,14 +22,11 @@ def printable(name: str | bytes) -> str:
 
 
 def check_local_path(text: str, name: str) -> pathlib.Path:
-    """Checks a path that a flag or a config key names, whether or not it exists.
+    """Checks and returns a path that a flag or a config key names, whether or not it exists.
 
     Args:
       text: the path as given.
       name: the flag or key, for example "--workdir" or "config.data.path".
-
-    Returns:
-      The path as given.
 
     Raises:
       UserError: it names object storage (`gs://`), is empty or contains a NUL character, or
@@ -43,10 +40,10 @@ def check_local_path(text: str, name: str) -> pathlib.Path:
             " storage is not supported yet (mount the bucket, for example with gcsfuse)"
         )
     path = pathlib.Path(text)
-    found = [c for c in (*_GLOB, "]") if c in str(path.absolute())]
-    if found:
+    whole = str(path.absolute())
+    if found := _GLOB.search(whole):
         raise UserError(
-            f"{name}={text}: {str(path.absolute())!r} contains {found[0]!r}, which the checkpoint"
-            " and data libraries take for a pattern; choose a path without * ? [ ]"
+            f"{name}={text}: {whole!r} contains {found[0]!r}, which the checkpoint and data"
+            " libraries take for a pattern; choose a path without * ? [ ]"
         )
     return path
