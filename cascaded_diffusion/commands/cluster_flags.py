@@ -28,10 +28,7 @@ def define_cluster(fv: flags.FlagValues) -> None:
         flag_values=fv,
     )
     flags.DEFINE_string(
-        "coordinator",
-        None,
-        "HOST:PORT of process 0, instead of --distributed",
-        flag_values=fv,
+        "coordinator", None, "HOST:PORT of process 0, instead of --distributed", flag_values=fv
     )
     flags.DEFINE_integer("num_processes", None, "number of processes of the job", flag_values=fv)
     flags.DEFINE_integer("process_id", None, "index of this process, from 0", flag_values=fv)
@@ -47,13 +44,8 @@ def define_cluster(fv: flags.FlagValues) -> None:
 def join_cluster(fv: flags.FlagValues, config: Any, *folders: str) -> Cluster | None:
     """Meets the other processes of the job, if there are any, before JAX is set up.
 
-    Args:
-      fv: parsed values that include the flags of `define_cluster`.
-      config: a config dataclass, which must be equal in all processes.
-      folders: names of flags whose folders must be the same in all processes.
-
-    Returns:
-      The argument of `set_up_jax`.
+    The config and the folders of the flags that `folders` names must be the same in all processes.
+    Returns the argument of `set_up_jax`.
 
     Raises:
       UserError: a process is late, cannot be reached, or is configured differently.

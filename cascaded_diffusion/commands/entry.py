@@ -16,19 +16,11 @@ from cascaded_diffusion.commands.overrides import overrides_in
 from cascaded_diffusion.errors import SingleProcessError, UserError
 
 EXIT_BAD_INPUT = 2
-
-
 # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on.
 EXIT_PREEMPTED = 75
-
-
 _MAX_LINE = 4000  # characters of an error: values can be long
-
-
 # What asyncio says of it.
 _LOOP_CLOSED = "Event loop is closed"
-
-
 # What `data` advises, which knows no flags.
 _OPEN_COMMAND = "prepare --config=..."
 

@@ -27,8 +27,6 @@ from cascaded_diffusion.runtime.cluster import Cluster
 # (jaxlib 0.10.2).
 CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
 CPU_FLAG_VERSIONS = ((0, 10), (0, 12))
-
-
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 

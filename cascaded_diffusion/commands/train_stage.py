@@ -13,12 +13,7 @@ from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.data.sources import load_splits, spread_examples
 from cascaded_diffusion.planning import fit
-from cascaded_diffusion.runtime.mesh import (
-    batch_share,
-    broadcast_from_process_0,
-    build_mesh,
-    fail_on_all_processes,
-)
+from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_data import RunData
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training.grid import GRID_COLUMNS, GRID_ROWS
@@ -34,14 +29,14 @@ def train_stage(
     profile_steps: tuple[int, int] | None = None,
     notes: Sequence[str] = (),
 ) -> Outcome:
-    """Trains a stage on this process's devices, or resumes its run.
+    """Trains a stage on this process's devices, or resumes the run that is in the folder.
 
     Args:
       config: the config of the run. Where `mesh.fsdp` is None, the smallest one that fits is
         chosen.
-      folder: the run folder. A run in it is resumed.
+      folder: the run folder.
       data_path: where the images of the run are now, if they were moved, copied or touched.
-      start_over: begin at step 0 where a run is in the folder but no checkpoint is intact.
+      start_over: as `train` has it, like `profile_steps`.
       profile_steps: the first and the last step to write a trace of.
       notes: lines to print once all checks have passed.
 
@@ -52,20 +47,20 @@ def train_stage(
     path_as_given = data_path or config.data.path
     config = with_absolute_paths(config, data_path)
     build_stage(config.stage)
-    with fail_on_all_processes():
+    with mesh_lib.fail_on_all_processes():
         splits = [config.data.train_split, config.data.eval_split]
         sources = load_splits(config.data, list(dict.fromkeys(splits)), config.stage)
         source, held_out = (sources[split] for split in splits)
         grid_examples = spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS)
     # The first process decides, so that all processes have the same mesh.
-    (memory_mib,) = broadcast_from_process_0([int(fit.device_bytes() / 2**20)])
+    (memory_mib,) = mesh_lib.broadcast_from_process_0([int(fit.device_bytes() / 2**20)])
     memory_bytes, num_devices = memory_mib * 2**20, jax.device_count()
     placed, choice = fit.choose_fsdp(config, num_devices, memory_bytes)
     check_devices(placed, num_devices)
     warning = fit.check_memory(placed, num_devices, memory_bytes)
-    mesh = build_mesh(placed.mesh)
-    index, count = batch_share(mesh)
-    with fail_on_all_processes():
+    mesh = mesh_lib.build_mesh(placed.mesh)
+    index, count = mesh_lib.batch_share(mesh)
+    with mesh_lib.fail_on_all_processes():
         stream = build_stream(
             source,
             config.data,

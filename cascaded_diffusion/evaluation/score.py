@@ -23,9 +23,8 @@ from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError
 from cascaded_diffusion.evaluation.trained import abstract_params, checkpoint_digest
 from cascaded_diffusion.files.json_files import append_line, write_json
 from cascaded_diffusion.runtime import checkpoint, pictures
-from cascaded_diffusion.runtime.manifest import finished_steps, is_finished
+from cascaded_diffusion.runtime.manifest import finished_steps, is_finished, pinned
 from cascaded_diffusion.runtime.metric_writer import ScoreCurves
-from cascaded_diffusion.runtime.pins import pinned
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
 

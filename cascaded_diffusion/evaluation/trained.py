@@ -15,8 +15,7 @@ from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import StageConfig, to_dict
 from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime import mesh as mesh_lib
-from cascaded_diffusion.runtime.manifest import read_manifest
-from cascaded_diffusion.runtime.pins import pinned
+from cascaded_diffusion.runtime.manifest import pinned, read_manifest
 from cascaded_diffusion.runtime.run_folder import Chosen, RunFolder
 from cascaded_diffusion.types import Params
 

@@ -33,14 +33,12 @@ def check_writable(path: pathlib.Path, flag: str) -> None:
 def held_lock(path: pathlib.Path, role: str, flag: str) -> Iterator[pathlib.Path]:
     """Holds a folder for one writer of a kind. Yields the lock's file.
 
-    The lock is the operating system's, so it ends with the process that holds it, however
-    that ends.
-
-    Raises:
-      UserError: another process holds it.
+    The lock is the operating system's, so it ends with the process that holds it, however that
+    ends. Raises UserError if another process holds it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    with (path / f".{role}.lock").open("a+") as f:
+    lock = path / f".{role}.lock"
+    with lock.open("a+") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
@@ -53,4 +51,4 @@ def held_lock(path: pathlib.Path, role: str, flag: str) -> Iterator[pathlib.Path
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
-        yield path / f".{role}.lock"
+        yield lock

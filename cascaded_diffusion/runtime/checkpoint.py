@@ -26,14 +26,8 @@ import orbax.checkpoint as ocp
 from cascaded_diffusion.config.schema import CheckpointConfig, ema_name
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import write_json
-from cascaded_diffusion.runtime.manifest import (
-    damage,
-    finished_steps,
-    steps_on_disk,
-    write_manifest,
-)
+from cascaded_diffusion.runtime import manifest
 from cascaded_diffusion.runtime.mesh import broadcast_from_process_0, fail_on_all_processes
-from cascaded_diffusion.runtime.pins import pinned_steps
 from cascaded_diffusion.runtime.recovery import newest_intact
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -124,9 +118,7 @@ class CheckpointWriter:
     def save(self, step: int, state: Any) -> None:
         """Starts to save; returns when the state is copied off the devices.
 
-        Raises:
-          UserError: this save or an earlier one in the background failed, or the run folder has
-            disappeared.
+        Raises UserError if this save or an earlier one failed, or the run folder has disappeared.
         """
         # Perhaps only the first process failed, at the manifest.
         with fail_on_all_processes(), self._as_user_error(step):
@@ -155,7 +147,7 @@ class CheckpointWriter:
         if jax.process_index() == 0:
             path = self._folder.checkpoints / str(step)
             _check_opens(path, arrays)
-            write_manifest(path, step)
+            manifest.write_manifest(path, step)
             write_json(self._folder.saved_path, {"step": step}, indent=None)
             self._delete_old(step)
 
@@ -177,12 +169,13 @@ class CheckpointWriter:
     def _delete_old(self, saved: int) -> None:
         """Deletes what is older than `saved`, but for the latest, the best, and what is read."""
         # Pins first: evaluation lets go of a checkpoint after it has chosen it as the best.
-        with pinned_steps(self._folder) as pinned:
+        with manifest.pinned_steps(self._folder) as pinned:
             best = self._folder.best_step(say=self._say)
-            finished = [step for step in finished_steps(self._folder) if step <= saved]
+            finished = [step for step in manifest.finished_steps(self._folder) if step <= saved]
             kept = {best, *pinned, *finished[-self._max_to_keep :]}
             # Folders of later steps are copies made by others; a restart sets them aside.
-            for step in (s for s in steps_on_disk(self._folder) if s < saved and s not in kept):
+            older = {step for step in self.steps() if step < saved}
+            for step in sorted(older - kept):
                 # Readers lose the folder in one instant; its files are deleted afterwards.
                 self._deleted.mkdir(exist_ok=True)
                 os.replace(self._folder.checkpoints / str(step), self._deleted / str(step))
@@ -215,7 +208,7 @@ class CheckpointWriter:
         with fail_on_all_processes(), self._as_user_error(step):
             self._finish()
             if jax.process_index() == 0:
-                problem = damage(self._folder.checkpoints / str(step))
+                problem = manifest.damage(self._folder.checkpoints / str(step))
                 if problem is not None:
                     raise OSError(problem)
 
@@ -227,15 +220,13 @@ class CheckpointWriter:
 
     def steps(self) -> list[int]:
         """Steps that have a folder, ascending. They need not be intact."""
-        return steps_on_disk(self._folder)
+        return manifest.steps_on_disk(self._folder)
 
     def restore_latest(self, abstract_state: Any, *, start_over: bool = False) -> Any | None:
         """The newest intact state, or None if the run is to begin at step 0.
 
-        Args:
-          abstract_state: tree of `jax.ShapeDtypeStruct` with the wanted shardings, which need not
-            be those that the state was saved with.
-          start_over: see `recovery.newest_intact`, which sets damaged checkpoints aside.
+        `abstract_state` is a tree of `jax.ShapeDtypeStruct` with the wanted shardings, which need
+        not be those of the saved state. `recovery.newest_intact` says what `start_over` does.
 
         Raises:
           UserError: no checkpoint is intact although there are or were some, or the state cannot
@@ -283,7 +274,7 @@ def load_ema_params(folder: RunFolder, step: int, ema_decay: float, abstract_par
     """
     name = ema_name(ema_decay)
     path = folder.checkpoints / str(step)
-    problem = damage(path) if path.is_dir() else "it is not there"
+    problem = manifest.damage(path) if path.is_dir() else "it is not there"
     if problem is not None:
         raise UserError(f"{path}: not an intact checkpoint ({problem})")
     try:

@@ -34,8 +34,7 @@ _SHARED_SECS = 60.0
 def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices, for a config that `run_checks.check_devices` has passed.
 
-    Raises:
-      UserError: the devices of a process do not fit the axes.
+    Raises UserError if the devices of a process do not fit the axes.
     """
     devices = jax.devices() if devices is None else devices
     tensor = config.tensor_size
@@ -70,10 +69,8 @@ def _checked_mesh(devices: np.ndarray) -> Mesh:
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """(index, count): this process has rows index B / count to (index + 1) B / count of a batch.
 
-    Processes whose devices differ only in their place along `tensor` have the same rows.
-
-    Raises:
-      ValueError: the rows of a process are not neighbours.
+    Processes whose devices differ only in their place along `tensor` have the same rows. Raises
+    ValueError if the rows of a process are not neighbours.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     owned: dict[int, set[int]] = {}

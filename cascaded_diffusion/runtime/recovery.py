@@ -9,12 +9,7 @@ import shutil
 from collections.abc import Callable
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.runtime.manifest import (
-    NEVER_COMPLETED,
-    damage,
-    is_step_name,
-    steps_on_disk,
-)
+from cascaded_diffusion.runtime import manifest
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
@@ -29,10 +24,10 @@ def newest_intact(folder: RunFolder, *, start_over: bool, say: Callable[[str], N
         that there were. Only the user may throw a run away by beginning at step 0.
     """
     _set_misnamed_aside(folder, say)
-    steps = steps_on_disk(folder)
+    steps = manifest.steps_on_disk(folder)
     problems: dict[int, str] = {}
     for step in reversed(steps):
-        problem = damage(folder.checkpoints / str(step))
+        problem = manifest.damage(folder.checkpoints / str(step))
         if problem is None:
             break
         problems[step] = problem
@@ -53,7 +48,7 @@ def newest_intact(folder: RunFolder, *, start_over: bool, say: Callable[[str], N
 
 def _check_nothing_is_lost(folder: RunFolder, problems: dict[int, str]) -> None:
     """Raises UserError where beginning at step 0 would throw a run away."""
-    damaged = {k: v for k, v in problems.items() if v != NEVER_COMPLETED}
+    damaged = {k: v for k, v in problems.items() if v != manifest.NEVER_COMPLETED}
     if damaged:
         newest = max(damaged)
         problem = (
@@ -106,17 +101,13 @@ def _set_lost_run_aside(folder: RunFolder) -> pathlib.Path | None:
 def _set_misnamed_aside(folder: RunFolder, say: Callable[[str], None]) -> None:
     """Moves away what Orbax may take for a checkpoint though no step is named like it."""
     for path in list(folder.checkpoints.iterdir()) if folder.checkpoints.is_dir() else ():
-        if path.name.isdecimal() and not is_step_name(path.name):
-            say(f"{path}: not named as a checkpoint is; moved to {_damaged_folder(folder)}")
+        if path.name.isdecimal() and not manifest.is_step_name(path.name):
+            say(f"{path}: not named as a checkpoint is; moved to {folder.damaged}")
             _set_aside(folder, path)
 
 
-def _damaged_folder(folder: RunFolder) -> pathlib.Path:
-    return folder.path / "checkpoints_damaged"
-
-
 def _set_aside(folder: RunFolder, path: pathlib.Path) -> None:
-    target = _damaged_folder(folder) / path.name
+    target = folder.damaged / path.name
     if target.exists():
         shutil.rmtree(target)
     target.parent.mkdir(exist_ok=True)

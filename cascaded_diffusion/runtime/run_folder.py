@@ -8,7 +8,7 @@
     RUN/events.out.tfevents.*     the same for TensorBoard
     RUN/eval/results.jsonl        one line per score
     RUN/eval/best.json            the step chosen
-    RUN/eval/reading/<step>.*     checkpoints that are being read (`pins`)
+    RUN/eval/reading/<step>.*     checkpoints that are being read (`manifest`)
     RUN/eval/reference_*.npz      statistics of the real images
     RUN/eval/final_*.json, .md    the final numbers of the chosen checkpoint
     RUN/eval/cas.jsonl            classification accuracy scores
@@ -39,13 +39,8 @@ from typing import Any
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import CascadeSection, RunConfig, to_dict
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files import json_files
 from cascaded_diffusion.files.folders import check_writable, held_lock
-from cascaded_diffusion.files.json_files import (
-    read_json,
-    read_record,
-    read_records,
-    write_json,
-)
 
 # What a record must have: a line of metrics.jsonl, best.json, a line of eval/results.jsonl.
 _METRICS = {"step": int}
@@ -84,6 +79,7 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self.eval = self.path / "eval"
         self.reading = self.eval / "reading"
+        self.damaged = self.path / "checkpoints_damaged"
         self.results_path = self.eval / "results.jsonl"
         self.best_path = self.eval / "best.json"
         self.saved_path = self.path / "saved.json"
@@ -114,7 +110,7 @@ class RunFolder:
                 f"--{self._flag}={self.path}: no run there (no config.json); expected a folder that"
                 " `python -m cascaded_diffusion.main --workdir=...` has written"
             )
-        values = read_json(self.config_path, remedy=CONFIG_REMEDY)
+        values = json_files.read_json(self.config_path, remedy=CONFIG_REMEDY)
         try:
             return run_config_from(values)
         except UserError as e:
@@ -126,7 +122,7 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Stores the resolved config."""
-        write_json(self.config_path, to_dict(config))
+        json_files.write_json(self.config_path, to_dict(config))
 
     def best(self) -> dict[str, Any] | None:
         """The record of the checkpoint that evaluation chose, or None if it has chosen none."""
@@ -134,7 +130,7 @@ class RunFolder:
             return None
         remedy = f"remove it and run `python -m cascaded_diffusion.evaluate --workdir={self.path}`"
         what = "not a record of evaluation"
-        record = read_record(self.best_path, _CHOSEN, otherwise=what, remedy=remedy)
+        record = json_files.read_record(self.best_path, _CHOSEN, otherwise=what, remedy=remedy)
         return record if record["step"] >= 0 else None
 
     def best_step(self, *, say: Callable[[str], None] = print) -> int | None:
@@ -161,7 +157,7 @@ class RunFolder:
     ) -> list[dict[str, Any]]:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: expected a file; move away what is there")
-        records, others = read_records(path, types)
+        records, others = json_files.read_records(path, types)
         if others and say is not None:
             say(f"{path}: {others} line(s) that are no records of this program were skipped")
         return records
@@ -181,7 +177,7 @@ class RunFolder:
 
     def ask_to_stop(self, patience_evals: int) -> None:
         """Writes EARLY_STOP, saying which patience ran out."""
-        write_json(self.early_stop_path, {"patience_evals": patience_evals}, indent=None)
+        json_files.write_json(self.early_stop_path, {"patience_evals": patience_evals}, indent=None)
 
     def asked_to_stop(self, patience_evals: int) -> bool:
         """Whether EARLY_STOP is there and states no less patience than the run has."""
@@ -200,7 +196,7 @@ class RunFolder:
         """The patience that EARLY_STOP states; None if evaluation did not write the file."""
         types = {"patience_evals": (int, float)}
         try:
-            return read_record(self.early_stop_path, types)["patience_evals"]
+            return json_files.read_record(self.early_stop_path, types)["patience_evals"]
         except UserError:
             return None
 
@@ -252,4 +248,6 @@ class CascadeFolder:
     def read_cascade(self) -> dict[str, Any]:
         """The cascade that a sweep wrote, as plain values, to be checked like a new one."""
         remedy = "have `evaluate sweep --write_best` write it again"
-        return read_record(self.cascade_path, {}, otherwise="not a cascade", remedy=remedy)
+        return json_files.read_record(
+            self.cascade_path, {}, otherwise="not a cascade", remedy=remedy
+        )

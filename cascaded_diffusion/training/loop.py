@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage, check_precision
@@ -23,7 +26,6 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import resume
 from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.training.grid import GridSampler, Records
-from cascaded_diffusion.training.preemption import StopRequest
 from cascaded_diffusion.training.recorder import Recorder
 from cascaded_diffusion.training.resume import Outcome
 from cascaded_diffusion.training.state import TrainState
@@ -83,7 +85,7 @@ def train(
             contextlib.closing(CheckpointWriter(folder, config.checkpoint))
         )
         # From here on a signal is only noted: the step is finished and saved first.
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(_StopRequest())
         stage = build_stage(config.stage)
         state = _restore_or_init(stage, config, mesh, checkpoints, start_over=start_over)
         # A run that is refused keeps the config that it has.
@@ -146,6 +148,42 @@ def train(
             folder.check_held()
             write_json(folder.complete_path, {"reason": reason, "step": step}, indent=None)
         return Outcome(reason=reason, step=step)
+
+
+class _StopRequest:
+    """Notes SIGTERM and SIGINT, so that the loop can stop at the end of a step.
+
+    Several processes must all stop at the same step, so there JAX's preemption notice is asked
+    instead: a signal to one process stops all.
+    """
+
+    def __init__(self) -> None:
+        self._noted = False
+        self._previous: dict[int, signal.Handlers | Callable[..., object] | int | None] = {}
+        self._distributed = jax.process_count() > 1
+
+    def __enter__(self) -> _StopRequest:
+        if self._distributed:
+            # JAX notices SIGTERM only.
+            handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+        else:
+            handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
+        for number, handler in handlers.items():
+            self._previous[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
+        self._noted = True
+
+    def seen(self, step: int) -> bool:
+        """Whether to stop after `step`. Every process calls it at every step."""
+        if self._distributed:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._noted
 
 
 def _restore_or_init(

@@ -15,21 +15,14 @@ from cascaded_diffusion.types import Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """The trainer's state, a pytree.
+    """The trainer's state, a pytree."""
 
-    Attributes:
-      step: int32 scalar, the number of optimizer steps taken.
-      params: the network's parameters, float32.
-      ema_params: their exponential moving averages, by `ema_name` of the decay.
-      opt_state: the optimizer's state.
-      key: typed PRNG key of the run. Step k draws from `fold_in(key, k)`: only `step` advances,
-        and a resumed run repeats no noise.
-    """
-
-    step: jax.Array
-    params: Params
-    ema_params: dict[str, Params]
+    step: jax.Array  # int32 scalar, the number of optimizer steps taken
+    params: Params  # the network's, float32
+    ema_params: dict[str, Params]  # exponential moving averages, by `ema_name` of the decay
     opt_state: optax.OptState
+    # Typed PRNG key of the run. Step k draws from `fold_in(key, k)`: only `step` advances, and a
+    # resumed run repeats no noise.
     key: jax.Array
 
 

@@ -17,12 +17,8 @@ from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding
-from cascaded_diffusion.training.state import (
-    TrainState,
-    build_learning_rate,
-    build_optimizer,
-    updated_ema,
-)
+from cascaded_diffusion.training import state as state_lib
+from cascaded_diffusion.training.state import TrainState
 from cascaded_diffusion.types import Batch
 
 Metrics = dict[str, jax.Array]
@@ -53,7 +49,7 @@ def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
             step=jnp.zeros((), jnp.int32),
             params=params,
             ema_params={ema_name(d): jax.tree.map(jnp.copy, params) for d in config.ema_decays},
-            opt_state=build_optimizer(config).init(params),
+            opt_state=state_lib.build_optimizer(config).init(params),
             key=run_key,
         )
 
@@ -104,8 +100,8 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     stored, `low_res` uint8 [B, h, w, C], sharded over the mesh. `metrics` are scalars of the
     global batch; they do not depend on the number of parts.
     """
-    optimizer = build_optimizer(config)
-    learning_rate = build_learning_rate(config)
+    optimizer = state_lib.build_optimizer(config)
+    learning_rate = state_lib.build_learning_rate(config)
     parts = config.accumulation_steps or 1
     stage = stage_for_training(stage, config, mesh)
     grad_fn = jax.grad(stage.loss_of, has_aux=True)
@@ -140,7 +136,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
             step=state.step + 1,
             params=params,
             ema_params={
-                ema_name(decay): updated_ema(
+                ema_name(decay): state_lib.updated_ema(
                     state.ema_params[ema_name(decay)], params, state.step, decay=decay
                 )
                 for decay in config.ema_decays

@@ -23,8 +23,8 @@ from cascaded_diffusion.evaluation.samples.stored_images import open_images, sav
 from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime import manifest
+from cascaded_diffusion.runtime.manifest import pinned
 from cascaded_diffusion.runtime.mesh import build_mesh
-from cascaded_diffusion.runtime.pins import pinned
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.evaluation.stubs import Evaluator, Extractor
 from tests.tiny import ROOT, random_source, round_trip, smallest_base, smallest_sr

@@ -15,7 +15,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import checkpoint, manifest
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding as sharding_lib
-from cascaded_diffusion.runtime.pins import pinned, pinned_steps
+from cascaded_diffusion.runtime.manifest import pinned, pinned_steps
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import tiny_base
 
@@ -203,7 +203,7 @@ def test_a_save_that_fails_is_reported(tmp_path, monkeypatch):
     def no_space(path, step):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_manifest", no_space)
+    monkeypatch.setattr(manifest, "write_manifest", no_space)
     writer.save(1, _state(1))
     with pytest.raises(UserError, match="saving a checkpoint failed .* No space left"):
         writer.wait(1)
@@ -237,14 +237,14 @@ def test_the_old_checkpoint_is_deleted_after_the_new_one_has_its_manifest(tmp_pa
     config = tiny_base(checkpoint__max_to_keep=1).checkpoint
     folder = RunFolder(tmp_path)
     whole = []
-    original = checkpoint.write_manifest
+    original = manifest.write_manifest
 
     def watched(path, step):
         whole.append((manifest.finished_steps(folder), "before"))
         original(path, step)
         whole.append((manifest.finished_steps(folder), "after"))
 
-    monkeypatch.setattr(checkpoint, "write_manifest", watched)
+    monkeypatch.setattr(manifest, "write_manifest", watched)
     writer = checkpoint.CheckpointWriter(folder, config)
     for step in (1, 2, 3):
         writer.save(step, _state(step))
@@ -340,7 +340,7 @@ def test_damaged_json_beside_checkpoints_does_not_stop_a_save(saved):
 def test_the_mark_of_a_killed_reader_is_forgotten(saved):
     code = (
         "import sys, os, signal\n"
-        "from cascaded_diffusion.runtime.pins import pinned\n"
+        "from cascaded_diffusion.runtime.manifest import pinned\n"
         "from cascaded_diffusion.runtime.run_folder import RunFolder\n"
         "with pinned(RunFolder(sys.argv[1]), 1) as is_there:\n"
         "  assert is_there\n"
@@ -437,14 +437,14 @@ def test_a_checkpoint_chosen_while_pins_are_awaited_is_kept(tmp_path, monkeypatc
     writer = checkpoint.CheckpointWriter(folder, tiny_base(checkpoint__max_to_keep=1).checkpoint)
     writer.save(1, _state(1))
     writer.wait(1)
-    awaited = checkpoint.pinned_steps
+    awaited = manifest.pinned_steps
 
     def chosen_meanwhile(folder):
         folder.eval.mkdir(exist_ok=True)
         folder.best_path.write_text(json.dumps({"step": 1, "ema_decay": 0.99}))
         return awaited(folder)
 
-    monkeypatch.setattr(checkpoint, "pinned_steps", chosen_meanwhile)
+    monkeypatch.setattr(manifest, "pinned_steps", chosen_meanwhile)
     writer.save(2, _state(2))
     writer.wait(2)
     writer.close()
