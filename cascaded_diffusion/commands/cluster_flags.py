@@ -45,10 +45,8 @@ def join_cluster(fv: flags.FlagValues, config: Any, *folders: str) -> Cluster | 
     """Meets the other processes of the job, if there are any, before JAX is set up.
 
     The config and the folders of the flags that `folders` names must be the same in all processes.
-    Returns the argument of `set_up_jax`.
-
-    Raises:
-      UserError: a process is late, cannot be reached, or is configured differently.
+    Returns the argument of `set_up_jax`. Raises UserError if a process is late, cannot be reached,
+    or is configured differently.
     """
     cluster = _cluster(fv)
     if cluster is not None:

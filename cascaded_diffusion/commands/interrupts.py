@@ -20,15 +20,11 @@ class Interrupts:
 
     The process ends at once while it starts or ends, in the middle of an import, where no file
     is open, and upon a second SIGINT.
-
-    Attributes:
-      at_once: whether the program is starting or ending.
-      seen: whether there was a SIGINT.
     """
 
     def __init__(self) -> None:
-        self.at_once = True
-        self.seen = False
+        self.at_once = True  # the program is starting or ending
+        self.seen = False  # a SIGINT
 
     def install(self) -> None:
         """Handles SIGINT, unless the program was started with it ignored. May be called again."""

@@ -31,18 +31,12 @@ def train_stage(
 ) -> Outcome:
     """Trains a stage on this process's devices, or resumes the run that is in the folder.
 
-    Args:
-      config: the config of the run. Where `mesh.fsdp` is None, the smallest one that fits is
-        chosen.
-      folder: the run folder.
-      data_path: where the images of the run are now, if they were moved, copied or touched.
-      start_over: as `train` has it, like `profile_steps`.
-      profile_steps: the first and the last step to write a trace of.
-      notes: lines to print once all checks have passed.
+    Where `config.mesh.fsdp` is None, the smallest one that fits is chosen. `data_path` is where the
+    images are now, if they were moved, copied or touched. `notes` are printed once all checks have
+    passed. The other arguments are those of `train`.
 
-    Raises:
-      UserError: the data cannot be read, the devices or their memory do not suffice, the folder
-        holds another run, or training fails. Nothing is written before all checks have passed.
+    Raises UserError if the data cannot be read, the devices or their memory do not suffice, the
+    folder holds another run, or training fails. Nothing is written before all checks have passed.
     """
     path_as_given = data_path or config.data.path
     config = with_absolute_paths(config, data_path)

@@ -35,8 +35,7 @@ def read_record(
 ) -> dict[str, Any]:
     """Reads a JSON file of one object that has values of the given types.
 
-    Raises:
-      UserError: it cannot be read, or is `otherwise`; the message ends with `remedy`.
+    Raises UserError, which ends with `remedy`, if it cannot be read or is `otherwise`.
     """
     record = read_json(path, remedy=remedy)
     if not isinstance(record, dict) or not _has_types(record, types):

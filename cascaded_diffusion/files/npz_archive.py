@@ -64,9 +64,7 @@ def read_arrays(
 def array_names(path: str | os.PathLike[str]) -> set[str]:
     """The names of a file's arrays, without ".npy". No array is read.
 
-    Raises:
-      ValueError: in a few words, without the path: it is no `.npz`.
-      OSError: it cannot be opened.
+    Raises ValueError, without the path, if it is no `.npz`, and OSError if it cannot be opened.
     """
     with _opened(path) as archive:
         return set(_members(archive))

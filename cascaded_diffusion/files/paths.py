@@ -24,13 +24,9 @@ def printable(name: str | bytes) -> str:
 def check_local_path(text: str, name: str) -> pathlib.Path:
     """Checks and returns a path that a flag or a config key names, whether or not it exists.
 
-    Args:
-      text: the path as given.
-      name: the flag or key, for example "--workdir" or "config.data.path".
-
-    Raises:
-      UserError: it names object storage (`gs://`), is empty or contains a NUL character, or
-        its absolute form contains one of `*`, `?`, `[` and `]`.
+    Raises UserError, which begins with `name` ("--workdir", "config.data.path"), if the path names
+    object storage (`gs://`), is empty or contains a NUL character, or its absolute form contains
+    one of `*`, `?`, `[` and `]`.
     """
     if not text or "\0" in text:
         raise UserError(f"{name}={text!r}: expected the path of a file or folder")

@@ -16,9 +16,8 @@ _KEPT = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
 def essential_png(data: bytes) -> bytes:
     """A PNG file without the chunks that its pixels do not need; nothing is inflated.
 
-    Raises:
-      ValueError: it is no PNG, ends before its last chunk, or has a chunk, kept or not, with a
-        wrong checksum.
+    Raises ValueError if it is no PNG, ends before its last chunk, or has a chunk, kept or not, with
+    a wrong checksum.
     """
     if not data.startswith(SIGNATURE):
         raise ValueError("no PNG")

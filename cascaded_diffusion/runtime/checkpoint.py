@@ -227,10 +227,7 @@ class CheckpointWriter:
 
         `abstract_state` is a tree of `jax.ShapeDtypeStruct` with the wanted shardings, which need
         not be those of the saved state. `recovery.newest_intact` says what `start_over` does.
-
-        Raises:
-          UserError: no checkpoint is intact although there are or were some, or the state cannot
-            be restored.
+        Raises UserError if no checkpoint is intact although there are or were some.
         """
         # The first process decides and sets aside, so that all restore the same checkpoint.
         found: int | None = None
@@ -269,8 +266,7 @@ def _restore_args(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRes
 def load_ema_params(folder: RunFolder, step: int, ema_decay: float, abstract_params: Any) -> Any:
     """The EMA parameters of one checkpoint and decay, for evaluation and sampling.
 
-    Raises:
-      UserError: the checkpoint is not there or not intact.
+    Raises UserError if the checkpoint is not there or not intact.
     """
     name = ema_name(ema_decay)
     path = folder.checkpoints / str(step)

@@ -61,15 +61,10 @@ def find_cluster(
 ) -> Cluster | None:
     """The job that this process belongs to; None if it is on its own.
 
-    Args:
-      mode: one of `MODES`. "auto" reads the environment; it asks no metadata server.
-      environ: the environment.
-      coordinator, num_processes, process_id: as in `Cluster`. Given together, they take precedence
-        over everything else.
-      metadata: returns a Cloud TPU's attribute by name; by default it asks the metadata server.
-
-    Raises:
-      UserError: a part is missing or makes no sense.
+    The mode "auto" reads the environment; it asks no metadata server. The three parts of `Cluster`,
+    given together, take precedence over everything else. `metadata` returns a Cloud TPU's attribute
+    by name; by default it asks the metadata server. Raises UserError if a part is missing or makes
+    no sense.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]

@@ -31,11 +31,8 @@ _GRACE_SECS = 5.0
 def meet(cluster: Cluster, facts: Mapping[str, Any], *, timeout_secs: float) -> None:
     """Returns when all processes have come to the coordinator's address and agree on the facts.
 
-    Facts are JSON values.
-
-    Raises:
-      UserError: the address cannot be reached, or a process is late or has other facts. Every
-        process that came raises the same error.
+    Facts are JSON values. Raises UserError if the address cannot be reached, or a process is late
+    or has other facts: every process that came raises the same error.
     """
     if cluster.num_processes == 1:
         return

@@ -177,8 +177,6 @@ class DeviceBatches:
 
     The thread reads and copies the next `depth` batches while a step computes, so the time that
     `next` waits is the time that the devices wait for data.
-
-    Closing it closes the given batches as well, if they can be.
     """
 
     def __init__(self, batches: Iterator[Any], mesh: Mesh, *, depth: int = 3):

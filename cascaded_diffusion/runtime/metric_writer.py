@@ -41,8 +41,7 @@ class MetricWriter:
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line of JSON (floats exact) and one point per curve.
 
-        Raises:
-          UserError: the run folder has disappeared, or the disk is full.
+        Raises UserError if the run folder has disappeared or the disk is full.
         """
         self._folder.check_held()
         with self._writing():

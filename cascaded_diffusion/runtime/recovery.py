@@ -16,12 +16,10 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 def newest_intact(folder: RunFolder, *, start_over: bool, say: Callable[[str], None]) -> int | None:
     """The step to restore, or None to begin at step 0. Damaged newer checkpoints are set aside.
 
-    With `start_over` the run begins at step 0 if no checkpoint is intact, whatever was lost, and
-    what it has left is moved to `lost_run_N/`. `say` is told what was set aside and why.
-
-    Raises:
-      UserError: no checkpoint is intact, though there are some, or the rest of the folder shows
-        that there were. Only the user may throw a run away by beginning at step 0.
+    Raises UserError if no checkpoint is intact, though there are some or the rest of the folder
+    shows that there were: only the user may throw a run away. With `start_over` the run begins at
+    step 0 all the same, and what the lost one has left is moved to `lost_run_N/`. `say` is told
+    what was set aside and why.
     """
     _set_misnamed_aside(folder, say)
     steps = manifest.steps_on_disk(folder)

@@ -38,14 +38,11 @@ class RunData:
 
 
 def check_run_data(folder: RunFolder, data: RunData, *, say: Callable[[str], None] = print) -> None:
-    """Checks that images are those that the run began with.
+    """Raises UserError unless images are those that the run began with.
 
     Class names are compared, and for each split the identity (names and sizes of the files) and
     the times of modification. If the images have moved or are given anew, times may differ; the
     contents of up to 256 images are compared instead, and `say` is told.
-
-    Raises:
-      UserError: they are others, or more or fewer.
     """
     if not folder.data_path.exists():
         return

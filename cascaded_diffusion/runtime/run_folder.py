@@ -63,9 +63,7 @@ class Chosen:
 class RunFolder:
     """The paths and small files of one run. Opening it writes nothing.
 
-    Args:
-      path: the folder.
-      flag: the flag that named it, for error messages.
+    Errors name the folder as the value of `flag`.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, flag: str = "workdir"):
@@ -100,11 +98,7 @@ class RunFolder:
         )
 
     def read_config(self) -> RunConfig:
-        """The run's config, checked like a new one. It is JSON; nothing is executed.
-
-        Raises:
-          UserError: there is no run here, or its config cannot be read.
-        """
+        """The run's config, checked like a new one. Raises UserError if it cannot be read."""
         if not self.exists():
             raise UserError(
                 f"--{self._flag}={self.path}: no run there (no config.json); expected a folder that"
@@ -180,7 +174,7 @@ class RunFolder:
         json_files.write_json(self.early_stop_path, {"patience_evals": patience_evals}, indent=None)
 
     def asked_to_stop(self, patience_evals: int) -> bool:
-        """Whether EARLY_STOP is there and states no less patience than the run has."""
+        """Whether EARLY_STOP is there. A run with more patience than the file states goes on."""
         if not self.early_stop_path.exists():
             return False
         patience = self._stop_patience()
@@ -222,11 +216,7 @@ class RunFolder:
 
 
 class CascadeFolder:
-    """A folder of runs that make a cascade. Opening it writes nothing.
-
-    Args:
-      path: the folder; a stage's run is the folder of its name in there.
-    """
+    """A folder of runs that make a cascade, each in a folder of its stage's name."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)

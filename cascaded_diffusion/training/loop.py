@@ -63,9 +63,9 @@ def train(
       profile_steps: the first and last step to write a trace of, to RUN/profile.
       mesh: of all devices; by default what `config.mesh` says, with fsdp 1 where it says None.
 
-    Raises:
-      UserError: JAX computes with 64 bits, the folder belongs to another run, to other images or
-        another process, checkpoints are damaged or cannot be written, or the loss is not finite.
+    Raises UserError if JAX computes with 64 bits, the folder belongs to another run, to other
+    images or another process, checkpoints are damaged or cannot be written, or the loss is not
+    finite.
     """
     check_precision()
     mesh = mesh_lib.build_mesh(config.mesh) if mesh is None else mesh

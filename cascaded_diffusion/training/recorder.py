@@ -107,10 +107,9 @@ class Recorder:
         return records
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step that was dispatched, and reads those of the one before.
+        """Takes the metrics of a dispatched step, and reads those of the one before.
 
-        Raises:
-          UserError: a metric is not finite.
+        Raises UserError if one of those is not finite.
         """
         self._read_pending()
         self._pending = step, metrics

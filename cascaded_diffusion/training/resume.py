@@ -33,9 +33,8 @@ _REASONS = ("complete", "early_stop")
 def check_folder(folder: RunFolder, config: RunConfig, data: RunData | None) -> list[str]:
     """Checks that a run may resume with this config and these images; lists what has changed.
 
-    Raises:
-      UserError: the config or the images would change what is computed, or the config of a run
-        that was begun is missing.
+    Raises UserError if the config or the images would change what is computed, or the config of a
+    run that was begun is missing.
     """
     changed = []
     if folder.exists():
@@ -83,10 +82,8 @@ def _stretched_schedule(old: RunConfig, new: RunConfig, folder: RunFolder) -> li
 def finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outcome | None:
     """The outcome of a run that has nothing left to do, or None: as process 0 sees it, in all.
 
-    It is known before anything is compiled.
-
-    Raises:
-      UserError: TRAIN_COMPLETE is damaged, or there are no checkpoints beside it.
+    It is known before anything is compiled. Raises UserError if TRAIN_COMPLETE is damaged, or there
+    are no checkpoints beside it.
     """
     values = (-1, 0)
     with mesh_lib.fail_on_all_processes():

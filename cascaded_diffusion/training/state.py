@@ -27,7 +27,7 @@ class TrainState:
 
 
 def updated_ema(ema_params: Params, params: Params, step: jax.Array, *, decay: float) -> Params:
-    r"""EMA with a warm-up: the effective decay is min(decay, (1 + step) / (10 + step)).
+    """EMA with a warm-up: the effective decay is min(decay, (1 + step) / (10 + step)).
 
     Without the warm-up, the average of a run shorter than a few times 1 / (1 - decay) steps
     would still contain the random initial parameters.

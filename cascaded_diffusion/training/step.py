@@ -180,14 +180,8 @@ def compile_train_step(
 ) -> jax.stages.Compiled:
     """Compiles `make_train_step` for the shardings of a state, or its shapes, which it donates.
 
-    Args:
-      stage: as in `make_train_step`, as are the next two.
-      config: the training's.
-      mesh: the device mesh.
-      state: the state, or its shapes, with shardings.
-      image_shape: (H, W, C) of the data.
-      low_res_shape: (h, w, C), if the data has low-res images stored.
-      compiler_options: for XLA.
+    `image_shape` is (H, W, C) of the data, and `low_res_shape` (h, w, C) where the data has low-res
+    images stored. `compiler_options` are XLA's.
     """
     split = mesh_lib.batch_sharding(mesh)
     shapes = {"image": image_shape, "label": ()}
