@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from cascaded_diffusion.commands import config_flags, entry, flag_checks
-from cascaded_diffusion.files.folders import check_writable
+from cascaded_diffusion.files.paths import check_writable
 
 
 def main(argv: Sequence[str]) -> int:

@@ -34,7 +34,7 @@ from cascaded_diffusion.evaluation.settings import (
     open_low_res_samples,
     open_runs_below,
 )
-from cascaded_diffusion.files.folders import check_writable
+from cascaded_diffusion.files.paths import check_writable
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 

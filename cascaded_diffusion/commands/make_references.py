@@ -17,7 +17,7 @@ from cascaded_diffusion.commands.run_images import real_splits
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import open_images
-from cascaded_diffusion.files.folders import check_writable
+from cascaded_diffusion.files.paths import check_writable
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 

@@ -19,7 +19,7 @@ from absl import flags
 from cascaded_diffusion.commands import config_flags, flag_checks, jax_setup
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.folders import check_writable
+from cascaded_diffusion.files.paths import check_writable
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,8 +16,8 @@ from cascaded_diffusion.planning import fit
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_data import RunData
 from cascaded_diffusion.runtime.run_folder import RunFolder
-from cascaded_diffusion.training.grid import GRID_COLUMNS, GRID_ROWS
 from cascaded_diffusion.training.loop import Outcome, train
+from cascaded_diffusion.training.recorder import GRID_COLUMNS, GRID_ROWS
 
 
 def train_stage(

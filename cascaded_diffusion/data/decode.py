@@ -25,7 +25,7 @@ import simplejpeg
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from cascaded_diffusion.data.corruption import CorruptRecord
-from cascaded_diffusion.files.png_chunks import SIGNATURE, essential_png
+from cascaded_diffusion.files.image_files import SIGNATURE, essential_png
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp")

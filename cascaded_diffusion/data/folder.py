@@ -23,8 +23,7 @@ from cascaded_diffusion.data.decode import SUFFIXES
 from cascaded_diffusion.data.records import DataMissing, RawExample, RawSource, digest_of_files
 from cascaded_diffusion.data.splits import WHOLE, parse_split, part_of, split_problem
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.litter import describe_passed_over, is_litter
-from cascaded_diffusion.files.paths import printable
+from cascaded_diffusion.files.paths import describe_passed_over, is_litter, printable
 
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
 # Whatever its name says, a larger file is no image.

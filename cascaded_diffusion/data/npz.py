@@ -15,8 +15,8 @@ from cascaded_diffusion.data.arrays import ArraySource
 from cascaded_diffusion.data.records import DataMissing
 from cascaded_diffusion.data.splits import WHOLE, parse_split, split_problem
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.litter import is_litter
 from cascaded_diffusion.files.npz_archive import layout_hint, read_arrays
+from cascaded_diffusion.files.paths import is_litter
 
 
 def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:

@@ -23,9 +23,8 @@ from cascaded_diffusion.data.records import DataMissing
 from cascaded_diffusion.data.sources import load_source, of_tfds, tfds_sources
 from cascaded_diffusion.data.workers import MakeProgress, NoProgress
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.folders import check_writable, held_lock
 from cascaded_diffusion.files.json_files import write_json
-from cascaded_diffusion.files.paths import printable
+from cascaded_diffusion.files.paths import check_writable, held_lock, printable
 from cascaded_diffusion.files.whole import sha256_of
 
 _say = functools.partial(print, flush=True)

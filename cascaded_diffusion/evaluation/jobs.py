@@ -37,8 +37,8 @@ from cascaded_diffusion.evaluation.score import RunScorer
 from cascaded_diffusion.evaluation.settings import Setting, with_setting
 from cascaded_diffusion.evaluation.sweep import Sweep, best_setting
 from cascaded_diffusion.evaluation.trained import load_trained
-from cascaded_diffusion.files.folders import held_lock
 from cascaded_diffusion.files.json_files import write_json
+from cascaded_diffusion.files.paths import held_lock
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 _POLL_SECS = 5.0

@@ -1,4 +1,8 @@
-"""Folders of PNG files, as other frameworks leave their samples."""
+"""PNG files, and folders of them, as other frameworks leave their samples.
+
+Decoders inflate text, colour profiles, EXIF and private chunks, or refuse files with large ones,
+though pixels do not depend on them. `essential_png` leaves them out.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,12 @@ import numpy as np
 from PIL import Image
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.litter import describe_passed_over, is_litter
-from cascaded_diffusion.files.png_chunks import SIGNATURE, essential_png
+from cascaded_diffusion.files.paths import describe_passed_over, is_litter
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Transparency, and what makes a file an animation. All other ancillary chunks are removed;
+# critical ones (with a capital first letter: IHDR, PLTE, IDAT, IEND) stay.
+_KEPT = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
 # Limits that are checked from the header, before anything is decoded.
 _MAX_PIXELS = 64_000_000
 _MAX_BYTES = 1 << 30
@@ -24,6 +31,31 @@ _END = b"\0\0\0\0IEND\xaeB`\x82"
 _HEADER_BYTES = 33
 _COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _CHANNELS = {0: 1, 2: 3}
+
+
+def essential_png(data: bytes) -> bytes:
+    """A PNG file without the chunks that its pixels do not need; nothing is inflated.
+
+    Raises ValueError if it is no PNG, ends before its last chunk, or has a chunk, kept or not, with
+    a wrong checksum.
+    """
+    if not data.startswith(SIGNATURE):
+        raise ValueError("no PNG")
+    view = memoryview(data)
+    parts, at = [view[: len(SIGNATURE)]], len(SIGNATURE)
+    while at + 12 <= len(data):
+        kind = data[at + 4 : at + 8]
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError("damaged PNG: a chunk's checksum is wrong")
+        if kind in _KEPT or not kind[0] & 0x20:
+            parts.append(view[at : end + 4])
+        if kind == b"IEND":
+            return b"".join(parts)
+        at = end + 4
+    raise ValueError("damaged PNG: it ends too early")
 
 
 class PngFolder:

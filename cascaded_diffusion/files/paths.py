@@ -1,16 +1,28 @@
-"""Paths: which ones the program can work with, and how it prints them."""
+"""Paths: which ones the program can use, write to and lock, and which files it passes over."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import pathlib
 import re
+import tempfile
+from collections.abc import Iterator, Mapping
 
 from cascaded_diffusion.errors import UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 # Orbax and TFDS pass whole paths to glob, which then matches other names or none.
 _GLOB = re.compile(r"[*?\[\]]")
+# In lower case: leftovers of macOS archives, network storage, Windows and file systems.
+_LITTER = frozenset(
+    (
+        "__macosx", "@eadir", "#recycle", "#snapshot", "thumbs.db", "ehthumbs.db", "desktop.ini",
+        "$recycle.bin", "system volume information", "lost+found", "icon\r",
+    )
+)  # fmt: skip
+_MAX_KINDS = 6
 
 
 def printable(name: str | bytes) -> str:
@@ -43,3 +55,66 @@ def check_local_path(text: str, name: str) -> pathlib.Path:
             " libraries take for a pattern; choose a path without * ? [ ]"
         )
     return path
+
+
+def check_writable(path: pathlib.Path, flag: str) -> None:
+    """Raises UserError if the folder cannot be written; leaves no trace."""
+    parent = path
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"--{flag}={path}: {parent} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as e:
+        raise UserError(
+            f"--{flag}={path}: cannot write to {parent} ({e.strerror}); choose a"
+            " folder that you may write to"
+        ) from e
+
+
+@contextlib.contextmanager
+def held_lock(path: pathlib.Path, role: str, flag: str) -> Iterator[pathlib.Path]:
+    """Holds a folder for one writer of a kind. Yields the lock's file.
+
+    The lock is the operating system's, so it ends with the process that holds it, however that
+    ends. Raises UserError if another process holds it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = path / f".{role}.lock"
+    with lock.open("a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            f.seek(0)
+            holder = f.read().strip() or "unknown"
+            raise UserError(
+                f"--{flag}={path}: another {role} process (pid {holder}) is writing"
+                " there; wait for it, or choose another folder"
+            ) from e
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
+        yield lock
+
+
+def is_litter(name: str | bytes) -> bool:
+    """Whether one component of a path is hidden (".ipynb_checkpoints") or known litter.
+
+    Apply it to every component below the folder that the user named, not to that folder.
+    """
+    text = os.fsdecode(name)
+    return text.startswith(".") or text.lower() in _LITTER
+
+
+def describe_passed_over(counts: Mapping[str, int]) -> str:
+    """`3 other files passed over: 2 .txt, 1 hidden`, from counts by kind; "" for none."""
+    total = sum(counts.values())
+    if not total:
+        return ""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    kinds = [f"{n:,} {kind}" for kind, n in ranked[:_MAX_KINDS]]
+    more = ["and more"] if len(ranked) > _MAX_KINDS else []
+    files = "other file" if total == 1 else "other files"
+    return f"{total:,} {files} passed over: {', '.join(kinds + more)}"

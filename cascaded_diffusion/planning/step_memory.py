@@ -20,7 +20,7 @@ from cascaded_diffusion.config.stage_cost import stage_cost
 from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.runtime import sharding
 from cascaded_diffusion.training import step
-from cascaded_diffusion.training.state import TrainState
+from cascaded_diffusion.training.step import TrainState
 
 # The share of a device's memory that a program can use; the runtime needs the rest. The
 # compiler of a v5e gives a program 15.75 of 16 GiB.

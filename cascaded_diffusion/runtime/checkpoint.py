@@ -5,7 +5,7 @@ flips later, a file that goes missing, or a folder that it did not write. So eve
 manifest with its step and the SHA-256 of each of its files. The manifest is written after the
 checkpoint has been opened and its arrays compared with those that were saved; only then are older
 checkpoints deleted, so that one whole checkpoint exists at every instant. Restoring compares the
-manifest and falls back to the newest checkpoint that is intact (`recovery`).
+manifest and falls back to the newest checkpoint that is intact (`manifest`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.runtime import manifest
 from cascaded_diffusion.runtime.mesh import broadcast_from_process_0, fail_on_all_processes
-from cascaded_diffusion.runtime.recovery import newest_intact
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 _ITEM = "state"
@@ -226,7 +225,7 @@ class CheckpointWriter:
         """The newest intact state, or None if the run is to begin at step 0.
 
         `abstract_state` is a tree of `jax.ShapeDtypeStruct` with the wanted shardings, which need
-        not be those of the saved state. `recovery.newest_intact` says what `start_over` does.
+        not be those of the saved state. `manifest.newest_intact` says what `start_over` does.
         Raises UserError if no checkpoint is intact although there are or were some.
         """
         # The first process decides and sets aside, so that all restore the same checkpoint.
@@ -234,7 +233,7 @@ class CheckpointWriter:
         with fail_on_all_processes():
             if jax.process_index() == 0:
                 shutil.rmtree(self._deleted, ignore_errors=True)
-                found = newest_intact(self._folder, start_over=start_over, say=self._say)
+                found = manifest.newest_intact(self._folder, start_over=start_over, say=self._say)
         (step,) = broadcast_from_process_0([-1 if found is None else found])
         self._manager.reload()
         if step < 0:

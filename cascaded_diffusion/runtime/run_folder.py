@@ -40,7 +40,7 @@ from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import CascadeSection, RunConfig, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files import json_files
-from cascaded_diffusion.files.folders import check_writable, held_lock
+from cascaded_diffusion.files.paths import check_writable, held_lock
 
 # What a record must have: a line of metrics.jsonl, best.json, a line of eval/results.jsonl.
 _METRICS = {"step": int}

@@ -25,10 +25,9 @@ from cascaded_diffusion.runtime.run_data import RunData
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import resume
 from cascaded_diffusion.training import step as step_lib
-from cascaded_diffusion.training.grid import GridSampler, Records
-from cascaded_diffusion.training.recorder import Recorder
+from cascaded_diffusion.training.recorder import GridSampler, Recorder, Records
 from cascaded_diffusion.training.resume import Outcome
-from cascaded_diffusion.training.state import TrainState
+from cascaded_diffusion.training.step import TrainState
 
 # start_step -> this process's batches from that step on.
 DataFrom = Callable[[int], Iterator[Records]]

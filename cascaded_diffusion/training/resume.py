@@ -15,7 +15,7 @@ from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.manifest import finished_steps
 from cascaded_diffusion.runtime.run_data import RunData, check_run_data, write_run_data
 from cascaded_diffusion.runtime.run_folder import CONFIG_REMEDY, RunFolder
-from cascaded_diffusion.training.state import build_learning_rate
+from cascaded_diffusion.training.step import build_learning_rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

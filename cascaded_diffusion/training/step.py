@@ -1,7 +1,8 @@
-"""One optimizer step, as one compiled program over the mesh."""
+"""The state of training, the optimizer, and one step of it as a program over the mesh."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,56 @@ from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding
-from cascaded_diffusion.training import state as state_lib
-from cascaded_diffusion.training.state import TrainState
-from cascaded_diffusion.types import Batch
+from cascaded_diffusion.types import Batch, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """The trainer's state, a pytree."""
+
+    step: jax.Array  # int32 scalar, the number of optimizer steps taken
+    params: Params  # the network's, float32
+    ema_params: dict[str, Params]  # exponential moving averages, by `ema_name` of the decay
+    opt_state: optax.OptState
+    # Typed PRNG key of the run. Step k draws from `fold_in(key, k)`: only `step` advances, and a
+    # resumed run repeats no noise.
+    key: jax.Array
+
+
+def updated_ema(ema_params: Params, params: Params, step: jax.Array, *, decay: float) -> Params:
+    """EMA with a warm-up: the effective decay is min(decay, (1 + step) / (10 + step)).
+
+    Without the warm-up, the average of a run shorter than a few times 1 / (1 - decay) steps
+    would still contain the random initial parameters.
+    """
+    step = step.astype(jnp.float32)
+    effective = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda e, p: e + (1 - effective) * (p - e), ema_params, params)
+
+
+def build_learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up from 0, then constant or a cosine decay to a twentieth."""
+    if config.lr_decay == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0 if config.warmup_steps else config.learning_rate,
+            peak_value=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            decay_steps=config.train_steps,
+            end_value=config.learning_rate / 20,
+        )
+    if not config.warmup_steps:
+        return optax.constant_schedule(config.learning_rate)
+    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+
+
+def build_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipping by the norm of the global batch's gradient, then Adam."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip_norm),
+        optax.adam(build_learning_rate(config), b2=config.adam_b2),
+    )
+
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
@@ -49,7 +97,7 @@ def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
             step=jnp.zeros((), jnp.int32),
             params=params,
             ema_params={ema_name(d): jax.tree.map(jnp.copy, params) for d in config.ema_decays},
-            opt_state=state_lib.build_optimizer(config).init(params),
+            opt_state=build_optimizer(config).init(params),
             key=run_key,
         )
 
@@ -100,8 +148,8 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     stored, `low_res` uint8 [B, h, w, C], sharded over the mesh. `metrics` are scalars of the
     global batch; they do not depend on the number of parts.
     """
-    optimizer = state_lib.build_optimizer(config)
-    learning_rate = state_lib.build_learning_rate(config)
+    optimizer = build_optimizer(config)
+    learning_rate = build_learning_rate(config)
     parts = config.accumulation_steps or 1
     stage = stage_for_training(stage, config, mesh)
     grad_fn = jax.grad(stage.loss_of, has_aux=True)
@@ -136,7 +184,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
             step=state.step + 1,
             params=params,
             ema_params={
-                ema_name(decay): state_lib.updated_ema(
+                ema_name(decay): updated_ema(
                     state.ema_params[ema_name(decay)], params, state.step, decay=decay
                 )
                 for decay in config.ema_decays

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from cascaded_diffusion.files.litter import is_litter
+from cascaded_diffusion.files.paths import is_litter
 
 
 @pytest.mark.parametrize(

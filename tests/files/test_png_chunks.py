@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from cascaded_diffusion.files.png_chunks import essential_png
+from cascaded_diffusion.files.image_files import essential_png
 
 
 def _png(image=None, **options):

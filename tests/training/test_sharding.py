@@ -15,7 +15,7 @@ from cascaded_diffusion.planning import collectives
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding
 from cascaded_diffusion.training import step
-from cascaded_diffusion.training.grid import GridSampler
+from cascaded_diffusion.training.recorder import GridSampler
 from tests.planning.program_collectives import in_program
 from tests.tiny import random_source, round_trip, tiny_base, tiny_sr
 

@@ -21,7 +21,8 @@ from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_data import RunData
 from cascaded_diffusion.runtime.run_folder import RunFolder
-from cascaded_diffusion.training import loop, state
+from cascaded_diffusion.training import loop
+from cascaded_diffusion.training import step as step_lib
 from tests.tiny import Split, random_source, round_trip, smallest_base, smallest_sr, two_devices
 
 SOURCE = random_source(64)
@@ -153,7 +154,7 @@ def test_early_stop_ends_the_run_with_a_checkpoint(tmp_path):
 def test_divergence_is_reported_and_never_saved(tmp_path, monkeypatch):
     config = smallest_base(train__warmup_steps=0, checkpoint__save_every_steps=1)
     # More than a config may say.
-    monkeypatch.setattr(state, "build_learning_rate", lambda config: lambda step: 1e30)
+    monkeypatch.setattr(step_lib, "build_learning_rate", lambda config: lambda step: 1e30)
     with pytest.raises(UserError, match=r"is (nan|inf) at step \d+: training has diverged"):
         _train(config, tmp_path)
     steps = [int(p.name) for p in RunFolder(tmp_path).checkpoints.iterdir() if p.name.isdecimal()]
@@ -173,7 +174,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def test_ema_warms_up_and_then_has_its_decay():
     ema, params = {"w": jnp.zeros(())}, {"w": jnp.ones(())}
     for at, effective in ((0, 0.1), (89, 90 / 99), (10**6, 0.999)):
-        new = state.updated_ema(ema, params, jnp.asarray(at), decay=0.999)["w"]
+        new = step_lib.updated_ema(ema, params, jnp.asarray(at), decay=0.999)["w"]
         np.testing.assert_allclose(new, 1 - effective, rtol=1e-4)
 
 
@@ -181,7 +182,7 @@ def test_ema_warms_up_and_then_has_its_decay():
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_learning_rate_warms_up_and_decays(decay, warmup):
     config = smallest_base(train__lr_decay=decay, train__warmup_steps=warmup).train
-    rate = state.build_learning_rate(config)
+    rate = step_lib.build_learning_rate(config)
     values = [float(rate(i)) for i in range(config.train_steps + 1)]
     np.testing.assert_allclose(values[warmup], config.learning_rate, rtol=1e-6)
     assert values[:warmup] == sorted(values[:warmup])
@@ -195,7 +196,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     config = smallest_base(
         train__grad_clip_norm=0.5, train__adam_b2=0.0, train__warmup_steps=0
     ).train
-    chain = state.build_optimizer(config)
+    chain = step_lib.build_optimizer(config)
     grads = {"a": jnp.full((4,), 30.0), "b": jnp.full((4,), 40.0)}
     clipped, _ = chain.update(grads, chain.init(grads), grads)
     small, _ = chain.update(jax.tree.map(lambda g: g * 0.5 / 100, grads), chain.init(grads), grads)
