@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         check_resume(folder.read_config(), resolved, fv.workdir)
 
     jax_setup.set_up_jax(cluster_flags.join_cluster(fv, resolved, "workdir"))
-    from cascaded_diffusion.commands.train_stage import outcome_line, train_stage
+    from cascaded_diffusion.commands.train_stage import print_outcome, train_stage
 
     outcome = train_stage(
         config,
@@ -69,8 +69,7 @@ def main(argv: Sequence[str]) -> int:
         profile_steps=profile_steps,
         notes=notes,
     )
-    if line := outcome_line(outcome, config, folder):
-        print(line, flush=True)
+    print_outcome(outcome, config, folder)
     return entry.EXIT_PREEMPTED if outcome.reason == "preempted" else 0
 
 

@@ -85,10 +85,8 @@ def train_stage(
     )
 
 
-def outcome_line(outcome: Outcome, config: RunConfig, folder: RunFolder) -> str | None:
-    """One line about how the training ended, for the first process."""
-    if jax.process_index() > 0:
-        return None
+def print_outcome(outcome: Outcome, config: RunConfig, folder: RunFolder) -> None:
+    """One line about how the training ended, from the first process."""
     if outcome.reason == "preempted":
         what = f"stopped by a signal at step {outcome.step}, saved; run it again to resume"
     elif outcome.reason == "early_stop":
@@ -98,4 +96,5 @@ def outcome_line(outcome: Outcome, config: RunConfig, folder: RunFolder) -> str 
         )
     else:
         what = f"finished, {outcome.step} steps ({folder.path})"
-    return f"{config.stage.name}: {what}"
+    if jax.process_index() == 0:
+        print(f"{config.stage.name}: {what}", flush=True)

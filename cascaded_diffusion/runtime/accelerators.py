@@ -41,7 +41,4 @@ ACCELERATORS = {
 def accelerator_of(device_kind: str) -> Accelerator | None:
     """The accelerator that JAX calls `device_kind`; None if it is not in the table."""
     kind = device_kind.lower()
-    for accelerator in ACCELERATORS.values():
-        if any(kind.startswith(known) for known in accelerator.kinds):
-            return accelerator
-    return None
+    return next((a for a in ACCELERATORS.values() if kind.startswith(a.kinds)), None)
