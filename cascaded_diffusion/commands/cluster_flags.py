@@ -59,10 +59,7 @@ def join_cluster(fv: flags.FlagValues, config: Any, *folders: str) -> Cluster | 
 
 
 def refuse_cluster(fv: flags.FlagValues) -> None:
-    """Raises UserError if this is one of several processes, for binaries that run as one.
-
-    Such binaries have the flags of `define_cluster`, too, so that all are started alike.
-    """
+    """Raises UserError if this is one of several processes, for a binary that runs as one."""
     cluster = _cluster(fv)
     if cluster is not None and cluster.num_processes > 1:
         raise UserError(

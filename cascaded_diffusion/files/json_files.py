@@ -44,10 +44,7 @@ def read_record(
 
 
 def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Appends one JSON line, durably, in a single write.
-
-    If the last line was cut off by a crash, it is ended first, so that it spoils only itself.
-    """
+    """Appends one JSON line durably, in a single write; ends a line that a crash cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming_path(path), path.open("a+b") as f:
         f.seek(0, os.SEEK_END)
@@ -61,10 +58,7 @@ def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one per line; lines that hold none are skipped.
-
-    A crash cuts off a line and a damaged disk spoils one, but the others remain good.
-    """
+    """The JSON objects of a file, one per line. Lines that a crash has spoiled are skipped."""
     return read_records(path, {})[0]
 
 

@@ -62,10 +62,7 @@ def read_arrays(
 
 
 def array_names(path: str | os.PathLike[str]) -> set[str]:
-    """The names of a file's arrays, without ".npy". No array is read.
-
-    Raises ValueError, without the path, if it is no `.npz`, and OSError if it cannot be opened.
-    """
+    """The names of a file's arrays, without ".npy". Raises like `read_arrays`, but reads none."""
     with _opened(path) as archive:
         return set(_members(archive))
 

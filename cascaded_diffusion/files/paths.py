@@ -76,10 +76,9 @@ def check_writable(path: pathlib.Path, flag: str) -> None:
 
 @contextlib.contextmanager
 def held_lock(path: pathlib.Path, role: str, flag: str) -> Iterator[pathlib.Path]:
-    """Holds a folder for one writer of a kind. Yields the lock's file.
+    """Holds a folder for one writer of a kind, or raises UserError. Yields the lock's file.
 
-    The lock is the operating system's, so it ends with the process that holds it, however that
-    ends. Raises UserError if another process holds it.
+    The lock is the operating system's, so it ends with the process that holds it.
     """
     path.mkdir(parents=True, exist_ok=True)
     lock = path / f".{role}.lock"

@@ -200,10 +200,7 @@ class CheckpointWriter:
             ) from e
 
     def wait(self, step: int) -> None:
-        """Waits until the save of `step` is durable. Raises UserError if it is not.
-
-        Every process must call this; the first one, which writes the manifest, checks.
-        """
+        """Waits until the save of `step` is durable or raises UserError. Every process calls it."""
         with fail_on_all_processes(), self._as_user_error(step):
             self._finish()
             if jax.process_index() == 0:
@@ -263,10 +260,7 @@ def _restore_args(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRes
 
 
 def load_ema_params(folder: RunFolder, step: int, ema_decay: float, abstract_params: Any) -> Any:
-    """The EMA parameters of one checkpoint and decay, for evaluation and sampling.
-
-    Raises UserError if the checkpoint is not there or not intact.
-    """
+    """The EMA parameters of a checkpoint. Raises UserError if it is not there or not intact."""
     name = ema_name(ema_decay)
     path = folder.checkpoints / str(step)
     problem = manifest.damage(path) if path.is_dir() else "it is not there"

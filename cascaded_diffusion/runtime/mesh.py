@@ -32,10 +32,7 @@ _SHARED_SECS = 60.0
 
 
 def build_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices, for a config that `run_checks.check_devices` has passed.
-
-    Raises UserError if the devices of a process do not fit the axes.
-    """
+    """The mesh over all devices. Raises UserError if those of a process do not fit the axes."""
     devices = jax.devices() if devices is None else devices
     tensor = config.tensor_size
     data = len(devices) // (config.fsdp_size * tensor) if config.data == -1 else config.data
@@ -111,10 +108,7 @@ def global_batch(local: Any, mesh: Mesh) -> Any:
 
 @contextlib.contextmanager
 def fail_on_all_processes() -> Iterator[None]:
-    """If any process fails inside the block, all of them raise.
-
-    Every process must reach the end of the block, which may contain no collective.
-    """
+    """All processes raise at the end of a block without collectives if one of them fails in it."""
     error: UserError | None = None
     try:
         yield
@@ -159,10 +153,7 @@ def check_shared(folder: pathlib.Path, flag: str) -> None:
 
 
 def raise_on_all_processes(error: UserError | None) -> None:
-    """Raises `error`, or where it is None, that another process has one.
-
-    Every process calls it; otherwise the others would wait forever for one that is gone.
-    """
+    """Raises `error`, or where it is None, that another process has one. Every process calls it."""
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.int32(error is not None)).ravel()
         if error is None and failed.any():

@@ -39,10 +39,7 @@ class MetricWriter:
         self._tensorboard = SummaryWriter(str(folder.path), purge_step=resume_step + 1)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line of JSON (floats exact) and one point per curve.
-
-        Raises UserError if the run folder has disappeared or the disk is full.
-        """
+        """One line of JSON (floats exact) and one point per curve. Raises like `write_image`."""
         self._folder.check_held()
         with self._writing():
             append_line(self._folder.metrics_path, {"step": step, **scalars})

@@ -62,10 +62,9 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, scale: int = 2) -> 
 def save_png_folder(
     folder: pathlib.Path, names: Iterable[str], images: Iterable[np.ndarray]
 ) -> None:
-    """Writes images uint8 [H, W, 1 or 3] as PNG files below a folder.
+    """Writes images uint8 [H, W, 1 or 3] as PNG files of these names below a folder.
 
-    The folder appears by a rename once all files, which `names` places below it, are written. One
-    that is there is replaced. Raises OSError if they cannot be written.
+    The folder appears, or is replaced, by a rename once all files are written.
     """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed

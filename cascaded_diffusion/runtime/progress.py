@@ -18,8 +18,7 @@ def _duration(seconds: float) -> str:
 class Progress:
     """A progress bar on a terminal; elsewhere a plain line every `line_secs`.
 
-    It shows the position, the rate, the time left and whatever `update` is given. In a job of
-    several processes, all but one are `silent`.
+    In a job of several processes, all but one are `silent`.
     """
 
     def __init__(

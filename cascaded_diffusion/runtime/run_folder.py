@@ -61,10 +61,7 @@ class Chosen:
 
 
 class RunFolder:
-    """The paths and small files of one run. Opening it writes nothing.
-
-    Errors name the folder as the value of `flag`.
-    """
+    """The paths and small files of one run; errors name its `flag`. Opening it writes nothing."""
 
     def __init__(self, path: str | os.PathLike[str], *, flag: str = "workdir"):
         self.path = pathlib.Path(path)

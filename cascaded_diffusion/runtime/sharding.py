@@ -154,8 +154,8 @@ def make_sharding_constraint(
 ) -> Callable[[jax.Array], jax.Array] | None:
     """Returns `constrain(h)`, which shards a feature map [B, H, W, C]; None on one device.
 
-    If there are fewer examples than devices, feature maps of at least half the first one's height
-    are split by rows. `batch_size` examples are computed at once by the whole mesh.
+    If the mesh computes fewer examples at once than it has devices, feature maps of at least half
+    the first one's height are split by rows.
     """
     if mesh.size == 1:
         return None

@@ -152,10 +152,7 @@ class Recorder:
         return records
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a dispatched step, and reads those of the one before.
-
-        Raises UserError if one of those is not finite.
-        """
+        """Takes a dispatched step's metrics. Raises UserError if those before are not finite."""
         self._read_pending()
         self._pending = step, metrics
 

@@ -53,10 +53,7 @@ def check_folder(folder: RunFolder, config: RunConfig, data: RunData | None) -> 
 def store(
     folder: RunFolder, config: RunConfig, data: RunData | None, changed: Sequence[str]
 ) -> None:
-    """Stores the config and the record of the images, and prints what `check_folder` has listed.
-
-    Every process calls it; the first one writes.
-    """
+    """Stores the config and the images' record, and prints what changed. Every process calls it."""
     with mesh_lib.fail_on_all_processes():
         if jax.process_index() == 0:
             for line in changed:

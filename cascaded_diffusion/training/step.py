@@ -85,10 +85,7 @@ def abstract_state(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
-    """Returns `init()`, which makes the state before the first step from the seed.
-
-    Every EMA starts at the parameters.
-    """
+    """Returns `init()`, which makes the first state from the seed. EMAs start at the parameters."""
 
     def init() -> TrainState:
         params_key, run_key = jax.random.split(jax.random.key(config.seed))
@@ -119,11 +116,7 @@ def stage_for_training(stage: Stage, config: TrainConfig, mesh: Mesh) -> Stage:
 
 
 def stage_for_sampling(stage: Stage, mesh: Mesh) -> Stage:
-    """The stage as it samples from parameters that are stored as training stores them.
-
-    It samples any number of images: their sharding is left open, since devices may not divide
-    them.
-    """
+    """The stage as it samples, any number of images, from parameters stored as in training."""
     params = jax.eval_shape(stage.init, jax.random.key(0))
     return stage.with_execution(Execution(gather=sharding.make_gather(params, mesh)))
 
