@@ -219,8 +219,8 @@ def _print_start(
 def _asked_to_stop(folder: RunFolder, config: RunConfig, step: int) -> bool:
     """Whether evaluation asks to stop: the same answer for all processes.
 
-    With several, process 0 tells the others at steps that are logged, since a file may appear to one
-    of them earlier than to another.
+    With several, process 0 tells the others at steps that are logged, since a file may appear to
+    one of them earlier than to another.
     """
     if jax.process_count() == 1:
         return folder.asked_to_stop(config.eval.patience_evals)
