@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cascaded_diffusion.errors import UserError
@@ -57,17 +57,26 @@ def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
         os.fsync(f.fileno())
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one per line. Lines that a crash has spoiled are skipped."""
-    return read_records(path, {})[0]
+def read_lines(
+    path: pathlib.Path,
+    types: Mapping[str, Any] | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one per line, that have values of the given types.
 
-
-def read_records(path: pathlib.Path, types: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """The objects that have values of the given types, and the number of all other lines."""
+    Other lines, which a crash may have spoiled, are skipped, and `say` is told of them. Raises
+    UserError if what is there is no file.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: expected a file; move away what is there")
     data = path.read_bytes() if path.exists() else b""
     lines = [line for line in data.split(b"\n") if line.strip()]
-    kept = [r for r in map(_parsed, lines) if r is not None and _has_types(r, types)]
-    return kept, len(lines) - len(kept)
+    kept = [r for r in map(_parsed, lines) if r is not None and _has_types(r, types or {})]
+    if say is not None and len(kept) < len(lines):
+        others = len(lines) - len(kept)
+        say(f"{path}: {others} line(s) that are no records of this program were skipped")
+    return kept
 
 
 def _has_types(record: Mapping[str, Any], types: Mapping[str, Any]) -> bool:

@@ -33,7 +33,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cascaded_diffusion.config.run_checks import run_config_from
@@ -42,8 +42,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files import json_files
 from cascaded_diffusion.files.paths import check_writable, held_lock
 
-# What a record must have: a line of metrics.jsonl, best.json, a line of eval/results.jsonl.
-_METRICS = {"step": int}
+# What a record must have: best.json, a line of eval/results.jsonl.
 _CHOSEN = {"step": int, "ema_decay": (int, float)}
 _SCORE = {**_CHOSEN, "metric": str, "value": (int, float, type(None))}
 CONFIG_REMEDY = (
@@ -137,21 +136,11 @@ class RunFolder:
 
     def metrics(self, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that have a `step`. `say` is told of other lines."""
-        return self._checked_records(self.metrics_path, _METRICS, say)
+        return json_files.read_lines(self.metrics_path, {"step": int}, say=say)
 
     def scores(self, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
         """The scores of checkpoints in eval/results.jsonl. `say` is told of other lines."""
-        return self._checked_records(self.results_path, _SCORE, say)
-
-    def _checked_records(
-        self, path: pathlib.Path, types: Mapping[str, Any], say: Callable[[str], None] | None
-    ) -> list[dict[str, Any]]:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: expected a file; move away what is there")
-        records, others = json_files.read_records(path, types)
-        if others and say is not None:
-            say(f"{path}: {others} line(s) that are no records of this program were skipped")
-        return records
+        return json_files.read_lines(self.results_path, _SCORE, say=say)
 
     def check_held(self) -> None:
         """Raises UserError if a folder that this process has locked has disappeared."""
