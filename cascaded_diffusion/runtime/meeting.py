@@ -125,10 +125,7 @@ def _message(text: bytes) -> dict[str, Any] | None:
 
 
 def _problem_with(
-    message: Mapping[str, Any],
-    cluster: Cluster,
-    facts: Mapping[str, Any],
-    came: Collection[int],
+    message: Mapping[str, Any], cluster: Cluster, facts: Mapping[str, Any], came: Collection[int]
 ) -> str | None:
     other, theirs = message["process_id"], message["facts"]
     if message["num_processes"] != cluster.num_processes:
@@ -155,11 +152,7 @@ def _problem_with(
 def _answer_to(cluster: Cluster, facts: Mapping[str, Any], timeout_secs: float) -> str | None:
     """The other processes: report to process 0, and return what it finds."""
     report = _line(
-        {
-            "process_id": cluster.process_id,
-            "num_processes": cluster.num_processes,
-            "facts": facts,
-        }
+        {"process_id": cluster.process_id, "num_processes": cluster.num_processes, "facts": facts}
     )
     deadline = time.monotonic() + timeout_secs
     reason = "no answer"
