@@ -6,12 +6,11 @@ import hashlib
 import os
 import pathlib
 import sys
-from typing import Any
 
 from absl import flags
 
 from cascaded_diffusion.config.convert import flattened
-from cascaded_diffusion.config.schema import to_dict
+from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster
 from cascaded_diffusion.runtime.meeting import meet
@@ -41,7 +40,9 @@ def define_cluster(fv: flags.FlagValues) -> None:
     )
 
 
-def join_cluster(fv: flags.FlagValues, config: Any, *folders: str) -> Cluster | None:
+def join_cluster(
+    fv: flags.FlagValues, config: RunConfig | CascadeConfig, *folders: str
+) -> Cluster | None:
     """Meets the other processes of the job, if there are any, before JAX is set up.
 
     The config and the folders of the flags that `folders` names must be the same in all processes.

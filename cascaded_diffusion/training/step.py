@@ -147,7 +147,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     stage = stage_for_training(stage, config, mesh)
     grad_fn = jax.grad(stage.loss_of, has_aux=True)
 
-    def gradient(params: Any, noised: NoisedBatch, key: jax.Array) -> tuple[Any, Metrics]:
+    def gradient(params: Params, noised: NoisedBatch, key: jax.Array) -> tuple[Params, Metrics]:
         """The gradient of the batch's mean loss, and its metrics."""
         if parts == 1:
             return grad_fn(params, noised, key)
