@@ -38,7 +38,7 @@ def read_record(
     Raises UserError, which ends with `remedy`, if it cannot be read or is `otherwise`.
     """
     record = read_json(path, remedy=remedy)
-    if not isinstance(record, dict) or not _has_types(record, types):
+    if not _is_record(record, types):
         raise UserError(f"{path}: {otherwise}; {remedy}")
     return record
 
@@ -72,24 +72,23 @@ def read_lines(
         raise UserError(f"{path}: expected a file; move away what is there")
     data = path.read_bytes() if path.exists() else b""
     lines = [line for line in data.split(b"\n") if line.strip()]
-    kept = [r for r in map(_parsed, lines) if r is not None and _has_types(r, types or {})]
+    kept = [value for value in map(_parsed, lines) if _is_record(value, types or {})]
     if say is not None and len(kept) < len(lines):
         others = len(lines) - len(kept)
         say(f"{path}: {others} line(s) that are no records of this program were skipped")
     return kept
 
 
-def _has_types(record: Mapping[str, Any], types: Mapping[str, Any]) -> bool:
+def _is_record(value: Any, types: Mapping[str, Any]) -> bool:
     # True is not a number.
-    return all(
-        isinstance(record.get(name), kind) and not isinstance(record.get(name), bool)
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), kind) and not isinstance(value.get(name), bool)
         for name, kind in types.items()
     )
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None

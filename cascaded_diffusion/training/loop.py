@@ -84,7 +84,7 @@ def train(
             contextlib.closing(CheckpointWriter(folder, config.checkpoint))
         )
         # From here on a signal is only noted: the step is finished and saved first.
-        stop = stack.enter_context(_StopRequest())
+        asked_to_stop = stack.enter_context(_stop_requests())
         stage = build_stage(config.stage)
         state = _restore_or_init(stage, config, mesh, checkpoints, start_over=start_over)
         # A run that is refused keeps the config that it has.
@@ -127,7 +127,7 @@ def train(
             contextlib.closing(profiler),
         ):
             while step < total:
-                if _asked_to_stop(folder, config, step):
+                if _evaluation_asks_to_stop(folder, config, step):
                     reason = "early_stop"
                     break
                 records = recorder.next_of(batches)
@@ -137,7 +137,7 @@ def train(
                 if (traced := profiler.after(step, metrics)) is not None:
                     recorder.say(traced)
                 recorder.add(step, metrics)
-                stopping = stop.seen(step)
+                stopping = asked_to_stop(step)
                 recorder.keep(step, state, stopping=stopping)
                 if stopping and step < total:
                     reason = "preempted"
@@ -149,40 +149,31 @@ def train(
         return Outcome(reason=reason, step=step)
 
 
-class _StopRequest:
-    """Notes SIGTERM and SIGINT, so that the loop can stop at the end of a step.
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Notes SIGTERM and SIGINT. Yields `asked(step)`: whether to stop at the end of that step.
 
-    Several processes must all stop at the same step, so there JAX's preemption notice is asked
-    instead: a signal to one process stops all.
+    Several processes must all stop at the same step, so there JAX's preemption notice, which every
+    process calls at every step, is asked instead: a signal to one process stops all.
     """
+    noted: list[int] = []
+    if jax.process_count() > 1:
+        # JAX notices SIGTERM only.
+        handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+    else:
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), lambda n, _: noted.append(n))
 
-    def __init__(self) -> None:
-        self._noted = False
-        self._previous: dict[int, signal.Handlers | Callable[..., object] | int | None] = {}
-        self._distributed = jax.process_count() > 1
-
-    def __enter__(self) -> _StopRequest:
-        if self._distributed:
-            # JAX notices SIGTERM only.
-            handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
-        else:
-            handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
-        for number, handler in handlers.items():
-            self._previous[number] = signal.signal(number, handler)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, *_: object) -> None:
-        self._noted = True
-
-    def seen(self, step: int) -> bool:
-        """Whether to stop after `step`. Every process calls it at every step."""
-        if self._distributed:
+    def asked(step: int) -> bool:
+        if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._noted
+        return bool(noted)
+
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _restore_or_init(
@@ -216,7 +207,7 @@ def _print_start(
         print(f"{name}: resuming from step {step}", flush=True)
 
 
-def _asked_to_stop(folder: RunFolder, config: RunConfig, step: int) -> bool:
+def _evaluation_asks_to_stop(folder: RunFolder, config: RunConfig, step: int) -> bool:
     """Whether evaluation asks to stop: the same answer for all processes.
 
     With several, process 0 tells the others at steps that are logged, since a file may appear to
