@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
-import html
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
 from cascaded_diffusion.config.convert import flattened
 
@@ -31,109 +31,85 @@ nav ul { columns: 2; } @media print { nav { display: none; } h2 { break-before: 
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Markup:
-    """HTML that goes into the page as it is. Everything else is escaped."""
+def element(tag: str, *children: Element | str, **attributes: str) -> Element:
+    """An HTML element. At most the first child is text."""
+    node = Element(tag, attributes)
+    for child in children:
+        if isinstance(child, str):
+            node.text = child
+        else:
+            node.append(child)
+    return node
 
-    text: str
+
+def quiet(text: str) -> Element:
+    """A paragraph about what is not there."""
+    return element("p", text, **{"class": "quiet"})
 
 
-def escaped(value: Any) -> str:
-    """A value as text of the page: numbers are shortened, None is a dash."""
-    if isinstance(value, Markup):
-        return value.text
-    if value is None:
-        return "&ndash;"
+def _cell(value: Any) -> Element:
+    """A cell of a table: numbers are shortened and set to the right, None is a dash."""
     if isinstance(value, float):
-        return html.escape(f"{value:.6g}" if math.isfinite(value) else str(value))
-    return html.escape(str(value))
+        text = f"{value:.6g}" if math.isfinite(value) else str(value)
+    else:
+        text = "–" if value is None else str(value)  # noqa: RUF001
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return element("td", text, **({"class": "number"} if number else {}))
 
 
-def paragraph(text: Any, *, quiet: bool = False) -> Markup:
-    """One paragraph."""
-    kind = ' class="quiet"' if quiet else ""
-    return Markup(f"<p{kind}>{escaped(text)}</p>")
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = "") -> Element:
+    """A table of text and numbers."""
+    return element(
+        "table",
+        *([element("caption", caption)] if caption else []),
+        element("thead", element("tr", *(element("th", name) for name in columns))),
+        element("tbody", *(element("tr", *map(_cell, row)) for row in rows)),
+    )
 
 
-def code(text: str) -> Markup:
-    """A command or a name."""
-    return Markup(f"<code>{escaped(text)}</code>")
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = "") -> Markup:
-    """A table; numbers are set to the right."""
-
-    def cell(value: Any) -> str:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        kind = ' class="number"' if number else ""
-        return f"<td{kind}>{escaped(value)}</td>"
-
-    head = "".join(f"<th>{escaped(c)}</th>" for c in columns)
-    body = "".join(f"<tr>{''.join(cell(v) for v in row)}</tr>" for row in rows)
-    above = f"<caption>{escaped(caption)}</caption>" if caption else ""
-    return Markup(f"<table>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-
-
-def key_values(values: Mapping[str, Any], *, caption: str = "") -> Markup:
+def key_values(values: Mapping[str, Any], *, caption: str = "") -> Element:
     """A table of nested values, one row each, names joined by dots."""
-    rows = [(name, _short(value)) for name, value in flattened(values).items()]
+    rows = [
+        (name, [round(x, 6) if isinstance(x, float) else x for x in value])
+        if isinstance(value, list)
+        else (name, value)
+        for name, value in flattened(values).items()
+    ]
     return table(("key", "value"), rows, caption=caption)
 
 
-def _short(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    return [round(x, 6) if isinstance(x, float) else x for x in value]
-
-
-def picture(data: bytes, caption: str) -> Markup:
+def picture(data: bytes, caption: str) -> Element:
     """An embedded PNG."""
-    source = base64.b64encode(data).decode()
-    text = escaped(caption)
-    return Markup(
-        f'<figure><img alt="{text}" src="data:image/png;base64,{source}">'
-        f"<figcaption>{text}</figcaption></figure>"
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return element(
+        "figure", element("img", alt=caption, src=source), element("figcaption", caption)
     )
 
 
-def picture_file(path: pathlib.Path, caption: str) -> Markup:
+def picture_file(path: pathlib.Path, caption: str) -> Element:
     """An embedded PNG file, or a sentence if there is none or it is too large."""
     if not path.is_file():
-        return paragraph(f"{caption}: not there yet ({path.name}).", quiet=True)
+        return quiet(f"{caption}: not there yet ({path.name}).")
     if path.stat().st_size > _MAX_PICTURE_BYTES:
-        return paragraph(f"{caption}: too large for this page, see {path}.", quiet=True)
+        return quiet(f"{caption}: too large for this page, see {path}.")
     return picture(path.read_bytes(), caption)
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A part of the page.
-
-    Attributes:
-      title: its heading.
-      parts: what is in it, in order.
-      level: 2 or 3, of the heading.
-    """
-
-    title: str
-    parts: Sequence[Markup]
-    level: int = 2
-
-
-def page(title: str, sections: Sequence[Section]) -> str:
-    """The whole page, with a table of contents."""
-    entries, body = [], []
-    for i, section in enumerate(sections):
-        if section.level == 2:
-            entries.append(f'<li><a href="#s{i}">{escaped(section.title)}</a></li>')
-        heading = f"h{section.level}"
-        body.append(f'<{heading} id="s{i}">{escaped(section.title)}</{heading}>')
-        body += [part.text for part in section.parts]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escaped(title)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{escaped(title)}</h1><nav><ul>{''.join(entries)}</ul></nav>"
-        + "\n".join(body)
-        + "</body></html>\n"
+def page(title: str, parts: Sequence[Element]) -> str:
+    """The whole page, with a table of contents of its `h2` headings."""
+    contents = element("ul")
+    for i, heading in enumerate(part for part in parts if part.tag == "h2"):
+        heading.set("id", f"s{i}")
+        contents.append(element("li", element("a", heading.text or "", href=f"#s{i}")))
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", title),
+        element("style", _STYLE),
     )
+    body = element("body", element("h1", title), element("nav", contents), *parts)
+    html = ElementTree.tostring(
+        element("html", head, body, lang="en"), encoding="unicode", method="html"
+    )
+    return f"<!doctype html>\n{html}\n"

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
+import collections
 import json
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from xml.etree.ElementTree import Element
 
-from cascaded_diffusion.config.schema import RunConfig, to_dict
+from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.reporting.page import (
-    Markup,
-    Section,
-    code,
+    element,
     key_values,
-    paragraph,
     picture,
     picture_file,
+    quiet,
     table,
 )
 from cascaded_diffusion.runtime.plots import line_plot
@@ -32,7 +33,7 @@ _CURVES = {"loss": True, "grad_norm": True, "images_per_sec": False}
 _MAX_POINTS = 2000
 
 
-def run_sections(folder: RunFolder) -> list[Section]:
+def run_parts(folder: RunFolder) -> list[Element]:
     """The run's state, curves, scores, final numbers, health and config."""
     config = folder.read_config()
     stage, data = config.stage, config.data
@@ -47,15 +48,19 @@ def run_sections(folder: RunFolder) -> list[Section]:
         "folder": folder.path,
     }
     records = folder.scores(say=_warn)
+    again = f"python -m cascaded_diffusion.main --config=CONFIG --workdir={folder.path}"
     return [
-        Section(stage.name, [key_values(about)]),
-        Section("Training", _shown(lambda: _training(folder)), 3),
-        Section("Scores over checkpoints", _shown(lambda: _scores(folder, records)), 3),
-        Section("Final numbers", _shown(lambda: _final(folder)), 3),
-        Section("Classification accuracy score", _shown(lambda: _cas(folder)), 3),
-        Section("Bits per dimension", _shown(lambda: _bits(records)), 3),
-        Section("Samples", _shown(lambda: _samples(folder)), 3),
-        Section("Config", [_config(config, folder)], 3),
+        element("h2", stage.name),
+        key_values(about),
+        *_section("Training", lambda: _training(folder)),
+        *_section("Scores over checkpoints", lambda: _scores(folder, records)),
+        *_section("Final numbers", lambda: _final(folder)),
+        *_section("Classification accuracy score", lambda: _cas(folder)),
+        *_section("Bits per dimension", lambda: _bits(records)),
+        *_section("Samples", lambda: _samples(folder)),
+        element("h3", "Config"),
+        element("p", "The resolved config, config.json, of ", element("code", again)),
+        key_values(to_dict(config)),
     ]
 
 
@@ -63,22 +68,17 @@ def _warn(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _shown(build: Callable[[], list[Markup]]) -> list[Markup]:
-    """A section's parts, or a note if a file holds something that no binary writes."""
+def _section(title: str, build: Callable[[], Iterable[Element]]) -> list[Element]:
+    """A heading and its parts, or a note if a file holds something that no binary writes."""
+    heading = element("h3", title)
     try:
-        return build()
+        return [heading, *build()]
     except UserError as e:
         problem = str(e)
     except (TypeError, ValueError, AttributeError, LookupError) as e:
         problem = f"a file in the run folder holds what no binary writes ({e})"
     _warn(problem)
-    return [paragraph(f"Cannot be shown: {problem}.", quiet=True)]
-
-
-def _config(config: RunConfig, folder: RunFolder) -> Markup:
-    again = f"python -m cascaded_diffusion.main --config=CONFIG --workdir={folder.path}"
-    note = paragraph(Markup(f"The resolved config, config.json, of {code(again).text}"))
-    return Markup(note.text + key_values(to_dict(config)).text)
+    return [heading, quiet(f"Cannot be shown: {problem}.")]
 
 
 def _state(folder: RunFolder, train_steps: int) -> str:
@@ -96,7 +96,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _training(folder: RunFolder) -> list[Markup]:
+def _training(folder: RunFolder) -> list[Element]:
     lines = folder.metrics()
     parts = []
     for name, log_scale in _CURVES.items():
@@ -114,44 +114,38 @@ def _training(folder: RunFolder) -> list[Markup]:
     if lines:
         last = {k: v for k, v in lines[-1].items() if _is_number(v)}
         parts.append(key_values(last, caption="The last line of metrics.jsonl"))
-    return parts or [paragraph("Nothing was logged yet.", quiet=True)]
+    return parts or [quiet("Nothing was logged yet.")]
 
 
 def _source(record: Record) -> str:
     return str(record.get("low_res", "")).partition(":")[0]
 
 
-def _series_name(record: Record) -> str:
-    return f"low-res {_source(record)}, EMA {record.get('ema_decay'):g}"
-
-
-def _scores(folder: RunFolder, records: Sequence[Record]) -> list[Markup]:
-    scores = [r for r in records if "low_res" in r and "metric" in r]
+def _scores(folder: RunFolder, records: Sequence[Record]) -> list[Element]:
+    scores = [r for r in records if "low_res" in r]
     if not scores:
-        return [paragraph("Not evaluated yet.", quiet=True)]
+        return [quiet("Not evaluated yet.")]
     parts = []
     best = _best(folder)
     if best is not None:
         score = f"{best.get('metric')} {best.get('value')}"
         chosen = f"Chosen: step {best['step']}, EMA {best['ema_decay']:g}, {score}."
-        parts.append(paragraph(chosen))
+        parts.append(element("p", chosen))
     metrics = list(dict.fromkeys(r["metric"] for r in scores))
     metrics.sort(key=lambda name: not name.startswith(("fid_", "fd_")))
     for metric in metrics:
-        series: dict[str, list[tuple[float, float]]] = {}
+        series = collections.defaultdict(list)
         for r in scores:
-            if r["metric"] == metric and _is_number(r.get("value")):
-                series.setdefault(_series_name(r), []).append((r["step"], r["value"]))
-        longest = max((len(points) for points in series.values()), default=0)
-        if longest > 1 and "_std_" not in metric:
-            sorted_series = {k: sorted(v) for k, v in series.items()}
-            plot = line_plot(sorted_series, x_label="step", y_label=metric, title=metric)
+            if r["metric"] == metric and _is_number(r["value"]):
+                name = f"low-res {_source(r)}, EMA {r['ema_decay']:g}"
+                bisect.insort(series[name], (r["step"], r["value"]))
+        if any(len(points) > 1 for points in series.values()) and "_std_" not in metric:
+            plot = line_plot(series, x_label="step", y_label=metric, title=metric)
             parts.append(picture(plot, f"{metric} over checkpoints"))
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rows = collections.defaultdict(dict)
     for r in scores:
-        row = rows.setdefault((r["step"], r.get("ema_decay"), _source(r)), {})
-        value = r.get("value")
-        row[r["metric"]] = f"failed: {r.get('failed')}" if value is None else value
+        value = f"failed: {r.get('failed')}" if r["value"] is None else r["value"]
+        rows[r["step"], r["ema_decay"], _source(r)][r["metric"]] = value
     cells = [(*key, *(row.get(m) for m in metrics)) for key, row in sorted(rows.items(), key=str)]
     parts.append(table(("step", "EMA", "low-res", *metrics), cells))
     keys = ("reference", "features", "num_samples", "seed")
@@ -177,12 +171,12 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
         return None
 
 
-def _final(folder: RunFolder) -> list[Markup]:
+def _final(folder: RunFolder) -> list[Element]:
     parts = []
     for path in sorted(folder.eval.glob("final_*.json")):
         record = _read_json(path)
         if record is None:
-            parts.append(paragraph(f"{path.name} cannot be read.", quiet=True))
+            parts.append(quiet(f"{path.name} cannot be read."))
             continue
         metrics = list(record.get("metrics", {}).items())
         caption = (
@@ -201,11 +195,10 @@ def _final(folder: RunFolder) -> list[Markup]:
         picture_path = path.with_suffix(".png")
         if picture_path.exists():
             parts.append(picture_file(picture_path, f"The first samples of {path.stem}"))
-    note = "No final numbers yet: `evaluate final` makes them."
-    return parts or [paragraph(note, quiet=True)]
+    return parts or [quiet("No final numbers yet: `evaluate final` makes them.")]
 
 
-def _response(response: Mapping[str, Any]) -> list[Markup]:
+def _response(response: Mapping[str, Any]) -> list[Element]:
     levels = response.get("aug_levels", [])
     columns = [name for name in response if name != "aug_levels"]
     rows = list(zip(levels, *(response[name] for name in columns), strict=False))
@@ -222,38 +215,31 @@ def _response(response: Mapping[str, Any]) -> list[Markup]:
     return parts
 
 
-def _cas(folder: RunFolder) -> list[Markup]:
-    rows = []
-    for r in read_lines(folder.cas_path):
-        for name in ("generated", "real"):
-            a = r.get(name, {})
-            rows.append(
-                (
-                    f"trained on {name} images",
-                    a.get("num_images"),
-                    a.get("top1"),
-                    a.get("top5"),
-                    r.get("network"),
-                    r.get("train_steps"),
-                    r.get("test_images"),
-                    r.get("samples"),
-                )
-            )
+def _cas(folder: RunFolder) -> list[Element]:
+    rows = [
+        (
+            f"trained on {name} images",
+            *(record.get(name, {}).get(key) for key in ("num_images", "top1", "top5")),
+            *(record.get(key) for key in ("network", "train_steps", "test_images", "samples")),
+        )
+        for record in read_lines(folder.cas_path)
+        for name in ("generated", "real")
+    ]
     if not rows:
-        return [paragraph("Not measured yet: `evaluate cas` does.", quiet=True)]
+        return [quiet("Not measured yet: `evaluate cas` does.")]
     columns = ("", "images", "top-1", "top-5", "network", "steps", "real test images", "samples")
     return [table(columns, rows)]
 
 
-def _bits(records: Sequence[Record]) -> list[Markup]:
+def _bits(records: Sequence[Record]) -> list[Element]:
     bits = [r for r in records if r.get("metric") == "bits_per_dim"]
     if not bits:
-        return [paragraph("Not measured: `evaluate --bits_per_dim=SPLIT` does.", quiet=True)]
+        return [quiet("Not measured: `evaluate --bits_per_dim=SPLIT` does.")]
     columns = ("step", "ema_decay", "value", "standard_error", "num_images", "reference")
     return [table(columns, [[r.get(c) for c in columns] for r in bits])]
 
 
-def _samples(folder: RunFolder) -> list[Markup]:
+def _samples(folder: RunFolder) -> list[Element]:
     best = _best(folder)
     grids = sorted(
         folder.eval.glob("step_*.png"), key=lambda p: (int(p.stem.split("_")[1]), p.name)
@@ -261,4 +247,4 @@ def _samples(folder: RunFolder) -> list[Markup]:
     wanted = f"step_{best['step']}_" if best else ""
     chosen = [p for p in grids if p.name.startswith(wanted)] or grids[-1:]
     parts = [picture_file(p, p.stem.replace("_", " ")) for p in chosen[-4:]]
-    return parts or [paragraph("No sample grids yet.", quiet=True)]
+    return parts or [quiet("No sample grids yet.")]

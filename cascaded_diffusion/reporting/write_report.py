@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import pathlib
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from xml.etree.ElementTree import Element
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.files.whole import write_whole
-from cascaded_diffusion.reporting.page import (
-    Section,
-    key_values,
-    page,
-    paragraph,
-    picture_file,
-    table,
-)
-from cascaded_diffusion.reporting.run_report import run_sections
+from cascaded_diffusion.reporting.page import element, key_values, page, picture_file, table
+from cascaded_diffusion.reporting.run_report import run_parts
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 _PACKAGES = ("cascaded_diffusion", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -27,12 +22,12 @@ _PACKAGES = ("cascaded_diffusion", "jax", "jaxlib", "flax", "optax", "orbax-chec
 
 def write_report(output: pathlib.Path, root: pathlib.Path, runs: Sequence[RunFolder]) -> None:
     """Writes the page of `runs`, which `runs_in(root)` found, to a file."""
-    sections = [_about(), *_cascade_sections(CascadeFolder(root))]
+    parts = [*_about(), *_cascade_parts(CascadeFolder(root))]
     for run in runs:
-        sections += run_sections(run)
+        parts += run_parts(run)
     title = f"{root.resolve().name}: {', '.join(r.read_config().stage.name for r in runs)}"
     # Names that are not UTF-8 are shown with escapes.
-    write_whole(output, page(title, sections).encode(errors="backslashreplace"))
+    write_whole(output, page(title, parts).encode(errors="backslashreplace"))
 
 
 def runs_in(root: pathlib.Path) -> list[RunFolder]:
@@ -53,7 +48,7 @@ def runs_in(root: pathlib.Path) -> list[RunFolder]:
     return sorted(folders, key=lambda f: (f.read_config().stage.resolution, f.path.name))
 
 
-def _about() -> Section:
+def _about() -> list[Element]:
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     versions = {"written": now, "python": platform.python_version()}
     for name in _PACKAGES:
@@ -61,32 +56,27 @@ def _about() -> Section:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
-    return Section("About this page", [key_values(versions)])
+    return [element("h2", "About this page"), key_values(versions)]
 
 
-def _cascade_sections(runs: CascadeFolder) -> list[Section]:
+def _cascade_parts(runs: CascadeFolder) -> list[Element]:
     """What a folder of runs has besides the runs: samples, sweeps, the chosen cascade."""
-    sections = []
+    parts = []
     picture = runs.path / "samples" / "samples.png"
     if picture.exists():
-        parts = [picture_file(picture, "Real images, their enlargement, and the cascade's samples")]
-        sections.append(Section("Samples of the cascade", parts))
+        caption = "Real images, their enlargement, and the cascade's samples"
+        parts += [element("h2", "Samples of the cascade"), picture_file(picture, caption)]
     if runs.cascade_path.exists():
-        parts = [key_values(runs.read_cascade(), caption="cascade.json, as a sweep wrote it")]
-        sections.append(Section("The cascade", parts))
+        caption = "cascade.json, as a sweep wrote it"
+        parts += [element("h2", "The cascade"), key_values(runs.read_cascade(), caption=caption)]
     for path in sorted(runs.sweep.glob("*.jsonl")):
+        title = f"Sweep of {path.stem}"
+        parts.append(element("h2", title))
+        if (plot := path.with_suffix(".png")).exists():
+            parts.append(picture_file(plot, title))
         records = read_lines(path)
-        plot = path.with_suffix(".png")
-        parts = [picture_file(plot, f"Sweep of {path.stem}")] if plot.exists() else []
-        columns = [
-            key
-            for key in dict.fromkeys(key for r in records for key in r)
-            if key not in ("stages", "samplers", "reference", "features")
-        ]
-        rows = [
-            [str(r[c]) if isinstance(r.get(c), list) else r.get(c) for c in columns]
-            for r in records
-        ]
-        parts.append(table(columns, rows) if rows else paragraph("No setting was scored yet."))
-        sections.append(Section(f"Sweep of {path.stem}", parts))
-    return sections
+        hidden = ("stages", "samplers", "reference", "features")
+        columns = [key for key in dict.fromkeys(itertools.chain(*records)) if key not in hidden]
+        rows = [[record.get(column) for column in columns] for record in records]
+        parts.append(table(columns, rows) if rows else element("p", "No setting was scored yet."))
+    return parts
