@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     if topology is not None and compile_step:
         set_up_tpu_compiler(topology)
     jax_setup.set_up_jax(platform="cpu")
-    from cascaded_diffusion.planning import plans, table
+    from cascaded_diffusion.planning import plans, step_cost, table
 
     if section is None:
         found = [plans.stage_plan(configs[0], configs[0].stage.sampler)]
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         columns = [*found, whole]
     if topology is not None:
         for config, plan in zip(configs, found, strict=True):
-            plan["on_topology"] = plans.on_topology(
+            plan["on_topology"] = step_cost.on_topology(
                 config,
                 topology,
                 efficiency=fv.efficiency,

@@ -39,17 +39,11 @@ class Traffic:
 def of_training_step(
     params: Any, mesh: Mesh, *, parts: int, dtype: Any, remat: bool
 ) -> dict[str, Traffic]:
-    """Eqs. (1) to (3), for parameters with shardings as `sharding.state_shardings` gives them.
+    """The traffic of each of `KINDS` by eqs. (1) to (3).
 
-    Args:
-      params: tree of arrays or their shapes, with shardings.
-      mesh: the device mesh.
-      parts: of a batch; parameters are gathered for each.
-      dtype: the computation's, in which kernels are gathered and gradients summed.
-      remat: whether all blocks are computed, and so gathered, twice.
-
-    Returns:
-      The traffic of each of `KINDS`.
+    `params` are arrays or their shapes, with shardings as `sharding.state_shardings` gives them.
+    They are gathered once for each of the `parts` of a batch, in the computation's `dtype`; with
+    `remat`, all blocks are computed, and so gathered, twice.
     """
     traffic = dict.fromkeys(KINDS, Traffic())
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):

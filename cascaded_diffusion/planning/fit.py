@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -42,10 +43,7 @@ def choose_fsdp(
 ) -> tuple[RunConfig, str | None]:
     """Where `mesh.fsdp` is None, chooses the smallest one whose estimate fits.
 
-    Args:
-      config: the config of the run.
-      num_devices: number of devices of all processes.
-      memory_bytes: memory of one device.
+    `num_devices` are those of all processes, with `memory_bytes` each.
 
     Returns:
       The config, and a line about the choice where there was something to choose.
@@ -67,7 +65,7 @@ def choose_fsdp(
         sizes = []
     if not sizes or num_devices == 1:
         return with_fsdp(1), None  # `check_devices` then says what is wrong, if anything is
-    if sizes[0] == 1 and _fits_by_far(config, num_devices, memory_bytes):
+    if sizes[0] == 1 and _fits_by_far(rough_step_memory(config, num_devices), memory_bytes):
         return with_fsdp(1), "config.mesh.fsdp = 1: the state and a step fit on each device by far"
     totals = {}
     for fsdp in sizes:
@@ -84,28 +82,19 @@ def choose_fsdp(
     )
 
 
-def _fits_by_far(config: RunConfig, num_devices: int, memory_bytes: float) -> bool:
-    memory = rough_step_memory(config, num_devices)
+def _fits_by_far(memory: StepMemory, memory_bytes: float) -> bool:
     return 2 * memory.state + 4 * memory.activations <= memory_bytes / 2
 
 
 def check_memory(config: RunConfig, num_devices: int, memory_bytes: float) -> str | None:
     """Checks that a training step can fit, before anything is compiled.
 
-    Args:
-      config: the config of the run, whose mesh fits the devices.
-      num_devices: number of devices of all processes.
-      memory_bytes: memory of one device.
-
-    Returns:
-      A line of warning if the step may not fit; how much the compiler needs varies.
-
-    Raises:
-      UserError: the step cannot fit.
+    Returns a line of warning if the step may not fit; how much the compiler needs varies. Raises
+    UserError if it cannot fit. The config's mesh must fit the devices.
     """
-    if _fits_by_far(config, num_devices, memory_bytes):
-        return None
     rough = rough_step_memory(config, num_devices)
+    if _fits_by_far(rough, memory_bytes):
+        return None
     least = rough.activations if config.train.remat is None else 0.0
     if rough.state / 2 + _LEAST / 2 * least > memory_bytes:
         raise UserError(_too_large(config, rough, memory_bytes))
@@ -137,11 +126,7 @@ def advice(
 ) -> str | None:
     """Names the keys to change for a step to fit, or returns None if no change that is tried helps.
 
-    Args:
-      config: the config of a step that does not fit.
-      num_devices: number of devices.
-      memory_bytes: memory of one device.
-      used: bytes per device by the compiler, if it was asked; estimates are scaled to it.
+    `used` is what a device needs by the compiler, if it was asked; estimates are scaled to it.
     """
     scale = 1.0 if used is None else used / step_memory(config, num_devices).total
     for changes, changed in _changes(config):
@@ -158,25 +143,20 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     """Yields changes that need less memory, those that cost the least time first."""
     train, mesh = config.train, config.mesh
     fsdps = [mesh.fsdp_size * 2**i for i in range(7) if mesh.fsdp_size * 2**i <= _MAX_FSDP]
-    for parts in (1, 2, 4, 8, 16):
-        for remat in (None, "everything") if train.remat != "everything" else (None,):
-            for fsdp in fsdps:
-                changes: dict[str, Any] = {}
-                if fsdp != mesh.fsdp_size:
-                    changes["mesh.fsdp"] = fsdp
-                if remat is not None:
-                    changes["train.remat"] = remat
-                if parts > 1:
-                    changes["train.accumulation_steps"] = parts * (train.accumulation_steps or 1)
-                if not changes:
-                    continue
-                changed_train = dataclasses.replace(
-                    train,
-                    remat=remat or train.remat,
-                    remat_resolutions=None if remat else train.remat_resolutions,
-                    accumulation_steps=changes.get(
-                        "train.accumulation_steps", train.accumulation_steps
-                    ),
-                )
-                changed_mesh = dataclasses.replace(mesh, fsdp=fsdp)
-                yield changes, dataclasses.replace(config, train=changed_train, mesh=changed_mesh)
+    remats = [None] if train.remat == "everything" else [None, "everything"]
+    for parts, remat, fsdp in itertools.product((1, 2, 4, 8, 16), remats, fsdps):
+        changes: dict[str, Any] = {}
+        changed = train
+        if fsdp != mesh.fsdp_size:
+            changes["mesh.fsdp"] = fsdp
+        if remat is not None:
+            changes["train.remat"] = remat
+            changed = dataclasses.replace(changed, remat=remat, remat_resolutions=None)
+        if parts > 1:
+            changes["train.accumulation_steps"] = parts * (train.accumulation_steps or 1)
+            changed = dataclasses.replace(
+                changed, accumulation_steps=changes["train.accumulation_steps"]
+            )
+        if changes:
+            changed_mesh = dataclasses.replace(mesh, fsdp=fsdp)
+            yield changes, dataclasses.replace(config, train=changed, mesh=changed_mesh)

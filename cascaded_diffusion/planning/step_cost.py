@@ -8,6 +8,7 @@ Without the compiler, memory comes from `step_memory`, collectives from the form
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from typing import Any
 
@@ -18,8 +19,9 @@ from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.run_checks import check_devices
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.planning import collectives
-from cascaded_diffusion.planning.step_memory import abstract_state, fits, mesh_shape, step_memory
+from cascaded_diffusion.networks.kernels.platforms import traced_for
+from cascaded_diffusion.planning import collectives, fit
+from cascaded_diffusion.planning.step_memory import abstract_state, fits, step_memory
 from cascaded_diffusion.planning.topologies import Topology
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.training import step
@@ -28,40 +30,77 @@ from cascaded_diffusion.training import step
 _COMPILER_OPTIONS = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
 
 
-def estimated_cost(
-    config: RunConfig, topology: Topology, *, efficiency: float, flops_per_image: float
+def on_topology(
+    config: RunConfig,
+    topology: Topology,
+    *,
+    efficiency: float,
+    flops_per_image: float,
+    compile_step: bool,
 ) -> dict[str, Any]:
-    """Estimates the cost of a config's training on a topology, without compiling.
+    """The cost of a config's training on a slice.
+
+    Where `mesh.fsdp` is None, the smallest one that fits is chosen.
 
     Args:
       config: the config of the run.
       topology: the slice.
       efficiency: the share of the peak FLOP/s that is assumed to be reached.
       flops_per_image: FLOPs of one forward pass; a multiply-add is two.
+      compile_step: compile the step with the TPU's compiler, too.
     """
+    memory_bytes = topology.accelerator.memory_bytes
+    used = None
+    # This process would trace programs for the CPU. Those for the TPU have fused attention,
+    # which the estimates for GPUs leave out.
+    with traced_for("tpu"):
+        config, choice = fit.choose_fsdp(config, topology.num_devices, memory_bytes)
+        found = _estimated(config, topology, efficiency, flops_per_image)
+        found["mesh_choice"] = choice
+        if compile_step:
+            line = f"{config.stage.name}: compiling for {topology.name} ..."
+            print(line, file=sys.stderr, flush=True)
+            found["compiled"] = _compiled(config, topology)
+            found["fits"], used = found["compiled"]["fits"], found["compiled"].get("used_bytes")
+        if not found["fits"]:
+            found["advice"] = fit.advice(config, topology.num_devices, memory_bytes, used)
+    return found
+
+
+def _estimated(
+    config: RunConfig, topology: Topology, efficiency: float, flops_per_image: float
+) -> dict[str, Any]:
     check_devices(config, topology.num_devices)
     train, accelerator = config.train, topology.accelerator
+    parts = train.accumulation_steps or 1
     memory = step_memory(config, topology.num_devices)
     model_flops = 3 * flops_per_image * train.batch_size
     peak = topology.num_devices * accelerator.peak_flops
     # Computing the blocks again is a fourth forward pass, which does not count as model FLOPs.
     again = 4 / 3 if train.remat else 1.0
     step_secs = again * model_flops / (peak * efficiency)
-    traffic = _traffic(config, topology.num_devices)
-    sent = sum(t["bytes"] * (2 if kind == "all-reduce" else 1) for kind, t in traffic.items())
+    state, mesh = abstract_state(config, topology.num_devices)
+    traffic = collectives.of_training_step(
+        state.params,
+        mesh,
+        parts=parts,
+        dtype=config.stage.network.dtype,
+        remat=train.remat == "everything",
+    )
+    sent = sum(t.bytes * (2 if kind == "all-reduce" else 1) for kind, t in traffic.items())
     total_secs = step_secs * train.train_steps
     return {
         "topology": topology.name,
         "devices": topology.num_devices,
-        "mesh": mesh_shape(config, topology.num_devices),
+        "mesh": dict(mesh.shape),
         "batch_size": train.batch_size,
         "remat": train.remat,
-        "accumulation_steps": train.accumulation_steps or 1,
+        "accumulation_steps": parts,
         "state_bytes_per_device": memory.state,
         "activation_bytes_per_device": memory.activations,
         "memory_bytes": accelerator.memory_bytes,
         "model_flops_per_step": model_flops,
-        "collectives": traffic,
+        "collectives": {k: dataclasses.asdict(t) for k, t in traffic.items() if t.count},
         "peak_flops": peak,
         "assumed_efficiency": efficiency,
         "step_secs": step_secs,
@@ -72,23 +111,10 @@ def estimated_cost(
     }
 
 
-def _traffic(config: RunConfig, num_devices: int) -> dict[str, dict[str, int]]:
-    state, mesh = abstract_state(config, num_devices)
-    found = collectives.of_training_step(
-        state.params,
-        mesh,
-        parts=config.train.accumulation_steps or 1,
-        dtype=config.stage.network.dtype,
-        remat=config.train.remat == "everything",
-    )
-    return {kind: dataclasses.asdict(t) for kind, t in found.items() if t.count}
-
-
-def compiled_cost(config: RunConfig, topology: Topology) -> dict[str, Any]:
+def _compiled(config: RunConfig, topology: Topology) -> dict[str, Any]:
     """Compiles the training step with the TPU's compiler and returns its bytes per device.
 
-    Raises:
-      UserError: compilation fails for another reason than memory.
+    Raises UserError if compilation fails for another reason than memory.
     """
     mesh = mesh_lib.build_mesh(config.mesh, _tpu_devices(topology))
     stage, train, size = build_stage(config.stage), config.train, config.data.resolution

@@ -48,8 +48,7 @@ def fits(size: float, memory_bytes: float) -> bool:
     return size <= _USABLE * memory_bytes
 
 
-def mesh_shape(config: RunConfig, num_devices: int) -> dict[str, int]:
-    """The size of each mesh axis on this number of devices."""
+def _mesh_shape(config: RunConfig, num_devices: int) -> dict[str, int]:
     mesh = config.mesh
     data = num_devices // (mesh.fsdp_size * mesh.tensor_size) if mesh.data == -1 else mesh.data
     return {"data": data, "fsdp": mesh.fsdp_size, "tensor": mesh.tensor_size}
@@ -64,7 +63,7 @@ def abstract_state(
     config: RunConfig, num_devices: int
 ) -> tuple[TrainState, jax.sharding.AbstractMesh]:
     """The shapes of the trainer's state with their shardings, and the mesh without devices."""
-    shape = mesh_shape(config, num_devices)
+    shape = _mesh_shape(config, num_devices)
     mesh = jax.sharding.AbstractMesh(
         tuple(shape.values()),
         tuple(shape),
@@ -121,7 +120,7 @@ def step_memory(config: RunConfig, num_devices: int) -> StepMemory:
 def rough_step_memory(config: RunConfig, num_devices: int) -> StepMemory:
     """Estimates the same by arithmetic on the config, because tracing takes many seconds."""
     cost, train = stage_cost(config.stage), config.train
-    shape = mesh_shape(config, num_devices)
+    shape = _mesh_shape(config, num_devices)
     images = train.batch_size / (train.accumulation_steps or 1) / (shape["data"] * shape["fsdp"])
     state = 4 * (3 + len(train.ema_decays)) * cost.parameters / (shape["fsdp"] * shape["tensor"])
     width = 2 if config.stage.network.dtype == "bfloat16" else 4
