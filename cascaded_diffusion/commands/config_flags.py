@@ -13,16 +13,8 @@ from ml_collections import ConfigDict, config_flags
 
 from cascaded_diffusion.commands.flag_checks import check_number
 from cascaded_diffusion.commands.overrides import with_overrides, without_overrides
-from cascaded_diffusion.config.run_checks import (
-    cascade_config_from,
-    check_chain,
-    run_config_from,
-)
-from cascaded_diffusion.config.schema import (
-    CascadeConfig,
-    CascadeSection,
-    RunConfig,
-)
+from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain, run_config_from
+from cascaded_diffusion.config.schema import CascadeConfig, CascadeSection, RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import CascadeFolder
 
@@ -37,9 +29,8 @@ def define_config(fv: flags.FlagValues, argv: Sequence[str], help_text: str) -> 
 def parse(fv: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
     """Parses `argv` strictly, but for the overrides of the config.
 
-    Raises:
-      UserError: an unknown flag, a stray argument, a config file that is not there
-        or cannot be loaded.
+    Raises UserError for an unknown flag, a stray argument, and a config file that is not there or
+    cannot be loaded.
     """
     flags.DEFINE_bool("help", False, "show this help", flag_values=fv)
     config_arg = config_argument(argv)
@@ -92,8 +83,8 @@ def importing_from(config_arg: str | None) -> Iterator[None]:
 def config_values(fv: flags.FlagValues, argv: Sequence[str]) -> dict[str, Any]:
     """The config file's values with the overrides `--config.section.key=value` applied.
 
-    Overrides are read here, not by config_flags: it knows no type for a key whose
-    value is None. Whether keys and types are right is for `config.py` to say.
+    Overrides are not read by ml_collections, which knows no type for a key whose value is None.
+    Keys and types are checked later, when the values become a dataclass.
     """
     config = fv["config"].value
     if not isinstance(config, ConfigDict):
@@ -110,11 +101,7 @@ def config_path(argv: Sequence[str]) -> str:
 
 
 def load_config_file(folder: pathlib.Path, name: str) -> dict[str, Any]:
-    """The values of another config file, `name.py` or `name.py:variant`, in `folder`.
-
-    Raises:
-      UserError: it is not there or cannot be loaded.
-    """
+    """The values of another config file, `name.py` or `name.py:variant`, in `folder`."""
     fv = flags.FlagValues()
     argv = ["plan", f"--config={folder / name}"]
     define_config(fv, argv, "")
@@ -155,11 +142,7 @@ def config_argument(argv: Sequence[str]) -> str | None:
 
 
 def cascade_config(fv: flags.FlagValues, argv: Sequence[str], runs: CascadeFolder) -> CascadeConfig:
-    """The cascade of `--config`, or without it the one that a sweep wrote to the folder.
-
-    Raises:
-      UserError: neither is there, or it is not a cascade's.
-    """
+    """The cascade of `--config`, or without it the one that a sweep wrote to the folder."""
     if fv["config"].value is not None:
         values = config_values(fv, argv)
         if "stage" in values:

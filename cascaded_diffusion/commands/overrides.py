@@ -17,9 +17,7 @@ def with_overrides(values: dict[str, Any], argv: Sequence[str]) -> dict[str, Any
     A number in a path indexes a tuple: `--config.cascade.samplers.0.num_steps=50`.
     """
     values = _unshared(values)
-    for arg in argv[1:]:
-        if not _is_override(arg):
-            continue
+    for arg in overrides_in(argv):
         path, equals, text = arg.lstrip("-").partition("=")
         *sections, name = path.split(".")[1:]
         if not equals:
@@ -90,8 +88,7 @@ def overrides_in(argv: Sequence[str]) -> list[str]:
 
 def refuse_overrides(argv: Sequence[str], why: str) -> None:
     """Raises UserError if a config key is overridden where that would mean nothing."""
-    overrides = overrides_in(argv)
-    if overrides:
+    if overrides := overrides_in(argv):
         raise UserError(f"{overrides[0]}: {why}")
 
 

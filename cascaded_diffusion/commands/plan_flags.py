@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from absl import flags
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.planning.topologies import Topology, has_tpu_compiler, parse_topology
+from cascaded_diffusion.planning.topologies import Topology, parse_topology
 
 
 def define(fv: flags.FlagValues) -> None:
     """Adds the flags of `plan` besides --config."""
-    flags.DEFINE_string(
-        "topology", None, "a slice, as v5e:16x16, v5p:4x4x8 or h100:8", flag_values=fv
-    )
-    flags.DEFINE_float(
-        "efficiency", 0.4, "the share of the peak FLOP/s that is assumed", flag_values=fv
-    )
-    flags.DEFINE_bool(
-        "compile",
-        None,
-        "compile for the topology; default: if libtpu is installed",
-        flag_values=fv,
-    )
+    text = "a slice, as v5e:16x16, v5p:4x4x8 or h100:8"
+    flags.DEFINE_string("topology", None, text, flag_values=fv)
+    text = "the share of the peak FLOP/s that is assumed"
+    flags.DEFINE_float("efficiency", 0.4, text, flag_values=fv)
+    text = "compile for the topology; default: if libtpu is installed"
+    flags.DEFINE_bool("compile", None, text, flag_values=fv)
     flags.DEFINE_bool("json", False, "print one JSON object instead of a table", flag_values=fv)
 
 
@@ -32,11 +28,12 @@ def topology(fv: flags.FlagValues) -> tuple[Topology | None, bool]:
     if fv.topology is None:
         return None, False
     found = parse_topology(fv.topology)
+    has_compiler = importlib.util.find_spec("libtpu") is not None
     if fv.compile and not found.is_tpu:
         raise UserError(
             f"--compile: expected a TPU's --topology, not {found.name}: no compiler for others"
             " works without them"
         )
-    if fv.compile and not has_tpu_compiler():
+    if fv.compile and not has_compiler:
         raise UserError("--compile: libtpu is not installed; `pip install -e '.[tpu]'`")
-    return found, found.is_tpu and fv.compile is not False and has_tpu_compiler()
+    return found, found.is_tpu and fv.compile is not False and has_compiler

@@ -59,19 +59,17 @@ def _split_optional(hint: Any) -> tuple[Any, bool]:
 
 def _describe(hint: Any) -> str:
     hint, optional = _split_optional(hint)
+    names = {int: "an integer", float: "a number", bool: "True or False"}
     if typing.get_origin(hint) is tuple:
         text = f"a tuple of {_describe(typing.get_args(hint)[0])}"
-    elif typing.get_origin(hint) is typing.Literal:
-        text = "a string"
     elif dataclasses.is_dataclass(hint):
         text = f"a section with the keys of {hint.__name__}"
     else:
-        names = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
-        text = names[hint]
+        text = names.get(hint, "a string")
     return f"{text} or None" if optional else text
 
 
-def _convert_value(hint: Any, value: Any, key: str, expected: str | None = None) -> Any:
+def _convert_value(hint: Any, value: Any, key: str, expected: str = "") -> Any:
     """`value` as the type `hint`, or UserError. Nothing is silently rounded or cast."""
     expected = expected or _describe(hint)
     hint, optional = _split_optional(hint)
@@ -80,8 +78,11 @@ def _convert_value(hint: Any, value: Any, key: str, expected: str | None = None)
     if dataclasses.is_dataclass(hint):
         return convert(hint, value, f"{key}.")
     if typing.get_origin(hint) is typing.Literal:
-        text = _convert_value(str, value, key, expected)
-        _check_choice(text, typing.get_args(hint), key)
+        text, choices = _convert_value(str, value, key, expected), typing.get_args(hint)
+        if text not in choices:
+            close = difflib.get_close_matches(text, choices, n=1)
+            meant = f" (did you mean {close[0]!r}?)" if close else ""
+            fail(key, text, f"one of {', '.join(map(repr, choices))}{meant}")
         return text
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)[0]
@@ -110,13 +111,6 @@ def _check_text(key: str, text: str) -> None:
         fail(key, text, "text that can be encoded in UTF-8")
     if "\0" in text or size > _MAX_TEXT:
         fail(key, text, f"text of at most {_MAX_TEXT} bytes, without NUL characters")
-
-
-def _check_choice(value: str, choices: typing.Sequence[str], key: str) -> None:
-    if value not in choices:
-        close = difflib.get_close_matches(value, choices, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        fail(key, value, f"one of {', '.join(map(repr, choices))}{hint}")
 
 
 def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:

@@ -7,7 +7,6 @@ that programs can be compiled for them.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import os
 
@@ -53,17 +52,11 @@ def parse_topology(text: str) -> Topology:
     numbers = [int(s) for s in sizes]
     dimensions, longest = _TPU_DIMENSIONS.get(kind, (1, _MOST_GPUS))
     if len(numbers) != dimensions or max(numbers) > longest:
-        at_most = f", of at most {longest} each"
         raise UserError(
-            f"--topology={text}: {kind} comes in shapes of {dimensions} number(s){at_most};"
-            f" {expected}"
+            f"--topology={text}: {kind} comes in shapes of {dimensions} number(s), of at most"
+            f" {longest} each; {expected}"
         )
     return Topology(text, ACCELERATORS[kind], math.prod(numbers))
-
-
-def has_tpu_compiler() -> bool:
-    """Whether libtpu is installed."""
-    return importlib.util.find_spec("libtpu") is not None
 
 
 def set_up_tpu_compiler(topology: Topology) -> None:
