@@ -39,11 +39,11 @@ class ScheduleConfig:
     Parameters that the schedule `name` does not use are None.
     """
 
-    name: Literal["cosine", "linear", "shifted_cosine"]
+    name: Literal["cosine", "linear", "shifted_cosine"]  # log-SNR as a function of t
     num_timesteps: int | None = _range(2, 10**6)  # T; None is continuous time
     # "discrete" trains at the T steps only; "continuous" also draws between neighbours.
     noise_levels: Literal["discrete", "continuous"]
-    cosine_offset: float | None = _range(0.0, 1.0)
+    cosine_offset: float | None = _range(0.0, 1.0)  # s of "cosine"
     linear_betas: tuple[float, ...] | None = _range(1e-8, 0.999)  # first, last, of 1000 steps
     reference_resolution: int | None = _range(1, MAX_SIZE)  # where "shifted_cosine" is not shifted
 
@@ -57,18 +57,18 @@ class ScheduleConfig:
 class NetworkConfig:
     """`stage.network`: see `networks.conditioning.ConditionalNetwork` for the meaning."""
 
-    name: Literal["unet", "efficient_unet"]
-    channels: int = _range(2, 65_536)
-    channel_mults: tuple[int, ...] = _range(1, 1024)
+    name: Literal["unet", "efficient_unet"]  # the architecture
+    channels: int = _range(2, 65_536)  # the unit of width, and those of the first convolution
+    channel_mults: tuple[int, ...] = _range(1, 1024)  # width of each level, in `channels`
     num_res_blocks: tuple[int, ...] = _range(1, 256)  # per level
-    attention_resolutions: tuple[int, ...] = _range(1, MAX_SIZE)
-    num_heads: int = _range(1, 1024)
-    dropout_rate: float = _range(0.0, 0.99)
-    patch_size: int = _range(1, 256)
-    resample: Literal["conv", "pool", "biggan"]
-    scale_shift: bool
-    scale_skips: bool
-    noise_input: Literal["cosine_time", "noise_level"]
+    attention_resolutions: tuple[int, ...] = _range(1, MAX_SIZE)  # feature maps with attention
+    num_heads: int = _range(1, 1024)  # of self-attention
+    dropout_rate: float = _range(0.0, 0.99)  # in the residual blocks
+    patch_size: int = _range(1, 256)  # patches become channels before the first convolution
+    resample: Literal["conv", "pool", "biggan"]  # convolutions, averages or residual blocks
+    scale_shift: bool  # the embedding scales and shifts each block's features, or is added
+    scale_skips: bool  # skip connections are multiplied by 1/sqrt(2), as in SR3
+    noise_input: Literal["cosine_time", "noise_level"]  # what is embedded as the noise level
     upsample: Literal["bilinear", "bicubic"]  # of the low-res input
     dtype: Literal["float32", "bfloat16"]  # of the computation
 
@@ -77,11 +77,11 @@ class NetworkConfig:
 class DiffusionConfig:
     """`stage.diffusion`: what the network predicts, and the loss it is trained by."""
 
-    parameterization: Literal["eps", "x0", "v"]
-    variance: Literal["fixed", "learned"]
-    loss: Literal["simple", "vlb", "hybrid"]
+    parameterization: Literal["eps", "x0", "v"]  # what the network predicts
+    variance: Literal["fixed", "learned"]  # of the reverse step
+    loss: Literal["simple", "vlb", "hybrid"]  # the squared error, the variational bound, or both
     vlb_weight: float | None = _above(0.0, 1e6)  # of "hybrid"
-    weighting: Literal["none", "snr", "truncated_snr", "min_snr", "sigmoid"]
+    weighting: Literal["none", "snr", "truncated_snr", "min_snr", "sigmoid"]  # of the error
     label_dropout_prob: float = _range(0.0, 0.99)  # > 0 allows guidance
 
 
@@ -89,27 +89,27 @@ class DiffusionConfig:
 class AugmentConfig:
     """`stage.augment`: conditioning augmentation of a super-resolution stage."""
 
-    name: Literal["none", "gaussian", "blur"]
+    name: Literal["none", "gaussian", "blur"]  # how the low-res input is damaged
     max_level: float | None = _range(1e-6, 1.0)  # gaussian: levels are drawn from (0, max_level]
-    blur_kernel_size: int | None = _range(3, 255)
+    blur_kernel_size: int | None = _range(3, 255)  # pixels; odd
     blur_sigmas: tuple[float, ...] | None = _above(0.0, 1000.0)  # pixels: lowest, highest
-    blur_prob: float | None = _range(0.0, 1.0)
+    blur_prob: float | None = _range(0.0, 1.0)  # of blurring an image at all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """`stage.sampler`, `cascade.samplers[i]`: how a stage is sampled. Free after training."""
 
-    name: Literal["ancestral", "ddim", "dpmpp_2m", "heun"]
-    num_steps: int = _range(1, 10**6)
-    grid: Literal["uniform", "quadratic", "logsnr"]
+    name: Literal["ancestral", "ddim", "dpmpp_2m", "heun"]  # the method
+    num_steps: int = _range(1, 10**6)  # steps from noise to image
+    grid: Literal["uniform", "quadratic", "logsnr"]  # how the steps' times are spaced
     # ancestral alone; "interpolated" is log-linear, 0 is small and 1 is large.
     variance: Literal["small", "large", "interpolated", "learned"] | None
-    variance_interpolation: float | None = _range(0.0, 1.0)
+    variance_interpolation: float | None = _range(0.0, 1.0)  # of "interpolated" alone
     eta: float | None = _range(0.0, 1.0)  # ddim alone; 0 is deterministic
     guidance_scale: float = _range(0.0, 1000.0)  # 1 is no guidance
     guidance_interval: tuple[float, ...] = _range(0.0, 1.0)  # times t, low and high
-    threshold: Literal["none", "static", "dynamic"]
+    threshold: Literal["none", "static", "dynamic"]  # how the predicted image is clipped
     threshold_percentile: float | None = _range(0.5, 1.0)  # dynamic alone
 
 
@@ -117,18 +117,18 @@ class SamplerConfig:
 class StageConfig:
     """`stage`: one diffusion model. With these fields it can be rebuilt and sampled."""
 
-    name: str
-    kind: Literal["base", "super_resolution"]
-    resolution: int = _range(1, MAX_SIZE)
-    channels: int = _range(1, 1024)
-    num_classes: int = _range(0, 10**6)
-    low_res_resolution: int | None = _range(1, MAX_SIZE)
-    network: NetworkConfig
-    schedule: ScheduleConfig
-    diffusion: DiffusionConfig
-    augment: AugmentConfig
+    name: str  # also the name of its run folder
+    kind: Literal["base", "super_resolution"]  # whether it enlarges images
+    resolution: int = _range(1, MAX_SIZE)  # of the images it makes, in pixels
+    channels: int = _range(1, 1024)  # of an image
+    num_classes: int = _range(0, 10**6)  # 0: without classes
+    low_res_resolution: int | None = _range(1, MAX_SIZE)  # of its inputs; None: base model
+    network: NetworkConfig  # what is trained
+    schedule: ScheduleConfig  # the forward process
+    diffusion: DiffusionConfig  # prediction and loss
+    augment: AugmentConfig  # of the low-res input
     low_res_schedule: ScheduleConfig | None  # the low-res stage's own, for "gaussian"
-    sampler: SamplerConfig
+    sampler: SamplerConfig  # how samples are drawn
 
     @property
     def null_label(self) -> int:
@@ -157,18 +157,18 @@ class DataConfig:
     name: str  # "mnist", "shapes", "folder", "adm_folder", "npz", or a TFDS data set's
     path: str | None  # where the folder, the .npz or TFDS's data_dir is
     prepared_dir: str | None  # where `prepare` writes; None: each image is decoded when read
-    train_split: str
-    eval_split: str
-    resolution: int = _range(1, MAX_SIZE)
+    train_split: str  # a split, or a part such as train[:90%]
+    eval_split: str  # a split that is not trained on
+    resolution: int = _range(1, MAX_SIZE)  # of the images that the host gives, in pixels
     crop: Literal["center", "none"]  # "none": images are square already
-    resize: Literal["area", "bilinear"]
+    resize: Literal["area", "bilinear"]  # the filter that shrinks images
     low_res: Literal["derived", "stored"]  # from the high-res image, or from the crop itself
-    random_flip: bool
-    shuffle_seed: int = _range(0, _MAX_SEED)
-    on_corrupt: Literal["fail", "skip"]
+    random_flip: bool  # left to right, with probability 1/2
+    shuffle_seed: int = _range(0, _MAX_SEED)  # of the order of the images
+    on_corrupt: Literal["fail", "skip"]  # about an image that cannot be read
     max_corrupt_fraction: float | None = _range(0.0, 1.0)  # None: MAX_CORRUPT_FRACTION
     max_pixels: int | None = _range(1, 10**11)  # of an encoded image; None: MAX_PIXELS
-    read_threads: int = _range(0, 1024)
+    read_threads: int = _range(0, 1024)  # threads that read and decode images
     read_workers: int | None = _range(0, 1024)  # processes that read; None: this one's threads
 
 
@@ -176,20 +176,20 @@ class DataConfig:
 class TrainConfig:
     """`train`: the optimization."""
 
-    seed: int = _range(0, _MAX_SEED)
+    seed: int = _range(0, _MAX_SEED)  # of parameters, noise and dropout
     batch_size: int = _range(1, _MAX_BATCH)  # global
-    train_steps: int = _range(1, _MAX_STEPS)
-    learning_rate: float = _above(0.0, 1000.0)
-    lr_decay: Literal["none", "cosine"]
-    warmup_steps: int = _range(0, _MAX_STEPS)
-    adam_b2: float = _range(0.0, 0.99999)
-    grad_clip_norm: float = _above(0.0, 1e12)
-    ema_decays: tuple[float, ...] = _range(0.0, 0.999999)
+    train_steps: int = _range(1, _MAX_STEPS)  # at which training is complete
+    learning_rate: float = _above(0.0, 1000.0)  # Adam's, after the warm-up
+    lr_decay: Literal["none", "cosine"]  # after the warm-up
+    warmup_steps: int = _range(0, _MAX_STEPS)  # in which the learning rate rises linearly from 0
+    adam_b2: float = _range(0.0, 0.99999)  # Adam's second decay
+    grad_clip_norm: float = _above(0.0, 1e12)  # the largest global norm of the gradient
+    ema_decays: tuple[float, ...] = _range(0.0, 0.999999)  # one average of the parameters for each
     accumulation_steps: int | None = _range(1, _MAX_BATCH)  # parts of a batch; None: one
     # What is recomputed in the backward pass, to save memory; None: nothing.
     remat: Literal["resolutions", "everything"] | None
     remat_resolutions: tuple[int, ...] | None = _range(1, MAX_SIZE)  # sizes of feature maps
-    log_every_steps: int = _range(1, _MAX_STEPS)
+    log_every_steps: int = _range(1, _MAX_STEPS)  # between lines of metrics.jsonl
     # Grids of EMA samples for TensorBoard, at the last step too; None: never.
     sample_every_steps: int | None = _range(1, _MAX_STEPS)
 
@@ -203,15 +203,15 @@ class TrainConfig:
 class EvalConfig:
     """`eval`: how checkpoints are scored, and when training may stop."""
 
-    features: Literal["classifier", "resnet", "resnet50", "rotation", "inception"]
+    features: Literal["classifier", "resnet", "resnet50", "rotation", "inception"]  # extractor
     resize: Literal["legacy", "clean"] | None  # to the 299 px of inception alone
     num_samples: int = _range(2, _MAX_SAMPLES)  # by which checkpoints are compared
     final_num_samples: int = _range(2, _MAX_SAMPLES)  # of `evaluate final`
     sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun"] | None  # None: the stage's
     num_steps: int | None = _range(1, 10**6)  # to score a checkpoint; None: the stage's sampler's
-    batch_size: int = _range(1, _MAX_BATCH)
-    seed: int = _range(0, _MAX_SEED)
-    aug_level: float = _range(0.0, 1.0)
+    batch_size: int = _range(1, _MAX_BATCH)  # of samples
+    seed: int = _range(0, _MAX_SEED)  # of the samples' noise
+    aug_level: float = _range(0.0, 1.0)  # of the low-res input
     ema_decays: tuple[float, ...] = _range(0.0, 0.999999)  # of train.ema_decays: those to score
     patience_evals: int = _range(1, 10**6)  # scores without a new best before EARLY_STOP
 
@@ -239,8 +239,8 @@ class MeshConfig:
 class CheckpointConfig:
     """`checkpoint`: when to save, and how many of the latest to keep (and the best)."""
 
-    save_every_steps: int = _range(1, _MAX_STEPS)
-    max_to_keep: int = _range(1, 10**6)
+    save_every_steps: int = _range(1, _MAX_STEPS)  # between checkpoints
+    max_to_keep: int = _range(1, 10**6)  # of the latest; the best is kept, too
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,12 +261,12 @@ class CascadeSection:
 
     stages: tuple[str, ...]  # names of run folders
     configs: tuple[str, ...]  # config files of the stages, beside the cascade's own
-    aug_levels: tuple[float, ...] = _range(0.0, 1.0)
-    truncated: bool
-    samplers: tuple[SamplerConfig, ...]
-    num_samples: int = _range(1, _MAX_SAMPLES)
-    batch_size: int = _range(1, _MAX_BATCH)
-    seed: int = _range(0, _MAX_SEED)
+    aug_levels: tuple[float, ...] = _range(0.0, 1.0)  # of each stage above the first
+    truncated: bool  # each stage stops at the level of the next
+    samplers: tuple[SamplerConfig, ...]  # of the stages, instead of their own
+    num_samples: int = _range(1, _MAX_SAMPLES)  # in all
+    batch_size: int = _range(1, _MAX_BATCH)  # of samples
+    seed: int = _range(0, _MAX_SEED)  # of the samples' noise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
