@@ -122,11 +122,8 @@ def mnist() -> Section:
 def fid_eval(*, batch_size: int, ddim_steps: int | None = None, aug_level: float = 0.0) -> Section:
     """`eval`: FID-10k for every checkpoint, FID-50k for the chosen one (paper).
 
-    Args:
-      batch_size: images per batch of samples.
-      ddim_steps: steps of DDIM by which checkpoints are compared (not published; ours).
-        None: the stage's own sampler.
-      aug_level: strength of the conditioning augmentation of the low-res input.
+    Checkpoints are compared in `ddim_steps` of DDIM (not published; ours), or by the stage's own
+    sampler.
     """
     sampler = {} if ddim_steps is None else dict(sampler="ddim", num_steps=ddim_steps)
     return dict(
@@ -212,17 +209,10 @@ def dpmpp_2m(guidance_scale: float, guidance_interval: tuple[float, float]) -> S
     )
 
 
-def cascade(
+def _cascade(
     variant: str | None, *, stages: tuple[str, ...], data: str | None = None, **settings: Any
 ) -> ConfigDict:
-    """The config of a cascade.
-
-    Args:
-      variant: of the cascade, and so of its stages.
-      stages: the names of the stages, and so of their config files.
-      data: what stands before the stages' names in those of their files.
-      **settings: the other keys of `cascade`.
-    """
+    """A cascade of stages in this variant, whose files have their names, after that of `data`."""
     names = [f"{data}_{name}" if data else name for name in stages]
     config = ConfigDict()
     config.cascade = dict(
@@ -238,7 +228,7 @@ def cascade(
 def paper_cascade(variant: str | None, **settings: Any) -> ConfigDict:
     """A cascade of 50,000 samples (paper); for `smoke` of few and quick ones."""
     check_variant(variant, "smoke")
-    config = cascade(variant, num_samples=50_000, **settings)
+    config = _cascade(variant, num_samples=50_000, **settings)
     if variant == "smoke":
         section = config.cascade
         section.update(num_samples=20, batch_size=16)
@@ -252,6 +242,6 @@ def small_cascade(
     """A cascade for a small data set, not truncated; `num_samples` is by variant."""
     check_variant(variant, *num_samples)
     count = num_samples[variant]
-    return cascade(
+    return _cascade(
         variant, truncated=False, num_samples=count, batch_size=min(200, count), **settings
     )

@@ -40,10 +40,8 @@ def check_same_classes(
 ) -> None:
     """Raises UserError if labels do not mean the same in several splits, or to several models.
 
-    Args:
-      class_names: the names in order of label, by what people call the side, for example
-        "train_split 'train'". Sides without classes are skipped.
-      remedy: what the user can do about a difference.
+    `class_names` are in order of label, by what people call the side, for example "train_split
+    'train'"; sides without classes are skipped. `remedy` is what the user can do.
     """
     sides = [(side, names) for side, names in class_names.items() if names]
     for side, names in sides[1:]:
@@ -63,7 +61,9 @@ def check_classes(
     """
     if not stage.num_classes:
         return
-    check_same_classes({_side(config, split): names for split, names in class_names.items()})
+    keys = {config.eval_split: "eval_split", config.train_split: "train_split"}
+    sides = {f"{keys.get(split, 'split')} {split!r}": n for split, n in class_names.items()}
+    check_same_classes(sides)
     for split, names in class_names.items():
         if len(names) != stage.num_classes:
             expected = (
@@ -75,10 +75,3 @@ def check_classes(
                 f"config.stage.num_classes = {stage.num_classes}: expected {expected} without"
                 " classes"
             )
-
-
-def _side(config: DataConfig, split: str) -> str:
-    for key in ("train_split", "eval_split"):
-        if split == getattr(config, key):
-            return f"{key} {split!r}"
-    return f"split {split!r}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,16 +11,17 @@ from cascaded_diffusion.config.convert import convert, fail, fail_at
 from cascaded_diffusion.config.schema import (
     CascadeConfig,
     CascadeSection,
+    DataConfig,
     MeshConfig,
     RunConfig,
     StageConfig,
     eval_sampler,
 )
 from cascaded_diffusion.config.stage_checks import (
+    check_feature_maps,
     check_level,
     check_sampler,
     check_stage,
-    feature_map_sizes,
     rounded_level,
 )
 from cascaded_diffusion.config.stage_cost import stage_cost
@@ -32,9 +32,8 @@ from cascaded_diffusion.files.paths import check_local_path
 def run_config_from(values: Mapping[str, Any]) -> RunConfig:
     """A checked `RunConfig` from a ConfigDict's plain dicts or from parsed JSON.
 
-    Raises:
-      UserError: a key is unknown or missing, a value has the wrong type or is out of range, or
-        values do not go together.
+    Raises UserError if a key is unknown or missing, a value has the wrong type or is out of
+    range, or values do not go together.
     """
     config = convert(RunConfig, values)
     refuse = partial(fail_at, config)
@@ -83,12 +82,8 @@ _MAX_TRAINING_FLOPS = 10**30
 
 def _check_work(config: RunConfig) -> None:
     stage, data, train = config.stage, config.data, config.train
-    batches = (
-        ("train.batch_size", train.batch_size, "data.resolution", data.resolution),
-        ("eval.batch_size", config.eval.batch_size, "stage.resolution", stage.resolution),
-    )
-    for key, batch_size, size_key, size in batches:
-        _check_batch_bytes(key, batch_size, size_key, size, stage.channels)
+    _check_batch_bytes("train.batch_size", train.batch_size, "data", data, stage.channels)
+    _check_batch_bytes("eval.batch_size", config.eval.batch_size, "stage", stage, stage.channels)
     flops = 3 * stage_cost(stage).flops * train.batch_size * train.train_steps
     if flops > _MAX_TRAINING_FLOPS:
         fail_at(
@@ -99,13 +94,15 @@ def _check_work(config: RunConfig) -> None:
         )
 
 
-def _check_batch_bytes(key: str, batch_size: int, size_key: str, size: int, channels: int) -> None:
-    count = 4 * batch_size * size**2 * channels
+def _check_batch_bytes(
+    key: str, batch_size: int, section: str, images: DataConfig | StageConfig, channels: int
+) -> None:
+    count = 4 * batch_size * images.resolution**2 * channels
     if count > _MAX_BATCH_BYTES:
         fail(
             key,
             batch_size,
-            f"a smaller batch: images of config.{size_key} = {size} with"
+            f"a smaller batch: images of config.{section}.resolution = {images.resolution} with"
             f" config.stage.channels = {channels} would take {count:.1e} bytes, expected at most"
             f" {_MAX_BATCH_BYTES:.0e}",
         )
@@ -161,9 +158,7 @@ def _check_remat(config: RunConfig) -> None:
         refuse("sizes, since config.train.remat is 'resolutions'")
     if remat != "resolutions" and sizes is not None:
         refuse(f"None, since config.train.remat is {remat!r}, not 'resolutions'")
-    known = feature_map_sizes(config.stage)
-    if sizes and not set(sizes) <= set(known):
-        refuse(f"sizes of feature maps, which are {', '.join(map(str, known))}")
+    check_feature_maps("train.remat_resolutions", sizes or (), config.stage)
 
 
 def _check_batch(
@@ -244,21 +239,18 @@ def cascade_config_from(values: Mapping[str, Any]) -> CascadeConfig:
     return config
 
 
-def check_chain(cascade: CascadeSection, stages: typing.Sequence[StageConfig]) -> None:
+def check_chain(cascade: CascadeSection, stages: Sequence[StageConfig]) -> None:
     """Checks that the runs a cascade names fit together.
 
-    Raises:
-      UserError: sizes do not chain, channels or classes differ, a stage was not trained for a
-        level or for guidance, or truncation spans stages whose forward processes differ.
+    Raises UserError if sizes do not chain, channels or classes differ, a stage was not trained
+    for a level or for guidance, or truncation spans stages whose forward processes differ.
     """
     refuse = partial(fail_at, cascade)
     if stages[0].kind != "base":
         refuse("cascade.stages", f"a base model first; {stages[0].name!r} is none")
     for i, stage in enumerate(stages):
         check_sampler(f"cascade.samplers[{i}]", cascade.samplers[i], stage)
-        size, channels = stage.resolution, stage.channels
-        batch_size = cascade.batch_size
-        _check_batch_bytes("cascade.batch_size", batch_size, "stage.resolution", size, channels)
+        _check_batch_bytes("cascade.batch_size", cascade.batch_size, "stage", stage, stage.channels)
     for i, (below, stage) in enumerate(itertools.pairwise(stages)):
         if stage.low_res_resolution != below.resolution:
             refuse(

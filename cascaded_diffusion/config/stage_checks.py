@@ -101,21 +101,18 @@ def _check_network(stage: StageConfig) -> None:
                 "stage.network.num_heads",
                 f"a divisor of every level's channels; {network.channels * mult} is not divided",
             )
-    sizes = feature_map_sizes(stage)
-    for size in network.attention_resolutions:
-        if size not in sizes:
-            refuse(
-                "stage.network.attention_resolutions",
-                f"sizes of feature maps, which are {', '.join(map(str, sizes))}",
-            )
+    sizes = network.attention_resolutions
+    check_feature_maps("stage.network.attention_resolutions", sizes, stage)
 
 
-def feature_map_sizes(stage: StageConfig) -> list[int]:
-    """The sizes at which a stage's network has blocks, the largest first."""
+def check_feature_maps(key: str, sizes: tuple[int, ...], stage: StageConfig) -> None:
+    """Checks that a stage's network has blocks at these sizes. Raises UserError."""
     network = stage.network
     # The Efficient U-Net's first level works at half the image's size already.
     first = stage.resolution // network.patch_size // (1 + (network.name == "efficient_unet"))
-    return [first // 2**i for i in range(len(network.channel_mults))]
+    known = [first // 2**i for i in range(len(network.channel_mults))]
+    if not set(sizes) <= set(known):
+        fail(key, sizes, f"sizes of feature maps, which are {', '.join(map(str, known))}")
 
 
 def _check_used(section: str, config: object, uses: Mapping[str, str], by: str) -> None:
