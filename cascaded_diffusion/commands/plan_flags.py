@@ -31,8 +31,8 @@ def topology(fv: flags.FlagValues) -> tuple[Topology | None, bool]:
     has_compiler = importlib.util.find_spec("libtpu") is not None
     if fv.compile and not found.is_tpu:
         raise UserError(
-            f"--compile: expected a TPU's --topology, not {found.name}: no compiler for others"
-            " works without them"
+            f"--compile: expected a TPU's --topology, not {found.name}: other compilers need the"
+            " devices themselves"
         )
     if fv.compile and not has_compiler:
         raise UserError("--compile: libtpu is not installed; `pip install -e '.[tpu]'`")

@@ -247,7 +247,7 @@ def check_chain(cascade: CascadeSection, stages: Sequence[StageConfig]) -> None:
     """
     refuse = partial(fail_at, cascade)
     if stages[0].kind != "base":
-        refuse("cascade.stages", f"a base model first; {stages[0].name!r} is none")
+        refuse("cascade.stages", f"a base model first; {stages[0].name!r} is not one")
     for i, stage in enumerate(stages):
         check_sampler(f"cascade.samplers[{i}]", cascade.samplers[i], stage)
         _check_batch_bytes("cascade.batch_size", cascade.batch_size, "stage", stage, stage.channels)

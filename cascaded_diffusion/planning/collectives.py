@@ -16,11 +16,13 @@ The formula leaves out what feature maps that are split over `tensor` send.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
+
+from cascaded_diffusion.types import Params
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -37,7 +39,7 @@ class Traffic:
 
 
 def of_training_step(
-    params: Any, mesh: Mesh, *, parts: int, dtype: Any, remat: bool
+    params: Params, mesh: Mesh | AbstractMesh, *, parts: int, dtype: DTypeLike, remat: bool
 ) -> dict[str, Traffic]:
     """The traffic of each of `KINDS` by eqs. (1) to (3).
 

@@ -48,7 +48,7 @@ def parse_topology(text: str) -> Topology:
         )
     sizes = shape.split("x")
     if not all(s.isascii() and s.isdecimal() and len(s) < 10 and int(s) > 0 for s in sizes):
-        raise UserError(f"--topology={text}: {shape!r} is no shape; {expected}")
+        raise UserError(f"--topology={text}: {shape!r} is not a shape; {expected}")
     numbers = [int(s) for s in sizes]
     dimensions, longest = _TPU_DIMENSIONS.get(kind, (1, _MOST_GPUS))
     if len(numbers) != dimensions or max(numbers) > longest:

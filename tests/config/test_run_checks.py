@@ -496,7 +496,7 @@ def test_bad_cascades(overrides, sr_overrides, message):
 def test_a_cascade_begins_with_a_base_model():
     config = cascade_config_from(config_values("mnist_cascade32"))
     sr = tiny_sr().stage
-    with pytest.raises(UserError, match="a base model first; 'sr32' is none"):
+    with pytest.raises(UserError, match="a base model first; 'sr32' is not one"):
         check_chain(config.cascade, [sr, sr])
 
 
