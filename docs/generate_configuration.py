@@ -92,8 +92,7 @@ def _literals(hint: Any) -> tuple[Any, ...]:
 def allowed(field: dataclasses.Field, hint: Any) -> str:
     """The values that a key may have: choices or a range."""
     meta = field.metadata
-    choices = meta.get("choices") or _literals(hint)
-    if choices:
+    if choices := _literals(hint):
         return ", ".join(f"`{choice}`" for choice in choices)
     if "minimum" in meta:
         return f"{_number(meta['minimum'])} to {_number(meta['maximum'])}"

@@ -124,12 +124,11 @@ def _check_eval(config: RunConfig) -> None:
                     " for the samples to be class-balanced",
                 )
     check_level("eval.aug_level", settings.aug_level, stage)
-    for decay in settings.ema_decays or (None,):
-        if decay not in ema_decays:
-            refuse(
-                "eval.ema_decays",
-                f"at least one, each of config.train.ema_decays, which are {ema_decays}",
-            )
+    if not settings.ema_decays or not set(settings.ema_decays) <= set(ema_decays):
+        refuse(
+            "eval.ema_decays",
+            f"at least one, each of config.train.ema_decays, which are {ema_decays}",
+        )
     if (settings.features == "inception") != (settings.resize is not None):
         expected = "None, since config.eval.features is not 'inception'"
         if settings.features == "inception":
