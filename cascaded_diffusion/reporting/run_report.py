@@ -234,7 +234,7 @@ def _cas(folder: RunFolder) -> list[Element]:
 def _bits(records: Sequence[Record]) -> list[Element]:
     bits = [r for r in records if r.get("metric") == "bits_per_dim"]
     if not bits:
-        return [quiet("Not measured: `evaluate --bits_per_dim=SPLIT` does.")]
+        return [quiet("Not measured: `evaluate bits_per_dim --bits_per_dim=SPLIT` does.")]
     columns = ("step", "ema_decay", "value", "standard_error", "num_images", "reference")
     return [table(columns, [[r.get(c) for c in columns] for r in bits])]
 
