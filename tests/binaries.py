@@ -30,14 +30,16 @@ def environment():
 
 
 def command(binary, *flags):
-    """The command line of a process of its own."""
-    return [sys.executable, "-m", f"cascaded_diffusion.{binary}", *flags]
+    """The command line of a process of its own, whose network is that of `tests.one_layer`."""
+    return [sys.executable, "-m", "tests.one_layer", binary, *flags]
 
 
 class Binaries:
     """Runs commands in one process, and in a new one only where a command has ended it."""
 
-    def __init__(self):
+    def __init__(self, *, one_layer=False):
+        self._command = [sys.executable, "-m", "tests.binary_server"]
+        self._command += ["one_layer"] if one_layer else []  # the network of `tests.one_layer`
         self._process = None
 
     def run(self, binary, *flags, timeout=600):
@@ -45,7 +47,7 @@ class Binaries:
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.binary_server"],
+                self._command,
                 cwd=ROOT,
                 env=environment(),
                 stdin=subprocess.PIPE,

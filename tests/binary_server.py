@@ -1,9 +1,10 @@
 """Runs one binary after another in one process; see `tests.binaries`.
 
-    python -m tests.binary_server
+    python -m tests.binary_server [one_layer]
 
 Each line of stdin is a command, `["evaluate", "--workdir=..."]`. Each line of stdout is the
-answer: its exit code, and what it wrote to the descriptors 1 and 2.
+answer: its exit code, and what it wrote to the descriptors 1 and 2. With `one_layer`, networks
+are those of `tests.one_layer`.
 """
 
 import importlib
@@ -14,7 +15,7 @@ import tempfile
 import traceback
 
 
-def _run(binary, flags):
+def run(binary, *flags):
     """The exit code of `python -m cascaded_diffusion.BINARY FLAGS`."""
     from cascaded_diffusion.commands import entry
 
@@ -35,7 +36,7 @@ def _captured(binary, flags):
         try:
             for fd, file in ((1, out), (2, err)):
                 os.dup2(file.fileno(), fd)
-            code = _run(binary, flags)
+            code = run(binary, *flags)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -58,4 +59,10 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["one_layer"]:
+        from tests.one_layer import in_place_of_the_unet
+
+        with in_place_of_the_unet():
+            main()
+    else:
+        main()

@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # grain asks
@@ -36,3 +37,12 @@ _LONGEST_FIRST = (
 def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture(scope="module")
+def one_layer():
+    """Stages of the module have the network that compiles soonest, in place of a U-Net."""
+    from tests.one_layer import in_place_of_the_unet
+
+    with in_place_of_the_unet():
+        yield

@@ -1,5 +1,9 @@
-"""The demo's own commands on networks too small to be any good: every binary, as a user runs it."""
+"""The demo's own commands on networks too small to be any good: every binary, as a user runs it.
 
+Most have one layer; those of photos are U-Nets.
+"""
+
+import functools
 import json
 import re
 import signal
@@ -21,17 +25,18 @@ METRICS = {
 }
 
 
-BINARIES = Binaries()
+BINARIES, WITH_UNET = Binaries(one_layer=True), Binaries()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _end_of_the_process():
     yield
     BINARIES.close()
+    WITH_UNET.close()
 
 
-def _run(binary, *flags, code=0):
-    result = BINARIES.run(binary, *flags)
+def _run(binary, *flags, code=0, binaries=BINARIES):
+    result = binaries.run(binary, *flags)
     assert result.returncode == code, result.stdout[-2000:] + result.stderr[-4000:]
     assert "Traceback" not in result.stderr
     assert "Warning" not in result.stderr, result.stderr
@@ -267,6 +272,7 @@ def test_an_evaluation_that_follows_the_run_ends_it(tmp_path):
 
 
 def test_photos_from_a_folder_are_prepared_shown_and_trained_on(tmp_path):
+    with_unet = functools.partial(_run, binaries=WITH_UNET)
     write_tree(tmp_path / "photos", "train", per_class=20)
     write_tree(tmp_path / "photos", "test", per_class=14)
     flags = [
@@ -285,15 +291,17 @@ def test_photos_from_a_folder_are_prepared_shown_and_trained_on(tmp_path):
         "--config.checkpoint.save_every_steps=3",
     ]
     prepared = f"--config.data.prepared_dir={tmp_path}/prepared"
-    assert "train: 60 images at 32 px" in _run("prepare", *flags, prepared)
-    out = _run("data", *flags, prepared, "--show", f"--output={tmp_path}/data.png", "--secs=0.2")
+    assert "train: 60 images at 32 px" in with_unet("prepare", *flags, prepared)
+    out = with_unet(
+        "data", *flags, prepared, "--show", f"--output={tmp_path}/data.png", "--secs=0.2"
+    )
     assert "3 classes, 20 to 20 images each" in out
     assert Image.open(tmp_path / "data.png").size[0] > 500
 
     # Prepared, or decoded by other processes: the same training, to the bit.
     curves = []
     for name, how in {"a": [prepared], "b": ["--config.data.read_workers=2"]}.items():
-        out = _run("main", *flags, *how, f"--workdir={tmp_path}/{name}")
+        out = with_unet("main", *flags, *how, f"--workdir={tmp_path}/{name}")
         assert "sr32: finished, 6 steps" in out
         records = [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").open()]
         assert all(0 <= r["data_wait_fraction"] <= 1 for r in records)
@@ -302,11 +310,11 @@ def test_photos_from_a_folder_are_prepared_shown_and_trained_on(tmp_path):
     assert curves[0] == curves[1]
     # And from the one to the other.
     longer = [f.replace("train_steps=6", "train_steps=8") for f in flags]
-    assert "resuming from step 6" in _run("main", *longer, f"--workdir={tmp_path}/a")
+    assert "resuming from step 6" in with_unet("main", *longer, f"--workdir={tmp_path}/a")
 
     (tmp_path / "photos" / "train" / "bee" / "new.jpg").write_bytes(photo(1))
     even_longer = [f.replace("train_steps=6", "train_steps=9") for f in flags]
-    _run("main", *even_longer, f"--workdir={tmp_path}/a", code=2)
+    with_unet("main", *even_longer, f"--workdir={tmp_path}/a", code=2)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 from tests.tiny import config_values, with_overrides
 
+pytestmark = pytest.mark.usefixtures("one_layer")
 STAGES = ("base8", "sr16", "sr32")
 NUM = 24
 RNG = np.random.default_rng(0)

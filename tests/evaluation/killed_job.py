@@ -23,6 +23,7 @@ from cascaded_diffusion.evaluation.score import RunScorer
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.evaluation.stubs import Extractor
+from tests.one_layer import in_place_of_the_unet
 
 
 def _images(seed, indices):
@@ -95,4 +96,5 @@ def main(path, num_kills):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    with in_place_of_the_unet():
+        main(sys.argv[1], int(sys.argv[2]))

@@ -30,6 +30,7 @@ from tests.evaluation.stubs import Evaluator, Extractor
 from tests.tiny import ROOT, random_source, round_trip, smallest_base, smallest_sr
 from tests.training.test_training import SOURCE, _train
 
+pytestmark = pytest.mark.usefixtures("one_layer")
 HELD_OUT = RealSplit("noise", "test", len(SOURCE), partial(examples, SOURCE))
 FD, ACCURACY, PSNR = "fd_stub_40", "accuracy_stub_40", "psnr_low_res_40"
 

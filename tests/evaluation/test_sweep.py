@@ -22,6 +22,7 @@ from tests.evaluation.stubs import Evaluator
 from tests.tiny import config_values, smallest_base, smallest_sr
 from tests.training.test_training import _train
 
+pytestmark = pytest.mark.usefixtures("one_layer")
 NUM_SAMPLES, BATCH_SIZE = 20, 8
 METRIC = "fd_stub_20"
 

@@ -2,7 +2,7 @@
 
     python -m tests.training.distributed_job WORKDIR IDS ADDRESS NUM_PROCESSES PROCESS_ID STEPS
 
-trains a tiny stage and writes which images were at which row of which step to IDS.
+trains a stage of one layer and writes which images were at which row of which step to IDS.
 """
 
 import json
@@ -17,6 +17,7 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 
 def main():
     workdir, ids_path, address, count, index, steps = sys.argv[1:]
+    from tests.one_layer import in_place_of_the_unet
     from tests.tiny import random_source, tiny_base
 
     config = tiny_base(
@@ -58,13 +59,14 @@ def main():
             yield batch
 
     raw = source.raw
-    outcome = loop.train(
-        config,
-        RunFolder(workdir),
-        data_from,
-        image_shape=source.image_shape,
-        grid_examples={"image": raw.images[:40], "label": raw.labels[:40]},
-    )
+    with in_place_of_the_unet():
+        outcome = loop.train(
+            config,
+            RunFolder(workdir),
+            data_from,
+            image_shape=source.image_shape,
+            grid_examples={"image": raw.images[:40], "label": raw.labels[:40]},
+        )
     assert jax.process_count() == int(count)
     print(f"ended: {outcome.reason} at {outcome.step}", flush=True)
     return entry.EXIT_PREEMPTED if outcome.reason == "preempted" else 0

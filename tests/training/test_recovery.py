@@ -12,6 +12,7 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import loop
 from tests.tiny import random_source, round_trip, smallest_base, two_devices
 
+pytestmark = pytest.mark.usefixtures("one_layer")
 SOURCE = random_source(64)
 EXAMPLES = {"image": SOURCE.raw.images[:40], "label": SOURCE.raw.labels[:40]}
 CONFIG = smallest_base(
