@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     if topology is not None and compile_step:
         set_up_tpu_compiler(topology)
     jax_setup.set_up_jax(platform="cpu")
-    from cascaded_diffusion.planning import plans, step_cost, table
+    from cascaded_diffusion.planning import plans, step_cost
 
     if section is None:
         found = [plans.stage_plan(configs[0], configs[0].stage.sampler)]
@@ -61,8 +61,8 @@ def main(argv: Sequence[str]) -> int:
     if fv.json:
         print(json.dumps(whole))
     else:
-        lines = [table.described(plan) for plan in found if topology is not None]
-        print("\n\n".join([table.table(columns), *lines]))
+        lines = [plans.described(plan) for plan in found if topology is not None]
+        print("\n\n".join([plans.table(columns), *lines]))
     return 0 if all(plan["on_topology"]["fits"] for plan in found if topology is not None) else 1
 
 

@@ -212,7 +212,10 @@ def dpmpp_2m(guidance_scale: float, guidance_interval: tuple[float, float]) -> S
 def _cascade(
     variant: str | None, *, stages: tuple[str, ...], data: str | None = None, **settings: Any
 ) -> ConfigDict:
-    """A cascade of stages in this variant, whose files have their names, after that of `data`."""
+    """A cascade of stages in this variant.
+
+    A stage's file has the stage's name, which follows that of the data where `data` is given.
+    """
     names = [f"{data}_{name}" if data else name for name in stages]
     config = ConfigDict()
     config.cascade = dict(
