@@ -53,7 +53,7 @@ HOMES = {
     "clu": {"runtime/metric_writer.py"},
     "tensorboardX": {"runtime/metric_writer.py"},
     "PIL": {"runtime/pictures.py", "files/image_files.py", "data/decode.py"},
-    "matplotlib": {"runtime/plots.py"},
+    "matplotlib": {"runtime/pictures.py"},
     "grain": {"data"},
     "tensorflow_datasets": {"data/tfds.py"},
     "array_record": {"data/array_record_files.py"},

@@ -32,7 +32,7 @@ from cascaded_diffusion.evaluation.settings import Setting, with_setting
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.files.json_files import append_line, read_lines
 from cascaded_diffusion.files.whole import write_whole
-from cascaded_diffusion.runtime.plots import line_plot
+from cascaded_diffusion.runtime.pictures import line_plot
 
 
 @dataclasses.dataclass(frozen=True)

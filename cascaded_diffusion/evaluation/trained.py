@@ -15,7 +15,7 @@ from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import StageConfig, to_dict
 from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime import mesh as mesh_lib
-from cascaded_diffusion.runtime.manifest import pinned, read_manifest
+from cascaded_diffusion.runtime.manifest import MANIFEST, pinned
 from cascaded_diffusion.runtime.run_folder import Chosen, RunFolder
 from cascaded_diffusion.types import Params
 
@@ -66,7 +66,7 @@ def checkpoint_digest(folder: RunFolder, config: StageConfig, step: int) -> str:
     """12 digits of everything that samples depend on but the sampler, which records name."""
     values = to_dict(dataclasses.replace(config, sampler=None))
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    digest.update(read_manifest(folder, step))
+    digest.update((folder.checkpoints / str(step) / MANIFEST).read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -23,7 +23,7 @@ from cascaded_diffusion.reporting.page import (
     quiet,
     table,
 )
-from cascaded_diffusion.runtime.plots import line_plot
+from cascaded_diffusion.runtime.pictures import line_plot
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 Record = Mapping[str, Any]

@@ -47,11 +47,6 @@ def write_manifest(folder: pathlib.Path, step: int) -> None:
     write_whole(folder / MANIFEST, json.dumps(manifest).encode())
 
 
-def read_manifest(folder: RunFolder, step: int) -> bytes:
-    """The manifest of a checkpoint: the checksums of all that it holds."""
-    return (folder.checkpoints / str(step) / MANIFEST).read_bytes()
-
-
 def _manifest(folder: pathlib.Path) -> dict[str, Any] | None:
     """A checkpoint's manifest, or None without one. Those of older versions lack the step."""
     try:

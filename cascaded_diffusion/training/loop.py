@@ -29,15 +29,13 @@ from cascaded_diffusion.training.recorder import GridSampler, Recorder, Records
 from cascaded_diffusion.training.resume import Outcome
 from cascaded_diffusion.training.step import TrainState
 
-# start_step -> this process's batches from that step on.
-DataFrom = Callable[[int], Iterator[Records]]
 Shape = tuple[int, int, int]
 
 
 def train(
     config: RunConfig,
     folder: RunFolder,
-    data_from: DataFrom,
+    data_from: Callable[[int], Iterator[Records]],
     *,
     image_shape: Shape,
     grid_examples: Records,

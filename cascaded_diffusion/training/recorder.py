@@ -28,8 +28,6 @@ from cascaded_diffusion.training.step import Metrics, TrainState
 from cascaded_diffusion.types import Params
 
 Records = dict[str, np.ndarray]
-# A batch on the devices.
-DeviceRecords = dict[str, jax.Array]
 # Size of a sample grid.
 GRID_ROWS, GRID_COLUMNS = 4, 10
 
@@ -143,7 +141,7 @@ class Recorder:
         if error is None and self._writer is not None:
             self._writer.close()
 
-    def next_of(self, batches: Iterator[DeviceRecords]) -> DeviceRecords:
+    def next_of(self, batches: Iterator[dict[str, jax.Array]]) -> dict[str, jax.Array]:
         """The next batch; how long it is waited for is measured."""
         start = time.monotonic()
         with _one_process():

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from cascaded_diffusion.files.whole import write_whole
-from cascaded_diffusion.runtime.plots import line_plot
+from cascaded_diffusion.runtime.pictures import line_plot
 
 LABELS = {"x_label": "step", "y_label": "FID", "title": "FID by step"}
 SERIES = {
