@@ -135,19 +135,17 @@ class PngFolder:
     def _add(self, entry: os.DirEntry[str], name: str) -> None:
         suffix = os.path.splitext(entry.name)[1].lower()
         if suffix in _LOSSY:
-            raise UserError(
-                f"{self._named(name)} is of a lossy format, expected PNG: compression changes the"
-                " features"
-            )
+            problem = "is of a lossy format, expected PNG: compression changes the features"
+            raise self._error(name, problem)
         if suffix != ".png":
             self._others[suffix or "without suffix"] += 1
         elif not entry.is_file():  # reading a pipe, for example, might never end
-            raise UserError(f"{self._named(name)} is no regular file")
+            raise self._error(name, "is no regular file")
         else:
             self._files.append(name)
 
-    def _named(self, name: str) -> str:
-        return f"--{self._flag}={self._root}: {name}"
+    def _error(self, name: str, problem: str) -> UserError:
+        return UserError(f"--{self._flag}={self._root}: {name} {problem}")
 
     def _header(self, name: str) -> tuple[int, int, int]:
         """(H, W, C) of a file. Only its beginning and end are read, which tell if it is whole."""
@@ -158,31 +156,29 @@ class PngFolder:
                 f.seek(max(size - len(_END), 0))
                 end = f.read(len(_END))
         except OSError as e:
-            raise UserError(f"{self._named(name)} cannot be read ({e.strerror})") from e
+            raise self._error(name, f"cannot be read ({e.strerror})") from e
         if size > _MAX_BYTES:
-            raise UserError(f"{self._named(name)} has {size} bytes, expected at most {_MAX_BYTES}")
+            raise self._error(name, f"has {size} bytes, expected at most {_MAX_BYTES}")
         whole = len(head) == _HEADER_BYTES and head.startswith(SIGNATURE) and head[12:16] == b"IHDR"
         if not whole or zlib.crc32(head[12:29]) != int.from_bytes(head[29:], "big"):
-            raise UserError(f"{self._named(name)} cannot be read as PNG (its header is damaged)")
+            raise self._error(name, "cannot be read as PNG (its header is damaged)")
         if end != _END:  # the file is truncated, or something harmless follows
             self._essential(name)
         width, height, depth, color = struct.unpack(">IIBB", head[16:26])
         if not 0 < width * height <= _MAX_PIXELS:
-            raise UserError(
-                f"{self._named(name)} has {width} x {height} pixels, expected at most {_MAX_PIXELS}"
+            raise self._error(
+                name, f"has {width} x {height} pixels, expected at most {_MAX_PIXELS}"
             )
         if depth != 8 or color not in _CHANNELS:
-            raise UserError(
-                f"{self._named(name)} is {depth}-bit {_COLORS.get(color, 'of an unknown kind')},"
-                " expected 8-bit grey or RGB"
-            )
+            kind = f"{depth}-bit {_COLORS.get(color, 'of an unknown kind')}"
+            raise self._error(name, f"is {kind}, expected 8-bit grey or RGB")
         return height, width, _CHANNELS[color]
 
     def _essential(self, name: str) -> bytes:
         try:
             return essential_png(pathlib.Path(self._root, name).read_bytes())
         except (OSError, ValueError) as e:
-            raise UserError(f"{self._named(name)} cannot be read as PNG ({e})") from e
+            raise self._error(name, f"cannot be read as PNG ({e})") from e
 
     def _read(self, name: str) -> np.ndarray:
         data = self._essential(name)
@@ -193,14 +189,12 @@ class PngFolder:
                 pixels = np.asarray(image)
         except Exception as e:  # damaged files make decoders raise anything
             reason = " ".join(str(e).split()) or type(e).__name__
-            raise UserError(f"{self._named(name)} cannot be read as PNG ({reason})") from e
+            raise self._error(name, f"cannot be read as PNG ({reason})") from e
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         self._check_shape(name, pixels.shape, self.shape[1:])
         return pixels
 
     def _check_shape(self, name: str, shape: tuple[int, ...], first: tuple[int, ...]) -> None:
         if shape != first:
-            raise UserError(
-                f"{self._named(name)} is {shape}, expected {first}, as the first image,"
-                f" {self._files[0]}, is"
-            )
+            as_first = f"as the first image, {self._files[0]}, is"
+            raise self._error(name, f"is {shape}, expected {first}, {as_first}")
