@@ -70,12 +70,9 @@ def set_up_jax(cluster: Cluster | None = None, *, platform: str | None = None) -
     - Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR`, by default
       `~/.cache/cascaded_diffusion/xla/<N>cpus`, so that a run starts faster the second time.
 
-    Args:
-      cluster: the processes of one job, each of which calls this function.
-      platform: the only platform to use, such as "cpu"; devices of others are not touched.
-
-    Raises:
-      UserError: there is no device of the platform that `JAX_PLATFORMS` names.
+    Each process of a `cluster` calls this function. If a `platform`, such as "cpu", is given,
+    devices of others are not touched. Raises UserError if there is no device of the platform that
+    `JAX_PLATFORMS` names.
     """
     from importlib.metadata import version
 

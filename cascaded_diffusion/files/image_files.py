@@ -63,15 +63,11 @@ class PngFolder:
 
     Links to folders are followed; hidden files and folders are passed over. Lossy formats are
     refused, since compression that the eye does not see changes an FID considerably. The headers
-    of all files are compared at once; their pixels are read later.
+    of all files are compared at once; their pixels are read later. `shape` is (n, H, W, C), and
+    `passed_over` tells people which other files there are.
 
-    Attributes:
-      shape: (n, H, W, C).
-      passed_over: which other files there are, for people; "" for none.
-
-    Raises:
-      UserError: there are fewer than two PNGs, or images of a lossy format, or a file whose
-        header is damaged or has another size or kind than the first one's.
+    Raises UserError if there are fewer than two PNGs, or images of a lossy format, or a file whose
+    header is damaged or has another size or kind than the first one's.
     """
 
     def __init__(self, path: pathlib.Path, *, flag: str):

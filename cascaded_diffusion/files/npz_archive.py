@@ -39,15 +39,12 @@ def read_arrays(
 ) -> dict[str, np.ndarray]:
     """Reads arrays of an `.npz` file into memory, by name without ".npy". Nothing is unpickled.
 
-    Args:
-      path: the file.
-      names: of the arrays; those that the file lacks are left out. None for all it has.
-      max_bytes: the limit for all arrays together; None for the memory of this machine.
+    `names` that the file lacks are left out; None stands for all it has. `max_bytes` limits all
+    arrays together, by default to the memory of this machine.
 
-    Raises:
-      ValueError: in a few words, without the path: the file is damaged or no `.npz`; an array
-        holds Python objects, is empty, or declares a wrong size; or the arrays are too large.
-      OSError: it cannot be opened.
+    Raises ValueError in a few words, without the path, if the file is damaged or no `.npz`, an
+    array holds Python objects, is empty or declares a wrong size, or the arrays are too large; and
+    OSError if it cannot be opened.
     """
     limit = _memory() if max_bytes is None else max_bytes
     try:

@@ -31,7 +31,7 @@ _REASONS = ("complete", "early_stop")
 
 
 def check_folder(folder: RunFolder, config: RunConfig, data: RunData | None) -> list[str]:
-    """Checks that a run may resume with this config and these images; lists what has changed.
+    """Lists what has changed since the run began, with which it may resume.
 
     Raises UserError if the config or the images would change what is computed, or the config of a
     run that was begun is missing.
