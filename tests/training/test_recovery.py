@@ -206,7 +206,7 @@ def test_closing_says_nothing_over_the_error_itself(tmp_path, monkeypatch):
     def full(path, step):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    monkeypatch.setattr(manifest, "write_manifest", full)
     monkeypatch.setattr(
         checkpoint.ocp.CheckpointManager, "close", lambda self: (_ for _ in ()).throw(ValueError)
     )
