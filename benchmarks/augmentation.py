@@ -19,6 +19,7 @@ import sys
 from typing import NoReturn
 
 import machine
+import numpy as np
 
 from cascaded_diffusion.commands import entry, jax_setup
 from cascaded_diffusion.commands.run_images import real_split
@@ -76,7 +77,7 @@ def main() -> None:
     )
     evaluator = build_evaluator(config, folders["sr32"], extractor, {"train": train})
     fd, accuracy = (metric_name(name, extractor.name, 1000) for name in ("fid", "accuracy"))
-    labels = generate.class_balanced_labels(1000, 10)
+    labels = generate.labels_of(np.arange(1000), 10)
     models = {name: load_trained(folder, mesh) for name, folder in folders.items()}
     base = models["base16"]
 
@@ -87,10 +88,10 @@ def main() -> None:
             samplers=[t.stage.config.sampler for t in chain],
             truncated=truncated,
         )
-        rows, sample = [], cascade.make_sampler()
+        rows = []
         for level in levels:
             images = generate.generate(
-                generate.make_cascade_sampler(cascade, [level], seed=0, mesh=mesh, sample=sample),
+                generate.make_cascade_sampler(cascade, [level], seed=0, mesh=mesh),
                 [t.params for t in chain],
                 num_samples=1000,
                 batch_size=200,

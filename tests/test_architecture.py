@@ -8,7 +8,7 @@ import typing
 import pytest
 
 import cascaded_diffusion
-from cascaded_diffusion.cascade.resize import UPSAMPLERS
+from cascaded_diffusion.cascade.pixels import UPSAMPLERS
 from cascaded_diffusion.config import schema as config
 from cascaded_diffusion.diffusion.gaussian import PARAMETERIZATIONS
 from cascaded_diffusion.diffusion.grids import GRIDS

@@ -17,7 +17,7 @@ from cascaded_diffusion.commands.sample_inputs import define_inputs, read_reques
 from cascaded_diffusion.config.run_checks import cascade_config_from, run_config_from
 from cascaded_diffusion.config.schema import ema_name, to_dict
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.samples import chosen_labels, generate
+from cascaded_diffusion.evaluation.samples import generate, sample_request
 from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
@@ -170,7 +170,7 @@ def test_chosen_classes_and_their_number(runs, tmp_path, capsys):
 
     # The same command may be run again.
     same = ["--labels=0,7", "--config.cascade.num_samples=7", f"--output={tmp_path}/a"]
-    assert len(_request(runs, "--png", *same).png_paths()) == 7
+    assert len(_request(runs, "--png", *same).png_paths) == 7
     assert "a/png has the images of other samples" in _refused(runs, *same)
 
     _sample(runs, "--labels=0,7", "--per_class=2")
@@ -195,7 +195,7 @@ def test_what_is_asked_for(runs, tmp_path):
     assert _request(runs, f"--labels={tmp_path}/labels.npy").labels.tolist() == [1, 2]
     samples = f"{runs}/samples/samples.npz"
     assert len(_request(runs, f"--labels={samples}").labels) == NUM
-    assert _request(runs / "base8").run_configs[0].stage.name == "base8"
+    assert _request(runs / "base8").stages[0].name == "base8"
     one, _ = _arrays(runs / "samples" / "base8.npz")
     np.savez(tmp_path / "one.npz", arr_0=one[:1])
     request = _request(runs, f"--low_res={tmp_path}/one.npz", "--labels=3")
@@ -205,7 +205,7 @@ def test_what_is_asked_for(runs, tmp_path):
 def test_classes_by_name(runs, monkeypatch):
     assert "the run in" in _refused(runs, "--labels=bee")  # it does not say what they are called
     names = ("ant", "bee", *"cdefghij")
-    monkeypatch.setattr(chosen_labels, "trained_classes", lambda folder: names)
+    monkeypatch.setattr(sample_request, "trained_classes", lambda folder: names)
     request = _request(runs, "--labels=bee,3")
     assert (request.labels.tolist(), request.class_names) == ([1, 3], {1: "bee"})
     assert "of classes 1 (bee), 3, " in request.title()

@@ -47,8 +47,8 @@ class Damage:
 def blur(image: jax.Array, weights: jax.Array) -> jax.Array:
     """Separable blur of [B, h, w, C] by [B, size]; border pixels repeat beyond the border."""
     size = weights.shape[1]
-    half = size // 2
-    padded = jnp.pad(image, ((0, 0), (half, half), (half, half), (0, 0)), mode="edge")
+    border = (size // 2, size // 2)
+    padded = jnp.pad(image, ((0, 0), border, border, (0, 0)), mode="edge")
     weights = weights[:, :, None, None, None]
     rows = sum(weights[:, k] * padded[:, k : k + image.shape[1]] for k in range(size))
     return sum(weights[:, k] * rows[:, :, k : k + image.shape[2]] for k in range(size))
@@ -64,19 +64,12 @@ def gaussian_weights(sigma: jax.Array, size: int) -> jax.Array:
 
 
 def condition(
-    low_res: jax.Array,
-    damage: Damage,
-    *,
-    label: jax.Array | None,
-    already_noisy: bool = False,
+    low_res: jax.Array, damage: Damage, *, label: jax.Array | None, already_noisy: bool = False
 ) -> Conditioning:
     """What the network is conditioned on, in training and in sampling.
 
-    Args:
-      low_res: [B, h, w, C], clean, or already noised to `damage.aug_level`.
-      damage: what to do to it.
-      label: [B] or None.
-      already_noisy: the image comes from a truncated chain.
+    `low_res` [B, h, w, C] is clean, or `already_noisy` at `damage.aug_level`, from a truncated
+    chain. `label` is [B].
 
     Raises:
       ValueError: the image is noisy, but the stage has no `aug_level`.
@@ -88,9 +81,7 @@ def condition(
         if already_noisy:
             raise ValueError("this stage was trained without Gaussian conditioning augmentation")
         return Conditioning(label=label, low_res=clean)
-    noisy = low_res
-    if not already_noisy:
-        noisy = gaussian.diffuse(clean, damage.logsnr, damage.noise)
+    noisy = low_res if already_noisy else gaussian.diffuse(clean, damage.logsnr, damage.noise)
     untouched = gaussian.broadcast_right(damage.aug_level, low_res) == 0.0
     return Conditioning(
         label=label, low_res=jnp.where(untouched, clean, noisy), aug_level=damage.aug_level
@@ -153,10 +144,8 @@ class GaussianAugment:
         self, keys: jax.Array, shape: tuple[int, ...], aug_level: jax.Array | float | None
     ) -> Damage:
         level = jnp.full(shape[:1], 0.0 if aug_level is None else aug_level, jnp.float32)
-        return self._damage(
-            nearest_level(level, self.num_timesteps),
-            samplers.normal_per_image(keys, shape[1:]),
-        )
+        noise = samplers.normal_per_image(keys, shape[1:])
+        return self._damage(nearest_level(level, self.num_timesteps), noise)
 
     def _damage(self, level: jax.Array, noise: jax.Array) -> Damage:
         return Damage(aug_level=level, logsnr=self.schedule(level), noise=noise)

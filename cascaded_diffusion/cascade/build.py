@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cascaded_diffusion.cascade import resize
 from cascaded_diffusion.cascade.augment import Augment, BlurAugment, GaussianAugment, NoAugment
+from cascaded_diffusion.cascade.pixels import UPSAMPLERS
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import ScheduleConfig, StageConfig
 from cascaded_diffusion.diffusion.schedules import make_schedule
@@ -18,11 +18,7 @@ from cascaded_diffusion.types import Schedule
 
 
 def build_schedule(config: ScheduleConfig, resolution: int) -> Schedule:
-    """The schedule of a config section, for images of `resolution`.
-
-    Raises:
-      UserError: two of its steps have the same noise level.
-    """
+    """A section's schedule. Raises UserError if two of its steps have the same noise level."""
     try:
         return make_schedule(
             config.name,
@@ -39,20 +35,17 @@ def build_schedule(config: ScheduleConfig, resolution: int) -> Schedule:
 
 def build_augment(config: StageConfig) -> Augment | None:
     """A stage's conditioning augmentation; None for a base model."""
-    augment = config.augment
+    augment, low_res_schedule = config.augment, config.low_res_schedule
     if config.low_res_resolution is None:
         return None
     if augment.name == "none":
         return NoAugment()
     if augment.name == "blur":
-        return BlurAugment(
-            kernel_size=augment.blur_kernel_size,
-            sigmas=augment.blur_sigmas,
-            prob=augment.blur_prob,
-        )
+        kernel_size, sigmas = augment.blur_kernel_size, augment.blur_sigmas
+        return BlurAugment(kernel_size=kernel_size, sigmas=sigmas, prob=augment.blur_prob)
     return GaussianAugment(
-        schedule=build_schedule(config.low_res_schedule, config.low_res_resolution),
-        num_timesteps=config.low_res_schedule.discrete_timesteps,
+        schedule=build_schedule(low_res_schedule, config.low_res_resolution),
+        num_timesteps=low_res_schedule.discrete_timesteps,
         max_level=augment.max_level,
     )
 
@@ -60,14 +53,13 @@ def build_augment(config: StageConfig) -> Augment | None:
 def build_network(config: StageConfig) -> Network:
     """A stage's network, whose attributes have the names of the config's keys."""
     section = dataclasses.asdict(config.network)
-    network, dtype = NETWORKS[section.pop("name")], jnp.dtype(section.pop("dtype"))
-    upsample = resize.UPSAMPLERS[section.pop("upsample")]
-    module = network(
+    name, dtype, upsample = (section.pop(key) for key in ("name", "dtype", "upsample"))
+    module = NETWORKS[name](
         out_channels=config.channels * (2 if config.diffusion.variance == "learned" else 1),
         num_classes=config.num_classes,
         aug_level_input=config.has_aug_level,
-        upsample=None if config.low_res_resolution is None else upsample,
-        dtype=dtype,
+        upsample=None if config.low_res_resolution is None else UPSAMPLERS[upsample],
+        dtype=jnp.dtype(dtype),
         **section,
     )
     return Network(module=module)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cascaded_diffusion.cascade import augment, resize
-from cascaded_diffusion.cascade.pixels import quantized
+from cascaded_diffusion.cascade import augment
+from cascaded_diffusion.cascade.pixels import area_downsample, quantized
 from cascaded_diffusion.config.schema import SamplerConfig, StageConfig
 from cascaded_diffusion.diffusion import bound, gaussian, grids, guidance, losses, samplers
 from cascaded_diffusion.networks.kernels.execution import Execution
@@ -27,11 +28,6 @@ class NoisedBatch:
     t: jax.Array  # [B] their times
     cond: Conditioning
     rows: jax.Array  # [B] int32, each example's row in the global batch
-
-
-def _step_keys(key: jax.Array) -> jax.Array:
-    """A step's keys for times, noise, damage, dropped labels and dropout."""
-    return jax.random.split(key, 5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,24 +50,22 @@ class Stage:
         """(xt, logsnr, conditioning) of the right shapes and dtypes; all zeros."""
         config = self.config
         label = jnp.zeros((batch_size,), jnp.int32) if config.num_classes else None
-        cond = Conditioning(label=label)
+        low_res, aug_level = None, None
         if self.augment is not None:
             size = config.low_res_resolution
-            cond = Conditioning(
-                label=label,
-                low_res=jnp.zeros((batch_size, size, size, config.channels)),
-                aug_level=jnp.zeros((batch_size,)) if self.augment.has_aug_level else None,
-            )
+            low_res = jnp.zeros((batch_size, size, size, config.channels))
+            aug_level = jnp.zeros((batch_size,)) if self.augment.has_aug_level else None
+        cond = Conditioning(label=label, low_res=low_res, aug_level=aug_level)
         xt = jnp.zeros((batch_size, config.resolution, config.resolution, config.channels))
         return xt, jnp.zeros((batch_size,)), cond
 
     def target_from(self, image: jax.Array) -> jax.Array:
         """What this stage should generate, [B, H, W, C], from data of that size or larger."""
-        return quantized(resize.area_downsample(image, self.config.resolution))
+        return quantized(area_downsample(image, self.config.resolution))
 
     def low_res_from(self, image: jax.Array) -> jax.Array:
         """The clean low-res input [B, h, w, C] from data: the target of the stage below."""
-        return quantized(resize.area_downsample(image, self.config.low_res_resolution))
+        return quantized(area_downsample(image, self.config.low_res_resolution))
 
     def with_execution(self, execution: Execution) -> Stage:
         """The same stage, whose network is computed as `execution` says."""
@@ -82,15 +76,14 @@ class Stage:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The training loss (paper, algorithm 1), averaged over the global batch.
 
-        Returns the scalar loss and a dict of scalars to log. The images of `batch` have any
-        resolution from this stage's upwards; `key` is the step's, so noise is a function of
-        (seed, step, row).
+        Returns the loss and scalars to log. The images of `batch` have any resolution from this
+        stage's upwards; `key` is the step's, so noise is a function of (seed, step, row).
         """
         return self.loss_of(params, self.noised(batch, key), key)
 
     def noised(self, batch: Batch, key: jax.Array) -> NoisedBatch:
         """Draws everything for a batch, which `loss_of` may then be given in parts."""
-        t_key, eps_key, damage_key, drop_key, _ = _step_keys(key)
+        t_key, eps_key, damage_key, drop_key, _ = jax.random.split(key, 5)
         config = self.config
         x0 = self.target_from(batch.image)
         batch_size = x0.shape[0]
@@ -104,9 +97,7 @@ class Stage:
             label = jnp.where(dropped, config.null_label, label)
         cond = Conditioning(label=label)
         if self.augment is not None:
-            low_res = batch.low_res
-            if low_res is None:
-                low_res = self.low_res_from(batch.image)
+            low_res = self.low_res_from(batch.image) if batch.low_res is None else batch.low_res
             damage = self.augment.for_training(damage_key, low_res.shape)
             cond = augment.condition(low_res, damage, label=label)
         return NoisedBatch(x0=x0, eps=eps, t=t, cond=cond, rows=jnp.arange(batch_size))
@@ -116,11 +107,11 @@ class Stage:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of a batch or of some of its rows, averaged over them, and scalars to log.
 
-        `noised` comes from `self.noised` with the same `key`, the key of this step.
+        `noised` comes from `self.noised` with the same `key`, this step's.
         """
         logsnr = self.schedule(noised.t)
         xt = gaussian.diffuse(noised.x0, logsnr, noised.eps)
-        *_, dropout_key = _step_keys(key)
+        *_, dropout_key = jax.random.split(key, 5)  # the others are those of `noised`
         output = self.network.apply(
             params,
             xt,
@@ -149,6 +140,7 @@ class Stage:
         if diffusion.loss == "simple":
             return {"loss": simple}
         num_timesteps = self.config.schedule.num_timesteps
+        kind = "learned" if diffusion.variance == "learned" else "small"
         prediction = self._prediction(output, xt, logsnr)
         if diffusion.loss == "hybrid":
             prediction = bound.mean_detached(prediction)
@@ -158,9 +150,7 @@ class Stage:
             xt,
             self.schedule(noised.t - 1.0 / num_timesteps),
             logsnr,
-            log_variance=samplers.make_log_variance(
-                "learned" if diffusion.variance == "learned" else "small"
-            ),
+            log_variance=samplers.make_log_variance(kind),
             # Half a step of margin: t is a multiple of 1 / T up to rounding.
             is_first=noised.t < 1.5 / num_timesteps,
             min_logvar=bound.second_step_logvar(
@@ -179,11 +169,8 @@ class Stage:
     def denoise_fn(self, params: Params, cond: Conditioning, sampler: SamplerConfig) -> DenoiseFn:
         """The network as samplers see it, guided and thresholded as `sampler` says."""
 
-        def with_conditioning(cond: Conditioning) -> DenoiseFn:
-            def denoise(xt: jax.Array, logsnr: jax.Array) -> Prediction:
-                return self._prediction(self.network.apply(params, xt, logsnr, cond), xt, logsnr)
-
-            return denoise
+        def denoise(cond: Conditioning, xt: jax.Array, logsnr: jax.Array) -> Prediction:
+            return self._prediction(self.network.apply(params, xt, logsnr, cond), xt, logsnr)
 
         unconditional = cond
         if cond.label is not None:
@@ -192,8 +179,8 @@ class Stage:
         low_t, high_t = sampler.guidance_interval
         everywhere = (low_t, high_t) == (0.0, 1.0)
         guided = guidance.classifier_free(
-            with_conditioning(cond),
-            with_conditioning(unconditional),
+            partial(denoise, cond),
+            partial(denoise, unconditional),
             sampler.guidance_scale,
             logsnr_range=None if everywhere else (self.schedule(high_t), self.schedule(low_t)),
         )
@@ -215,20 +202,18 @@ class Stage:
         guided = (low <= at) & (at <= high) if sampler.guidance_scale != 1.0 else at < 0
         return len(at) + int(guided.sum())
 
-    def conditioning(
+    def _conditioning(
         self,
         keys: jax.Array,
-        *,
         label: jax.Array | None,
         low_res: jax.Array | None,
         aug_level: jax.Array | float | None,
-        low_res_is_noisy: bool = False,
+        already_noisy: bool = False,
     ) -> Conditioning:
-        """What the network is conditioned on when sampling. Arguments as in `sample`."""
         if self.augment is None:
             return Conditioning(label=label)
         damage = self.augment.for_sampling(keys, low_res.shape, aug_level)
-        return augment.condition(low_res, damage, label=label, already_noisy=low_res_is_noisy)
+        return augment.condition(low_res, damage, label=label, already_noisy=already_noisy)
 
     def sample(
         self,
@@ -242,7 +227,7 @@ class Stage:
         stop_t: jax.Array | float = 0.0,
         sampler: SamplerConfig | None = None,
     ) -> jax.Array:
-        """Generates one image per key.
+        """One image per key, [B, H, W, C] float32: in [-1, 1] if the sampler clips.
 
         Args:
           params: the network's parameters (the EMA, usually).
@@ -251,22 +236,13 @@ class Stage:
           low_res: [B, h, w, C] images to enlarge, clean unless `low_res_is_noisy`.
           aug_level: strength of the conditioning augmentation, scalar; may be traced.
           low_res_is_noisy: `low_res` comes from a chain truncated at `aug_level`.
-          stop_t: truncate this stage's own chain here and return the noisy image.
-          sampler: overrides the stage's own sampler settings.
-
-        Returns:
-          [B, H, W, C] float32: in [-1, 1] if the sampler clips and stop_t is 0.
+          stop_t: where to stop this stage's own chain; the image is then noisy. May be traced.
+          sampler: overrides the stage's own sampler.
         """
         config = self.config
-        sampler = config.sampler if sampler is None else sampler
+        sampler = sampler or config.sampler
         xt_keys, step_keys, low_res_keys = (samplers.fold_in_each(keys, n) for n in range(3))
-        cond = self.conditioning(
-            low_res_keys,
-            label=label,
-            low_res=low_res,
-            aug_level=aug_level,
-            low_res_is_noisy=low_res_is_noisy,
-        )
+        cond = self._conditioning(low_res_keys, label, low_res, aug_level, low_res_is_noisy)
         image_shape = (config.resolution, config.resolution, config.channels)
         return samplers.sample(
             self.denoise_fn(params, cond, sampler),
@@ -300,12 +276,8 @@ class Stage:
         resolution from this stage's upwards; `sampler` is an ancestral chain. The other arguments
         are those of `sample`.
         """
-        cond = self.conditioning(
-            samplers.fold_in_each(keys, 0),
-            label=label,
-            low_res=None if self.augment is None else self.low_res_from(image),
-            aug_level=aug_level,
-        )
+        low_res = None if self.augment is None else self.low_res_from(image)
+        cond = self._conditioning(samplers.fold_in_each(keys, 0), label, low_res, aug_level)
         plain = dataclasses.replace(sampler, guidance_scale=1.0, threshold="static")
         return bound.bits_per_dim(
             self.denoise_fn(params, cond, plain),

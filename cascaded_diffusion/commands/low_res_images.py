@@ -10,12 +10,15 @@ from absl import flags
 
 from cascaded_diffusion.config.schema import MAX_PIXELS, RunConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.samples.sample_request import LowRes
-from cascaded_diffusion.evaluation.samples.stored_images import open_images
+from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, open_images
 
 
-def read_low_res(fv: flags.FlagValues, sizes: Sequence[int], last: RunConfig) -> LowRes:
+def read_low_res(
+    fv: flags.FlagValues, sizes: Sequence[int], last: RunConfig
+) -> tuple[StoredImages, list[str] | None]:
     """The images of --low_res, of one of the sizes that the cascade enlarges.
+
+    Returns names for the PNG files of their enlargements as well, if their own files have names.
 
     Raises:
       UserError: they cannot be read, or are of another size or kind.
@@ -44,11 +47,9 @@ def read_low_res(fv: flags.FlagValues, sizes: Sequence[int], last: RunConfig) ->
                 f"--low_res={path}: arr_0 is {tuple(stored.images.shape)}, expected {channels}"
                 f" channel{'s' * (channels != 1)}"
             )
-        images = [
-            fitted(x, sizes=sizes, resize_to=resize_to, name=f"image {i}", flag=f"--low_res={path}")
-            for i, x in enumerate(stored.images)
-        ]
-        return LowRes(np.stack(images), stored.labels, None)
+        how = dict(sizes=sizes, resize_to=resize_to, flag=f"--low_res={path}")
+        images = [fitted(x, name=f"image {i}", **how) for i, x in enumerate(stored.images)]
+        return StoredImages(path, np.stack(images), stored.labels), None
     given = read_given_images(
         path,
         channels=channels,
@@ -60,4 +61,4 @@ def read_low_res(fv: flags.FlagValues, sizes: Sequence[int], last: RunConfig) ->
     rest = f" ({given.passed_over})" if given.passed_over else ""
     for note in (f"low_res: {len(given.images)} images{rest}", *given.notes):
         print(note, file=sys.stderr, flush=True)
-    return LowRes(given.images, None, output_names(given.names))
+    return StoredImages(path, given.images, None), output_names(given.names)

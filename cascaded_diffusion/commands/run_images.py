@@ -13,33 +13,29 @@ from absl import flags
 from cascaded_diffusion.config.class_names import check_same_classes
 from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
 from cascaded_diffusion.config.schema import RunConfig
+from cascaded_diffusion.data.records import DataMissing, Source
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_data import RunData, check_run_data, trained_classes
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from cascaded_diffusion.data.records import Source
     from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
     from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 
 
 def define_data_path(fv: flags.FlagValues) -> None:
     """Adds the flag that says where images that were moved, copied or touched are now."""
-    flags.DEFINE_string(
-        "data_path",
-        None,
+    text = (
         "where the run's images lie now, if they were moved, copied or touched: names, sizes and"
-        " contents are compared with those it was trained on",
-        flag_values=fv,
+        " contents are compared with those it was trained on"
     )
+    flags.DEFINE_string("data_path", None, text, flag_values=fv)
 
 
 def with_absolute_paths(config: RunConfig, data_path: str | None = None) -> RunConfig:
     """A config whose paths mean the same in every working directory.
 
-    Args:
-      config: the run's.
-      data_path: replaces `config.data.path`.
+    A `data_path` replaces `config.data.path`.
 
     Raises:
       UserError: there is a `data_path`, but the images come with the package.
@@ -49,31 +45,24 @@ def with_absolute_paths(config: RunConfig, data_path: str | None = None) -> RunC
         raise UserError(
             f"--data_path={data_path}: the run's images, {data.name!r}, come with the package"
         )
-    path, prepared = (
-        None if folder is None else os.path.abspath(folder)
-        for folder in (data.path if data_path is None else data_path, data.prepared_dir)
-    )
-    return dataclasses.replace(
-        config, data=dataclasses.replace(data, path=path, prepared_dir=prepared)
-    )
+    path = data.path if data_path is None else data_path
+    paths = {"path": path, "prepared_dir": data.prepared_dir}
+    absolute = {key: os.path.abspath(x) for key, x in paths.items() if x is not None}
+    return dataclasses.replace(config, data=dataclasses.replace(data, **absolute))
 
 
 def open_splits(
     folder: RunFolder, config: RunConfig, splits: Iterable[str], *, data_path: str | None
 ) -> dict[str, Source]:
-    """Opens splits of a run's data set.
+    """Opens splits of a run's data set by their names, which may repeat.
 
-    Args:
-      folder: the run.
-      config: its config, or the one that it resumes with.
-      splits: their names, which may repeat.
-      data_path: where the images are now, from `--data_path`.
+    `config` is the run's, or the one that it resumes with; `data_path` is where the images are
+    now, from `--data_path`.
 
     Raises:
       UserError: they cannot be read, the splits differ in classes, or they are not the images
         that the run was trained on.
     """
-    from cascaded_diffusion.data.records import DataMissing
     from cascaded_diffusion.data.sources import load_splits
 
     whole = with_absolute_paths(config, data_path)
@@ -83,9 +72,8 @@ def open_splits(
         if whole.data.path is None or data_path is not None:
             raise
         raise DataMissing(f"{e}; if they were moved, say where they lie by --data_path") from e
-    check_run_data(
-        folder, RunData(splits=sources, path=whole.data.path, given_anew=data_path is not None)
-    )
+    given_anew = data_path is not None
+    check_run_data(folder, RunData(splits=sources, path=whole.data.path, given_anew=given_anew))
     return sources
 
 
@@ -104,9 +92,7 @@ def real_split(config: RunConfig, split: str, source: Source) -> RealSplit:
     from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 
     data = config.data
-    resize = (
-        data.resize if data.resize == "area" else f"{data.resize} to {data.resolution} px, area"
-    )
+    first = "" if data.resize == "area" else f"{data.resize} to {data.resolution} px, "
     return RealSplit(
         # A name says which images they are; "folder" does not.
         source.identity if data.name in FILE_DATA else data.name,
@@ -114,7 +100,7 @@ def real_split(config: RunConfig, split: str, source: Source) -> RealSplit:
         len(source),
         partial(examples, source),
         crop=data.crop,
-        resize=resize,
+        resize=f"{first}area",
     )
 
 

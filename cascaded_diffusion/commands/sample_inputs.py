@@ -18,13 +18,12 @@ from cascaded_diffusion.config.run_checks import cascade_config_from, check_chai
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
 from cascaded_diffusion.config.stage_checks import check_level, check_sampler
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.samples.chosen_labels import read_labels
 from cascaded_diffusion.evaluation.samples.sample_request import (
-    LowRes,
     SampleRequest,
+    read_labels,
     stage_as_cascade,
 )
-from cascaded_diffusion.evaluation.samples.stored_images import check_labels
+from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, check_labels
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 
@@ -47,12 +46,8 @@ def define_inputs(fv: flags.FlagValues) -> None:
     }
     for name, text in numbers.items():
         flags.DEFINE_integer(name, None, text, lower_bound=1, flag_values=fv)
-    flags.DEFINE_bool(
-        "png",
-        False,
-        "write every image as a PNG file too, below OUTPUT/png",
-        flag_values=fv,
-    )
+    png = "write every image as a PNG file too, below OUTPUT/png"
+    flags.DEFINE_bool("png", False, png, flag_values=fv)
     define_data_path(fv)
 
 
@@ -80,16 +75,15 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> SampleRequest:
     configs = [None if folder is None else folder.read_config() for folder in folders]
     if None not in configs:
         check_chain(section, [c.stage for c in configs])
-    last, count = configs[-1], section.num_samples
-    first, low_res = 0, None
+    count, first, low_res, png_names = section.num_samples, 0, None, None
     if enlarging:
         sizes = [None if c is None else c.stage.low_res_resolution for c in configs]
-        low_res = read_low_res(fv, [s for s in sizes if s is not None], last)
+        low_res, png_names = read_low_res(fv, [s for s in sizes if s is not None], configs[-1])
         first, count = sizes.index(low_res.images.shape[1]), len(low_res.images)
     for folder in folders[first:]:
         folder.chosen()
     check_same_run_classes(folders[first:])
-    labels, class_names = _labels(fv, folders[-1], last, low_res)
+    labels, class_names = _labels(fv, folders[-1], configs[-1], low_res)
     if fv.per_class is not None:
         labels = np.asarray(list(dict.fromkeys(labels.tolist())), np.int32)
         count = fv.per_class * len(labels)
@@ -105,42 +99,38 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> SampleRequest:
         workdir=fv.workdir,
         config=dataclasses.replace(config, cascade=dataclasses.replace(section, num_samples=count)),
         folders=folders[first:],
-        run_configs=configs[first:],
+        stages=[c.stage for c in configs[first:]],
         first=first,
         labels=labels,
         class_names=class_names,
         chosen=chosen,
         low_res=low_res,
         output=RunFolder(fv.output or pathlib.Path(fv.workdir, name), flag="output"),
-        png=fv.png,
+        png_paths=(png_names or [f"{i:06d}.png" for i in range(count)]) if fv.png else [],
     )
-    if enlarging:
-        _check_apart(pathlib.Path(fv.low_res), request)
     _check_output(request)
     return request
 
 
 def _check_output(request: SampleRequest) -> None:
-    """Raises UserError if the output cannot be written, or has PNG files of other samples."""
+    """Raises UserError if the output cannot be written, or images that are there are in its way."""
+    output = request.output.path
+    if request.low_res is not None:
+        given = pathlib.Path(request.low_res.path).resolve()
+        written = [output.resolve() / name for name in request.npz_names()]
+        if given in written or (given.is_dir() and output.resolve().is_relative_to(given)):
+            raise UserError(
+                f"--output={output}: the images of --low_res={request.low_res.path} are there;"
+                " choose another folder"
+            )
     request.output.check_writable()
-    folder = request.output.path / "png"
+    folder = output / "png"
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     # The same files are those of the same command, run again.
-    if found and not (request.png and found == set(request.png_paths())):
+    if found and found != set(request.png_paths):
         raise UserError(
-            f"--output={request.output.path}: {folder} has the images of other samples; move it, or"
-            " choose another --output"
-        )
-
-
-def _check_apart(low_res: pathlib.Path, request: SampleRequest) -> None:
-    """Raises UserError if the output would overwrite the given images or be among them."""
-    given, output = low_res.resolve(), request.output.path.resolve()
-    written = [output / name for name in request.npz_names()]
-    if given in written or (given.is_dir() and output.is_relative_to(given)):
-        raise UserError(
-            f"--output={request.output.path}: the images of --low_res={low_res} are there; choose"
-            " another folder"
+            f"--output={output}: {folder} has the images of other samples; move it, or choose"
+            " another --output"
         )
 
 
@@ -175,7 +165,7 @@ def _cascade(
 
 
 def _labels(
-    fv: flags.FlagValues, folder: RunFolder, run: RunConfig, low_res: LowRes | None
+    fv: flags.FlagValues, folder: RunFolder, run: RunConfig, low_res: StoredImages | None
 ) -> tuple[np.ndarray, dict[int, str]]:
     """The labels, in turn, and the names of those that were given by name."""
     num_classes = run.stage.num_classes

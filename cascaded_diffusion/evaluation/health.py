@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cascaded_diffusion.cascade.pixels import float_from_uint8
-from cascaded_diffusion.cascade.resize import area_downsample
+from cascaded_diffusion.cascade.pixels import area_downsample, float_from_uint8
 from cascaded_diffusion.evaluation.metrics.pixel_statistics import PixelStatistics
 from cascaded_diffusion.evaluation.samples.sample_sources import LevelSource
 from cascaded_diffusion.types import Params

@@ -30,7 +30,7 @@ from cascaded_diffusion.evaluation.evaluator import (
 from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
 from cascaded_diffusion.evaluation.final import measure_final
 from cascaded_diffusion.evaluation.reference import Reference
-from cascaded_diffusion.evaluation.samples.sample_sources import at_levels, run_source
+from cascaded_diffusion.evaluation.samples.sample_sources import StageSampling
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages
 from cascaded_diffusion.evaluation.score import RunScorer
@@ -98,22 +98,20 @@ def score_checkpoints(
     evaluation.check_count(config.eval.num_samples, config)
     mesh = default_mesh(config)
     with evaluation.evaluator(folder, config, mesh) as evaluator:
-        source = partial(
-            run_source,
-            config,
-            build_stage(config.stage),
-            eval_sampler(config),
-            held_out=evaluation.splits["val"],
+        sampling = StageSampling(
+            stage=build_stage(config.stage),
+            sampler=eval_sampler(config),
+            aug_level=config.eval.aug_level,
             num_samples=config.eval.num_samples,
             seed=config.eval.seed,
             mesh=mesh,
         )
         # Checkpoints are chosen by the first.
-        sources = [source()]
+        sources = [sampling.alone(evaluation.splits["val"])]
         if below:
-            sources.append(source(below=below))
+            sources.append(sampling.of_runs(below))
         if low_res_samples is not None:
-            sources.append(source(low_res=low_res_samples))
+            sources.append(sampling.of_file(low_res_samples))
         with contextlib.closing(RunScorer(config, folder, evaluator, sources, mesh)) as scorer:
             while True:
                 # Asked before scoring, so that this scoring sees what was saved before the end.
@@ -191,26 +189,27 @@ def final_numbers(
     evaluation.check_count(count, config)
     mesh = default_mesh(cascade or config)
     section = None if cascade is None else cascade.cascade
-    sampler = config.stage.sampler if section is None else section.samplers[-1]
-    how = dict(seed=(section or config.eval).seed, mesh=mesh)
     held_out = evaluation.splits["val"]
     with evaluation.evaluator(folder, config, mesh, ("train", "val")) as evaluator:
         trained = load_trained(folder, mesh)
-        source = run_source(
-            config,
-            trained.stage,
-            sampler,
-            held_out=held_out,
+        sampling = StageSampling(
+            stage=trained.stage,
+            sampler=config.stage.sampler if section is None else section.samplers[-1],
+            aug_level=config.eval.aug_level,
             num_samples=count,
-            below=below,
-            low_res=low_res_samples,
-            cascade=section,
-            **how,
+            seed=(section or config.eval).seed,
+            mesh=mesh,
         )
+        if below:
+            source = sampling.of_runs(below, section)
+        elif low_res_samples is not None:
+            source = sampling.of_file(low_res_samples)
+        else:
+            source = sampling.alone(held_out)
         levels = None
         if config.stage.has_aug_level:
             num_images = min(_LEVEL_IMAGES, config.eval.batch_size)
-            levels = at_levels(trained.stage, sampler, held_out, num_images=num_images, **how)
+            levels = sampling.at_levels(held_out, num_images=num_images)
         try:
             record = measure_final(
                 folder,
@@ -218,7 +217,7 @@ def final_numbers(
                 evaluator,
                 source,
                 num_samples=count,
-                seed=how["seed"],
+                seed=sampling.seed,
                 batch_size=(section or config.eval).batch_size,
                 levels=levels,
             )

@@ -22,11 +22,7 @@ from cascaded_diffusion.config.schema import (
     to_dict,
 )
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.samples.stored_images import (
-    StoredImages,
-    check_images,
-    open_images,
-)
+from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, load_samples
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
@@ -224,9 +220,7 @@ def open_low_res_samples(path: str, stage: StageConfig, num_samples: int) -> Sto
     given = f"--low_res_samples={path}"
     if stage.kind != "super_resolution":
         raise UserError(f"{given}: {stage.name!r} is a base model, without a low-res input")
-    stored = open_images(path, flag="low_res_samples")
-    reason = f"{stage.name!r} enlarges"
-    check_images(stored, stage, stage.low_res_resolution, reason, flag="low_res_samples")
+    stored = load_samples(path, stage, low_res=True)
     if len(stored) < num_samples:
         raise UserError(
             f"{given}: {len(stored)} images, expected the {num_samples} that are asked for"

@@ -14,10 +14,9 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -75,11 +74,11 @@ class Sweep:
         self._evaluator, self._folder, self._mesh = evaluator, folder, mesh
         self._stage, self._index = trained[-1].stage, len(trained) - 1
         self._name = self._stage.config.name
-        self._labels = generate.class_balanced_labels(
-            section.num_samples, self._stage.config.num_classes
+        self._labels = generate.labels_of(
+            np.arange(section.num_samples), self._stage.config.num_classes
         )
         self.metric = metric_name("fid", evaluator.extractor.name, section.num_samples)
-        self._compiled = functools.cache(self._compile)
+        self._cascade = functools.cache(self._make_cascade)
         self._samples_below = functools.cache(self._read_or_make_below)
 
     def run(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
@@ -150,19 +149,15 @@ class Sweep:
             "truncated": chain.truncated,
         }
 
-    def _compile(
-        self, samplers: tuple[SamplerConfig, ...], truncated: bool
-    ) -> tuple[Cascade, Callable[..., list[jax.Array]]]:
+    def _make_cascade(self, samplers: tuple[SamplerConfig, ...], truncated: bool) -> Cascade:
         stages = [t.stage for t in self._trained[: len(samplers)]]
-        cascade = Cascade(stages=stages, samplers=samplers, truncated=truncated)
-        return cascade, cascade.make_sampler()
+        return Cascade(stages=stages, samplers=samplers, truncated=truncated)
 
     def _sample(self, chain: _Chain, label: str, **stored: Any) -> np.ndarray:
         """Samples of a chain's last stage, uint8 [n, H, W, C]."""
-        cascade, sample = self._compiled(chain.samplers, chain.truncated)
-        seed, mesh = self._section.seed, self._mesh
+        cascade, seed = self._cascade(chain.samplers, chain.truncated), self._section.seed
         sampler = generate.make_cascade_sampler(
-            cascade, chain.aug_levels, seed=seed, mesh=mesh, sample=sample, **stored
+            cascade, chain.aug_levels, seed=seed, mesh=self._mesh, **stored
         )
         return generate.generate(
             sampler,

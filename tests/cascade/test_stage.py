@@ -1,15 +1,16 @@
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cascaded_diffusion.cascade import resize
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.cascade.cascade import Cascade, keys_for
-from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
+from cascaded_diffusion.cascade.pixels import area_downsample, float_from_uint8, uint8_from_float
 from cascaded_diffusion.diffusion import gaussian
+from cascaded_diffusion.diffusion.samplers import fold_in_each
 from cascaded_diffusion.networks.unet import Network
 from cascaded_diffusion.types import Batch
 from tests.networks.test_unet import random_params
@@ -89,7 +90,7 @@ def test_training_and_sampling_show_the_network_the_same_low_res_input(augment):
     stage.loss({}, batch, jax.random.key(3))
     trained = recorder.calls[-1][2]
 
-    handed_on = resize.area_downsample(batch.image, 16)
+    handed_on = area_downsample(batch.image, 16)
     stored = float_from_uint8(uint8_from_float(handed_on))
     for low_res in (handed_on, stored, stage.low_res_from(batch.image)):
         recorder.calls.clear()
@@ -230,7 +231,7 @@ def _cascade(stages, truncated):
         dataclasses.replace(s.config.sampler, num_steps=3, guidance_scale=1.0) for s in (base, sr)
     ]
     cascade = Cascade(stages=[base, sr], samplers=samplers, truncated=truncated)
-    return cascade.make_sampler(), [base_params, sr_params]
+    return cascade.sample, [base_params, sr_params]
 
 
 @pytest.mark.parametrize("truncated", [False, True])
@@ -326,7 +327,7 @@ def test_three_stages_with_a_level_each():
                 for i, s in enumerate(cascade.stages)
             ]
         keys, labels = keys_for(jax.random.key(1), jnp.arange(4)), jnp.arange(4)
-        images[truncated, levels] = cascade.make_sampler()(params, keys, labels, levels)
+        images[truncated, levels] = cascade.sample(params, keys, labels, levels)
     for made in images.values():
         assert [x.shape[1] for x in made] == [8, 16, 32]
     plain, cut, strong = images.values()
@@ -369,10 +370,10 @@ def test_truncated_input_has_the_distribution_of_noised_true_images():
         cascade = Cascade(stages=stages, samplers=[sampler, last], truncated=truncated)
         given = () if truncated else [true]
         if truncated:
-            run = jax.jit(cascade.sample_stage, static_argnums=0)
-            given = [run(0, {}, keys, labels, None, None, 0.3)]
+            run = jax.jit(partial(stages[0].sample, {}, sampler=sampler))
+            given = [run(fold_in_each(keys, 0), label=labels, stop_t=0.3)]
         with jax.disable_jit():
-            cascade.make_sampler()([{}, {}], keys, labels, [0.3], given)
+            cascade.sample([{}, {}], keys, labels, [0.3], given)
         seen = np.asarray(recorder.calls[-1][2].low_res)
         moments[truncated] = (seen.mean(), seen.std())
     alpha2 = float(jax.nn.sigmoid(base.schedule(0.3)))

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from cascaded_diffusion.cascade import resize as device
+from cascaded_diffusion.cascade import pixels as device
 from cascaded_diffusion.data import transforms
 from cascaded_diffusion.data.corruption import CorruptRecord
 from tests.tiny import ROOT

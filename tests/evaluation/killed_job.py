@@ -54,7 +54,7 @@ def score(path, pause_secs):
         seed = abs(float(np.asarray(next(iter(_leaves(params)))).sum()))
         return {"images": _images(int(seed * 1e6), indices), "labels": indices % 10}
 
-    source = SampleSource(kind="none", record={"low_res": "none"}, about="no network", make=make)
+    source = SampleSource(record={"low_res": "none"}, about="no network", make=make)
     with folder.writer_lock("eval"):
         scorer = RunScorer(
             config, folder, evaluator, [source], build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))

@@ -17,8 +17,8 @@ from cascaded_diffusion.evaluation import score
 from cascaded_diffusion.evaluation.evaluator import build_evaluator
 from cascaded_diffusion.evaluation.final import measure_final
 from cascaded_diffusion.evaluation.samples import generate
-from cascaded_diffusion.evaluation.samples import sample_sources as sources
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
+from cascaded_diffusion.evaluation.samples.sample_sources import StageSampling
 from cascaded_diffusion.evaluation.samples.stored_images import open_images, save_samples
 from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.files.json_files import read_lines
@@ -57,36 +57,26 @@ def runs(tmp_path_factory):
     return folders
 
 
+def _sampling(config, stage, mesh, *, num_samples=None):
+    return StageSampling(
+        stage=stage,
+        sampler=config.stage.sampler,
+        aug_level=config.eval.aug_level,
+        num_samples=num_samples or config.eval.num_samples,
+        seed=config.eval.seed,
+        mesh=mesh,
+    )
+
+
 def _scorer(folder, evaluator, *, below=None, config=None):
     config = config or folder.read_config()
-    mesh, stage = build_mesh(config.mesh), build_stage(config.stage)
-    how = dict(seed=config.eval.seed, mesh=mesh)
-    if config.stage.kind == "base":
-        made = [sources.of_base(stage, config.stage.sampler, **how)]
-    else:
-        made = [
-            sources.of_real_images(
-                stage,
-                config.stage.sampler,
-                HELD_OUT,
-                num_samples=config.eval.num_samples,
-                aug_level=config.eval.aug_level,
-                **how,
-            )
-        ]
+    mesh = build_mesh(config.mesh)
+    sampling = _sampling(config, build_stage(config.stage), mesh)
+    made = [sampling.alone(HELD_OUT)]
     if below is not None:
         samplers = [below.stage.config.sampler, config.stage.sampler]
-        made.append(
-            sources.of_stages(
-                [below],
-                stage,
-                samplers,
-                [config.eval.aug_level],
-                truncated=False,
-                kind="samples",
-                **how,
-            )
-        )
+        levels = [config.eval.aug_level]
+        made.append(sampling.of_stages([below], samplers, levels, truncated=False, kind="samples"))
     return score.RunScorer(config, folder, evaluator, made, mesh)
 
 
@@ -235,9 +225,9 @@ def test_the_identity_of_a_stage_changes_with_its_config_and_its_weights(clean, 
 
 
 def test_labels_are_balanced():
-    labels = generate.class_balanced_labels(1000, 10)
+    labels = generate.labels_of(np.arange(1000), 10)
     np.testing.assert_array_equal(np.bincount(labels), 100)
-    np.testing.assert_array_equal(generate.class_balanced_labels(3, 0), 0)
+    np.testing.assert_array_equal(generate.labels_of(np.arange(3), 0), 0)
 
 
 def test_samples_that_are_not_finite_are_an_error():
@@ -296,20 +286,11 @@ def test_a_second_evaluation_of_a_run_is_refused(clean):
 def _final(folder, mesh, *, num_samples=30, below=(), held_out=HELD_OUT):
     config = folder.read_config()
     trained = load_trained(folder, mesh)
-    how = dict(seed=config.eval.seed, mesh=mesh)
-    how_many = dict(num_samples=num_samples, aug_level=config.eval.aug_level)
-    sampler = config.stage.sampler
-    source = sources.of_real_images(trained.stage, sampler, held_out, **how_many, **how)
+    sampling = _sampling(config, trained.stage, mesh, num_samples=num_samples)
+    source = sampling.alone(held_out)
     if below:
-        source = sources.of_stages(
-            below,
-            trained.stage,
-            [*(t.stage.config.sampler for t in below), sampler],
-            [0.2],
-            truncated=True,
-            kind="cascade",
-            **how,
-        )
+        samplers = [*(t.stage.config.sampler for t in below), config.stage.sampler]
+        source = sampling.of_stages(below, samplers, [0.2], truncated=True, kind="cascade")
     evaluator = build_evaluator(config, folder, Extractor(), {"train": HELD_OUT, "val": HELD_OUT})
     return measure_final(
         folder,
@@ -319,7 +300,7 @@ def _final(folder, mesh, *, num_samples=30, below=(), held_out=HELD_OUT):
         num_samples=num_samples,
         seed=config.eval.seed,
         batch_size=16,
-        levels=sources.at_levels(trained.stage, sampler, HELD_OUT, num_images=8, **how),
+        levels=sampling.at_levels(HELD_OUT, num_images=8),
     )
 
 
@@ -392,17 +373,14 @@ def test_a_reference_is_made_once(clean):
 def test_stored_samples_are_enlarged_and_named(clean, tmp_path):
     folder = clean["sr32"]
     config = folder.read_config()
-    stage, mesh = build_stage(config.stage), build_mesh(config.mesh)
+    stage = build_stage(config.stage)
     low_res = HELD_OUT.spread(40, 16)
     save_samples(tmp_path / "low.npz", low_res.images, low_res.labels)
     stored = open_images(str(tmp_path / "low.npz"), flag="low_res_samples")
-    how = dict(num_samples=40, aug_level=config.eval.aug_level, seed=config.eval.seed, mesh=mesh)
-    of_file = sources.of_file(stage, config.stage.sampler, stored, **how)
-    of_real = sources.of_real_images(stage, config.stage.sampler, HELD_OUT, **how)
+    sampling = _sampling(config, stage, build_mesh(config.mesh), num_samples=40)
+    of_file, of_real = sampling.of_file(stored), sampling.alone(HELD_OUT)
     assert of_file.record["low_res"] == f"file:low.npz:{stored.digest()}"
-    few = sources.of_real_images(
-        stage, config.stage.sampler, dataclasses.replace(HELD_OUT, size=4), **how
-    )
+    few = sampling.alone(dataclasses.replace(HELD_OUT, size=4))
     assert (few.about, few.notes) == (
         "real (4 images, enlarged 10 times each)",
         {"num_real_low_res": 4},

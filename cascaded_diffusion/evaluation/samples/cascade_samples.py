@@ -1,9 +1,9 @@
-"""Sampling a cascade into a folder, together with the other processes of a job."""
+"""Sampling a cascade into a folder, with a picture, together with the other processes of a job."""
 
 from __future__ import annotations
 
 import contextlib
-import pathlib
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,24 +12,36 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.config.run_checks import check_devices
+from cascaded_diffusion.config.schema import CascadeSection
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
-from cascaded_diffusion.evaluation.samples import cascade_picture, generate
+from cascaded_diffusion.evaluation.samples import generate
+from cascaded_diffusion.evaluation.samples.real_images import shrunk
 from cascaded_diffusion.evaluation.samples.sample_request import SampleRequest
-from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
+from cascaded_diffusion.evaluation.samples.sample_store import (
+    Arrays,
+    DamagedBatchError,
+    SampleStore,
+)
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.trained import TrainedStage, load_trained
+from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.mesh import (
     broadcast_from_process_0,
     build_mesh,
     check_shared,
     fail_on_all_processes,
+    raise_on_all_processes,
 )
-from cascaded_diffusion.runtime.pictures import save_png, save_png_folder
-from cascaded_diffusion.types import Params
 
 # The samples of the picture are among this many first ones.
 _SHOWN = 2000
+_POLL_SECS = 0.5
+# The largest number of images in a row and of classes in a picture; an image's size in pixels.
+_COLUMNS, _CLASSES, _CELL = 10, 20, 96
+
+# Captions and images, uint8 [n, h, w, C].
+_Rows = list[tuple[str, np.ndarray]]
 
 
 def sample_cascade(
@@ -40,8 +52,8 @@ def sample_cascade(
 ) -> list[str]:
     """Makes samples and writes them to the request's folder; resumes what an earlier call left.
 
-    Every process of a job must call this. The batches are divided among the processes, each of
-    which samples on its own devices; process 0 writes the files.
+    Every process of a job calls this. The batches are divided among the processes, each of which
+    samples on its own devices; process 0 writes the files.
 
     Args:
       request: what to make.
@@ -49,7 +61,7 @@ def sample_cascade(
       mesh: of this process's devices; by default the config's over all of them.
 
     Returns:
-      The names of the files; none in the other processes.
+      The names of the files; in the other processes none.
 
     Raises:
       UserError: a checkpoint, the output or the devices do not allow it, the processes see
@@ -64,14 +76,10 @@ def sample_cascade(
         trained = [load_trained(folder, mesh) for folder in request.folders]
     check_shared(output.path, "output")
     not_run = [None] * request.first
-    cascade = Cascade(
-        stages=[*not_run, *(t.stage for t in trained)],
-        samplers=section.samplers,
-        truncated=section.truncated,
-    )
+    stages = [*not_run, *(t.stage for t in trained)]
     params = [*not_run, *(t.params for t in trained)]
     sampler = generate.make_cascade_sampler(
-        cascade,
+        Cascade(stages=stages, samplers=section.samplers, truncated=section.truncated),
         section.aug_levels,
         seed=section.seed,
         mesh=mesh,
@@ -97,30 +105,61 @@ def sample_cascade(
         with fail_on_all_processes():
             if is_first:
                 stack.enter_context(output.writer_lock("sample"))
-                store.clear_failure()
+                store.failed.unlink(missing_ok=True)
                 _print_work(trained, store)
-        generate.fill_on_all_processes(
-            store,
-            generate.cascade_maker(sampler, params, request.labels),
-            devices=mesh.size,
-            label="cascade" if request.low_res is None else "enlarging",
-            name=f"--output={output.path}",
-        )
+        _fill(request, store, generate.cascade_maker(sampler, params, request.labels), mesh.size)
         if not is_first:
             return []
         try:
             files = _write_files(request, store)
-            picture = _picture(request, store, cascade, params, real_images, mesh)
-            save_png(output.path / "samples.png", picture)
+            shown = store.first(_SHOWN)
+            picture = _picture(request, shown, trained, real_images, mesh)
+            pictures.save_png(output.path / "samples.png", picture)
         except DamagedBatchError as e:
             raise UserError(str(e)) from e
         except OSError as e:
-            raise UserError(f"--output={output.path}: cannot be written ({e.strerror or e})") from e
+            raise _cannot_write(request, e) from e
         store.remove()
         with contextlib.suppress(OSError):  # another cascade's batches are there
             (output.path / ".batches").rmdir()
     print(f"{request.title()}: in {output.path}: {', '.join(files)}", flush=True)
     return files
+
+
+def _cannot_write(request: SampleRequest, e: OSError) -> UserError:
+    return UserError(f"--output={request.output.path}: cannot be written ({e.strerror or e})")
+
+
+def _fill(
+    request: SampleRequest,
+    store: SampleStore,
+    make: Callable[[np.ndarray], Arrays],
+    num_devices: int,
+) -> None:
+    """Fills the store together with the other processes. If one of them fails, all raise."""
+    error = None
+    try:
+        generate.fill(
+            store,
+            make,
+            label="cascade" if request.low_res is None else "enlarging",
+            devices=num_devices,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    except ValueError as e:
+        error = UserError(
+            f"{e}: lower config.cascade.samplers.N.guidance_scale, or set its threshold"
+        )
+    except OSError as e:
+        error = _cannot_write(request, e)
+    if error is not None:
+        with contextlib.suppress(OSError):  # on a full disk, for one; they notice its absence
+            store.failed.touch()
+    # This may take hours, and no collective would wait so long.
+    while store.missing() and not store.failed.exists():
+        time.sleep(_POLL_SECS)
+    raise_on_all_processes(error)
 
 
 def _print_work(trained: Sequence[TrainedStage], store: SampleStore) -> None:
@@ -140,51 +179,105 @@ def _print_work(trained: Sequence[TrainedStage], store: SampleStore) -> None:
 def _write_files(request: SampleRequest, store: SampleStore) -> list[str]:
     """Writes the samples of every stage that was run. Returns the names of all files."""
     names = request.npz_names()
-    for i, (name, config) in enumerate(zip(names, request.run_configs, strict=True)):
-        stage = config.stage
-        shape = (stage.resolution, stage.resolution, stage.channels)
+    for i, (name, stage) in enumerate(zip(names, request.stages, strict=True)):
+        key = f"images_{i}"
         save_sample_batches(
             request.output.path / name,
-            (store.num_samples, *shape),
-            lambda key=f"images_{i}": ((b[key], b["labels"]) for b in store.batches()),
+            (store.num_samples, stage.resolution, stage.resolution, stage.channels),
+            lambda key=key: ((b[key], b["labels"]) for b in store.batches()),
         )
-    if not request.png:
+    if not request.png_paths:
         return [*names, "samples.png"]
-    key = f"images_{len(names) - 1}"
-    folder: pathlib.Path = request.output.path / "png"
-    save_png_folder(
-        folder, request.png_paths(), (image for b in store.batches() for image in b[key])
-    )
+    images = (image for b in store.batches() for image in b[key])
+    pictures.save_png_folder(request.output.path / "png", request.png_paths, images)
     return [*names, "samples.png", "png/"]
 
 
 def _picture(
     request: SampleRequest,
-    store: SampleStore,
-    cascade: Cascade,
-    params: Sequence[Params | None],
+    samples: Arrays,
+    trained: Sequence[TrainedStage],
     real: LabelledImages | None,
     mesh: Mesh,
 ) -> np.ndarray:
-    """The content of `samples.png`: uint8 [h, w, 3]."""
-    first, section = store.first(_SHOWN), request.config.cascade
-    images = [first[f"images_{i}"] for i in range(len(request.run_configs))]
+    """A picture, uint8 [h, w, 3], of the first samples of a request, from `SampleStore.first`.
+
+    It shows given images with their enlargements below them, or real images with their
+    enlargements and samples of the same classes, or a row of samples per class.
+    """
+    size = request.stages[-1].resolution
+    images = [samples[f"images_{i}"] for i in range(len(request.stages))]
     if request.low_res is not None:
-        return cascade_picture.enlarged_picture(
-            request.low_res.images,
-            images,
-            [config.stage for config in request.run_configs],
-            section.aug_levels[request.first - 1 :],
+        rows = _enlarged_rows(request, images)
+    elif real is None:
+        rows = _class_rows(request, images[-1], samples["labels"])
+    else:
+        order = np.argsort(real.labels, kind="stable")
+        real = LabelledImages(real.images[order], real.labels[order])
+        rows = _real_rows(request.config.cascade, trained, real, mesh)
+        rows += _sampled_rows(request, images, _rows_with_labels(samples["labels"], real.labels))
+    # Small images are shown enlarged, pixel by pixel.
+    scale = max(1, _CELL // size) if real is None else 2
+    enlarged = [(caption, pictures.enlarge_nearest(x, size)) for caption, x in rows]
+    return pictures.labelled_rows(enlarged, scale=scale)
+
+
+def _real_rows(
+    section: CascadeSection, trained: Sequence[TrainedStage], real: LabelledImages, mesh: Mesh
+) -> _Rows:
+    size = trained[-1].stage.config.resolution
+    rows = [(f"real, {size} px", shrunk(real, size).images)]
+    above = zip(trained[1:], section.samplers[1:], section.aug_levels, strict=True)
+    for t, sampler, level in above:
+        low = t.stage.config.low_res_resolution
+        low_res = shrunk(real, low)
+        how = dict(sampler=sampler, seed=section.seed, mesh=mesh)
+        enlarge = generate.make_enlarger(t.stage, low_res, **how)
+        (enlarged,) = generate.generate(
+            lambda x, rows, enlarge=enlarge, level=level: [enlarge(x[0], rows, level)],
+            [t.params],
+            num_samples=len(real.images),
+            batch_size=-(-len(real.images) // mesh.size) * mesh.size,
+            label=f"enlarging real {low} px images",
         )
-    if real is None:
-        return cascade_picture.classes_picture(images[-1], first["labels"], request.class_names)
-    return cascade_picture.cascade_picture(
-        cascade,
-        params,
-        section.aug_levels,
-        images,
-        first["labels"],
-        real,
-        seed=section.seed,
-        mesh=mesh,
+        caption = f"real {low} px images enlarged by {t.stage.config.name}, aug_level {level:g}"
+        rows += [(f"real, {low} px", low_res.images), (caption, enlarged)]
+    return rows
+
+
+def _sampled_rows(
+    request: SampleRequest, images: Sequence[np.ndarray], chosen: np.ndarray
+) -> _Rows:
+    section, rows = request.config.cascade, []
+    mode = "truncated" if section.truncated else "non-truncated"
+    for i, (stage, stage_images) in enumerate(zip(request.stages, images, strict=True)):
+        caption = f"sampled by {stage.name}, {stage.resolution} px"
+        if i > 0:
+            caption += f" (from the row above, aug_level {section.aug_levels[i - 1]:g}, {mode})"
+        rows.append((caption, stage_images[chosen]))
+    return rows
+
+
+def _enlarged_rows(request: SampleRequest, images: Sequence[np.ndarray]) -> _Rows:
+    given = request.low_res.images[:_COLUMNS]
+    levels = request.config.cascade.aug_levels[request.first - 1 :]
+    return [(f"given, {given.shape[1]} px", given)] + [
+        (f"enlarged by {x.name}, {x.resolution} px, aug_level {level:g}", enlarged[:_COLUMNS])
+        for x, level, enlarged in zip(request.stages, levels, images, strict=True)
+    ]
+
+
+def _class_rows(request: SampleRequest, images: np.ndarray, labels: np.ndarray) -> _Rows:
+    rows = []
+    for label in sorted(set(labels.tolist()))[:_CLASSES]:
+        name = f" ({request.class_names[label]})" if label in request.class_names else ""
+        rows.append((f"class {label}{name}", images[labels == label][:_COLUMNS]))
+    return rows
+
+
+def _rows_with_labels(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """For each wanted label, the first unused row that has it, or else any row."""
+    free = {label: list(np.flatnonzero(labels == label)[::-1]) for label in set(labels.tolist())}
+    return np.asarray(
+        [free[w].pop() if free.get(w) else i % len(labels) for i, w in enumerate(wanted.tolist())]
     )

@@ -7,9 +7,8 @@ number of devices; the image is the same up to float rounding.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +19,16 @@ from cascaded_diffusion.cascade.cascade import Cascade, keys_for
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import SamplerConfig
-from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
 from cascaded_diffusion.evaluation.samples.sample_store import Arrays, SampleStore
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.types import Params
 
-_POLL_SECS = 0.5
-
 # (parameters per stage, global sample indices [B]) -> images uint8 [B, H, W, C] per stage.
 BatchSampler = Callable[[Sequence[Params], np.ndarray], Sequence[jax.Array]]
-
-
-def class_balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
-    """int32 [num_samples]: 0, 1, ..., K-1, 0, 1, ...; all 0 for a model without classes."""
-    return labels_of(np.arange(num_samples), num_classes)
+# (the stage's parameters, global sample indices [B], aug_level) -> images uint8 [B, H, W, C].
+Enlarger = Callable[[Params, np.ndarray, float], jax.Array]
 
 
 def labels_of(indices: np.ndarray, num_classes: int) -> np.ndarray:
@@ -50,51 +44,25 @@ def generate(
     batch_size: int,
     label: str,
 ) -> list[np.ndarray]:
-    """All samples 0 .. num_samples - 1 in memory: uint8 [num_samples, H, W, C] per stage.
+    """All samples in memory, uint8 [num_samples, H, W, C] per stage.
 
     Raises:
       ValueError: a sample is not finite.
     """
-
-    def make(indices: np.ndarray) -> Arrays:
-        images = sample_batch(params, indices)
-        return {str(i): mesh_lib.host_array(x) for i, x in enumerate(images)}
-
-    starts = range(0, num_samples, batch_size)
-    rows = [np.arange(start, min(start + batch_size, num_samples)) for start in starts]
     progress = Progress(num_samples, unit="samples", label=label)
-    made = [x for _, x in _batches(make, enumerate(rows), num_samples, batch_size, progress)]
-    return [np.concatenate([arrays[name] for arrays in made]) for name in made[0]]
-
-
-def _batches(
-    make: Callable[[np.ndarray], Arrays],
-    batches: Iterable[tuple[int, np.ndarray]],
-    num_samples: int,
-    size: int,
-    progress: Progress,
-    done: int = 0,
-) -> Iterator[tuple[int, Arrays]]:
-    """The numbers and arrays of batches, which come as number and consecutive sample indices.
-
-    Every batch is filled up to `size` samples, the surplus of which is dropped, so that only one
-    shape is compiled.
-    """
-    for number, rows in batches:
-        arrays = make(np.arange(rows[0], rows[0] + size) % num_samples)
-        yield number, {name: array[: len(rows)] for name, array in arrays.items()}
-        done += len(rows)
-        progress.update(done)
+    made = []
+    for start in range(0, num_samples, batch_size):
+        images = sample_batch(params, np.arange(start, start + batch_size) % num_samples)
+        made.append([mesh_lib.host_array(x)[: num_samples - start] for x in images])
+        progress.update(min(start + batch_size, num_samples))
     progress.close()
+    return [np.concatenate(batches) for batches in zip(*made, strict=True)]
 
 
 def cascade_maker(
     sample_batch: BatchSampler, params: Sequence[Params], labels: np.ndarray
 ) -> Callable[[np.ndarray], Arrays]:
-    """Returns a function for `fill`: indices -> `images_0`, `images_1`, ... and `labels`.
-
-    The samples have the given labels [m] in turn.
-    """
+    """A function for `fill`: indices -> `images_0`, ... and `labels`, those [m] given in turn."""
 
     def make(indices: np.ndarray) -> Arrays:
         images = sample_batch(params, indices)
@@ -115,65 +83,23 @@ def fill(
 ) -> None:
     """Makes those batches that a store lacks and that are this process's: every P-th one.
 
-    Args:
-      store: the samples.
-      make: global sample indices [b] -> the arrays of a batch.
-      label: of the progress line.
-      devices: a batch is filled up to a multiple of their number.
-      process_index: this process's number.
-      process_count: P.
-
-    Raises:
-      ValueError: a sample is not finite.
+    `make` is: global sample indices [b] -> the arrays of a batch, and fails if a sample is not
+    finite. Batches are filled up to one size, a multiple of the number of devices, so that only
+    one shape is compiled.
     """
     missing = set(store.missing())
-    mine = range(process_index, store.num_batches, process_count)
-    done = sum(len(store.rows(batch)) for batch in mine if batch not in missing)
-    progress = Progress(
-        sum(len(store.rows(batch)) for batch in mine),
-        unit="samples",
-        label=label,
-        initial=done,
-        silent=process_index > 0,
-    )
+    mine = {i: store.rows(i) for i in range(process_index, store.num_batches, process_count)}
+    done = sum(len(rows) for batch, rows in mine.items() if batch not in missing)
+    total, silent = sum(map(len, mine.values())), process_index > 0
+    progress = Progress(total, unit="samples", label=label, initial=done, silent=silent)
     size = -(-store.batch_size // devices) * devices
-    batches = ((batch, store.rows(batch)) for batch in sorted(missing & set(mine)))
-    for batch, arrays in _batches(make, batches, store.num_samples, size, progress, done):
-        store.write(batch, arrays)
-
-
-def fill_on_all_processes(
-    store: SampleStore,
-    make: Callable[[np.ndarray], Arrays],
-    *,
-    label: str,
-    devices: int,
-    name: str,
-) -> None:
-    """Fills a store that all processes of a job see; returns when it is full.
-
-    Every process must call this, with the arguments of `fill` and the name of the store's place
-    for error messages. If it fails in any process, all of them raise.
-
-    Raises:
-      UserError: a sample is not finite, or a batch cannot be written.
-    """
-    error = None
-    processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    try:
-        fill(store, make, label=label, devices=devices, **processes)
-    except ValueError as e:
-        error = UserError(
-            f"{e}: lower config.cascade.samplers.N.guidance_scale, or set its threshold"
-        )
-    except OSError as e:
-        error = UserError(f"{name}: cannot be written ({e.strerror or e})")
-    if error is not None:
-        store.note_failure()
-    # This may take hours, and no collective would wait so long.
-    while store.missing() and not store.has_failed():
-        time.sleep(_POLL_SECS)
-    mesh_lib.raise_on_all_processes(error)
+    for batch in sorted(missing & mine.keys()):
+        rows = mine[batch]
+        arrays = make(np.arange(rows[0], rows[0] + size) % store.num_samples)
+        store.write(batch, {name: array[: len(rows)] for name, array in arrays.items()})
+        done += len(rows)
+        progress.update(done)
+    progress.close()
 
 
 def make_cascade_sampler(
@@ -186,35 +112,27 @@ def make_cascade_sampler(
     below: np.ndarray | None = None,
     first: int = 0,
     keep_first_stages: bool = False,
-    sample: Callable[..., list[jax.Array]] | None = None,
 ) -> BatchSampler:
-    """Samples of a cascade from its stage `first` on.
+    """A sampler of a cascade's stages from `first` on; those below are not run and may be None.
 
     Given the stored samples of the stage below `first`, it makes what the whole cascade makes of
     them without truncation.
 
     Args:
-      cascade: the stages; those below `first` are not run and may be None.
+      cascade: the stages.
       aug_levels: one per enlargement, including those below `first`.
       seed: of the samples' keys.
       mesh: the device mesh.
       labels: [m] the samples' labels, in turn; by default every class in turn.
       below: uint8 [n, h, w, C]: row i is the low-res image of sample i. Required if `first` > 0.
       first: the place in the cascade of the first stage to run.
-      keep_first_stages: keep what all but the last stage made of each batch and use it again when
-        the same batch is asked for. Only the last stage's parameters may then differ between
-        calls.
-      sample: the result of `cascade.make_sampler()`, for several samplers to share its compiled
-        programs.
-
-    Returns:
-      A sampler of the stages that are run.
+      keep_first_stages: keep what all but the last stage made of each batch, and use it when the
+        same batch is asked for. Only the last stage's parameters may then change.
     """
     key = jax.random.key(seed)
-    sample = cascade.make_sampler() if sample is None else sample
     num_classes = cascade.stages[-1].config.num_classes
     labels = np.arange(num_classes) if labels is None else labels
-    names = [stage.config.name for stage in cascade.stages[first:]]
+    ran = cascade.stages[first:]
     kept: dict[tuple[int, ...], list[jax.Array]] = {}
 
     def sample_batch(params: Sequence[Params], indices: np.ndarray) -> list[jax.Array]:
@@ -226,49 +144,33 @@ def make_cascade_sampler(
         if below is not None:
             low_res = float_from_uint8(put_batch(below[indices], mesh))
             given = [*[None] * (first - 1), low_res]
-        images = sample(params, keys, label, aug_levels, given)
+        images = cascade.sample(params, keys, label, aug_levels, given)
         if keep_first_stages:
             kept[batch] = images[:-1]
-        return [_checked_uint8(x, name) for x, name in zip(images[first:], names, strict=True)]
+        return [_checked_uint8(x, s.config.name) for x, s in zip(images[first:], ran, strict=True)]
 
     return sample_batch
 
 
-def make_enlarging_sampler(
-    stage: Stage,
-    low_res: np.ndarray,
-    labels: np.ndarray,
-    *,
-    sampler: SamplerConfig,
-    seed: int,
-    mesh: Mesh,
-) -> Callable[..., list[jax.Array]]:
-    """Enlargements of given images, float32 [n, h, w, C]; sample `i` is of image i mod n.
+def make_enlarger(
+    stage: Stage, low_res: LabelledImages, *, sampler: SamplerConfig, seed: int, mesh: Mesh
+) -> Enlarger:
+    """Enlargements of n given images by one stage; sample `i` is of image i mod n.
 
-    Returns:
-      A `BatchSampler` of the stage alone with the further keyword `aug_level`, which is None for
-      a stage that has none. It is compiled once for all levels.
+    It is compiled once for all levels, which a stage without a level ignores.
     """
     key = jax.random.key(seed)
+    sample = jax.jit(partial(stage.sample, sampler=sampler))
 
-    @jax.jit
-    def sample(
-        params: Params, keys: jax.Array, labels: Any, low_res: jax.Array, level: Any
-    ) -> jax.Array:
-        return stage.sample(
-            params, keys, label=labels, low_res=low_res, aug_level=level, sampler=sampler
-        )
-
-    def sample_batch(
-        params: Sequence[Params], indices: np.ndarray, *, aug_level: float | None
-    ) -> list[jax.Array]:
-        rows = indices % len(low_res)
-        label = put_batch(labels[rows], mesh) if stage.config.num_classes else None
+    def enlarge(params: Params, indices: np.ndarray, aug_level: float) -> jax.Array:
+        rows = indices % len(low_res.images)
+        label = put_batch(low_res.labels[rows], mesh) if stage.config.num_classes else None
         keys = keys_for(key, put_batch(indices, mesh))
-        images = sample(params[-1], keys, label, put_batch(low_res[rows], mesh), aug_level)
-        return [_checked_uint8(images, stage.config.name)]
+        given = float_from_uint8(put_batch(low_res.images[rows], mesh))
+        images = sample(params, keys, label=label, low_res=given, aug_level=aug_level)
+        return _checked_uint8(images, stage.config.name)
 
-    return sample_batch
+    return enlarge
 
 
 def put_batch(x: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
-from cascaded_diffusion.cascade.resize import area_downsample
+from cascaded_diffusion.cascade.pixels import area_downsample, float_from_uint8, uint8_from_float
 from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
 
 _CHUNK = 500
@@ -16,32 +15,23 @@ _CHUNK = 500
 
 @dataclasses.dataclass(frozen=True)
 class RealSplit:
-    """A split of a data set.
+    """A split of a data set."""
 
-    Attributes:
-      data: name of the data set.
-      split: name of the split.
-      size: number of its images.
-      read: indices -> `image` uint8 [n, H, W, C] and `label` int32 [n].
-      crop: how the images became square, for fingerprints.
-      resize: how they are brought to a stage's resolution, for fingerprints.
-    """
-
-    data: str
-    split: str
-    size: int
+    data: str  # the data set's name
+    split: str  # the split's name
+    size: int  # the number of its images
+    # Indices -> `image` uint8 [n, H, W, C] and `label` int32 [n].
     read: Callable[[Sequence[int]], Mapping[str, np.ndarray]]
-    crop: str = "none"
-    resize: str = "area"
+    crop: str = "none"  # how the images became square, for fingerprints
+    resize: str = "area"  # how they get to a stage's resolution, for fingerprints
 
     def __len__(self) -> int:
         return self.size
 
     def rows(self, rows: Sequence[int], resolution: int) -> LabelledImages:
         """Chosen images at a resolution."""
-        parts = [
-            shrunk(self.raw(rows[i : i + _CHUNK]), resolution) for i in range(0, len(rows), _CHUNK)
-        ]
+        starts = range(0, len(rows), _CHUNK)
+        parts = [shrunk(self.raw(rows[i : i + _CHUNK]), resolution) for i in starts]
         return LabelledImages(
             np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts])
         )
@@ -58,11 +48,10 @@ class RealSplit:
     def spread(self, count: int, resolution: int) -> LabelledImages:
         """`count` images spread over the split, which may be sorted by class.
 
-        No image comes more than once more often than any other.
+        If there are fewer, all are repeated in turn.
         """
-        rows = np.arange(count) * self.size // count % self.size
-        if count > self.size:
-            rows = np.arange(count) % self.size
+        rows = np.arange(count)
+        rows = rows % self.size if count > self.size else rows * self.size // count
         return self.rows(rows, resolution)
 
     def raw(self, rows: Sequence[int]) -> LabelledImages:

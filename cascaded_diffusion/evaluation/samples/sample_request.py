@@ -1,67 +1,44 @@
-"""A request for samples: the stages, images, labels and number of samples."""
+"""A request for samples: the stages, images, labels and number of samples.
+
+People give labels by numbers, by names of classes, or as a file of either.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import pathlib
+import tokenize
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, to_dict
+from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, StageConfig, to_dict
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, check_labels
+from cascaded_diffusion.files.npz_archive import read_arrays
+from cascaded_diffusion.files.paths import check_local_path
+from cascaded_diffusion.runtime.run_data import trained_classes
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
-
-@dataclasses.dataclass(frozen=True)
-class LowRes:
-    """Images to be enlarged.
-
-    Attributes:
-      images: uint8 [n, h, h, C].
-      labels: int [n]; None if nothing says what they are.
-      png_names: the names of the PNG files of their enlargements; None for numbers.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray | None
-    png_names: Sequence[str] | None
-
-    def digest(self) -> str:
-        """SHA-256 of the pixels, first 12 digits."""
-        digest = hashlib.sha256(str(self.images.shape).encode())
-        digest.update(np.ascontiguousarray(self.images))
-        return digest.hexdigest()[:12]
+_NESTED = (SyntaxError, tokenize.TokenError, MemoryError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """The samples to make.
+    """The samples to make."""
 
-    Attributes:
-      workdir: the folder of the runs, or the run, for messages.
-      config: the cascade, with the number of samples.
-      folders: the runs of the stages to run, in order.
-      run_configs: their configs.
-      first: the place in the cascade of the first of them.
-      labels: int32 [m], of the samples in turn; 0 for a model without classes.
-      output: where to write.
-      class_names: of the labels that were given by name.
-      chosen: whether classes were chosen.
-      low_res: the images to enlarge if `first` is not 0.
-      png: whether to write every image as a PNG file as well.
-    """
-
-    workdir: str
-    config: CascadeConfig
-    folders: Sequence[RunFolder]
-    run_configs: Sequence[RunConfig]
-    first: int
-    labels: np.ndarray
+    workdir: str  # the folder of the runs, or the run, for messages
+    config: CascadeConfig  # with the number of samples
+    folders: Sequence[RunFolder]  # the runs of the stages to run, in order
+    stages: Sequence[StageConfig]  # these stages
+    first: int  # the place in the cascade of the first of them
+    labels: np.ndarray  # int32 [m], of the samples in turn; 0 for a model without classes
+    class_names: Mapping[int, str]  # of the labels that were given by name
+    chosen: bool  # whether classes were chosen
+    low_res: StoredImages | None  # the images to enlarge, uint8 [n, h, h, C], if `first` is not 0
     output: RunFolder
-    class_names: Mapping[int, str] = dataclasses.field(default_factory=dict)
-    chosen: bool = False
-    low_res: LowRes | None = None
-    png: bool = False
+    png_paths: Sequence[str]  # files to write below `png/`, one per sample or none
 
     def identity(self) -> dict[str, object]:
         """All that the samples depend on besides the stages' checkpoints, for JSON."""
@@ -69,7 +46,7 @@ class SampleRequest:
         for key in ("configs", "num_samples", "batch_size"):  # the store has the last two
             del identity[key]
         identity["labels"] = hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()[:12]
-        identity["low_res"] = None if self.low_res is None else self.low_res.digest()
+        identity["low_res"] = None if self.low_res is None else self.low_res.digest(labels=False)
         return identity
 
     def npz_names(self) -> list[str]:
@@ -77,15 +54,9 @@ class SampleRequest:
         names = [*self.config.cascade.stages[self.first : -1], "samples"]
         return [f"{name}.npz" for name in names]
 
-    def png_paths(self) -> list[str]:
-        """The PNG files that are written below `png/` if `png` is set, one per sample."""
-        if self.low_res is not None and self.low_res.png_names is not None:
-            return list(self.low_res.png_names)
-        return [f"{i:06d}.png" for i in range(self.config.cascade.num_samples)]
-
     def title(self) -> str:
         """A description for people."""
-        section, stages = self.config.cascade, [c.stage for c in self.run_configs]
+        section = self.config.cascade
         count, what = section.num_samples, "sample" if self.low_res is None else "image"
         what = f"{count} {what}{'s' * (count != 1)}"
         if self.chosen:
@@ -93,14 +64,14 @@ class SampleRequest:
             names = [f"{i} ({self.class_names[i]})" if i in self.class_names else i for i in found]
             what += f" of class{'es' * (len(found) > 1)} {', '.join(map(str, names[:10]))}"
             what += ", ..." * (len(found) > 10)
-        sizes = [f"{stage.resolution} px" for stage in stages]
+        sizes = [f"{stage.resolution} px" for stage in self.stages]
         mode = "truncated" if section.truncated else "non-truncated"
         if self.low_res is not None:
             what += " enlarged"
-            sizes.insert(0, f"{stages[0].low_res_resolution} px")
+            sizes.insert(0, f"{self.stages[0].low_res_resolution} px")
             if section.truncated:
                 mode = "non-truncated at the given images"
-                mode += ", truncated above" * (len(stages) > 1)
+                mode += ", truncated above" * (len(self.stages) > 1)
         levels = section.aug_levels[max(0, self.first - 1) :]
         return f"{what}, {' -> '.join(sizes)}, aug_level {levels} {mode}"
 
@@ -125,3 +96,86 @@ def stage_as_cascade(run: RunConfig) -> dict[str, object]:
         },
         "mesh": {"data": -1, "fsdp": 1},
     }
+
+
+def read_labels(
+    text: str, folder: RunFolder, num_classes: int
+) -> tuple[np.ndarray, dict[int, str]]:
+    """The labels that `--labels` lists, int32 [m], and the names of those given by name.
+
+    `text` is numbers or names between commas, or the path of a .txt, .npz or .npy file. The run
+    in `folder` knows the names of its classes.
+
+    Raises:
+      UserError: the text or file is not understood, or an item is no class.
+    """
+    is_array = text.lower().endswith((".npz", ".npy"))
+    items = _array(text) if is_array else _items(text)
+    names = {name: i for i, name in enumerate(trained_classes(folder) or ())}
+    if not names and any(isinstance(item, str) for item in items):
+        raise UserError(
+            f"--labels={text}: the run in {folder.path} does not say what its classes are called;"
+            " give numbers"
+        )
+    for item in items:
+        if isinstance(item, str) and item not in names:
+            known = ", ".join(list(names)[:10]) + ", ..." * (len(names) > 10)
+            raise UserError(f"--labels={text}: no class is called {item!r}; there are: {known}")
+        if isinstance(item, int) and not is_array and names.get(str(item), item) != item:
+            raise UserError(
+                f"--labels={text}: {item} may mean the class called {str(item)!r}, which is number"
+                f" {names[str(item)]}, or class number {item}; give the numbers as a .npy file"
+            )
+    labels = np.asarray([names.get(item, item) for item in items])
+    check_labels(labels, num_classes, f"--labels={text}")
+    named = {names[item]: item for item in items if isinstance(item, str)}
+    return labels.astype(np.int32), named
+
+
+def _items(text: str) -> list[int | str]:
+    if not text.lower().endswith(".txt"):
+        items = text.split(",")
+    else:
+        try:
+            items = _existing(text).read_text().rstrip().splitlines()
+        except (OSError, ValueError) as e:
+            raise UserError(f"--labels={text}: cannot be read as text ({e})") from e
+    items = [item.strip() for item in items]
+    if not items or "" in items:
+        raise UserError(f"--labels={text}: expected classes, by numbers or names")
+    return [_number_or_name(item) for item in items]
+
+
+def _number_or_name(item: str) -> int | str:
+    digits = item.removeprefix("-")
+    # `int` would refuse thousands of digits; no class has that many.
+    return int(item) if digits.isascii() and digits.isdecimal() and len(digits) < 10 else item
+
+
+def _existing(text: str) -> pathlib.Path:
+    path = check_local_path(text, "--labels")
+    if not path.is_file():
+        raise UserError(f"--labels={text}: no such file")
+    return path
+
+
+def _array(text: str) -> list[int | str]:
+    path = _existing(text)
+    try:
+        if path.suffix.lower() == ".npz":
+            arrays = read_arrays(path, ("arr_0", "arr_1"))
+            labels = arrays["arr_1" if "arr_1" in arrays else "arr_0"]
+        else:
+            # Mapped, an array that the file is too short for is an error, and takes no memory.
+            labels = np.load(path, mmap_mode="r", allow_pickle=False)
+    # A damaged header raises some of these, one with thousands of brackets the last ones.
+    except (OSError, ValueError, EOFError, OverflowError, KeyError, TypeError, *_NESTED) as e:
+        raise UserError(
+            f"--labels={path}: cannot be read, expected an array of labels, in an .npz as arr_1 (or"
+            f" arr_0) ({e})"
+        ) from e
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not labels.size:
+        raise UserError(
+            f"--labels={path}: {labels.dtype} {labels.shape}, expected a list of integers"
+        )
+    return labels.tolist()

@@ -3,21 +3,19 @@
     FOLDER/identity.json      everything that the samples depend on
     FOLDER/000000.npz, ...    one file per batch, whole or missing
 
-A batch is made in one piece and appears under its name by a rename. A resumed job makes the
-missing batches. Since batches always have the same bounds, every sample exists exactly once and
-has the value that an uninterrupted job gives it.
+A batch appears under its name by a rename, and a resumed job makes the missing ones. Since batches
+always have the same bounds, every sample exists once, with the value of an uninterrupted job.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,16 +28,8 @@ from cascaded_diffusion.files.whole import write_npz_whole, write_whole
 Arrays = dict[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
-class Unfinished:
-    """The unfinished store of a command with other settings.
-
-    Attributes:
-      folder: the store.
-      settings: the store's identity.
-      num_samples: the number of samples in it.
-      num_bytes: its size on disk.
-    """
+class Unfinished(NamedTuple):
+    """The unfinished store of a command with other settings: its identity and what it holds."""
 
     folder: pathlib.Path
     settings: Mapping[str, Any]
@@ -54,14 +44,12 @@ class DamagedBatchError(Exception):
 class SampleStore:
     """The batches of one set of samples.
 
-    Args:
-      parent: folder of stores; this one's folder is named by the digest of its identity.
-      identity: everything that the samples depend on, for JSON.
-      num_samples: number of samples in all.
-      batch_size: number of samples in a batch.
+    Its folder in `parent` is named by the digest of its identity, which is everything that the
+    samples depend on, for JSON.
 
     Attributes:
       number: a hash of the identity.
+      failed: a file by which a process tells the others that it gives up.
     """
 
     def __init__(
@@ -73,17 +61,14 @@ class SampleStore:
         batch_size: int,
     ):
         whole = {**identity, "num_samples": num_samples, "batch_size": batch_size}
-        text = json.dumps(whole, sort_keys=True)
-        name = hashlib.sha256(text.encode()).hexdigest()[:16]
+        text = json.dumps(whole, sort_keys=True).encode()
+        name = hashlib.sha256(text).hexdigest()[:16]
         self._folder, self.number = parent / name, int(name[:7], 16)
         self.num_samples, self.batch_size = num_samples, batch_size
-        if not (self._folder / "identity.json").exists():
-            write_whole(self._folder / "identity.json", text.encode() + b"\n")
-
-    @property
-    def num_batches(self) -> int:
-        """Number of batches in all."""
-        return -(-self.num_samples // self.batch_size)
+        self.num_batches = -(-num_samples // batch_size)
+        self.failed, about = self._folder / "failed", self._folder / "identity.json"
+        if not about.exists():
+            write_whole(about, text + b"\n")
 
     def rows(self, batch: int) -> np.ndarray:
         """[b]: the sample indices of a batch."""
@@ -106,21 +91,11 @@ class SampleStore:
                 f"{self._folder}: was moved or removed while samples were written to it; bring it"
                 " back and run the same command again"
             )
+        expected = len(self.rows(batch))
         for name, array in arrays.items():
-            if len(array) != len(self.rows(batch)):
-                raise ValueError(
-                    f"batch {batch}: {len(array)} {name}, expected {len(self.rows(batch))}"
-                )
+            if len(array) != expected:
+                raise ValueError(f"batch {batch}: {len(array)} {name}, expected {expected}")
         write_npz_whole(self._path(batch), arrays)
-
-    def read(self, batch: int) -> Arrays | None:
-        """A batch; None if its file is damaged, which is then removed."""
-        try:
-            # Checksums are compared: a bit that has flipped is noticed.
-            return read_arrays(self._path(batch))
-        except (OSError, ValueError):
-            self._path(batch).unlink(missing_ok=True)
-            return None
 
     def batches(self) -> Iterator[Arrays]:
         """All batches in order.
@@ -128,25 +103,20 @@ class SampleStore:
         Raises:
           DamagedBatchError: one is missing or damaged.
         """
-        for i in range(self.num_batches):
-            arrays = self.read(i)
-            if arrays is None:
+        for path in map(self._path, range(self.num_batches)):
+            try:
+                # Checksums are compared: a bit that has flipped is noticed.
+                arrays = read_arrays(path)
+            except (OSError, ValueError) as e:
+                path.unlink(missing_ok=True)
                 raise DamagedBatchError(
-                    f"{self._path(i)}: missing or damaged; run the same command again"
-                )
+                    f"{path}: missing or damaged; run the same command again"
+                ) from e
             yield arrays
 
     def first(self, count: int) -> Arrays:
-        """The first `count` samples, or as many as there are.
-
-        Raises:
-          DamagedBatchError: a batch is missing or damaged.
-        """
-        found: list[Arrays] = []
-        for arrays in self.batches():
-            found.append(arrays)
-            if sum(len(a["labels"]) for a in found) >= count:
-                break
+        """The first `count` samples, or as many as there are. Raises like `batches`."""
+        found = list(itertools.islice(self.batches(), -(-count // self.batch_size)))
         return {name: np.concatenate([a[name] for a in found])[:count] for name in found[0]}
 
     def others(self) -> list[Unfinished]:
@@ -163,19 +133,6 @@ class SampleStore:
             if path.parent != self._folder and files:
                 found.append(Unfinished(path.parent, settings, made, size))
         return found
-
-    def note_failure(self) -> None:
-        """Tells the other processes that this one gives up."""
-        with contextlib.suppress(OSError):  # on a full disk, for one; they notice its absence
-            (self._folder / "failed").touch()
-
-    def has_failed(self) -> bool:
-        """Whether a process gave up."""
-        return (self._folder / "failed").exists()
-
-    def clear_failure(self) -> None:
-        """Forgets the failure of an earlier job."""
-        (self._folder / "failed").unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Deletes the store."""

@@ -10,7 +10,7 @@ import pathlib
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,15 +25,8 @@ _DIGEST_BATCH = 1000
 _MAX_PROVENANCE_BYTES = 1 << 24
 _INT64_MAX = np.iinfo(np.int64).max
 
-
-class Images(Protocol):
-    """uint8 images [n, H, W, C], in memory or read on demand."""
-
-    shape: tuple[int, ...]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: Any) -> np.ndarray: ...
+# uint8 images [n, H, W, C], in memory or read on demand.
+Images = np.ndarray | PngFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +65,7 @@ def save_samples(
 ) -> None:
     """Writes an ADM-style file: `arr_0` uint8 NHWC, `arr_1` int64 labels.
 
-    `provenance`, everything that the samples depend on, is stored as JSON beside them.
+    `provenance`, all that the samples depend on, is stored as JSON beside them.
     """
     arrays = {"arr_0": images, "arr_1": labels.astype(np.int64)}
     if provenance is not None:
@@ -87,25 +80,19 @@ def save_sample_batches(
 ) -> None:
     """Writes an ADM-style file from batches, of which it holds only one at a time.
 
-    Args:
-      path: the file.
-      shape: (n, H, W, C) of all images.
-      batches_of: returns the batches (images, labels) in order each time it is called.
+    `shape` is (n, H, W, C) of all images. `batches_of` returns the batches (images, labels) in
+    order each time it is called.
 
     Raises:
       ValueError: there are more or fewer images than `shape` says.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    arrays = (("arr_0", shape, np.uint8), ("arr_1", shape[:1], np.int64))
+    arrays = ((shape, "|u1"), (shape[:1], "<i8"))
     try:
         with zipfile.ZipFile(temporary, "w") as archive:
-            for which, (name, array_shape, dtype) in enumerate(arrays):
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as f:
-                    header = {
-                        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-                        "fortran_order": False,
-                        "shape": array_shape,
-                    }
+            for which, (array_shape, dtype) in enumerate(arrays):
+                with archive.open(f"arr_{which}.npy", "w", force_zip64=True) as f:
+                    header = {"descr": dtype, "fortran_order": False, "shape": array_shape}
                     np.lib.format.write_array_header_1_0(f, header)
                     count = 0
                     for batch in batches_of():
@@ -144,13 +131,14 @@ def open_images(path: str, *, flag: str, at_least: int = 2) -> StoredImages:
       UserError: it is neither, or does not hold at least `at_least` uint8 images of one size (a
         folder: two).
     """
+    rest = ""
     if check_local_path(path, f"--{flag}").is_dir():
         folder = PngFolder(pathlib.Path(path), flag=flag)
         rest = f" ({folder.passed_over})" if folder.passed_over else ""
-        print(f"{flag}: {len(folder)} images{rest}", file=sys.stderr, flush=True)
-        return StoredImages(path, folder, None)
-    stored = _read_npz(path, flag, at_least)
-    print(f"{flag}: {len(stored)} images", file=sys.stderr, flush=True)
+        stored = StoredImages(path, folder, None)
+    else:
+        stored = _read_npz(path, flag, at_least)
+    print(f"{flag}: {len(stored)} images{rest}", file=sys.stderr, flush=True)
     return stored
 
 
@@ -202,31 +190,27 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str, reason: str = 
         )
 
 
-def check_images(
-    stored: StoredImages, stage: StageConfig, resolution: int, reason: str, *, flag: str
-) -> None:
-    """Raises UserError unless images are of a resolution, and labelled as a stage's images are."""
-    given, expected = f"--{flag}={stored.path}", (resolution, resolution, stage.channels)
-    if tuple(stored.images.shape[1:]) != expected:
-        raise UserError(
-            f"{given}: images of {tuple(stored.images.shape[1:])}, expected {expected}, as {reason}"
-        )
-    if not stage.num_classes:
-        return
-    if stored.labels is None:
-        raise UserError(
-            f"{given}: no labels; {stage.name!r} has {stage.num_classes} classes, so that an .npz"
-            " with arr_1 is needed"
-        )
-    check_labels(stored.labels, stage.num_classes, given, f", as {stage.name!r} has")
-
-
-def load_samples(path: str, stage: StageConfig) -> StoredImages:
-    """Opens stored samples, `--samples`, and checks that a stage can have made them.
+def load_samples(path: str, stage: StageConfig, *, low_res: bool = False) -> StoredImages:
+    """Opens `--samples`, which a stage can have made, or `--low_res_samples` for it to enlarge.
 
     Raises:
       UserError: they cannot be read, or are of another size or kind.
     """
-    stored = open_images(path, flag="samples")
-    check_images(stored, stage, stage.resolution, f"{stage.name!r} makes", flag="samples")
+    flag, verb, size = "samples", "makes", stage.resolution
+    if low_res:
+        flag, verb, size = "low_res_samples", "enlarges", stage.low_res_resolution
+    stored = open_images(path, flag=flag)
+    given, shape = f"--{flag}={path}", tuple(stored.images.shape[1:])
+    expected = (size, size, stage.channels)
+    if shape != expected:
+        raise UserError(
+            f"{given}: images of {shape}, expected {expected}, as {stage.name!r} {verb}"
+        )
+    if stage.num_classes and stored.labels is None:
+        raise UserError(
+            f"{given}: no labels; {stage.name!r} has {stage.num_classes} classes, so that an .npz"
+            " with arr_1 is needed"
+        )
+    if stage.num_classes:
+        check_labels(stored.labels, stage.num_classes, given, f", as {stage.name!r} has")
     return stored

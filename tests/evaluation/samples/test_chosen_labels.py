@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.samples import chosen_labels
+from cascaded_diffusion.evaluation.samples import sample_request
 
 NAMES = ("1", "10", "2")
 
 
 @pytest.fixture
 def named(monkeypatch):
-    monkeypatch.setattr(chosen_labels, "trained_classes", lambda folder: NAMES)
+    monkeypatch.setattr(sample_request, "trained_classes", lambda folder: NAMES)
 
 
 def _read(text, num_classes=3):
-    return chosen_labels.read_labels(str(text), None, num_classes)[0].tolist()
+    return sample_request.read_labels(str(text), None, num_classes)[0].tolist()
 
 
 def test_a_number_that_is_the_name_of_another_class_is_refused(named, tmp_path):
@@ -28,7 +28,7 @@ def test_a_number_that_is_the_name_of_another_class_is_refused(named, tmp_path):
 
 
 def test_a_number_that_names_its_own_class_is_taken(monkeypatch):
-    monkeypatch.setattr(chosen_labels, "trained_classes", lambda folder: ("0", "1", "2"))
+    monkeypatch.setattr(sample_request, "trained_classes", lambda folder: ("0", "1", "2"))
     assert _read("2,0") == [2, 0]
 
 

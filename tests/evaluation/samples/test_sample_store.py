@@ -68,7 +68,8 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"NUMPY") + 130] ^= 4
     path.write_bytes(data)
-    assert store.read(1) is None
+    with pytest.raises(DamagedBatchError, match="000001.npz: missing or damaged"):
+        list(store.batches())
     assert store.missing() == [1]
 
 
