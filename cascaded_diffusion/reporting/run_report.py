@@ -47,17 +47,17 @@ def run_parts(folder: RunFolder) -> list[Element]:
         "state": _state(folder, config.train.train_steps),
         "folder": folder.path,
     }
-    records = folder.scores(say=_warn)
+    records, best = folder.scores(say=_warn), _best(folder)
     again = f"python -m cascaded_diffusion.main --config=CONFIG --workdir={folder.path}"
     return [
         element("h2", stage.name),
         key_values(about),
         *_section("Training", lambda: _training(folder)),
-        *_section("Scores over checkpoints", lambda: _scores(folder, records)),
+        *_section("Scores over checkpoints", lambda: _scores(records, best)),
         *_section("Final numbers", lambda: _final(folder)),
         *_section("Classification accuracy score", lambda: _cas(folder)),
         *_section("Bits per dimension", lambda: _bits(records)),
-        *_section("Samples", lambda: _samples(folder)),
+        *_section("Samples", lambda: _samples(folder, best)),
         element("h3", "Config"),
         element("p", "The resolved config, config.json, of ", element("code", again)),
         key_values(to_dict(config)),
@@ -121,12 +121,11 @@ def _source(record: Record) -> str:
     return str(record.get("low_res", "")).partition(":")[0]
 
 
-def _scores(folder: RunFolder, records: Sequence[Record]) -> list[Element]:
+def _scores(records: Sequence[Record], best: Record | None) -> list[Element]:
     scores = [r for r in records if "low_res" in r]
     if not scores:
         return [quiet("Not evaluated yet.")]
     parts = []
-    best = _best(folder)
     if best is not None:
         score = f"{best.get('metric')} {best.get('value')}"
         chosen = f"Chosen: step {best['step']}, EMA {best['ema_decay']:g}, {score}."
@@ -155,7 +154,7 @@ def _scores(folder: RunFolder, records: Sequence[Record]) -> list[Element]:
     return parts
 
 
-def _best(folder: RunFolder) -> dict[str, Any] | None:
+def _best(folder: RunFolder) -> Record | None:
     try:
         return folder.best()
     except UserError as e:
@@ -239,8 +238,7 @@ def _bits(records: Sequence[Record]) -> list[Element]:
     return [table(columns, [[r.get(c) for c in columns] for r in bits])]
 
 
-def _samples(folder: RunFolder) -> list[Element]:
-    best = _best(folder)
+def _samples(folder: RunFolder, best: Record | None) -> list[Element]:
     grids = sorted(
         folder.eval.glob("step_*.png"), key=lambda p: (int(p.stem.split("_")[1]), p.name)
     )
