@@ -137,9 +137,9 @@ def convert(cls: type[T], values: Any, prefix: str = "") -> T:
     for key in values:
         if key not in fields:
             shown = _shown(key).strip("'\"")
-            raise UserError(
-                f"config.{prefix}{shown} is not a config key{nearest_key(shown, fields)}"
-            )
+            close = difflib.get_close_matches(shown, fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}"
+            raise UserError(f"config.{prefix}{shown} is not a config key; {hint}")
     converted = {}
     for name, field in fields.items():
         key = prefix + name
@@ -164,13 +164,6 @@ def takes_text(cls: type[Any], path: typing.Sequence[str]) -> tuple[bool, bool]:
             hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
     hint, optional = _split_optional(hint)
     return hint is str or typing.get_origin(hint) is typing.Literal, optional
-
-
-def nearest_key(key: str, known: typing.Iterable[str]) -> str:
-    """`"; did you mean 'x'?"`, or the list of known keys if none is similar."""
-    known = list(known)
-    close = difflib.get_close_matches(str(key), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,7 +27,7 @@ from cascaded_diffusion.training.step import TrainState
 _USABLE = 0.98
 # A compiled step also has copies and buffers. For the paper's models it needs 0.9 to 2.4 times
 # the estimated activations (benchmarks/results/tpu_plan.md).
-MARGIN = 2.0
+_MARGIN = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StepMemory:
     @property
     def total(self) -> float:
         """Both, with a margin for what the compiler adds."""
-        return self.state + MARGIN * self.activations
+        return self.state + _MARGIN * self.activations
 
 
 def fits(size: float, memory_bytes: float) -> bool:
