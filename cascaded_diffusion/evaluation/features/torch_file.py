@@ -30,20 +30,15 @@ import numpy as np
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-_STORAGES = {"torch FloatStorage": np.dtype("<f4"), "torch LongStorage": np.dtype("<i8")}
-_DICT, _TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
-_NAMES = {*_STORAGES, _DICT, _TENSOR}
 # Far beyond any network for features. A state dict has some 40 opcodes per tensor.
 _MAX_BYTES = 1 << 30
 _MAX_OPCODES = 200_000
 _MAX_DIMENSIONS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class _Name:
-    """A global that a state dict refers to. It is never looked up."""
-
-    name: str
+# What zipfile and a walk over damaged data raise besides ValueError.
+_DAMAGED = (
+    LookupError, TypeError, AttributeError, OverflowError, EOFError, OSError, zipfile.BadZipFile,
+    zlib.error, RuntimeError, struct.error,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,136 +58,134 @@ class _Tensor:
     offset: int
     shape: tuple[int, ...]
 
-    def __post_init__(self):
-        outside = self.offset + self.count > self.storage.count
-        if min(self.offset, *self.shape, 0) < 0 or outside:
-            raise ValueError(f"a tensor of {self.shape} lies outside of its storage")
-
     @property
-    def count(self) -> int:
-        return math.prod(self.shape)
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        return self.count * self.storage.dtype.itemsize
+        return math.prod(self.shape) * self.storage.dtype.itemsize
 
 
-class _Mark:
-    pass
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    if not isinstance(storage, _Storage) or not isinstance(offset, int):
+        raise ValueError("a tensor without a storage")
+    for numbers in (shape, strides):
+        if not isinstance(numbers, tuple) or not all(isinstance(x, int) for x in numbers):
+            raise ValueError("a tensor whose shape is no tuple of integers")
+        if len(numbers) > _MAX_DIMENSIONS or any(abs(x) >= 1 << 63 for x in numbers):
+            raise ValueError("a tensor whose shape is none that memory can hold")
+    tensor = _Tensor(storage, offset, shape)
+    if min(offset, *shape, 0) < 0 or tensor.end > storage.count:
+        raise ValueError(f"a tensor of {shape} lies outside of its storage")
+    steps = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    if any(n > 1 and a != b for n, a, b in zip(shape, strides, steps, strict=True)):
+        raise ValueError(f"a tensor of {shape} that is not contiguous")
+    return tensor
 
 
-def _reduced(function: Any, arguments: Any) -> Any:
+# The only names that a state dict refers to, and what they stand for here.
+_NAMES = {
+    "torch FloatStorage": np.dtype("<f4"),
+    "torch LongStorage": np.dtype("<i8"),
+    "collections OrderedDict": dict,
+    "torch._utils _rebuild_tensor_v2": _tensor,
+}
+
+
+def _called(function: Any, arguments: Any) -> Any:
     """The result of a call in the file."""
-    if function == _Name(_DICT) and arguments == ():
+    if function is dict and arguments == ():
         return {}
-    if function == _Name(_TENSOR) and isinstance(arguments, tuple) and len(arguments) >= 4:
-        storage, offset, shape, strides = arguments[:4]
-        if not isinstance(storage, _Storage) or not isinstance(offset, int):
-            raise ValueError("a tensor without a storage")
-        for numbers in (shape, strides):
-            if not isinstance(numbers, tuple) or not all(isinstance(x, int) for x in numbers):
-                raise ValueError("a tensor whose shape is no tuple of integers")
-            if len(numbers) > _MAX_DIMENSIONS or any(abs(x) >= 1 << 63 for x in numbers):
-                raise ValueError("a tensor whose shape is none that memory can hold")
-        steps = [1]
-        for size in reversed(shape):
-            steps.append(steps[-1] * size)
-        if any(
-            size > 1 and stride != step
-            for size, stride, step in zip(shape, strides, steps[-2::-1], strict=True)
-        ):
-            raise ValueError(f"a tensor of {shape} that is not contiguous")
-        return _Tensor(storage, offset, shape)
+    if function is _tensor and isinstance(arguments, tuple) and len(arguments) >= 4:
+        return _tensor(*arguments)
     raise ValueError(f"a call of a {type(function).__name__}, which no state dict makes")
 
 
-def _storage_of(reference: Any) -> _Storage:
+def _storage(reference: Any) -> _Storage:
     if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
         raise ValueError("a reference that is not to a storage")
-    _, kind, key, _, count = reference[:5]
-    if not isinstance(kind, _Name) or kind.name not in _STORAGES:
+    _, dtype, key, _, count, *view = reference
+    if not isinstance(dtype, np.dtype):
         raise ValueError("a storage of something else than float32 or int64")
     if not isinstance(key, str) or not isinstance(count, int) or not 0 <= count < 1 << 63:
         raise ValueError("a storage without a key or a count")
-    if len(reference) > 5 and reference[5] is not None:
+    if view and view[0] is not None:
         raise ValueError("a view of a storage")
-    return _Storage(key, _STORAGES[kind.name], count)
+    return _Storage(key, dtype, count)
 
 
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+def _fill(target: Any, items: list[Any]) -> None:
+    if not isinstance(target, dict) or not all(isinstance(k, str) for k in items[::2]):
+        raise ValueError("items of something that is no dict of names")
+    target.update(zip(items[::2], items[1::2], strict=True))
 
 
 def _evaluated(stream: BinaryIO) -> Any:
-    """The value of one pickle of a state dict's file.
-
-    Raises:
-      ValueError: an opcode, a name or a structure does not belong there.
-    """
+    """The value of one pickle. Raises ValueError for whatever a state dict does not have."""
     stack: list[Any] = []
+    outer: list[list[Any]] = []  # the stacks below each mark
     memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        items = []
-        while not isinstance(stack[-1], _Mark):
-            items.append(stack.pop())
-        stack.pop()
-        return items[::-1]
-
-    def fill(target: Any, items: list[Any]) -> None:
-        if not isinstance(target, dict) or not all(isinstance(k, str) for k in items[::2]):
-            raise ValueError("items of something that is no dict of names")
-        target.update(zip(items[::2], items[1::2], strict=True))
-
     for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        name = opcode.name
         if number >= _MAX_OPCODES:
             raise ValueError(f"more than {_MAX_OPCODES} opcodes, which no state dict needs")
-        if name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _VALUES:
-            stack.append(argument)
-        elif name in ("PROTO", "FRAME"):
-            pass
-        elif name == "GLOBAL":
-            if argument not in _NAMES:
+        match opcode.name:
+            case "PROTO":
+                pass
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE":
+                stack.append(argument)
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode.name == "NEWTRUE")
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "GLOBAL" if argument not in _NAMES:
                 raise ValueError(
                     f"the name {argument[:80]!r}, which no state dict of tensors needs"
                 )
-            stack.append(_Name(argument))
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name == "MARK":
-            stack.append(_Mark())
-        elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
-            stack.append({"EMPTY_DICT": {}, "EMPTY_LIST": [], "EMPTY_TUPLE": ()}[name])
-        elif name == "TUPLE":
-            stack.append(tuple(since_mark()))
-        elif name in _TUPLES:
-            stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
-        elif name == "REDUCE":
-            arguments = stack.pop()
-            stack.append(_reduced(stack.pop(), arguments))
-        elif name == "BINPERSID":
-            stack.append(_storage_of(stack.pop()))
-        elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            fill(stack[-1], [key, value])
-        elif name == "SETITEMS":
-            items = since_mark()
-            fill(stack[-1], items)
-        elif name in ("APPEND", "APPENDS"):
-            items = [stack.pop()] if name == "APPEND" else since_mark()
-            stack[-1].extend(items)
-        elif name == "BUILD":
-            stack.pop()  # attributes of the dict: versions of modules
-        elif name == "STOP":
-            return stack.pop()
-        else:
-            raise ValueError(f"the opcode {name}, which no state dict needs")
+            case "GLOBAL":
+                stack.append(_NAMES[argument])
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "MARK":
+                outer.append(stack)
+                stack = []
+            case "TUPLE":
+                items, stack = stack, outer.pop()
+                stack.append(tuple(items))
+            case "SETITEMS":
+                items, stack = stack, outer.pop()
+                _fill(stack[-1], items)
+            case "APPENDS":
+                items, stack = stack, outer.pop()
+                stack[-1].extend(items)
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(opcode.name.removeprefix("TUPLE"))
+                stack[-size:] = [tuple(stack[-size:])]
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _fill(stack[-1], [key, value])
+            case "APPEND":
+                item = stack.pop()
+                stack[-1].append(item)
+            case "REDUCE":
+                arguments = stack.pop()
+                stack.append(_called(stack.pop(), arguments))
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "BUILD":
+                stack.pop()  # attributes of the dict: versions of modules
+            case "STOP":
+                return stack.pop()
+            case name:
+                raise ValueError(f"the opcode {name}, which no state dict needs")
     raise ValueError("it ends in the middle")
 
 
@@ -211,18 +204,8 @@ def _checked(state: Any, file_bytes: int) -> Mapping[str, _Tensor]:
     return state
 
 
-def _arrays(
-    state: Mapping[str, _Tensor], numbers: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The tensors, copied out of the numbers of their storages."""
-    arrays = {}
-    for name, tensor in state.items():
-        part = numbers[tensor.storage.key][tensor.offset : tensor.offset + tensor.count]
-        arrays[name] = part.reshape(tensor.shape).copy()
-    return arrays
-
-
-def _read_zip(data: bytes) -> dict[str, np.ndarray]:
+def _read_zip(data: bytes) -> tuple[Mapping[str, _Tensor], dict[str, np.ndarray]]:
+    """The state dict, and the numbers of each storage."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         # torch.save compresses nothing, so a compressed file is not its own.
         if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
@@ -242,10 +225,11 @@ def _read_zip(data: bytes) -> dict[str, np.ndarray]:
             if archive.getinfo(member).file_size != storage.num_bytes:
                 raise ValueError(f"storage {storage.key[:80]!r} is not of the size it declares")
             numbers[storage.key] = np.frombuffer(archive.read(member), storage.dtype)
-    return _arrays(state, numbers)
+    return state, numbers
 
 
-def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
+def _read_legacy(data: bytes) -> tuple[Mapping[str, _Tensor], dict[str, np.ndarray]]:
+    """Likewise."""
     stream = io.BytesIO(data)
     if _evaluated(stream) != _MAGIC or _evaluated(stream) != _PROTOCOL:
         raise ValueError("it is not a file of torch.save")
@@ -266,7 +250,7 @@ def _read_legacy(data: bytes) -> dict[str, np.ndarray]:
         numbers[key] = np.frombuffer(stored, storage.dtype)
     if stream.read(1):
         raise ValueError("there is something after its end")
-    return _arrays(state, numbers)
+    return state, numbers
 
 
 def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -281,11 +265,11 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{size} bytes, expected at most {_MAX_BYTES}")
     data = path.read_bytes()
     try:
-        return _read_zip(data) if data[:4] == b"PK\x03\x04" else _read_legacy(data)
-    except ValueError:
-        raise
-    except (LookupError, TypeError, AttributeError, OverflowError, EOFError, OSError) as e:
+        state, numbers = (_read_zip if data[:4] == b"PK\x03\x04" else _read_legacy)(data)
+        return {
+            name: numbers[x.storage.key][x.offset : x.end].reshape(x.shape).copy()
+            for name, x in state.items()
+        }
+    except _DAMAGED as e:
         reason = f"{type(e).__name__}: {e}"[:120]
         raise ValueError(f"not a whole state dict of tensors ({reason})") from e
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, struct.error) as e:
-        raise ValueError(f"a damaged zip ({e})") from e
