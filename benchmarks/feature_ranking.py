@@ -129,7 +129,6 @@ def table(name: str, train: tuple, test: tuple, folder: pathlib.Path) -> list[st
     from cascaded_diffusion.networks import classifier as networks
 
     real, held_out = LabelledImages(*train), LabelledImages(*test)
-    _, size, _, channels = real.images.shape
     num_classes = int(real.labels.max()) + 1
 
     def trained(network: str, seed: int) -> Classifier:
@@ -143,13 +142,13 @@ def table(name: str, train: tuple, test: tuple, folder: pathlib.Path) -> list[st
         )
 
     classifier, rotation = trained("small", 0), trained("rotation", 0)
-    module = networks.CLASSIFIERS["small"](num_classes=num_classes)
-    untrained = networks.init_classifier(module, jax.random.key(0), size, channels)
+    task = classifier.task
+    untrained = networks.init_classifier(task.module, jax.random.key(0), real.images.shape)
     extractors = {
         "fd_classifier": classifier,
         "fd_rotation": rotation,
         "another seed": trained("small", 1),
-        "untrained": Classifier("small", module, untrained, "", classifier.mesh),
+        "untrained": Classifier(task, untrained),
     }
     sets = damaged(*test)
     found: dict[str, dict[str, list[float]]] = {}

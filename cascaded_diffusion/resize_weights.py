@@ -21,10 +21,9 @@ import numpy as np
 def area_weights(size_in: int, size_out: int) -> np.ndarray:
     """Eq. (1): float32 [size_out, size_in], rows sum to 1. It shrinks and enlarges."""
     scale = size_in / size_out
-    edges = np.arange(size_out + 1) * scale
-    low, high = edges[:-1, None], edges[1:, None]
-    pixel = np.arange(size_in)[None, :]
-    overlap = np.minimum(high, pixel + 1) - np.maximum(low, pixel)
+    edges = np.arange(size_out + 1)[:, None] * scale
+    pixel = np.arange(size_in)
+    overlap = np.minimum(edges[1:], pixel + 1) - np.maximum(edges[:-1], pixel)
     return _frozen(np.clip(overlap, 0.0, None) / scale)
 
 
@@ -33,7 +32,7 @@ def bilinear_weights(size_in: int, size_out: int) -> np.ndarray:
     """Eq. (2): float32 [size_out, size_in], rows sum to 1. It shrinks and enlarges."""
     scale = size_in / size_out
     centre = (np.arange(size_out)[:, None] + 0.5) * scale
-    pixel = np.arange(size_in)[None, :] + 0.5
+    pixel = np.arange(size_in) + 0.5
     weights = np.clip(1.0 - np.abs(pixel - centre) / max(scale, 1.0), 0.0, None)
     return _frozen(weights / weights.sum(axis=1, keepdims=True))
 

@@ -7,7 +7,6 @@ network, trained for as many steps on real images.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,11 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.evaluator import Splits, default_mesh
-from cascaded_diffusion.evaluation.features.classifier_extractor import Classifier, LabelledImages
+from cascaded_diffusion.evaluation.features.classifier_extractor import Classifier
 from cascaded_diffusion.evaluation.features.classifier_training import (
     RECIPES,
+    LabelledImages,
+    Task,
     batch_size_for,
     train_classifier,
 )
@@ -29,91 +30,29 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 _LARGE = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class Accuracy:
-    """How often a classifier is right on test images.
+def accuracy_of(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """How often logits [n, K] of images with labels [n] are right.
 
-    Attributes:
-      top1: the share of images whose best class is the label.
-      top5: the share of images whose label is among the best five classes.
-      of_class: `top1` per class [K]; NaN for a class without test images.
-      num_train: number of training images.
+    Returns:
+      The share of images whose best class is the label, the share whose label is among the best
+      five, and the former per class [K]: NaN for a class without images.
     """
-
-    top1: float
-    top5: float
-    of_class: np.ndarray
-    num_train: int
-
-
-def accuracy_of(logits: np.ndarray, labels: np.ndarray, *, num_train: int) -> Accuracy:
-    """The accuracy of logits [n, K] of images with labels [n]."""
-    ranked = np.argsort(-logits, axis=-1, kind="stable")
-    hits = ranked == labels[:, None]
-    right = hits[:, 0]
+    hits = np.argsort(-logits, axis=-1, kind="stable") == labels[:, None]
     num_classes = logits.shape[1]
-    counts = np.bincount(labels, minlength=num_classes)
     with np.errstate(invalid="ignore"):
-        of_class = np.bincount(labels, right, minlength=num_classes) / counts
-    return Accuracy(float(right.mean()), float(hits[:, :5].any(1).mean()), of_class, num_train)
-
-
-def accuracy_after_training(
-    train: LabelledImages,
-    test: LabelledImages,
-    *,
-    num_classes: int,
-    network: str,
-    train_steps: int,
-    batch_size: int,
-    seed: int,
-    flip: bool,
-    mesh: Mesh,
-    label: str,
-) -> Accuracy:
-    """Trains a network on `train` for `train_steps` and tests it on `test`.
-
-    Raises:
-      UserError: images differ in size, or a label is no class.
-    """
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise UserError(
-            f"--samples: images of {train.images.shape[1:]}, expected {test.images.shape[1:]}, as"
-            " the real ones are"
+        of_class = np.bincount(labels, hits[:, 0], num_classes) / np.bincount(
+            labels, minlength=num_classes
         )
-    for images in (train, test):
-        check_labels(images.labels, num_classes, label)
-    missing = num_classes - len(np.unique(train.labels))
-    if missing:
-        print(f"{label}: no training image of {missing} of the {num_classes} classes", flush=True)
-    module, variables = train_classifier(
-        network,
-        train.images,
-        train.labels,
-        num_classes=num_classes,
-        seed=seed,
-        mesh=mesh,
-        flip=flip,
-        train_steps=train_steps,
-        batch_size=batch_size,
-        label=label,
-    )
-    classifier = Classifier(network, module, variables, "", mesh)
-    logits = classifier(test.images).logits
-    return accuracy_of(logits, test.labels, num_train=len(train.labels))
+    return float(hits[:, 0].mean()), float(hits[:, :5].any(1).mean()), of_class
 
 
 def cas_record(
+    task: Task,
     generated: LabelledImages,
     real: LabelledImages,
     test: LabelledImages,
     *,
-    num_classes: int,
-    network: str,
     epochs: int | None,
-    seed: int,
-    flip: bool,
-    mesh: Mesh,
 ) -> dict[str, Any]:
     """CAS of generated samples, beside the same network's accuracy when trained on real images.
 
@@ -123,32 +62,42 @@ def cas_record(
     Raises:
       UserError: images differ in size, or a label is no class.
     """
-    recipe = RECIPES[network]
-    epochs = recipe.epochs if epochs is None else epochs
-    batch_size = batch_size_for(recipe, min(len(generated.labels), len(real.labels)), mesh)
-    train_steps = epochs * (len(generated.labels) // batch_size)
-    found = {}
-    how = dict(num_classes=num_classes, network=network, seed=seed, flip=flip, mesh=mesh)
-    for name, train in (("generated", generated), ("real", real)):
-        label = f"CAS, {network} on {name} images"
-        found[name] = accuracy_after_training(
-            train, test, train_steps=train_steps, batch_size=batch_size, label=label, **how
+    if generated.images.shape[1:] != test.images.shape[1:]:
+        raise UserError(
+            f"--samples: images of {generated.images.shape[1:]}, expected"
+            f" {test.images.shape[1:]}, as the real ones are"
         )
-    better = found["generated"].of_class > found["real"].of_class
+    epochs = RECIPES[task.network].epochs if epochs is None else epochs
+    batch_size = batch_size_for(task, min(len(generated.labels), len(real.labels)))
+    train_steps = epochs * (len(generated.labels) // batch_size)
+    found, of_class = {}, {}
+    for name, train in (("generated", generated), ("real", real)):
+        label = f"CAS, {task.network} on {name} images"
+        for images in (train, test):
+            check_labels(images.labels, task.num_classes, label)
+        missing = task.num_classes - len(np.unique(train.labels))
+        if missing:
+            print(
+                f"{label}: no training image of {missing} of the {task.num_classes} classes",
+                flush=True,
+            )
+        variables = train_classifier(
+            task, train, train_steps=train_steps, batch_size=batch_size, label=label
+        )
+        logits = Classifier(task, variables)(test.images).logits
+        top1, top5, of_class[name] = accuracy_of(logits, test.labels)
+        found[name] = {"top1": top1, "top5": top5, "num_images": len(train.labels)}
     return {
         "metric": "cas",
-        "network": network,
+        "network": task.network,
         "epochs": epochs,
         "train_steps": train_steps,
-        "num_classes": num_classes,
+        "num_classes": task.num_classes,
         "resolution": int(test.images.shape[1]),
-        **{
-            name: {"top1": a.top1, "top5": a.top5, "num_images": a.num_train}
-            for name, a in found.items()
-        },
-        "per_class": {"generated_better": int(better.sum())},
+        **found,
+        "per_class": {"generated_better": int((of_class["generated"] > of_class["real"]).sum())},
         "test_images": len(test.labels),
-        "seed": seed,
+        "seed": task.seed,
     }
 
 
@@ -176,18 +125,20 @@ def classification_accuracy(
     """
     config = folder.read_config()
     stage, data = config.stage, config.data
-    mesh = mesh or default_mesh(config)
+    task = Task(
+        network=network or ("resnet50" if stage.resolution >= _LARGE else "resnet"),
+        num_classes=stage.num_classes,
+        seed=config.eval.seed,
+        mesh=mesh or default_mesh(config),
+        flip=data.random_flip,
+    )
     with folder.writer_lock("eval"):
         record = cas_record(
+            task,
             LabelledImages(samples.images, samples.labels.astype("int32")),
             splits["train"].whole(stage.resolution),
             splits["val"].whole(stage.resolution),
-            num_classes=stage.num_classes,
-            network=network or ("resnet50" if stage.resolution >= _LARGE else "resnet"),
             epochs=epochs,
-            seed=config.eval.seed,
-            flip=data.random_flip,
-            mesh=mesh,
         )
         record |= {
             "samples": samples.path,

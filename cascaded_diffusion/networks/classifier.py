@@ -7,7 +7,7 @@ a small one. Batch statistics are those of the global batch, on any number of de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -122,6 +122,6 @@ CLASSIFIERS: dict[str, Callable[..., Module]] = {
 }
 
 
-def init_classifier(module: Module, key: jax.Array, resolution: int, channels: int) -> Variables:
-    """Fresh variables."""
-    return module.init(key, jnp.zeros((1, resolution, resolution, channels)))
+def init_classifier(module: Module, key: jax.Array, shape: Sequence[int]) -> Variables:
+    """Fresh variables for images of this shape, [n, H, W, C] of any n."""
+    return module.init(key, jnp.zeros((1, *shape[1:])))

@@ -9,15 +9,20 @@ from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import cas
 from cascaded_diffusion.evaluation.features import classifier_training
-from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
-from cascaded_diffusion.evaluation.features.classifier_training import RECIPES, train_classifier
+from cascaded_diffusion.evaluation.features.classifier_training import (
+    RECIPES,
+    LabelledImages,
+    Task,
+    train_classifier,
+)
 from cascaded_diffusion.runtime.mesh import build_mesh
 
 NUM_CLASSES = 6
 
 
-def _mesh(devices):
-    return build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1), jax.devices()[:devices])
+def _task(devices):
+    mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1), jax.devices()[:devices])
+    return Task(network="resnet", num_classes=NUM_CLASSES, seed=0, mesh=mesh)
 
 
 def _bars(n, seed, *, shuffled=False):
@@ -30,9 +35,8 @@ def _bars(n, seed, *, shuffled=False):
     return LabelledImages(images.astype(np.uint8), given.astype(np.int32))
 
 
-def _record(generated, **kwargs):
-    how = dict(num_classes=NUM_CLASSES, network="resnet", epochs=8, seed=0, flip=False)
-    return cas.cas_record(generated, _bars(96, 1), _bars(60, 2), mesh=_mesh(8), **{**how, **kwargs})
+def _record(generated, epochs=8):
+    return cas.cas_record(_task(8), generated, _bars(96, 1), _bars(60, 2), epochs=epochs)
 
 
 @pytest.fixture(autouse=True)
@@ -61,26 +65,10 @@ def test_good_samples_teach_what_real_images_do_and_bad_ones_do_not():
 def test_one_device_and_eight_train_the_same():
     data, trained = _bars(48, 0), {}
     for devices in (1, 8):
-        _, trained[devices] = train_classifier(
-            "resnet",
-            data.images,
-            data.labels,
-            num_classes=NUM_CLASSES,
-            seed=0,
-            mesh=_mesh(devices),
-            train_steps=3,
-        )
+        trained[devices] = train_classifier(_task(devices), data, train_steps=3)
     for one, eight in zip(*(jax.tree.leaves(v) for v in trained.values()), strict=True):
         np.testing.assert_allclose(one, eight, rtol=1e-3, atol=2e-4)
-    again = train_classifier(
-        "resnet",
-        data.images,
-        data.labels,
-        num_classes=NUM_CLASSES,
-        seed=0,
-        mesh=_mesh(8),
-        train_steps=3,
-    )[1]
+    again = train_classifier(_task(8), data, train_steps=3)
     for one, other in zip(jax.tree.leaves(trained[8]), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -88,17 +76,17 @@ def test_one_device_and_eight_train_the_same():
 def test_accuracies_are_counted_as_by_hand():
     logits = np.random.default_rng(0).normal(size=(50, 9))
     labels = np.random.default_rng(1).integers(0, 8, 50)
-    ours = cas.accuracy_of(logits, labels, num_train=3)
+    top1, top5, accuracies = cas.accuracy_of(logits, labels)
     best = [list(np.argsort(row)[::-1]) for row in logits]
     right = [b[0] == y for b, y in zip(best, labels, strict=True)]
-    assert ours.top1 == np.mean(right)
-    assert ours.top5 == np.mean([y in b[:5] for b, y in zip(best, labels, strict=True)])
+    assert top1 == np.mean(right)
+    assert top5 == np.mean([y in b[:5] for b, y in zip(best, labels, strict=True)])
     for k in range(8):
         of_class = [r for r, y in zip(right, labels, strict=True) if y == k]
-        assert ours.of_class[k] == np.mean(of_class)
-    assert np.isnan(ours.of_class[8])
-    three = cas.accuracy_of(logits[:, :3], labels % 3, num_train=3)
-    assert three.top5 == 1.0
+        assert accuracies[k] == np.mean(of_class)
+    assert np.isnan(accuracies[8])
+    _, top5, _ = cas.accuracy_of(logits[:, :3], labels % 3)
+    assert top5 == 1.0
 
 
 def test_a_class_without_samples_is_said(capsys):

@@ -22,7 +22,13 @@ from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.config.schema import MeshConfig
-from cascaded_diffusion.evaluation.features.classifier_training import NUM_TURNS, train_classifier
+from cascaded_diffusion.evaluation.features.classifier_training import (
+    NUM_TURNS,
+    ROTATION,
+    LabelledImages,
+    Task,
+    train_classifier,
+)
 from cascaded_diffusion.evaluation.features.extractor import Features, extract_in_batches
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import sha256_of_arrays, write_npz_whole
@@ -32,16 +38,6 @@ from cascaded_diffusion.runtime import mesh as mesh_lib
 # Goes up with every change to how the classifier is built or trained.
 _RECIPE = 2
 _BATCH = 500
-# The network whose classes are rotations.
-ROTATION = "rotation"
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelledImages:
-    """Images: uint8 [n, H, W, C] and int32 labels [n]."""
-
-    images: np.ndarray
-    labels: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,25 +47,21 @@ class Classifier:
     Logits are over the data's classes; a network that tells rotations returns none.
 
     Attributes:
-      network: its name in `networks.classifier.CLASSIFIERS`.
-      module: the network.
+      task: the network, and the mesh it runs on.
       variables: its parameters, and its batch statistics if it has any.
       digest: SHA-256 of the variables, first 16 digits.
-      mesh: the device mesh.
       accuracy: on the held-out real images; for rotations, on each image in all of them.
     """
 
-    network: str
-    module: Any
+    task: Task
     variables: networks.Variables
-    digest: str
-    mesh: Mesh
+    digest: str = ""
     accuracy: float = 0.0
 
     @property
     def name(self) -> str:
         """Part of metric names."""
-        return "classifier" if self.network == "small" else self.network
+        return "classifier" if self.task.network == "small" else self.task.network
 
     @property
     def identity(self) -> str:
@@ -78,7 +70,7 @@ class Classifier:
 
     def __call__(self, images: np.ndarray) -> Features:
         features = self._outputs(images)
-        if self.network == ROTATION:
+        if self.task.network == ROTATION:
             return dataclasses.replace(features, logits=None)
         return features
 
@@ -87,11 +79,12 @@ class Classifier:
         return self._outputs(images).logits.argmax(-1)
 
     def _outputs(self, images: np.ndarray) -> Features:
-        size = -(-min(_BATCH, len(images)) // self.mesh.size) * self.mesh.size
-        sharding = mesh_lib.batch_sharding(self.mesh)
+        mesh = self.task.mesh
+        size = -(-min(_BATCH, len(images)) // mesh.size) * mesh.size
+        sharding = mesh_lib.batch_sharding(mesh)
 
         def extract(batch: np.ndarray) -> Iterable[np.ndarray]:
-            outputs = _forward(self.module, self.variables, jax.device_put(batch, sharding))
+            outputs = _forward(self.task.module, self.variables, jax.device_put(batch, sharding))
             return map(mesh_lib.host_array, outputs)
 
         return extract_in_batches(images, size, extract)
@@ -99,48 +92,49 @@ class Classifier:
 
 @partial(jax.jit, static_argnums=0)
 def _forward(
-    module: Any, variables: networks.Variables, images: jax.Array
+    module: networks.Module, variables: networks.Variables, images: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     # Devices differ in their default precision; the features must not.
     with jax.default_matmul_precision("highest"):
-        return networks.apply_classifier(module, variables, float_from_uint8(images))
+        return module.apply(variables, float_from_uint8(images))
 
 
-def _fingerprint(train: LabelledImages, network: str, seed: int) -> str:
-    digest = hashlib.sha256(f"{_RECIPE} {network} {seed} {train.images.shape}".encode())
+def _fingerprint(task: Task, train: LabelledImages) -> str:
+    about = f"{_RECIPE} {task.network} {task.seed} {train.images.shape}"
+    digest = hashlib.sha256(about.encode())
     digest.update(np.ascontiguousarray(train.images).tobytes())
-    if network != ROTATION:
+    if task.network != ROTATION:
         digest.update(np.ascontiguousarray(train.labels).tobytes())
     return digest.hexdigest()
 
 
-def _variables_digest(flat: Mapping[str, np.ndarray]) -> str:
-    return sha256_of_arrays(flat)[:16]
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    return sha256_of_arrays(arrays)[:16]
 
 
-def _finished(
-    network: str,
-    module: Any,
-    variables: networks.Variables,
-    held_out: LabelledImages,
-    mesh: Mesh,
-) -> Classifier:
-    digest = _variables_digest(networks.flatten_params(variables))
-    classifier = Classifier(network, module, variables, digest, mesh)
-    tests = [(held_out.images, held_out.labels)]
-    if network == ROTATION:
-        tests = [(np.rot90(held_out.images, k, (1, 2)), k) for k in range(NUM_TURNS)]
-    right = [(classifier.predictions(images) == labels).mean() for images, labels in tests]
-    return dataclasses.replace(classifier, accuracy=float(np.mean(right)))
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {name: (x.shape, x.dtype) for name, x in arrays.items()}
 
 
-def _fits(module: Any, flat: Mapping[str, np.ndarray], image: np.ndarray) -> bool:
-    """Whether arrays are a network's variables for images [H, W, C]."""
-    shapes = jax.eval_shape(
-        lambda: networks.init_classifier(module, jax.random.key(0), image.shape[0], image.shape[2])
+def _stored(
+    path: pathlib.Path, task: Task, fingerprint: str, shape: tuple[int, ...]
+) -> networks.Variables:
+    """The variables of a file. Raises ValueError: why they cannot be used."""
+    try:
+        arrays = read_arrays(path)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"cannot be read ({e})") from e
+    about, digest = (str(arrays.pop(name, "")) for name in ("fingerprint", "digest"))
+    if about != fingerprint:
+        raise ValueError("made from other data or settings")
+    if digest != _digest(arrays):
+        raise ValueError("its arrays have changed")
+    expected = networks.flatten_params(
+        jax.eval_shape(lambda: networks.init_classifier(task.module, jax.random.key(0), shape))
     )
-    wanted = {k: (x.shape, x.dtype) for k, x in networks.flatten_params(shapes).items()}
-    return wanted == {k: (x.shape, x.dtype) for k, x in flat.items()}
+    if _shapes(arrays) != _shapes(expected):
+        raise ValueError("made for other classes")
+    return networks.unflatten_params(arrays)
 
 
 def load_or_train(
@@ -157,7 +151,7 @@ def load_or_train(
     """The classifier stored at `path`, or a new one, which is then stored there.
 
     A file that was made from other images, another seed or another recipe, or that cannot be read,
-    is replaced, and `say` is told why.
+    is replaced.
 
     Args:
       path: of the file.
@@ -174,37 +168,25 @@ def load_or_train(
     """
     if mesh is None:
         mesh = mesh_lib.build_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    labels = train.labels
-    if network == ROTATION:
-        labels, num_classes = None, NUM_TURNS
-    fingerprint = _fingerprint(train, network, seed)
+    turns = network == ROTATION
+    task = Task(
+        network=network, num_classes=NUM_TURNS if turns else num_classes, seed=seed, mesh=mesh
+    )
+    fingerprint, variables = _fingerprint(task, train), None
     if path.exists():
         try:
-            flat = read_arrays(path)
-        except (ValueError, OSError) as e:
-            say(f"{path}: cannot be read ({e}); training the classifier again")
-            flat = {}
-        arrays = {k: v for k, v in flat.items() if k not in ("fingerprint", "digest")}
-        if flat and str(flat.get("fingerprint")) == fingerprint:
-            module = networks.CLASSIFIERS[network](num_classes=num_classes)
-            if str(flat.get("digest")) != _variables_digest(arrays):
-                say(f"{path}: its arrays have changed; training the classifier again")
-            elif not _fits(module, arrays, train.images[0]):
-                say(f"{path}: made for other classes; training the classifier again")
-            else:
-                return _finished(network, module, networks.unflatten_params(arrays), held_out, mesh)
-        elif flat:
-            say(f"{path}: made from other data or settings; training the classifier again")
-    module, variables = train_classifier(
-        network,
-        train.images,
-        labels,
-        num_classes=num_classes,
-        seed=seed,
-        mesh=mesh,
-        label=f"{network} classifier of the real images",
-    )
-    classifier = _finished(network, module, variables, held_out, mesh)
-    about = {"fingerprint": fingerprint, "digest": classifier.digest}
-    write_npz_whole(path, {**about, **networks.flatten_params(variables)})
-    return classifier
+            variables = _stored(path, task, fingerprint, train.images.shape)
+        except ValueError as e:
+            say(f"{path}: {e}; training the classifier again")
+    if variables is None:
+        label = f"{network} classifier of the real images"
+        variables = train_classifier(task, train, label=label)
+        arrays = networks.flatten_params(variables)
+        about = {"fingerprint": fingerprint, "digest": _digest(arrays)}
+        write_npz_whole(path, {**about, **arrays})
+    classifier = Classifier(task, variables, _digest(networks.flatten_params(variables)))
+    tests = [(held_out.images, held_out.labels)]
+    if turns:
+        tests = [(np.rot90(held_out.images, k, (1, 2)), k) for k in range(NUM_TURNS)]
+    right = [(classifier.predictions(images) == labels).mean() for images, labels in tests]
+    return dataclasses.replace(classifier, accuracy=float(np.mean(right)))

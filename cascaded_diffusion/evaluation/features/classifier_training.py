@@ -11,9 +11,7 @@ shifted, cropped, flipped and turned is a function of (seed, step, row).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +24,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.networks import classifier as networks
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.progress import Progress
+from cascaded_diffusion.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,21 +66,52 @@ RECIPES: dict[str, Recipe] = {
         optimizer="sgd", weight_decay=1e-4, crop="resized",
     ),
 }  # fmt: skip
-RECIPES["rotation"] = RECIPES["small"]  # the same network
+# The network whose classes are rotations, by 0, 90, 180 and 270 degrees.
+ROTATION, NUM_TURNS = "rotation", 4
+RECIPES[ROTATION] = RECIPES["small"]  # the same network
 # A share of the image's size: 2 px of 32.
 _SHIFT_FRACTION = 1 / 16
-# The rotations are 0, 90, 180 and 270 degrees.
-NUM_TURNS = 4
 _SMALLEST_AREA, _ASPECTS = 0.08, (3 / 4, 4 / 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledImages:
+    """Images: uint8 [n, H, W, C] and int32 labels [n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained, and where.
+
+    Attributes:
+      network: its name in `networks.classifier.CLASSIFIERS`.
+      num_classes: `NUM_TURNS` for rotations.
+      seed: of weights, order and augmentation.
+      mesh: the device mesh.
+      flip: whether a mirrored image is of the same class.
+    """
+
+    network: str
+    num_classes: int
+    seed: int
+    mesh: Mesh
+    flip: bool = False
+
+    @property
+    def module(self) -> networks.Module:
+        """The network."""
+        return networks.CLASSIFIERS[self.network](num_classes=self.num_classes)
 
 
 def _shifted(image: jax.Array, key: jax.Array) -> jax.Array:
     """Moves an image by up to a sixteenth and repeats its border."""
-    height, width, channels = image.shape
-    shift = round(height * _SHIFT_FRACTION)
+    shift = round(image.shape[0] * _SHIFT_FRACTION)
     padded = jnp.pad(image, ((shift, shift), (shift, shift), (0, 0)), mode="edge")
     offset = jax.random.randint(key, (2,), 0, 2 * shift + 1)
-    return jax.lax.dynamic_slice(padded, (offset[0], offset[1], 0), (height, width, channels))
+    return jax.lax.dynamic_slice(padded, (offset[0], offset[1], 0), image.shape)
 
 
 def _cropped(image: jax.Array, key: jax.Array) -> jax.Array:
@@ -91,8 +121,7 @@ def _cropped(image: jax.Array, key: jax.Array) -> jax.Array:
     area = jax.random.uniform(area_key, minval=_SMALLEST_AREA, maxval=1.0)
     low, high = jnp.log(jnp.asarray(_ASPECTS))
     aspect = jnp.exp(jax.random.uniform(aspect_key, minval=low, maxval=high))
-    part = jnp.sqrt(area * jnp.stack([aspect, 1 / aspect]))
-    part = jnp.minimum(part, 1.0)
+    part = jnp.minimum(jnp.sqrt(area * jnp.stack([aspect, 1 / aspect])), 1.0)
     start = jax.random.uniform(place_key, (2,)) * (1 - part) * size
     return jax.image.scale_and_translate(
         image, image.shape, (0, 1), 1 / part, -start / part, "linear", antialias=False
@@ -129,89 +158,61 @@ def _optimizer(recipe: Recipe, total: int, steps_per_epoch: float) -> optax.Grad
     return optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
 
 
-def _rows(num_images: int, batch_size: int, key: jax.Array) -> Callable[[int], np.ndarray]:
-    """Step -> image indices: each once an epoch, except those that fill no whole batch."""
-    per_epoch, orders = num_images // batch_size, {}
-
-    def rows(step: int) -> np.ndarray:
-        epoch, i = divmod(step, per_epoch)
-        if epoch not in orders:
-            orders.clear()
-            orders[epoch] = np.asarray(
-                jax.random.permutation(jax.random.fold_in(key, epoch), num_images)
-            )
-        return orders[epoch][i * batch_size : (i + 1) * batch_size]
-
-    return rows
-
-
-def batch_size_for(recipe: Recipe, num_images: int, mesh: Mesh) -> int:
+def batch_size_for(task: Task, num_images: int) -> int:
     """The recipe's batch size, or less if there are fewer images; a multiple of the devices.
 
     Raises:
       UserError: there are fewer images than devices.
     """
-    size = min(recipe.batch_size, num_images) // mesh.size * mesh.size
+    devices = task.mesh.size
+    size = min(RECIPES[task.network].batch_size, num_images) // devices * devices
     if not size:
         raise UserError(
-            f"a classifier of {num_images} training images: expected at least {mesh.size}, one for"
+            f"a classifier of {num_images} training images: expected at least {devices}, one for"
             " each device"
         )
     return size
 
 
 def train_classifier(
-    network: str,
-    images: Any,
-    labels: np.ndarray | None,
+    task: Task,
+    train: LabelledImages,
     *,
-    num_classes: int,
-    seed: int,
-    mesh: Mesh,
-    flip: bool = False,
     train_steps: int | None = None,
     batch_size: int | None = None,
     label: str = "classifier",
-) -> tuple[Any, networks.Variables]:
-    """Trains a network of `networks.classifier.CLASSIFIERS`.
+) -> networks.Variables:
+    """Trains a network and returns its variables, on the host.
 
     Args:
-      network: its name.
-      images: uint8 [n, H, W, C], indexed by integer arrays.
-      labels: int [n], below `num_classes`; None for rotations, with `NUM_TURNS` classes.
-      num_classes: number of classes.
-      seed: of weights, order and augmentation.
-      mesh: the device mesh.
-      flip: whether a mirrored image is of the same class.
+      task: the network; one of rotations ignores labels.
+      train: the images, with labels below `task.num_classes`.
       train_steps: instead of the recipe's epochs.
       batch_size: instead of the recipe's.
-      label: for the progress line.
-
-    Returns:
-      The module and its variables, on the host.
+      label: for messages.
 
     Raises:
       UserError: the images are all of one class, or fewer than the devices; or the loss is not
         finite in the end.
     """
+    images, labels = train.images, None if task.network == ROTATION else train.labels
     if labels is not None and len(np.unique(labels)) < 2:
         raise UserError(
             f"{label}: all {len(labels)} training images are of one class, expected at least 2"
             " classes to tell apart"
         )
-    recipe, module = RECIPES[network], networks.CLASSIFIERS[network](num_classes=num_classes)
-    _, height, _, channels = images.shape
-    init_key, order_key, run_key = jax.random.split(jax.random.key(seed), 3)
+    recipe, module = RECIPES[task.network], task.module
+    init_key, order_key, run_key = jax.random.split(jax.random.key(task.seed), 3)
     if batch_size is None:
-        batch_size = batch_size_for(recipe, len(images), mesh)
+        batch_size = batch_size_for(task, len(images))
     per_epoch = len(images) // batch_size
     total = recipe.epochs * per_epoch if train_steps is None else train_steps
     optimizer = _optimizer(recipe, total, per_epoch)
-    everywhere, split = mesh_lib.replicated(mesh), mesh_lib.batch_sharding(mesh)
+    everywhere, split = mesh_lib.replicated(task.mesh), mesh_lib.batch_sharding(task.mesh)
 
     @partial(jax.jit, out_shardings=everywhere)
     def init(key: jax.Array) -> tuple[networks.Variables, optax.OptState]:
-        variables = networks.init_classifier(module, key, height, channels)
+        variables = networks.init_classifier(module, key, images.shape)
         return variables, optimizer.init(variables["params"])
 
     @partial(jax.jit, donate_argnums=(0, 1), out_shardings=everywhere)
@@ -224,15 +225,19 @@ def train_classifier(
     ) -> tuple[networks.Variables, optax.OptState, jax.Array]:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(run_key, step))
         keys = jax.vmap(partial(jax.random.fold_in, augment_key))(jnp.arange(batch_size))
-        x = _augmented(float_from_uint8(images), keys, crop=recipe.crop, flip=flip)
+        x = _augmented(float_from_uint8(images), keys, crop=recipe.crop, flip=task.flip)
         if labels is None:
             turn_key = jax.random.fold_in(augment_key, batch_size)
             labels = jax.random.randint(turn_key, (batch_size,), 0, NUM_TURNS)
             x = turned(x, labels)
 
-        def loss_of(params: Any) -> tuple[jax.Array, Any]:
-            logits, updated = networks.train_classifier_step(
-                module, {**variables, "params": params}, x, dropout_key
+        def loss_of(params: Params) -> tuple[jax.Array, networks.Variables]:
+            (_, logits), updated = module.apply(
+                {**variables, "params": params},
+                x,
+                train=True,
+                rngs={"dropout": dropout_key},
+                mutable=["batch_stats"],
             )
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean(), updated
@@ -242,11 +247,14 @@ def train_classifier(
         params = optax.apply_updates(variables["params"], updates)
         return {**variables, **updated, "params": params}, opt_state, loss
 
-    rows_at = _rows(len(images), batch_size, order_key)
     variables, opt_state = init(init_key)
     progress = Progress(total, unit="steps", label=label)
     for step in range(total):
-        rows = rows_at(step)
+        epoch, i = divmod(step, per_epoch)
+        if i == 0:  # each image once an epoch, except those that fill no whole batch
+            key = jax.random.fold_in(order_key, epoch)
+            order = np.asarray(jax.random.permutation(key, len(images)))
+        rows = order[i * batch_size : (i + 1) * batch_size]
         own = None if labels is None else labels[rows].astype(np.int32)
         batch = jax.device_put((np.asarray(images[rows]), own), split)
         variables, opt_state, loss = train_step(variables, opt_state, *batch, step)
@@ -257,4 +265,4 @@ def train_classifier(
         raise UserError(
             f"{label}: its loss is {float(loss)} after {total} steps, expected a number"
         )
-    return module, jax.device_get(variables)
+    return jax.device_get(variables)

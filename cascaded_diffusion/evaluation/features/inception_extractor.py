@@ -46,34 +46,22 @@ def clean_matrix(size_in: int, size_out: int) -> np.ndarray:
     ratio = size_in / size_out
     width = max(ratio, 1.0)
     centre = (np.arange(size_out) + 0.5)[:, None] * ratio
-    pixel = np.arange(size_in)[None, :]
-    first = np.maximum(np.trunc(centre - 2 * width + 0.5), 0)
-    last = np.minimum(np.trunc(centre + 2 * width + 0.5), size_in)
+    pixel = np.arange(size_in)
     x = np.abs((pixel + 0.5 - centre) / width)
-    weights = np.where(
-        x < 1, (1.5 * x - 2.5) * x**2 + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0)
-    )
-    weights = np.where((pixel >= first) & (pixel < last), weights, 0)
+    weights = np.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+    first, last = (np.trunc(centre + side * 2 * width + 0.5) for side in (-1, 1))
+    weights = np.where((x < 2) & (pixel >= first) & (pixel < last), weights, 0)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-RESIZES: dict[str, Callable[[int, int], np.ndarray]] = {
-    "legacy": legacy_matrix,
-    "clean": clean_matrix,
-}
+RESIZES = {"legacy": legacy_matrix, "clean": clean_matrix}
 
 
 def at_inception_size(images: jax.Array, mode: str) -> jax.Array:
     """uint8 [B, H, W, C], C of 1 or 3 -> float32 [B, 299, 299, 3] in [0, 255]."""
-    _, height, width, _ = images.shape
-    rows, columns = RESIZES[mode](height, IMAGE_SIZE), RESIZES[mode](width, IMAGE_SIZE)
-    x = jnp.einsum(
-        "ih,bhwc,jw->bijc",
-        rows,
-        images.astype(jnp.float32),
-        columns,
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    rows, columns = (RESIZES[mode](size, IMAGE_SIZE) for size in images.shape[1:3])
+    pixels = images.astype(jnp.float32)
+    x = jnp.einsum("ih,bhwc,jw->bijc", rows, pixels, columns, precision=jax.lax.Precision.HIGHEST)
     # Cubic weights overshoot at edges; linear ones do not.
     x = jnp.clip(x, 0.0, 255.0)
     return jnp.broadcast_to(x, (*x.shape[:3], 3))
@@ -154,7 +142,7 @@ def load_inception(
     Args:
       weights: path of the weights; by default the cached ones, else a download.
       resize: "legacy" or "clean".
-      mesh: the device mesh; by default all devices of this process.
+      mesh: by default all devices of this process.
       batch_size: number of images at once.
       allow_other_weights: accept weights that are not the public ones.
 

@@ -36,7 +36,7 @@ import numpy.typing as npt
 
 from cascaded_diffusion.evaluation.metrics.feature_checks import checked_features
 
-# `of` holds this many rows in float64 at a time: 64 MB of features of size 2048.
+# Rows held in float64 at a time: 64 MB of features of size 2048.
 _BLOCK_ROWS = 4096
 # A covariance stored in float32 has eigenvalues down to about -1e-6 of the largest.
 _MOST_NEGATIVE = -1e-3
@@ -44,12 +44,7 @@ _MOST_NEGATIVE = -1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean and covariance of features, which are all that a distance needs.
-
-    Attributes:
-      mean: [F] float64.
-      covariance: [F, F] float64, divisor n - 1.
-    """
+    """Mean [F] and covariance [F, F] of features, which are all that a distance needs."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -57,10 +52,7 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStatistics:
-    """Count, sum and scatter of features.
-
-    They can be merged with `+`, eq. (3), in any order and over any split into batches or hosts:
-    the moments are the same up to rounding.
+    """Count, sum and scatter of features, which `+` merges in any order, eq. (3).
 
     Attributes:
       count: number of examples.
@@ -90,11 +82,7 @@ class FeatureStatistics:
         return statistics
 
     def __add__(self, other: FeatureStatistics) -> FeatureStatistics:
-        """Eq. (3).
-
-        Raises:
-          ValueError: features of different sizes.
-        """
+        """Eq. (3). Raises ValueError for features of different sizes."""
         _check_sizes(len(self.total), len(other.total))
         # An empty part has no mean.
         if other.count == 0:
@@ -115,18 +103,10 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> np.ndarray:
-        """[F, F], divisor n - 1."""
-        return self.outer / (self.count - 1)
-
-    def moments(self) -> Moments:
-        """Mean and covariance.
-
-        Raises:
-          ValueError: fewer than two examples.
-        """
+        """[F, F], divisor n - 1. Raises ValueError for fewer than two examples."""
         if self.count < 2:
             raise ValueError(f"at least 2 examples are needed for a covariance, got {self.count}")
-        return Moments(mean=self.mean, covariance=self.covariance)
+        return self.outer / (self.count - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +151,7 @@ def frechet_terms(a: FeatureStatistics | Moments, b: FeatureStatistics | Moments
 
 
 def frechet_distance(a: FeatureStatistics | Moments, b: FeatureStatistics | Moments) -> float:
-    """Eqs. (1) and (2): the squared distance, as FID reports it.
-
-    Raises:
-      ValueError: as `frechet_terms`.
-    """
+    """Eqs. (1) and (2), the squared distance, as FID reports it. Raises as `frechet_terms`."""
     return frechet_terms(a, b).distance
 
 
@@ -197,9 +173,8 @@ def _factor(covariance: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _checked(side: FeatureStatistics | Moments) -> Moments:
-    moments = side.moments() if isinstance(side, FeatureStatistics) else side
-    mean = np.asarray(moments.mean, np.float64)
-    covariance = np.asarray(moments.covariance, np.float64)
+    covariance = np.asarray(side.covariance, np.float64)
+    mean = np.asarray(side.mean, np.float64)
     if mean.ndim != 1 or len(mean) == 0 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
             f"mean has shape {list(mean.shape)}, covariance {list(covariance.shape)}, "

@@ -30,10 +30,10 @@ from cascaded_diffusion.evaluation.metrics.feature_checks import checked_feature
 
 @dataclasses.dataclass(frozen=True)
 class ScoreStatistics:
-    """Sums of class probabilities per split, for K classes and S splits.
+    """Sums of class probabilities per split, for K classes and S splits, which `+` merges.
 
-    They can be merged with `+` in any order and over any division into batches or hosts, since a
-    sample's split follows from its index among all samples.
+    Any order and division into batches or hosts will do, since a sample's split follows from its
+    index among all samples.
 
     Attributes:
       num_samples: N of eq. (3), the number of samples in the end.
@@ -56,13 +56,7 @@ class ScoreStatistics:
         num_samples: int,
         num_splits: int = 10,
     ) -> ScoreStatistics:
-        """Statistics of the samples with these indices.
-
-        Args:
-          logits: [m, K], finite, of any float type.
-          indices: [m] integers, the place of each sample in the whole sequence.
-          num_samples: N, the length of the whole sequence.
-          num_splits: S.
+        """Statistics of logits [m, K], of any float type, of the samples `indices` [m] of all N.
 
         Raises:
           ValueError: fewer samples than splits; logits or indices of another shape;
@@ -89,11 +83,13 @@ class ScoreStatistics:
             raise ValueError("an index is there twice: each sample counts once")
 
         splits = ((indices + 1) * num_splits - 1) // num_samples  # eq. (3)
-        counts = np.bincount(splits, minlength=num_splits).astype(np.int64)
+        counts = np.bincount(splits, minlength=num_splits)
         totals = np.zeros((num_splits, logits.shape[1]))
         negative_entropies = np.zeros(num_splits)
         for split in np.flatnonzero(counts):
-            log_p = _log_softmax(logits[splits == split])
+            log_p = logits[splits == split].astype(np.float64)
+            log_p -= log_p.max(1, keepdims=True)
+            log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
             p = np.exp(log_p)
             totals[split] = p.sum(0)
             negative_entropies[split] = (p * log_p).sum()
@@ -105,11 +101,8 @@ class ScoreStatistics:
         Raises:
           ValueError: another number of samples, splits or classes.
         """
-        for what, mine, theirs in (
-            ("samples", self.num_samples, other.num_samples),
-            ("splits", len(self.counts), len(other.counts)),
-            ("classes", self.totals.shape[1], other.totals.shape[1]),
-        ):
+        shapes = [(x.num_samples, *x.totals.shape) for x in (self, other)]
+        for what, mine, theirs in zip(("samples", "splits", "classes"), *shapes, strict=True):
             if mine != theirs:
                 raise ValueError(
                     f"statistics of {mine} and of {theirs} {what} cannot be merged: "
@@ -139,10 +132,3 @@ class ScoreStatistics:
         entropies = -(q * np.log(q, where=q > 0, out=np.zeros_like(q))).sum(1)
         scores = np.exp(self.negative_entropies / self.counts + entropies)
         return float(scores.mean()), float(scores.std())
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """[m, K], of any float type -> float64."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))

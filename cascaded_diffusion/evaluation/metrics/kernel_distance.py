@@ -29,7 +29,17 @@ def squared_discrepancy(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
       ValueError: fewer than two examples on one side, different feature sizes, numbers
         that are not finite.
     """
-    return _discrepancy(*checked_pair(real, generated, at_least=2))
+    real, generated = checked_pair(real, generated, at_least=2)
+    m, n = len(real), len(generated)
+    points = np.concatenate([real, generated], dtype=np.float64)
+    kernel = points @ points.T
+    kernel /= points.shape[1]
+    kernel += 1.0
+    kernel *= kernel * kernel
+    np.fill_diagonal(kernel, 0.0)
+    within_real = kernel[:m, :m].sum() / (m * (m - 1))
+    within_generated = kernel[m:, m:].sum() / (n * (n - 1))
+    return float(within_real + within_generated - 2 * kernel[:m, m:].sum() / (m * n))
 
 
 def kernel_distance(
@@ -42,13 +52,8 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Mean and standard deviation (divisor `num_subsets`) of eq. (2) over random subsets.
 
-    Args:
-      real: [m, F], of any float type.
-      generated: [n, F].
-      num_subsets: number of pairs of subsets.
-      subset_size: examples in each subset, drawn without replacement; if the smaller set has
-        fewer, all of it.
-      seed: of the draws.
+    The features are of any float type. The `subset_size` examples of a subset are drawn without
+    replacement; if the smaller set has fewer, all of it is taken.
 
     Raises:
       ValueError: as `squared_discrepancy`, and num_subsets < 1 or subset_size < 2.
@@ -60,26 +65,13 @@ def kernel_distance(
         )
     size = min(subset_size, len(real), len(generated))
     if size == len(real) == len(generated):  # all subsets are the same
-        return _discrepancy(real, generated), 0.0
+        return squared_discrepancy(real, generated), 0.0
     rng = np.random.default_rng(seed)
     values = [
-        _discrepancy(
+        squared_discrepancy(
             real[rng.choice(len(real), size, replace=False)],
             generated[rng.choice(len(generated), size, replace=False)],
         )
         for _ in range(num_subsets)
     ]
     return float(np.mean(values)), float(np.std(values))
-
-
-def _discrepancy(real: np.ndarray, generated: np.ndarray) -> float:
-    m, n = len(real), len(generated)
-    points = np.concatenate([real, generated], dtype=np.float64)
-    kernel = points @ points.T
-    kernel /= points.shape[1]
-    kernel += 1.0
-    kernel *= kernel * kernel
-    np.fill_diagonal(kernel, 0.0)
-    within_real = kernel[:m, :m].sum() / (m * (m - 1))
-    within_generated = kernel[m:, m:].sum() / (n * (n - 1))
-    return float(within_real + within_generated - 2 * kernel[:m, m:].sum() / (m * n))

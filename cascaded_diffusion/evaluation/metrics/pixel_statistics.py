@@ -9,13 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class PixelStatistics:
-    """Count, sum and sum of squares of each channel, in grey levels 0 to 255.
-
-    Attributes:
-      count: pixels per channel.
-      total: [C] float64.
-      squares: [C] float64.
-    """
+    """Pixels per channel; sum and sum of squares of each channel [C], in grey levels 0 to 255."""
 
     count: int
     total: np.ndarray

@@ -24,8 +24,6 @@ collapsed generator has few others. All computations are in float64 on the host.
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import numpy.typing as npt
 
@@ -35,7 +33,6 @@ from cascaded_diffusion.evaluation.metrics.feature_checks import checked_pair
 _DIFFERENCES = 4096
 
 
-@dataclasses.dataclass(frozen=True)
 class _Points:
     """A set of features as distinct points.
 
@@ -45,14 +42,11 @@ class _Points:
       squares: [u], |x|^2.
     """
 
-    features: np.ndarray
-    counts: np.ndarray
-    squares: np.ndarray
-
-    @classmethod
-    def of(cls, features: np.ndarray) -> _Points:
-        distinct, counts = np.unique(features.astype(np.float64), axis=0, return_counts=True)
-        return cls(distinct, counts, np.einsum("uf,uf->u", distinct, distinct))
+    def __init__(self, features: np.ndarray):
+        self.features, self.counts = np.unique(
+            features.astype(np.float64), axis=0, return_counts=True
+        )
+        self.squares = np.einsum("uf,uf->u", self.features, self.features)
 
 
 def precision_recall(
@@ -60,12 +54,9 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Eqs. (2) and (3) of features [m, F] and [n, F], each in [0, 1].
 
-    Args:
-      real: finite, of any float type.
-      generated: likewise.
-      num_neighbours: k.
-      block: rows of the distance matrix held at a time; it does not change the result. Memory is
-        needed for a few times block * max(m, n) numbers, besides the features in float64.
+    k is `num_neighbours`. `block` rows of the distance matrix are held at a time, whatever their
+    number the result is the same. Besides the features in float64, memory is needed for a few
+    times block * max(m, n) numbers.
 
     Raises:
       ValueError: not more than k examples on one side, different feature sizes, numbers
@@ -74,7 +65,7 @@ def precision_recall(
     if min(num_neighbours, block) < 1:
         raise ValueError(f"{num_neighbours} neighbours in blocks of {block}: expected 1 or more")
     real, generated = checked_pair(real, generated, at_least=num_neighbours + 1)
-    real_points, generated_points = _Points.of(real), _Points.of(generated)
+    real_points, generated_points = _Points(real), _Points(generated)
     real_radii = _squared_radii(real_points, num_neighbours, block)
     generated_radii = _squared_radii(generated_points, num_neighbours, block)
 

@@ -227,7 +227,7 @@ def test_bad_input_is_refused_in_one_line():
         (lambda: good + FeatureStatistics.of(np.ones((2, 4))), "sizes 3 and 4"),
         (lambda: frechet_distance(good, FeatureStatistics.of(np.ones((2, 4)))), "sizes 3 and 4"),
         (lambda: frechet_distance(good, FeatureStatistics.of(np.ones((1, 3)))), "2 examples"),
-        (lambda: FeatureStatistics.of(np.ones((0, 3))).moments(), "at least 2 examples"),
+        (lambda: FeatureStatistics.of(np.ones((0, 3))).covariance, "at least 2 examples"),
         (lambda: frechet_distance(good, moments(mean=np.full(3, np.inf))), "not finite"),
         (lambda: frechet_distance(moments(covariance=np.full((3, 3), np.nan)), good), "not finite"),
         (lambda: frechet_distance(moments(covariance=skewed), good), "not symmetric"),
