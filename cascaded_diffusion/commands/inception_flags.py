@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 import cascaded_diffusion as library
 from cascaded_diffusion.commands.flag_checks import check_paths
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
+
+if TYPE_CHECKING:
+    from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 
 
 def define_inception(fv: flags.FlagValues) -> None:

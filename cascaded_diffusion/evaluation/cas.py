@@ -31,11 +31,9 @@ _LARGE = 64
 
 
 def accuracy_of(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """How often logits [n, K] of images with labels [n] are right.
+    """Top-1 and top-5 accuracy of logits [n, K] of images with labels [n]; top-1 per class [K].
 
-    Returns:
-      The share of images whose best class is the label, the share whose label is among the best
-      five, and the former per class [K]: NaN for a class without images.
+    The latter is NaN for a class without images.
     """
     hits = np.argsort(-logits, axis=-1, kind="stable") == labels[:, None]
     num_classes = logits.shape[1]
@@ -59,8 +57,7 @@ def cas_record(
     `epochs` are over the generated samples; None stands for the recipe's number. `test` are real
     images of another split than `real`. Returns a record for JSON.
 
-    Raises:
-      UserError: images differ in size, or a label is no class.
+    Raises UserError if images differ in size, or a label is no class.
     """
     if generated.images.shape[1:] != test.images.shape[1:]:
         raise UserError(
@@ -112,16 +109,11 @@ def classification_accuracy(
 ) -> dict[str, Any]:
     """The classification accuracy score of stored samples, appended to RUN/eval/cas.jsonl.
 
-    Args:
-      folder: the run.
-      splits: its real images by role, "train" and "val".
-      samples: from `stored_images.load_samples`, with labels.
-      network: "resnet" or "resnet50"; by default the latter from 64 px on.
-      epochs: over the samples; by default the network's usual number.
-      mesh: the device mesh; by default all devices.
+    `splits` are the run's real images by role, "train" and "val"; `samples` are from
+    `stored_images.load_samples` and have labels. The network is "resnet", or by default from
+    64 px on "resnet50". `epochs` are over the samples, by default the network's usual number.
 
-    Raises:
-      UserError: another process evaluates the run.
+    Raises UserError if another process evaluates the run.
     """
     config = folder.read_config()
     stage, data = config.stage, config.data

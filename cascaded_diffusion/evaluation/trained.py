@@ -37,15 +37,14 @@ class TrainedStage:
     @property
     def name(self) -> str:
         """Name, step and EMA, for people."""
-        name = self.stage.config.name
-        return f"{name}@{self.chosen.step}, EMA {self.chosen.ema_decay:g}"
+        chosen = self.chosen
+        return f"{self.stage.config.name}@{chosen.step}, EMA {chosen.ema_decay:g}"
 
 
 def load_trained(folder: RunFolder, mesh: Mesh) -> TrainedStage:
     """The stage of a run at the checkpoint that evaluation chose there.
 
-    Raises:
-      UserError: none was chosen, or it is not there or not intact.
+    Raises UserError if none was chosen, or it is not there or not intact.
     """
     stage, chosen = build_stage(folder.read_config().stage), folder.chosen()
     while True:

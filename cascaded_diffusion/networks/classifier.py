@@ -81,20 +81,16 @@ class _Block(nn.Module):
 class ResNet(nn.Module):
     """[B, H, W, C] in [-1, 1] -> features [B, F], averaged over the image, and logits [B, K].
 
-    Attributes:
-      num_classes: K.
-      widths: of the groups of blocks; each group works at half the resolution of the last.
-      num_blocks: per group.
-      bottleneck: whether blocks are bottlenecks; then F is four times the last width, else the
-        last width.
-      large: a 7x7 stem with stride 2 and pooling, for photos; else a 3x3 stem, with stride 2
-        from 32 px on, which two cores can afford.
+    F is the last width, or with bottlenecks four times as much.
     """
 
     num_classes: int
+    # Of the groups of blocks; each group works at half the resolution of the last.
     widths: tuple[int, ...] = (32, 64, 128)
-    num_blocks: tuple[int, ...] = (1, 1, 1)
+    num_blocks: tuple[int, ...] = (1, 1, 1)  # of each group
     bottleneck: bool = False
+    # A 7x7 stem with stride 2 and pooling, for photos; else a 3x3 stem, with stride 2 from 32 px
+    # on, which two cores can afford.
     large: bool = False
 
     @nn.compact

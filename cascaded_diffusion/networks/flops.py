@@ -8,10 +8,11 @@ its own, the general one counts: its shortcuts save time, not FLOPs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from cascaded_diffusion.networks.kernels.platforms import traced_for
 
@@ -22,26 +23,16 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
         return 2 * _multiply_adds(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _multiply_adds(jaxpr: Any) -> int:
+def _multiply_adds(jaxpr: Jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         inputs = [getattr(v.aval, "shape", ()) for v in equation.invars]
         output = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
         if equation.primitive.name == "conv_general_dilated":
             kernel = equation.params["dimension_numbers"].rhs_spec  # out, in, spatial
-            per_output = [inputs[1][axis] for axis in kernel[1:]]
-            total += output * math.prod(per_output)
+            total += output * math.prod(inputs[1][axis] for axis in kernel[1:])
         elif equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             total += output * math.prod(inputs[0][axis] for axis in contracted)
-        total += sum(map(_multiply_adds, _inner(equation.params.values())))
+        total += sum(map(_multiply_adds, jaxprs_in_params(equation.params)))
     return total
-
-
-def _inner(values: Any) -> Iterator[Any]:
-    """The jaxprs that an equation calls."""
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield from _inner(value)
-        elif hasattr(getattr(value, "jaxpr", value), "eqns"):
-            yield getattr(value, "jaxpr", value)

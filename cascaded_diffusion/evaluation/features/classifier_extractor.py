@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -45,18 +45,12 @@ class Classifier:
     """A trained classifier as a feature extractor: uint8 images [n, H, W, C] -> `Features`.
 
     Logits are over the data's classes; a network that tells rotations returns none.
-
-    Attributes:
-      task: the network, and the mesh it runs on.
-      variables: its parameters, and its batch statistics if it has any.
-      digest: SHA-256 of the variables, first 16 digits.
-      accuracy: on the held-out real images; for rotations, on each image in all of them.
     """
 
     task: Task
     variables: networks.Variables
-    digest: str = ""
-    accuracy: float = 0.0
+    digest: str = ""  # SHA-256 of the variables, first 16 digits
+    accuracy: float = 0.0  # on held-out real images; for rotations, on each image in all of them
 
     @property
     def name(self) -> str:
@@ -81,13 +75,8 @@ class Classifier:
     def _outputs(self, images: np.ndarray) -> Features:
         mesh = self.task.mesh
         size = -(-min(_BATCH, len(images)) // mesh.size) * mesh.size
-        sharding = mesh_lib.batch_sharding(mesh)
-
-        def extract(batch: np.ndarray) -> Iterable[np.ndarray]:
-            outputs = _forward(self.task.module, self.variables, jax.device_put(batch, sharding))
-            return map(mesh_lib.host_array, outputs)
-
-        return extract_in_batches(images, size, extract)
+        program = partial(_forward, self.task.module, self.variables)
+        return extract_in_batches(images, size, mesh, program)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -151,20 +140,10 @@ def load_or_train(
     """The classifier stored at `path`, or a new one, which is then stored there.
 
     A file that was made from other images, another seed or another recipe, or that cannot be read,
-    is replaced.
+    is replaced, and `say` is told why. The labels of `train` do not matter to the network
+    "rotation"; `held_out` images measure the accuracy. By default the first device is used.
 
-    Args:
-      path: of the file.
-      train: real images; for the network "rotation" their labels do not matter.
-      held_out: other images, for the accuracy.
-      num_classes: of the labels.
-      seed: of weights, order and augmentation.
-      network: its name in `CLASSIFIERS`.
-      mesh: the device mesh; by default the first device.
-      say: told why a file is replaced.
-
-    Raises:
-      UserError: training images of a single class, or fewer of them than devices.
+    Raises UserError for training images of a single class, or fewer of them than devices.
     """
     if mesh is None:
         mesh = mesh_lib.build_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])

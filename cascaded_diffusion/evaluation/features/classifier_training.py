@@ -29,26 +29,15 @@ from cascaded_diffusion.types import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a network is trained.
+    """How a network is trained."""
 
-    Attributes:
-      epochs: over the training images.
-      batch_size: global; less if there are fewer images.
-      learning_rate: the peak, from which it falls to 0 along a cosine.
-      warmup_epochs: of a linear rise before the peak.
-      optimizer: "adamw", or "sgd" with Nesterov's momentum of 0.9.
-      weight_decay: "sgd" applies it to kernels alone.
-      crop: "shift" moves images by up to a sixteenth; "resized" cuts out 8 to 100 % of the
-        area and enlarges it, as is usual for photos.
-    """
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    warmup_epochs: float
-    optimizer: str
-    weight_decay: float
-    crop: str
+    epochs: int  # over the training images
+    batch_size: int  # global; less if there are fewer images
+    learning_rate: float  # the peak, from which it falls to 0 along a cosine
+    warmup_epochs: float  # of a linear rise before the peak
+    optimizer: str  # "adamw", or "sgd" with Nesterov's momentum of 0.9
+    weight_decay: float  # "sgd" applies it to kernels alone
+    crop: str  # of `_CROPS`
 
 
 RECIPES: dict[str, Recipe] = {
@@ -84,21 +73,13 @@ class LabelledImages:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is trained, and where.
+    """What is trained, and where."""
 
-    Attributes:
-      network: its name in `networks.classifier.CLASSIFIERS`.
-      num_classes: `NUM_TURNS` for rotations.
-      seed: of weights, order and augmentation.
-      mesh: the device mesh.
-      flip: whether a mirrored image is of the same class.
-    """
-
-    network: str
-    num_classes: int
-    seed: int
+    network: str  # its name in `networks.classifier.CLASSIFIERS`
+    num_classes: int  # `NUM_TURNS` for rotations
+    seed: int  # of weights, order and augmentation
     mesh: Mesh
-    flip: bool = False
+    flip: bool = False  # whether a mirrored image is of the same class
 
     @property
     def module(self) -> networks.Module:
@@ -115,7 +96,7 @@ def _shifted(image: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _cropped(image: jax.Array, key: jax.Array) -> jax.Array:
-    """A random part of the image, enlarged to its size."""
+    """A random part of 8 to 100 % of the area, enlarged to the whole, as is usual for photos."""
     area_key, aspect_key, place_key = jax.random.split(key, 3)
     size = jnp.asarray(image.shape[:2], jnp.float32)
     area = jax.random.uniform(area_key, minval=_SMALLEST_AREA, maxval=1.0)
@@ -128,10 +109,13 @@ def _cropped(image: jax.Array, key: jax.Array) -> jax.Array:
     )
 
 
+_CROPS = {"shift": _shifted, "resized": _cropped}
+
+
 def _augmented(images: jax.Array, keys: jax.Array, *, crop: str, flip: bool) -> jax.Array:
     def augment(image: jax.Array, key: jax.Array) -> jax.Array:
         crop_key, flip_key = jax.random.split(key)
-        image = {"shift": _shifted, "resized": _cropped}[crop](image, crop_key)
+        image = _CROPS[crop](image, crop_key)
         if flip:
             image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
         return image
@@ -161,8 +145,7 @@ def _optimizer(recipe: Recipe, total: int, steps_per_epoch: float) -> optax.Grad
 def batch_size_for(task: Task, num_images: int) -> int:
     """The recipe's batch size, or less if there are fewer images; a multiple of the devices.
 
-    Raises:
-      UserError: there are fewer images than devices.
+    Raises UserError if there are fewer images than devices.
     """
     devices = task.mesh.size
     size = min(RECIPES[task.network].batch_size, num_images) // devices * devices
@@ -182,18 +165,12 @@ def train_classifier(
     batch_size: int | None = None,
     label: str = "classifier",
 ) -> networks.Variables:
-    """Trains a network and returns its variables, on the host.
+    """Trains a network and returns its variables, on the host. Rotations need no labels.
 
-    Args:
-      task: the network; one of rotations ignores labels.
-      train: the images, with labels below `task.num_classes`.
-      train_steps: instead of the recipe's epochs.
-      batch_size: instead of the recipe's.
-      label: for messages.
+    By default the number of epochs and the batch size are the recipe's. `label` is for messages.
 
-    Raises:
-      UserError: the images are all of one class, or fewer than the devices; or the loss is not
-        finite in the end.
+    Raises UserError if the images are all of one class, or fewer than the devices, or if the loss
+    is not finite in the end.
     """
     images, labels = train.images, None if task.network == ROTATION else train.labels
     if labels is not None and len(np.unique(labels)) < 2:

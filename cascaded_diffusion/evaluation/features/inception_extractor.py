@@ -15,8 +15,9 @@ Both are products with one matrix per axis. The network's input is (x - 128) / 1
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,17 +29,14 @@ from cascaded_diffusion.evaluation.features.extractor import Features, extract_i
 from cascaded_diffusion.evaluation.features.inception_weights import InceptionWeights, load_weights
 from cascaded_diffusion.networks.inception import IMAGE_SIZE, Inception
 from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.types import Params
 
 
 def legacy_matrix(size_in: int, size_out: int) -> np.ndarray:
     """Eq. (1): [size_out, size_in] float32, rows sum to 1."""
-    source = np.arange(size_out) * (size_in / size_out)
-    low = np.minimum(np.floor(source).astype(int), size_in - 1)
-    high, weight = np.minimum(low + 1, size_in - 1), source - low
-    matrix, rows = np.zeros((size_out, size_in)), np.arange(size_out)
-    np.add.at(matrix, (rows, low), 1 - weight)
-    np.add.at(matrix, (rows, high), weight)
-    return matrix.astype(np.float32)
+    source = np.minimum(np.arange(size_out) * (size_in / size_out), size_in - 1)
+    distance = np.abs(source[:, None] - np.arange(size_in))
+    return np.clip(1 - distance, 0, None).astype(np.float32)
 
 
 def clean_matrix(size_in: int, size_out: int) -> np.ndarray:
@@ -94,7 +92,9 @@ class InceptionExtractor:
     mesh: Mesh
     batch_size: int = 64
     name: str = "inception"
-    _programs: dict = dataclasses.field(default_factory=dict, repr=False)
+    _programs: dict[tuple[int, ...], jax.stages.Compiled] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
 
     @property
     def identity(self) -> str:
@@ -103,30 +103,27 @@ class InceptionExtractor:
 
     def __call__(self, images: np.ndarray) -> Features:
         size = -(-self.batch_size // self.mesh.size) * self.mesh.size
-        if images.shape[1:] not in self._programs:
-            self._programs[images.shape[1:]] = self._compiled((size, *images.shape[1:]))
-        program, params = self._programs[images.shape[1:]]
-        sharding = mesh_lib.batch_sharding(self.mesh)
+        shape = (size, *images.shape[1:])
+        if shape not in self._programs:
+            self._programs[shape] = self._compiled(shape)
+        program = partial(self._programs[shape], self._params)
+        return extract_in_batches(images, size, self.mesh, program)
 
-        def extract(batch: np.ndarray) -> Iterable[np.ndarray]:
-            return map(mesh_lib.host_array, program(params, jax.device_put(batch, sharding)))
+    @functools.cached_property
+    def _params(self) -> Params:
+        return jax.device_put(dict(self.weights.params), mesh_lib.replicated(self.mesh))
 
-        return extract_in_batches(images, size, extract)
+    def _compiled(self, shape: tuple[int, ...]) -> jax.stages.Compiled:
+        split = mesh_lib.batch_sharding(self.mesh)
 
-    def _compiled(self, shape: tuple[int, ...]) -> tuple[Callable, dict]:
-        split, everywhere = mesh_lib.batch_sharding(self.mesh), mesh_lib.replicated(self.mesh)
-        if "params" not in self._programs:
-            self._programs["params"] = jax.device_put(dict(self.weights.params), everywhere)
-        params = self._programs["params"]
-
-        def extract(params: dict, images: jax.Array) -> tuple[jax.Array, ...]:
+        def extract(params: Params, images: jax.Array) -> tuple[jax.Array, ...]:
             x = (at_inception_size(images, self.resize) - 128.0) / 128.0
             return Inception().apply({"params": params}, x)
 
         abstract = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)
-        lowered = jax.jit(extract, out_shardings=split).lower(params, abstract)
+        lowered = jax.jit(extract, out_shardings=split).lower(self._params, abstract)
         check_precision(lowered.as_text())
-        return lowered.compile(), params
+        return lowered.compile()
 
 
 def load_inception(
@@ -137,17 +134,12 @@ def load_inception(
     batch_size: int = 64,
     allow_other_weights: bool = False,
 ) -> InceptionExtractor:
-    """The extractor of FID.
+    """The extractor of FID, by default on all devices of this process.
 
-    Args:
-      weights: path of the weights; by default the cached ones, else a download.
-      resize: "legacy" or "clean".
-      mesh: by default all devices of this process.
-      batch_size: number of images at once.
-      allow_other_weights: accept weights that are not the public ones.
+    `weights` is the path of a file, by default the cached ones, else a download. Weights other
+    than the public ones are accepted if `allow_other_weights`.
 
-    Raises:
-      UserError: the weights cannot be loaded, see `inception_weights.load_weights`.
+    Raises UserError if the weights cannot be loaded, see `inception_weights.load_weights`.
     """
     if mesh is None:
         mesh = mesh_lib.build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))

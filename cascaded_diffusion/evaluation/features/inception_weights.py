@@ -52,9 +52,9 @@ class InceptionWeights:
 
 def cache_folder() -> pathlib.Path:
     """The folder of converted weights: CASCADED_DIFFUSION_CACHE, else in the home folder."""
-    root = os.environ.get(_CACHE_VARIABLE)
-    base = pathlib.Path.home() / ".cache" / "cascaded_diffusion"
-    return (check_local_path(root, _CACHE_VARIABLE) if root else base) / "inception"
+    if root := os.environ.get(_CACHE_VARIABLE):
+        return check_local_path(root, _CACHE_VARIABLE) / "inception"
+    return pathlib.Path.home() / ".cache" / "cascaded_diffusion" / "inception"
 
 
 def load_weights(
@@ -62,14 +62,12 @@ def load_weights(
 ) -> InceptionWeights:
     """Inception's weights from a file, the cache, or the net.
 
-    Args:
-      path: the public .pth file, one with the same tensors, or an .npz that this function has
-        kept; by default the cached conversion of the public file, else a download.
-      allow_other: accept a file that is not the public one.
-      cache: the folder of the cached conversion; by default `cache_folder()`.
+    `path` is the public .pth file, one with the same tensors, or an .npz that this function has
+    kept; by default the cached conversion of the public file is read, else a download. With
+    `allow_other`, a file that is not the public one is accepted.
 
-    Raises:
-      UserError: the file is missing or damaged, holds something else, or is not the public one.
+    Raises UserError if the file is missing or damaged, holds something else, or is not the public
+    one.
     """
     cache = cache_folder() if cache is None else cache
     kept = cache / f"{pathlib.Path(FILE).stem}.npz"
@@ -123,11 +121,7 @@ def _converted(path: pathlib.Path, digest: str) -> InceptionWeights:
 
 
 def check_tensors(tensors: Mapping[str, np.ndarray]) -> None:
-    """Checks names, shapes, dtypes and values against the network.
-
-    Raises:
-      ValueError: names the first tensor that is not as it should be.
-    """
+    """Raises ValueError, which names the first tensor that is not as the network's should be."""
     expected = checkpoint_tensors()
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
@@ -216,9 +210,7 @@ def download(
     """Downloads a file to `path` and keeps it if it has the expected size and hash.
 
     The default `opener` follows redirects to https alone. No more than `num_bytes` are read.
-
-    Raises:
-      UserError: the download fails, or gets another file.
+    Raises UserError if the download fails, or gets another file.
     """
     remedy = f"; get {path.name} ({url}, SHA-256 {sha256}) on another machine and give {_FLAG}=PATH"
     if opener is None:

@@ -93,15 +93,6 @@ _NAMES = {
 }
 
 
-def _called(function: Any, arguments: Any) -> Any:
-    """The result of a call in the file."""
-    if function is dict and arguments == ():
-        return {}
-    if function is _tensor and isinstance(arguments, tuple) and len(arguments) >= 4:
-        return _tensor(*arguments)
-    raise ValueError(f"a call of a {type(function).__name__}, which no state dict makes")
-
-
 def _storage(reference: Any) -> _Storage:
     if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
         raise ValueError("a reference that is not to a storage")
@@ -176,8 +167,10 @@ def _evaluated(stream: BinaryIO) -> Any:
                 item = stack.pop()
                 stack[-1].append(item)
             case "REDUCE":
-                arguments = stack.pop()
-                stack.append(_called(stack.pop(), arguments))
+                arguments, function = stack.pop(), stack.pop()
+                if function is not _tensor and (function is not dict or arguments != ()):
+                    raise ValueError("a call of something that no state dict calls")
+                stack.append(function(*arguments))
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "BUILD":
@@ -256,9 +249,8 @@ def _read_legacy(data: bytes) -> tuple[Mapping[str, _Tensor], dict[str, np.ndarr
 def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of a state dict, float32 and int64, by name.
 
-    Raises:
-      ValueError: in a few words: the file is no state dict of such tensors, declares more than it
-        can hold, or is damaged.
+    Raises ValueError, in a few words, if the file is no state dict of such tensors, declares more
+    than it can hold, or is damaged.
     """
     size = path.stat().st_size
     if size > _MAX_BYTES:

@@ -9,9 +9,8 @@ import numpy.typing as npt
 def checked_features(features: npt.ArrayLike, *, name: str, at_least: int = 0) -> np.ndarray:
     """`features` as an array [n, F], dtype unchanged; `name` is for messages.
 
-    Raises:
-      ValueError: the shape is another, a number is not finite, or there are fewer than `at_least`
-        rows, for which the metric is not defined.
+    Raises ValueError if the shape is another, a number is not finite, or there are fewer than
+    `at_least` rows, for which the metric is not defined.
     """
     features = np.asarray(features)
     if features.ndim != 2 or features.shape[1] == 0:
@@ -28,11 +27,7 @@ def checked_features(features: npt.ArrayLike, *, name: str, at_least: int = 0) -
 def checked_pair(
     real: npt.ArrayLike, generated: npt.ArrayLike, *, at_least: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features [n, F] of real and [m, F] of generated images, dtypes unchanged.
-
-    Raises:
-      ValueError: `checked_features` refuses one of them, or their F differ.
-    """
+    """Both as by `checked_features`. Raises ValueError if their sizes F differ."""
     real = checked_features(real, name="features of real images", at_least=at_least)
     generated = checked_features(generated, name="features of generated images", at_least=at_least)
     if real.shape[1] != generated.shape[1]:

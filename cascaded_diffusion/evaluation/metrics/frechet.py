@@ -52,25 +52,15 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStatistics:
-    """Count, sum and scatter of features, which `+` merges in any order, eq. (3).
-
-    Attributes:
-      count: number of examples.
-      total: [F] float64, the sum of the features.
-      outer: [F, F] float64, the sum of outer products of the features less their mean.
-    """
+    """Count, sum and scatter of features, float64, which `+` merges in any order, eq. (3)."""
 
     count: int
-    total: np.ndarray
-    outer: np.ndarray
+    total: np.ndarray  # [F], the sum of the features
+    outer: np.ndarray  # [F, F], the sum of outer products of the features less their mean
 
     @classmethod
     def of(cls, features: npt.ArrayLike) -> FeatureStatistics:
-        """Statistics of features [n, F] of any n, also 0, and any float type.
-
-        Raises:
-          ValueError: another shape, or a feature that is not finite.
-        """
+        """Statistics of features [n, F] of any n, also 0, as by `checked_features`."""
         features = checked_features(features, name="features")
         size = features.shape[1]
         statistics = cls(0, np.zeros(size), np.zeros((size, size)))
@@ -111,29 +101,22 @@ class FeatureStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class FrechetTerms:
-    """A Fréchet distance and its parts.
+    """A Fréchet distance and its parts."""
 
-    Attributes:
-      distance: eq. (1), the squared distance, as FID reports it; not below 0.
-      mean_term: |mu_1 - mu_2|^2.
-      covariance_term: tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^(1/2)).
-      clipped: the most negative eigenvalue of either covariance over its largest one, or 0. It
-        counts as zero, as does every eigenvalue up to twice its size. Rounding makes about -1e-16
-        in float64, and -1e-7 in a reference that was stored in float32.
-    """
-
-    distance: float
-    mean_term: float
-    covariance_term: float
+    distance: float  # eq. (1), the squared distance, as FID reports it; not below 0
+    mean_term: float  # |mu_1 - mu_2|^2
+    covariance_term: float  # tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^(1/2))
+    # The most negative eigenvalue of either covariance over its largest one, or 0. It counts as
+    # zero, as does every eigenvalue up to twice its size. Rounding makes about -1e-16 in float64,
+    # and -1e-7 in a reference that was stored in float32.
     clipped: float
 
 
 def frechet_terms(a: FeatureStatistics | Moments, b: FeatureStatistics | Moments) -> FrechetTerms:
     """Eqs. (1) and (2), with their parts; symmetric in a and b.
 
-    Raises:
-      ValueError: fewer than two examples on one side; different feature sizes; a mean or
-        covariance that is not finite, or a matrix that is no covariance.
+    Raises ValueError for fewer than two examples on one side, different feature sizes, a mean or
+    covariance that is not finite, or a matrix that is no covariance.
     """
     a, b = _checked(a), _checked(b)
     _check_sizes(len(a.mean), len(b.mean))

@@ -34,18 +34,12 @@ class ScoreStatistics:
 
     Any order and division into batches or hosts will do, since a sample's split follows from its
     index among all samples.
-
-    Attributes:
-      num_samples: N of eq. (3), the number of samples in the end.
-      counts: [S] int64, the number of samples of each split so far.
-      totals: [S, K] float64, the sum of p.
-      negative_entropies: [S] float64, the sum of sum_k p log p.
     """
 
-    num_samples: int
-    counts: np.ndarray
-    totals: np.ndarray
-    negative_entropies: np.ndarray
+    num_samples: int  # N of eq. (3), the number of samples in the end
+    counts: np.ndarray  # [S] int64, the number of samples of each split so far
+    totals: np.ndarray  # [S, K] float64, the sum of p
+    negative_entropies: np.ndarray  # [S] float64, the sum of sum_k p log p
 
     @classmethod
     def of(
@@ -58,9 +52,8 @@ class ScoreStatistics:
     ) -> ScoreStatistics:
         """Statistics of logits [m, K], of any float type, of the samples `indices` [m] of all N.
 
-        Raises:
-          ValueError: fewer samples than splits; logits or indices of another shape;
-            logits that are not finite; an index outside of [0, num_samples) or given twice.
+        Raises ValueError for fewer samples than splits; logits or indices of another shape; logits
+        that are not finite; an index outside of [0, num_samples) or given twice.
         """
         logits, indices = checked_features(logits, name="logits"), np.asarray(indices)
         if not 1 <= num_splits <= num_samples:
@@ -96,11 +89,7 @@ class ScoreStatistics:
         return cls(num_samples, counts, totals, negative_entropies)
 
     def __add__(self, other: ScoreStatistics) -> ScoreStatistics:
-        """The statistics of both parts, which must not share samples.
-
-        Raises:
-          ValueError: another number of samples, splits or classes.
-        """
+        """The statistics of both parts, which must be of the same set and share no sample."""
         shapes = [(x.num_samples, *x.totals.shape) for x in (self, other)]
         for what, mine, theirs in zip(("samples", "splits", "classes"), *shapes, strict=True):
             if mine != theirs:
@@ -118,8 +107,7 @@ class ScoreStatistics:
     def score(self) -> tuple[float, float]:
         """Eqs. (1) and (2): mean and standard deviation over the splits, from 1 to K.
 
-        Raises:
-          ValueError: samples are missing, or some were counted twice.
+        Raises ValueError if samples are missing, or some were counted twice.
         """
         bounds = np.arange(len(self.counts) + 1) * self.num_samples // len(self.counts)
         if not np.array_equal(self.counts, np.diff(bounds)):

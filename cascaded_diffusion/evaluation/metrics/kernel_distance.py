@@ -25,9 +25,8 @@ from cascaded_diffusion.evaluation.metrics.feature_checks import checked_pair
 def squared_discrepancy(real: npt.ArrayLike, generated: npt.ArrayLike) -> float:
     """Eq. (2) of features [m, F] and [n, F]; memory for (m + n)^2 numbers.
 
-    Raises:
-      ValueError: fewer than two examples on one side, different feature sizes, numbers
-        that are not finite.
+    Raises ValueError for fewer than two examples on one side, different feature sizes, or numbers
+    that are not finite.
     """
     real, generated = checked_pair(real, generated, at_least=2)
     m, n = len(real), len(generated)
@@ -55,8 +54,7 @@ def kernel_distance(
     The features are of any float type. The `subset_size` examples of a subset are drawn without
     replacement; if the smaller set has fewer, all of it is taken.
 
-    Raises:
-      ValueError: as `squared_discrepancy`, and num_subsets < 1 or subset_size < 2.
+    Raises ValueError as `squared_discrepancy`, and for num_subsets < 1 or subset_size < 2.
     """
     real, generated = checked_pair(real, generated, at_least=2)
     if num_subsets < 1 or subset_size < 2:

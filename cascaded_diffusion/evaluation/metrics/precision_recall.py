@@ -34,13 +34,7 @@ _DIFFERENCES = 4096
 
 
 class _Points:
-    """A set of features as distinct points.
-
-    Attributes:
-      features: [u, F] float64, no two rows equal.
-      counts: [u], the number of examples that each row stands for.
-      squares: [u], |x|^2.
-    """
+    """A set of features as distinct points [u, F] float64, with their multiplicities and |x|^2."""
 
     def __init__(self, features: np.ndarray):
         self.features, self.counts = np.unique(
@@ -54,13 +48,12 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Eqs. (2) and (3) of features [m, F] and [n, F], each in [0, 1].
 
-    k is `num_neighbours`. `block` rows of the distance matrix are held at a time, whatever their
-    number the result is the same. Besides the features in float64, memory is needed for a few
-    times block * max(m, n) numbers.
+    k is `num_neighbours`. `block` rows of the distance matrix are held at a time; it does not
+    change the result. Memory is needed for a few times block * max(m, n) numbers, besides the
+    features in float64.
 
-    Raises:
-      ValueError: not more than k examples on one side, different feature sizes, numbers
-        that are not finite, or k or block below 1.
+    Raises ValueError for no more than k examples on one side, different feature sizes, numbers
+    that are not finite, or k or block below 1.
     """
     if min(num_neighbours, block) < 1:
         raise ValueError(f"{num_neighbours} neighbours in blocks of {block}: expected 1 or more")
@@ -122,27 +115,16 @@ class _Pairs:
 def _squared_radii(points: _Points, num_neighbours: int, block: int) -> np.ndarray:
     """[u]: r^2 of eq. (1)."""
     size = len(points.counts)
-    radii = np.zeros(size)
-    if size == 1:
-        return radii
-    nearest = min(num_neighbours, size - 1)
+    radii = np.empty(size)
+    nearest = min(num_neighbours + 1, size)  # with the point itself
     for start in range(0, size, block):
-        rows = np.arange(start, min(start + block, size))
         pairs = _Pairs(points, points, slice(start, start + block))
-        here = rows - start
-        pairs.upper[here, rows] = pairs.lower[here, rows] = np.inf  # no neighbour of itself
-        reach = np.partition(pairs.upper, nearest - 1, axis=1)[:, nearest - 1]
-        row, column = np.nonzero(pairs.lower <= reach[:, None])
-        distances = pairs.exact(row, column)
-
-        order = np.lexsort((distances, row))
-        row, column, distances = row[order], column[order], distances[order]
-        # The number of other examples within each distance: equal ones, then nearer points.
-        so_far = np.cumsum(points.counts[column])
-        first = np.searchsorted(row, here)
-        before = np.concatenate([[0], so_far])[first]
-        equal = points.counts[rows] - 1
-        enough = np.flatnonzero(so_far - before[row] + equal[row] >= num_neighbours)
-        kth = enough[np.searchsorted(row[enough], here)]
-        radii[rows] = np.where(equal >= num_neighbours, 0.0, distances[kth])
+        reach = np.partition(pairs.upper, nearest - 1, axis=1)[:, nearest - 1, None]
+        for row, is_near in enumerate(pairs.lower <= reach):
+            columns = np.flatnonzero(is_near)
+            distances = pairs.exact(np.full_like(columns, row), columns)
+            order = np.argsort(distances)
+            # The number of examples within each distance, the point itself among them.
+            so_far = np.cumsum(points.counts[columns[order]])
+            radii[start + row] = distances[order][np.argmax(so_far > num_neighbours)]
     return radii
