@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,9 +30,17 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 _ONE_PIXEL = ((1, 1), (1, 1))  # of padding on each side
 
 
-def _unit(name: str, x: jax.Array, channels: int, kernel: Any = (1, 1), **how: Any) -> jax.Array:
-    """Eq. (1), folded; `how` are a stride and a padding other than 1 and "SAME"."""
-    conv = nn.Conv(channels, kernel, **how, precision=_HIGHEST, name=name)
+def _unit(
+    name: str,
+    x: jax.Array,
+    channels: int,
+    kernel: tuple[int, int] = (1, 1),
+    *,
+    stride: int = 1,
+    padding: str = "SAME",
+) -> jax.Array:
+    """Eq. (1), folded."""
+    conv = nn.Conv(channels, kernel, stride, padding, precision=_HIGHEST, name=name)
     return nn.relu(conv(x))
 
 
@@ -45,7 +52,7 @@ def _chain(name: str, x: jax.Array, *units: tuple[int, tuple[int, int]]) -> jax.
 
 
 def _halving(name: str, x: jax.Array, channels: int) -> jax.Array:
-    return _unit(name, x, channels, (3, 3), strides=2, padding="VALID")
+    return _unit(name, x, channels, (3, 3), stride=2, padding="VALID")
 
 
 def _halved(x: jax.Array) -> jax.Array:

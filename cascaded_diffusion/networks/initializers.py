@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextvars
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from cascaded_diffusion.types import Params
 
 # The standard deviation of a standard normal distribution truncated to [-2, 2].
 _TRUNCATED_STD = 0.87962566103423978
@@ -26,7 +27,9 @@ _Take = Callable[[Sequence[int]], jax.Array]
 _take: contextvars.ContextVar[_Take | None] = contextvars.ContextVar("take", default=None)
 
 
-def fan_in_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+def fan_in_normal(
+    key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
     """Normal numbers within two standard deviations, of variance 1 / fan-in (LeCun et al. 1998).
 
     For a convolution's kernel or a matrix, whose last axis is the output. Outside
@@ -37,7 +40,9 @@ def fan_in_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32
     return (numbers / math.sqrt(math.prod(shape[:-1]))).astype(dtype)
 
 
-def embedding_normal(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+def embedding_normal(
+    key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
     """Likewise, of variance 1 / E, for a table [K, E] of embeddings."""
     return fan_in_normal(key, shape, dtype) * math.sqrt(shape[0] / shape[1])
 
@@ -46,11 +51,11 @@ def _truncated_normal(key: jax.Array, shape: Sequence[int]) -> jax.Array:
     return jax.random.truncated_normal(key, -2.0, 2.0, tuple(shape)) / _TRUNCATED_STD
 
 
-def drawn_together(init: Callable[[], Any], key: jax.Array) -> Any:
+def drawn_together(init: Callable[[], Params], key: jax.Array) -> Params:
     """Calls `init()` with all of its parameters taken from one draw of `key`."""
 
-    def taking(take: _Take) -> Any:
-        def run() -> Any:
+    def taking(take: _Take) -> Params:
+        def run() -> Params:
             _take.set(take)
             return init()
 

@@ -14,7 +14,6 @@ import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -101,10 +100,6 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     return sha256_of_arrays(arrays)[:16]
 
 
-def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    return {name: (x.shape, x.dtype) for name, x in arrays.items()}
-
-
 def _stored(
     path: pathlib.Path, task: Task, fingerprint: str, shape: tuple[int, ...]
 ) -> networks.Variables:
@@ -121,7 +116,9 @@ def _stored(
     expected = networks.flatten_params(
         jax.eval_shape(lambda: networks.init_classifier(task.module, jax.random.key(0), shape))
     )
-    if _shapes(arrays) != _shapes(expected):
+    if arrays.keys() != expected.keys() or any(
+        (arrays[k].shape, arrays[k].dtype) != (x.shape, x.dtype) for k, x in expected.items()
+    ):
         raise ValueError("made for other classes")
     return networks.unflatten_params(arrays)
 

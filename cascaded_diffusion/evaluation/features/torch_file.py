@@ -62,10 +62,6 @@ class _Tensor:
     def end(self) -> int:
         return self.offset + math.prod(self.shape)
 
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.storage.dtype.itemsize
-
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
     if not isinstance(storage, _Storage) or not isinstance(offset, int):
@@ -190,8 +186,11 @@ def _checked(state: Any, file_bytes: int) -> Mapping[str, _Tensor]:
     if len({storage.key for storage in storages}) < len(storages):
         raise ValueError("it has two storages of one key")
     # Tensors that share a storage are copied, and every copy counts.
-    for kind, parts in (("storages", storages), ("tensors", state.values())):
-        declared = sum(part.num_bytes for part in parts)
+    sizes = {
+        "storages": sum(x.num_bytes for x in storages),
+        "tensors": sum(math.prod(x.shape) * x.storage.dtype.itemsize for x in state.values()),
+    }
+    for kind, declared in sizes.items():
         if declared > file_bytes:
             raise ValueError(f"its {kind} would take {declared} bytes, and it has {file_bytes}")
     return state
