@@ -50,13 +50,6 @@ class InceptionWeights:
     sha256: str
 
 
-def cache_folder() -> pathlib.Path:
-    """The folder of converted weights: CASCADED_DIFFUSION_CACHE, else in the home folder."""
-    if root := os.environ.get(_CACHE_VARIABLE):
-        return check_local_path(root, _CACHE_VARIABLE) / "inception"
-    return pathlib.Path.home() / ".cache" / "cascaded_diffusion" / "inception"
-
-
 def load_weights(
     path: str | None, *, allow_other: bool = False, cache: pathlib.Path | None = None
 ) -> InceptionWeights:
@@ -64,12 +57,16 @@ def load_weights(
 
     `path` is the public .pth file, one with the same tensors, or an .npz that this function has
     kept; by default the cached conversion of the public file is read, else a download. With
-    `allow_other`, a file that is not the public one is accepted.
+    `allow_other`, a file that is not the public one is accepted. The cache is a folder in
+    CASCADED_DIFFUSION_CACHE, else in the home folder.
 
     Raises UserError if the file is missing or damaged, holds something else, or is not the public
     one.
     """
-    cache = cache_folder() if cache is None else cache
+    if cache is None:
+        root = os.environ.get(_CACHE_VARIABLE)
+        home = pathlib.Path.home() / ".cache" / "cascaded_diffusion"
+        cache = (check_local_path(root, _CACHE_VARIABLE) if root else home) / "inception"
     kept = cache / f"{pathlib.Path(FILE).stem}.npz"
     if path is not None:
         file = pathlib.Path(path)

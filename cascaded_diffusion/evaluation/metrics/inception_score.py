@@ -24,6 +24,7 @@ import dataclasses
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 
 from cascaded_diffusion.evaluation.metrics.feature_checks import checked_features
 
@@ -80,9 +81,7 @@ class ScoreStatistics:
         totals = np.zeros((num_splits, logits.shape[1]))
         negative_entropies = np.zeros(num_splits)
         for split in np.flatnonzero(counts):
-            log_p = logits[splits == split].astype(np.float64)
-            log_p -= log_p.max(1, keepdims=True)
-            log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+            log_p = special.log_softmax(logits[splits == split].astype(np.float64), axis=1)
             p = np.exp(log_p)
             totals[split] = p.sum(0)
             negative_entropies[split] = (p * log_p).sum()
@@ -115,8 +114,6 @@ class ScoreStatistics:
                 f"splits have {self.counts.tolist()} samples, expected {np.diff(bounds).tolist()}: "
                 "each of all samples must be counted once"
             )
-        q = self.totals / self.counts[:, None]
-        # A class without any probability contributes 0, not 0 * -inf.
-        entropies = -(q * np.log(q, where=q > 0, out=np.zeros_like(q))).sum(1)
+        entropies = special.entr(self.totals / self.counts[:, None]).sum(1)
         scores = np.exp(self.negative_entropies / self.counts + entropies)
         return float(scores.mean()), float(scores.std())
