@@ -120,26 +120,25 @@ def table(name: str, train: tuple, test: tuple, folder: pathlib.Path) -> list[st
     """
     import jax
 
+    from cascaded_diffusion.config.schema import MeshConfig
     from cascaded_diffusion.evaluation.features.classifier_extractor import (
         Classifier,
         LabelledImages,
         load_or_train,
     )
+    from cascaded_diffusion.evaluation.features.classifier_training import Task
     from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
     from cascaded_diffusion.networks import classifier as networks
+    from cascaded_diffusion.runtime.mesh import build_mesh
 
     real, held_out = LabelledImages(*train), LabelledImages(*test)
     num_classes = int(real.labels.max()) + 1
 
+    mesh = build_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+
     def trained(network: str, seed: int) -> Classifier:
-        return load_or_train(
-            folder / f"{name}_{network}_{seed}.npz",
-            real,
-            held_out,
-            num_classes=num_classes,
-            seed=seed,
-            network=network,
-        )
+        task = Task(network=network, num_classes=num_classes, seed=seed, mesh=mesh)
+        return load_or_train(folder / f"{name}_{network}_{seed}.npz", task, real, held_out)
 
     classifier, rotation = trained("small", 0), trained("rotation", 0)
     task = classifier.task

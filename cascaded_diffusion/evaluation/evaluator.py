@@ -12,10 +12,8 @@ from jax.sharding import Mesh
 from cascaded_diffusion.config.run_checks import LABELLED_FEATURES, evaluation_mesh
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.features.classifier_extractor import (
-    ROTATION,
-    load_or_train,
-)
+from cascaded_diffusion.evaluation.features.classifier_extractor import load_or_train
+from cascaded_diffusion.evaluation.features.classifier_training import ROTATION, Task
 from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.measure import Measurement
 from cascaded_diffusion.evaluation.reference import (
@@ -120,16 +118,13 @@ def build_extractor(
     if features == "inception":
         return load_inception(resize=config.eval.resize)
     real, others = train.whole(stage.resolution), held_out.whole(stage.resolution)
-    classifier = load_or_train(
-        folder.eval / f"{features}.npz",
-        real,
-        others,
+    task = Task(
+        network="small" if features == "classifier" else features,
         num_classes=stage.num_classes,
         seed=config.eval.seed,
-        network="small" if features == "classifier" else features,
         mesh=mesh,
-        say=say,
     )
+    classifier = load_or_train(folder.eval / f"{features}.npz", task, real, others, say=say)
     accuracy, is_rotation = classifier.accuracy, features == ROTATION
     say(
         f"{stage.name}: {features} at {stage.resolution} px"

@@ -17,10 +17,8 @@ from functools import partial
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8
-from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.evaluation.features.classifier_training import (
     NUM_TURNS,
     ROTATION,
@@ -32,7 +30,6 @@ from cascaded_diffusion.evaluation.features.extractor import Features, extract_i
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import sha256_of_arrays, write_npz_whole
 from cascaded_diffusion.networks import classifier as networks
-from cascaded_diffusion.runtime import mesh as mesh_lib
 
 # Goes up with every change to how the classifier is built or trained.
 _RECIPE = 2
@@ -125,29 +122,20 @@ def _stored(
 
 def load_or_train(
     path: pathlib.Path,
+    task: Task,
     train: LabelledImages,
     held_out: LabelledImages,
     *,
-    num_classes: int,
-    seed: int,
-    network: str = "small",
-    mesh: Mesh | None = None,
     say: Callable[[str], None] = print,
 ) -> Classifier:
     """The classifier stored at `path`, or a new one, which is then stored there.
 
     A file that was made from other images, another seed or another recipe, or that cannot be read,
     is replaced, and `say` is told why. The labels of `train` do not matter to the network
-    "rotation"; `held_out` images measure the accuracy. By default the first device is used.
+    "rotation"; `held_out` images measure the accuracy.
 
     Raises UserError for training images of a single class, or fewer of them than devices.
     """
-    if mesh is None:
-        mesh = mesh_lib.build_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    turns = network == ROTATION
-    task = Task(
-        network=network, num_classes=NUM_TURNS if turns else num_classes, seed=seed, mesh=mesh
-    )
     fingerprint, variables = _fingerprint(task, train), None
     if path.exists():
         try:
@@ -155,14 +143,14 @@ def load_or_train(
         except ValueError as e:
             say(f"{path}: {e}; training the classifier again")
     if variables is None:
-        label = f"{network} classifier of the real images"
+        label = f"{task.network} classifier of the real images"
         variables = train_classifier(task, train, label=label)
         arrays = networks.flatten_params(variables)
         about = {"fingerprint": fingerprint, "digest": _digest(arrays)}
         write_npz_whole(path, {**about, **arrays})
     classifier = Classifier(task, variables, _digest(networks.flatten_params(variables)))
     tests = [(held_out.images, held_out.labels)]
-    if turns:
+    if task.network == ROTATION:
         tests = [(np.rot90(held_out.images, k, (1, 2)), k) for k in range(NUM_TURNS)]
     right = [(classifier.predictions(images) == labels).mean() for images, labels in tests]
     return dataclasses.replace(classifier, accuracy=float(np.mean(right)))

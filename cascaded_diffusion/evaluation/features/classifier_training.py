@@ -76,7 +76,7 @@ class Task:
     """What is trained, and where."""
 
     network: str  # its name in `networks.classifier.CLASSIFIERS`
-    num_classes: int  # `NUM_TURNS` for rotations
+    num_classes: int  # of the data; rotations do not depend on them
     seed: int  # of weights, order and augmentation
     mesh: Mesh
     flip: bool = False  # whether a mirrored image is of the same class
@@ -84,7 +84,8 @@ class Task:
     @property
     def module(self) -> networks.Module:
         """The network."""
-        return networks.CLASSIFIERS[self.network](num_classes=self.num_classes)
+        num_classes = NUM_TURNS if self.network == ROTATION else self.num_classes
+        return networks.CLASSIFIERS[self.network](num_classes=num_classes)
 
 
 def _shifted(image: jax.Array, key: jax.Array) -> jax.Array:

@@ -1,14 +1,27 @@
 import dataclasses
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 
+from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.data.builtin import load_mnist
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features import classifier_extractor as lib
-from cascaded_diffusion.evaluation.features.classifier_training import NUM_TURNS, RECIPES, turned
+from cascaded_diffusion.evaluation.features.classifier_training import (
+    NUM_TURNS,
+    RECIPES,
+    Task,
+    turned,
+)
 from cascaded_diffusion.evaluation.samples.real_images import shrunk
+from cascaded_diffusion.runtime.mesh import build_mesh
+
+
+def _task(network="small", num_classes=2, seed=0):
+    mesh = build_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    return Task(network=network, num_classes=num_classes, seed=seed, mesh=mesh)
 
 
 @pytest.mark.parametrize("resolution", [16, 32])
@@ -20,7 +33,7 @@ def test_it_recognises_real_digits(resolution, tmp_path):
     path = tmp_path / "classifier.npz"
 
     def load():
-        return lib.load_or_train(path, train, held_out, num_classes=10, seed=0, say=said.append)
+        return lib.load_or_train(path, _task(num_classes=10), train, held_out, say=said.append)
 
     first = load()
     assert first.accuracy >= 0.97
@@ -52,9 +65,8 @@ def test_a_stored_classifier_is_only_used_for_its_own_data(network, tmp_path, mo
     said = []
 
     def load(data, seed=0):
-        return lib.load_or_train(
-            path, data, data, num_classes=2, seed=seed, network=network, say=said.append
-        ).digest
+        task = _task(network, seed=seed)
+        return lib.load_or_train(path, task, data, data, say=said.append).digest
 
     first = load(_small(0))
     assert load(_small(0)) == first
@@ -90,8 +102,8 @@ def test_images_without_labels_are_told_apart_by_rotation(tmp_path):
     path, said = tmp_path / "rotation.npz", []
 
     def load(data):
-        how = dict(num_classes=0, seed=0, network="rotation", say=said.append)
-        return lib.load_or_train(path, data, _upright(1, 20), **how)
+        task = _task("rotation", num_classes=0)
+        return lib.load_or_train(path, task, data, _upright(1, 20), say=said.append)
 
     data = _upright(0)
     first = load(data)
@@ -116,9 +128,8 @@ def test_rotations_of_symmetric_images_cannot_be_told(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 1), np.uint8)
     noise = np.maximum.reduce([np.rot90(noise, k, (1, 2)) for k in range(NUM_TURNS)])
     data = lib.LabelledImages(noise, np.zeros(64, np.int32))
-    found = lib.load_or_train(
-        tmp_path / "rotation.npz", data, data, num_classes=0, seed=0, network="rotation"
-    )
+    task = _task("rotation", num_classes=0)
+    found = lib.load_or_train(tmp_path / "rotation.npz", task, data, data)
     assert found.accuracy == 0.25
 
 
@@ -127,7 +138,7 @@ def test_a_classifier_of_one_class_is_refused(tmp_path):
     one = lib.LabelledImages(data.images, np.full_like(data.labels, 3))
     path = tmp_path / "classifier.npz"
     with pytest.raises(UserError, match="all 128 training images are of one class, expected at"):
-        lib.load_or_train(path, one, data, num_classes=10, seed=0)
+        lib.load_or_train(path, _task(num_classes=10), one, data)
     assert not path.exists()
 
 
@@ -136,7 +147,8 @@ def test_classes_without_images_count(tmp_path, monkeypatch):
     path, data, said = tmp_path / "classifier.npz", _small(0), []
 
     def load(num_classes):
-        return lib.load_or_train(path, data, data, num_classes=num_classes, seed=0, say=said.append)
+        task = _task(num_classes=num_classes)
+        return lib.load_or_train(path, task, data, data, say=said.append)
 
     load(2)
     assert load(5)(data.images[:3]).logits.shape == (3, 5)
@@ -151,6 +163,6 @@ def test_a_stored_classifier_that_declares_petabytes_is_made_again(tmp_path, mon
     header = {"descr": "<f4", "fortran_order": False, "shape": (1 << 50,)}
     with zipfile.ZipFile(path, "w") as archive, archive.open("params.npy", "w") as f:
         np.lib.format.write_array_header_1_0(f, header)
-    lib.load_or_train(path, data, data, num_classes=2, seed=0, say=said.append)
+    lib.load_or_train(path, _task(), data, data, say=said.append)
     (line,) = said
     assert "cannot be read (params is declared as" in line
