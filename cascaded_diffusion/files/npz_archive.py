@@ -25,7 +25,7 @@ _FREE_BYTES, _MAX_INFLATION = 256_000_000, 100
 _MAX_HEADER_BYTES = 10_000
 _ENCRYPTED = 0x1
 # What zipfile raises for a damaged file besides ValueError and OSError.
-_DAMAGED = (
+DAMAGED = (
     zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error, OverflowError,
     IndexError, KeyError, RuntimeError,
 )  # fmt: skip
@@ -81,7 +81,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except _DAMAGED as e:
+    except DAMAGED as e:
         raise ValueError(f"damaged, or no .npz: {' '.join(str(e).split())}") from e
 
 

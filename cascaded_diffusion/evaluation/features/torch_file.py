@@ -20,13 +20,13 @@ import io
 import math
 import pathlib
 import pickletools
-import struct
 import zipfile
-import zlib
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from cascaded_diffusion.files.npz_archive import DAMAGED
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -34,11 +34,8 @@ _PROTOCOL = 1001
 _MAX_BYTES = 1 << 30
 _MAX_OPCODES = 200_000
 _MAX_DIMENSIONS = 8
-# What zipfile and a walk over damaged data raise besides ValueError.
-_DAMAGED = (
-    LookupError, TypeError, AttributeError, OverflowError, EOFError, OSError, zipfile.BadZipFile,
-    zlib.error, RuntimeError, struct.error,
-)  # fmt: skip
+# What a walk over damaged data raises, besides ValueError.
+_DAMAGED = (*DAMAGED, TypeError, AttributeError, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
