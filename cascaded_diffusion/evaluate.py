@@ -12,21 +12,21 @@
         --aug_levels=0,0.1,0.2,0.3 --truncated=false,true --write_best
 
 It runs as a process of its own, beside the trainer or after it. Killed at any time, the same
-command resumes where it stopped. `--final`, `--cas`, `--sweep`, `--samples` and `--bits_per_dim`
-select their modes without the mode's name, too. The modes:
+command resumes where it stopped. The modes, which `--final`, `--cas`, `--sweep`, `--samples` and
+`--bits_per_dim` select without the mode's name, too:
 
 checkpoints (the default) scores every checkpoint of a run that has no score yet, with the
-few-step sampler and the number of samples of the run's config. It writes
-RUN/eval/results.jsonl, RUN/eval/best.json, sample grids, curves for TensorBoard, and
-RUN/EARLY_STOP once the scores have stopped improving. --follow continues until training ends.
+few-step sampler and the number of samples of the run's config. It writes RUN/eval/results.jsonl,
+RUN/eval/best.json, sample grids, curves for TensorBoard, and RUN/EARLY_STOP once the scores have
+stopped improving. --follow continues until training ends.
 
 final measures the chosen checkpoint, or a whole cascade, on as many samples as the config says,
 against the training and the validation images.
 
-samples measures stored samples as the run in --workdir is measured. Without --workdir they may
-be of any framework: an .npz or a folder of PNGs, compared by Inception with --reference, which
-is another or a file of statistics from `python -m cascaded_diffusion.reference` or ADM. It
-prints one JSON line.
+samples measures stored samples as the run in --workdir is measured. Without --workdir they may be
+of any framework: an .npz or a folder of PNGs, compared by Inception with --reference, which is
+another or a file of statistics from `python -m cascaded_diffusion.reference` or ADM. It prints
+one JSON line.
 
 cas trains a classifier on the samples alone and tests it on real images, beside the same
 classifier trained on real images.
@@ -56,9 +56,8 @@ def main(argv: Sequence[str]) -> int:
     mode, argv = split_mode(argv)
     fv = define_evaluate(argv)
     config_flags.parse(fv, argv, __doc__)
-    check_paths(
-        fv, "workdir", "samples", "reference", "low_res_run", "low_res_samples", "data_path",
-    )  # fmt: skip
+    paths = ("workdir", "samples", "reference", "low_res_run", "low_res_samples", "data_path")
+    check_paths(fv, *paths)
     check_inception(fv)
     refuse_cluster(fv)
     return run_mode(fv, argv, check_mode(fv, argv, mode))

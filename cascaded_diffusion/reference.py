@@ -34,9 +34,8 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_list("roles", ["train", "val"], "which splits of a run", flag_values=fv)
     flags.DEFINE_string("images", None, "an .npz or a folder of PNGs", flag_values=fv)
     flags.DEFINE_string("output", None, "with --images: the .npz to write", flag_values=fv)
-    flags.DEFINE_enum(
-        "resize", None, ["legacy", "clean"], "with --images: to 299 px; legacy", flag_values=fv
-    )
+    resize = "with --images: to 299 px; legacy"
+    flags.DEFINE_enum("resize", None, ["legacy", "clean"], resize, flag_values=fv)
     define_inception(fv)
     config_flags.parse(fv, argv, __doc__)
     check_paths(fv, "workdir", "images", "output")
@@ -46,12 +45,14 @@ def main(argv: Sequence[str]) -> int:
             if fv[name].value is not None:
                 raise UserError(f"--images does not go with --{name}: leave one of them out")
         overrides.refuse_overrides(argv, "means nothing for --images")
-        return reference_of_images(fv)
-    for name in ("output", "resize"):
-        if fv[name].value is not None:
-            raise UserError(f"--{name} is only for --images: a run's config says it")
-    require(fv, "workdir")
-    return references_of_run(fv, argv)
+        reference_of_images(fv)
+    else:
+        for name in ("output", "resize"):
+            if fv[name].value is not None:
+                raise UserError(f"--{name} is only for --images: a run's config says it")
+        require(fv, "workdir")
+        references_of_run(fv, argv)
+    return 0
 
 
 if __name__ == "__main__":

@@ -38,8 +38,6 @@ def define_evaluate(argv: Sequence[str]) -> flags.FlagValues:
         "bits_per_dim": "the split whose images the bound of bits_per_dim is computed over",
         "stage": "stage to sweep; default: the last",
     }
-    for name, text in texts.items():
-        flags.DEFINE_string(name, None, text, flag_values=fv)
     lists = {
         "low_res_run": "run folders of the stages below, in order: score enlargements of their"
         " samples too",
@@ -49,16 +47,19 @@ def define_evaluate(argv: Sequence[str]) -> flags.FlagValues:
         "num_steps": "e.g. 4,8,16; of bits_per_dim, one number",
         "guidance_scales": "e.g. 1,1.5",
     }
-    for name, text in lists.items():
-        flags.DEFINE_list(name, [], text, flag_values=fv)
     switches = {
         "follow": "keep scoring new checkpoints until training ends",
         "allow_few_samples": "allow an FID of fewer than 2,048 samples",
         "write_best": "write RUN/cascade.json, the cascade with the best setting",
         **{name: f"the same as `evaluate {name}`" for name in ("final", "cas", "sweep")},
     }
-    for name, text in switches.items():
-        flags.DEFINE_bool(name, False, text, flag_values=fv)
+    for define, default, group in (
+        (flags.DEFINE_string, None, texts),
+        (flags.DEFINE_list, [], lists),
+        (flags.DEFINE_bool, False, switches),
+    ):
+        for name, text in group.items():
+            define(name, default, text, flag_values=fv)
     numbers = {
         "num_samples": ("number of samples to measure", 2),
         "num_images": ("number of images of the split; default: all", 2),
@@ -66,20 +67,10 @@ def define_evaluate(argv: Sequence[str]) -> flags.FlagValues:
     }
     for name, (text, least) in numbers.items():
         flags.DEFINE_integer(name, None, text, lower_bound=least, flag_values=fv)
-    flags.DEFINE_enum(
-        "resize",
-        None,
-        ["legacy", "clean"],
-        "how images get to Inception's 299 px; default: legacy, or as the reference",
-        flag_values=fv,
-    )
-    flags.DEFINE_enum(
-        "network",
-        None,
-        ["resnet", "resnet50"],
-        "the classifier of cas; default: resnet50 from 64 px on",
-        flag_values=fv,
-    )
+    resize = "how images get to Inception's 299 px; default: legacy, or as the reference"
+    flags.DEFINE_enum("resize", None, ["legacy", "clean"], resize, flag_values=fv)
+    network = "the classifier of cas; default: resnet50 from 64 px on"
+    flags.DEFINE_enum("network", None, ["resnet", "resnet50"], network, flag_values=fv)
     define_data_path(fv)
     define_inception(fv)
     define_config(fv, argv, "with sweep or final: the cascade's config file")

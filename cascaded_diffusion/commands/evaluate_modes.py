@@ -24,7 +24,7 @@ from cascaded_diffusion.commands.run_images import (
     open_splits,
     real_split,
 )
-from cascaded_diffusion.config.run_checks import check_chain, check_sample_count
+from cascaded_diffusion.config.run_checks import check_chain
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages
@@ -64,27 +64,32 @@ def run_mode(fv: flags.FlagValues, argv: Sequence[str], mode: str) -> int:
 
 
 def _below(
-    fv: flags.FlagValues, folder: RunFolder, config: RunConfig, num_samples: int
+    fv: flags.FlagValues, config: RunConfig, num_samples: int
 ) -> tuple[list[RunFolder], StoredImages | None]:
     """The runs of --low_res_run and the images of --low_res_samples."""
     below, stored = open_runs_below(fv.low_res_run, config), None
-    if below:
-        check_same_run_classes([*below, folder])
     if fv.low_res_samples is not None:
         stored = open_low_res_samples(fv.low_res_samples, config.stage, num_samples)
     return below, stored
 
 
+def _check_trained(folders: Sequence[RunFolder]) -> None:
+    """Raises UserError unless runs have chosen checkpoints and the same classes."""
+    check_same_run_classes(folders)
+    for folder in folders:
+        folder.chosen()
+
+
 def _checkpoints(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> int:
-    settings = config.eval
-    below, stored = _below(fv, folder, config, settings.num_samples)
+    count = config.eval.num_samples
+    below, stored = _below(fv, config, count)
+    check_same_run_classes([*below, folder])
     if not fv.follow and not folder.has_checkpoints():
         raise UserError(
             f"--workdir={fv.workdir}: no checkpoint there; train first, or add --follow to wait for"
             " checkpoints"
         )
-    check_sample_count(settings.num_samples, settings.features, allow_few=fv.allow_few_samples)
-    evaluation = open_evaluation(fv, folder, config)
+    evaluation = open_evaluation(fv, folder, config, count)
     library.score_checkpoints(
         folder, evaluation, below=below, low_res_samples=stored, follow=fv.follow
     )
@@ -94,10 +99,9 @@ def _checkpoints(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> 
 def _bits_per_dim(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> int:
     require(fv, "bits_per_dim")
     folder.chosen()
-    steps = numbers_in(fv, "num_steps", int)
-    if fv.num_steps and (len(steps) != 1 or steps[0] < 1):
+    num_steps, *more = numbers_in(fv, "num_steps", int) or [None]
+    if more or (num_steps is not None and num_steps < 1):
         raise UserError(f"--num_steps={','.join(fv.num_steps)}: expected one number of steps")
-    num_steps = steps[0] if steps else None
     bound_chain(config.stage, num_steps)
     jax_setup.set_up_jax()
     name = fv.bits_per_dim
@@ -124,7 +128,6 @@ def _final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         folders = runs.stage_folders(cascade.cascade)
         configs = [run.read_config() for run in folders]
         check_chain(cascade.cascade, [c.stage for c in configs])
-        check_same_run_classes(folders)
         for name in ("low_res_run", "low_res_samples"):
             if fv[name].value:
                 raise UserError(f"--{name}: not with a cascade, which makes its own; leave it out")
@@ -139,16 +142,14 @@ def _final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         config = folder.read_config()
     count = fv.num_samples or config.eval.final_num_samples
     if cascade is None:
-        below, stored = _below(fv, folder, config, count)
+        below, stored = _below(fv, config, count)
         if below and stored is not None:
             raise UserError(
                 "--low_res_run, --low_res_samples: one of them at a time with `evaluate final`"
             )
-    check_sample_count(count, config.eval.features, allow_few=fv.allow_few_samples)
-    for run in (*below, folder):
-        run.chosen()
+    _check_trained([*below, folder])
     folder.check_writable()
-    evaluation = open_evaluation(fv, folder, config)
+    evaluation = open_evaluation(fv, folder, config, count)
     record = library.final_numbers(
         folder,
         evaluation,
@@ -183,13 +184,9 @@ def _sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
         )
     choices["truncated"] = [word == "true" for word in words]
     settings = checked_settings(config, index, [c.stage for c in configs], **choices)
-    check_same_run_classes(folders)
-    for folder in folders:
-        folder.chosen()
-    features = configs[index].eval.features
-    check_sample_count(section.num_samples, features, allow_few=fv.allow_few_samples)
+    _check_trained(folders)
     check_writable(runs.path, "workdir")
-    evaluation = open_evaluation(fv, folders[-1], configs[index])
+    evaluation = open_evaluation(fv, folders[-1], configs[index], section.num_samples)
     library.sweep_settings(
         runs, config, evaluation, settings, index=index, write_best=fv.write_best
     )

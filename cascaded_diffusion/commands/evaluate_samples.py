@@ -27,9 +27,10 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
 def open_evaluation(
-    fv: flags.FlagValues, folder: RunFolder, config: RunConfig
+    fv: flags.FlagValues, folder: RunFolder, config: RunConfig, num_samples: int
 ) -> library.Evaluation:
-    """Sets up JAX and opens what a run is evaluated with."""
+    """Checks the number of samples, sets up JAX and opens what a run is evaluated with."""
+    check_sample_count(num_samples, config.eval.features, allow_few=fv.allow_few_samples)
     jax_setup.set_up_jax()
     splits = real_splits(folder, config, data_path=fv.data_path)
     return library.Evaluation(splits, fv.allow_few_samples, inception_loader(fv))
@@ -41,28 +42,26 @@ def print_record(record: Mapping[str, Any]) -> int:
     return 0
 
 
-def _counted(fv: flags.FlagValues, samples: StoredImages, features: str) -> StoredImages:
-    """Checks the number of samples that are to be measured."""
-    found = len(samples)
-    if fv.num_samples is not None and fv.num_samples > found:
+def _count(fv: flags.FlagValues, samples: StoredImages) -> int:
+    """The number of samples that are to be measured."""
+    found, wanted = len(samples), fv.num_samples
+    if wanted is not None and wanted > found:
         raise UserError(
-            f"--num_samples={fv.num_samples}: --samples={samples.path} has {found} images;"
-            " expected at least as many"
+            f"--num_samples={wanted}: --samples={samples.path} has {found} images; expected at"
+            " least as many"
         )
-    if fv.num_samples is not None and fv.num_samples < found:
-        print(f"samples: the first {fv.num_samples} are measured", file=sys.stderr, flush=True)
-    check_sample_count(fv.num_samples or found, features, allow_few=fv.allow_few_samples)
-    return samples
+    if wanted is not None and wanted < found:
+        print(f"samples: the first {wanted} are measured", file=sys.stderr, flush=True)
+    return wanted or found
 
 
 def samples_mode(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> int:
     """Stored samples, measured as a run's own are. Returns the exit code."""
     require(fv, "samples")
-    samples = _counted(fv, load_samples(fv.samples, config.stage), config.eval.features)
-    evaluation = open_evaluation(fv, folder, config)
-    return print_record(
-        library.measure_samples(folder, evaluation, samples, num_samples=fv.num_samples)
-    )
+    samples = load_samples(fv.samples, config.stage)
+    count = _count(fv, samples)
+    evaluation = open_evaluation(fv, folder, config, count)
+    return print_record(library.measure_samples(folder, evaluation, samples, num_samples=count))
 
 
 def files_mode(fv: flags.FlagValues) -> int:
@@ -72,12 +71,14 @@ def files_mode(fv: flags.FlagValues) -> int:
     """
     with contextlib.redirect_stdout(sys.stderr):
         require(fv, "samples", "reference")
-        samples = _counted(fv, open_images(fv.samples, flag="samples"), "inception")
+        samples = open_images(fv.samples, flag="samples")
+        count = _count(fv, samples)
+        check_sample_count(count, "inception", allow_few=fv.allow_few_samples)
         jax_setup.set_up_jax()
         record = library.measure_files(
             samples,
             fv.reference,
-            num_samples=fv.num_samples,
+            num_samples=count,
             resize=fv.resize,
             allow_few_samples=fv.allow_few_samples,
             inception=inception_loader(fv),
@@ -91,7 +92,8 @@ def cas_mode(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> int:
     if config.stage.num_classes < 2:
         raise UserError(f"`evaluate cas`: {config.stage.name!r} has no classes to tell apart")
     samples = load_samples(fv.samples, config.stage)
-    splits = open_evaluation(fv, folder, config).splits
+    jax_setup.set_up_jax()
+    splits = real_splits(folder, config, data_path=fv.data_path)
     return print_record(
         library.classification_accuracy(
             folder, splits, samples, network=fv.network, epochs=fv.epochs

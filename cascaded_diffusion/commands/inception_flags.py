@@ -18,19 +18,11 @@ if TYPE_CHECKING:
 
 
 def define_inception(fv: flags.FlagValues) -> None:
-    """Adds the flags that say where the weights of Inception are."""
-    flags.DEFINE_string(
-        "inception_weights",
-        None,
-        "file of the FID Inception weights; default: the cached ones, else a download",
-        flag_values=fv,
-    )
-    flags.DEFINE_bool(
-        "allow_other_inception_weights",
-        False,
-        "accept weights other than the public ones; the FID is then not comparable",
-        flag_values=fv,
-    )
+    """Adds the flags."""
+    where = "file of the FID Inception weights; default: the cached ones, else a download"
+    other = "accept weights other than the public ones; the FID is then not comparable"
+    flags.DEFINE_string("inception_weights", None, where, flag_values=fv)
+    flags.DEFINE_bool("allow_other_inception_weights", False, other, flag_values=fv)
 
 
 def check_inception(fv: flags.FlagValues) -> None:
@@ -45,10 +37,7 @@ def check_inception(fv: flags.FlagValues) -> None:
 
 
 def inception_loader(fv: flags.FlagValues) -> Callable[..., FeatureExtractor]:
-    """Returns a function of `resize` and `mesh` that loads Inception with the flags' weights.
-
-    It imports JAX.
-    """
+    """A function of `resize` and `mesh` that loads Inception. Getting it imports JAX."""
     return functools.partial(
         library.load_inception,
         fv.inception_weights,

@@ -21,17 +21,16 @@ from cascaded_diffusion.files.paths import check_writable
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
-def references_of_run(fv: flags.FlagValues, argv: Sequence[str]) -> int:
-    """Makes the references of a run. Returns the exit code; raises UserError for bad input."""
+def references_of_run(fv: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Makes the references of a run. Raises UserError for bad input."""
     if not fv.roles or not set(fv.roles) <= {"train", "val"}:
         raise UserError(f"--roles={','.join(fv.roles)}: expected train, val, or train,val")
     folder = RunFolder(fv.workdir)
     if folder.exists():
+        reason = f"the run in {fv.workdir} has its own config.json"
         if fv.config is not None:
-            raise UserError(
-                f"--config: the run in {fv.workdir} has its own config.json; leave it out"
-            )
-        refuse_overrides(argv, f"the run in {fv.workdir} has its own config.json")
+            raise UserError(f"--config: {reason}; leave it out")
+        refuse_overrides(argv, reason)
         config = folder.read_config()
     else:
         if fv.config is None:
@@ -42,19 +41,16 @@ def references_of_run(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     splits = real_splits(folder, config, data_path=None)
     evaluation = library.Evaluation(splits, inception=inception_loader(fv))
     library.write_references(folder, config, evaluation, fv.roles)
-    return 0
 
 
-def reference_of_images(fv: flags.FlagValues) -> int:
-    """Makes the reference of a file or folder. Returns the exit code; raises UserError."""
+def reference_of_images(fv: flags.FlagValues) -> None:
+    """Makes the reference of a file or folder. Raises UserError for bad input."""
     require(fv, "output")
     output = pathlib.Path(fv.output)
     if output.suffix != ".npz" or output.is_dir():
-        raise UserError(f"--output={fv.output}: expected a name that ends with .npz, of a file")
+        raise UserError(f"--output={output}: expected a name that ends with .npz, of a file")
     check_writable(output.parent, "output")
     images = open_images(fv.images, flag="images")
     jax_setup.set_up_jax()
-    library.write_file_reference(
-        images, output, resize=fv.resize or "legacy", inception=inception_loader(fv)
-    )
-    return 0
+    load = inception_loader(fv)
+    library.write_file_reference(images, output, resize=fv.resize or "legacy", inception=load)

@@ -86,8 +86,7 @@ def default_mesh(settings: RunConfig | CascadeConfig) -> Mesh:
 def evaluated_labels(labels: np.ndarray, num_classes: int) -> np.ndarray | None:
     """The labels as which samples should be recognised; None for a model without classes.
 
-    Raises:
-      UserError: a label is no class.
+    Raises UserError if a label is no class.
     """
     if not num_classes:
         return None
@@ -169,10 +168,7 @@ def run_reference(
     """The reference of a split at the run's resolution, read or made: RUN/eval/reference_ROLE.npz.
 
     If the stored one is damaged, or of other images or another extractor, it is replaced and
-    `say` is told why.
-
-    Raises:
-      UserError: the split has fewer than two images.
+    `say` is told why. Raises UserError if the split has fewer than two images.
     """
     path, resolution = folder.eval / f"reference_{role}.npz", config.stage.resolution
     if len(split) < 2:
@@ -206,8 +202,3 @@ def run_reference(
     )
     save_reference(path, reference)
     return reference
-
-
-def shown(values: Mapping[str, float]) -> str:
-    """Metrics in one line, for people, without their standard deviations."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "_std_" not in name)

@@ -29,9 +29,8 @@ def measure_files(
     """Measures stored samples against images or statistics; returns the record.
 
     Args:
-      samples: from `stored_images.open_images`.
+      samples: from `stored_images.open_images`; the first `num_samples`, or all, are measured.
       reference: path of an `.npz` or of a folder of PNGs.
-      num_samples: how many of the samples, the first; by default all.
       resize: "legacy" or "clean"; by default the reference's own way.
       allow_few_samples: allow an FID of fewer than 2,048 samples.
       inception: (resize=) -> FID's extractor.
@@ -42,12 +41,19 @@ def measure_files(
     """
     count = num_samples or len(samples)
     check_sample_count(count, "inception", allow_few=allow_few_samples)
-    statistics = images = None
+    statistics = images = why = None
+    shape = tuple(samples.images.shape[1:])
     if reference_lib.holds_statistics(reference, flag="reference"):
         statistics = reference_lib.read_reference(reference, flag="reference")
-        _check_size(reference, statistics, samples)
+        if statistics.fingerprint is not None:
+            size = {"resolution": shape[0], "channels": shape[2]}
+            why = reference_lib.differing_field(statistics, **size)
     if statistics is None or (statistics.features is None and "arr_0" in array_names(reference)):
-        images = _reference_images(reference, samples)
+        images = open_images(reference, flag="reference")
+        found = tuple(images.images.shape[1:])
+        why = why or (f"images of {found}, expected {shape}" if found != shape else None)
+    if why is not None:
+        raise UserError(f"--reference={reference}: {why}, as --samples={samples.path} has")
     if statistics is not None:
         _print_missing_metrics(statistics, images)
     extractor = inception(resize=_chosen_resize(resize, reference, statistics))
@@ -101,24 +107,6 @@ def _chosen_resize(resize: str | None, reference: str, statistics: Reference | N
             f" --resize={own}{foreign}; the two are never mixed"
         )
     return own
-
-
-def _reference_images(reference: str, samples: StoredImages) -> StoredImages:
-    images = open_images(reference, flag="reference")
-    found, expected = (tuple(x.images.shape[1:]) for x in (images, samples))
-    if found != expected:
-        raise UserError(
-            f"--reference={reference}: images of {found}, expected {expected}, as"
-            f" --samples={samples.path} has"
-        )
-    return images
-
-
-def _check_size(reference: str, statistics: Reference, samples: StoredImages) -> None:
-    _, resolution, _, channels = samples.images.shape
-    wanted = {"resolution": resolution, "channels": channels}
-    if statistics.fingerprint and (why := reference_lib.differing_field(statistics, **wanted)):
-        raise UserError(f"--reference={reference}: {why}, as --samples={samples.path} has")
 
 
 def _print_missing_metrics(statistics: Reference, images: StoredImages | None) -> None:

@@ -53,10 +53,8 @@ def measure_final(
     """Makes and measures the samples of a run's chosen checkpoint; resumes an earlier call.
 
     `evaluator` has the references "train" and "val". `levels` makes samples at any level of
-    conditioning augmentation; it is None for a stage without a level.
-
-    Returns:
-      The content of final_<source>.json.
+    conditioning augmentation; it is None for a stage without a level. Returns the content of
+    final_<source>.json.
     """
     stage, path = trained.stage.config, folder.eval / f"final_{source.kind}.json"
     about = {

@@ -89,10 +89,8 @@ def score_checkpoints(
 
     The enlargements of the samples of `below`, the runs of the stages below (see
     `settings.open_runs_below`), and of `low_res_samples` (see `settings.open_low_res_samples`) are
-    scored as well. With `follow`, new checkpoints are scored until training ends.
-
-    Raises:
-      UserError: no checkpoint could be scored.
+    scored as well. With `follow`, new checkpoints are scored until training ends. Raises UserError
+    if no checkpoint could be scored.
     """
     config = folder.read_config()
     evaluation.check_count(config.eval.num_samples, config)
@@ -106,8 +104,7 @@ def score_checkpoints(
             seed=config.eval.seed,
             mesh=mesh,
         )
-        # Checkpoints are chosen by the first.
-        sources = [sampling.alone(evaluation.splits["val"])]
+        sources = [sampling.alone(evaluation.splits["val"])]  # by which checkpoints are chosen
         if below:
             sources.append(sampling.of_runs(below))
         if low_res_samples is not None:
@@ -169,27 +166,19 @@ def final_numbers(
 ) -> dict[str, Any]:
     """Measures a run's chosen checkpoint, or a whole cascade, against both splits.
 
-    Args:
-      folder: the run, which is the last one of a cascade.
-      evaluation: what it is evaluated with.
-      cascade: how the cascade of `below` and this run is sampled; by default every stage is
-        sampled as its own config says.
-      below: the runs of the stages below.
-      low_res_samples: from `settings.open_low_res_samples`: images to enlarge instead of real ones.
-      num_samples: by default `config.eval.final_num_samples`.
+    `below` are the runs of the stages below; `cascade` says how they and this run are sampled, by
+    default every stage as its own config says. `low_res_samples`, from
+    `settings.open_low_res_samples`, are enlarged instead of real images. The number of samples is
+    `config.eval.final_num_samples` by default.
 
-    Returns:
-      The content of RUN/eval/final_<source>.json.
-
-    Raises:
-      UserError: a sample is not finite.
+    Returns the content of RUN/eval/final_<source>.json. Raises UserError if a sample is not
+    finite.
     """
     config = folder.read_config()
     count = num_samples or config.eval.final_num_samples
     evaluation.check_count(count, config)
-    mesh = default_mesh(cascade or config)
+    mesh, held_out = default_mesh(cascade or config), evaluation.splits["val"]
     section = None if cascade is None else cascade.cascade
-    held_out = evaluation.splits["val"]
     with evaluation.evaluator(folder, config, mesh, ("train", "val")) as evaluator:
         trained = load_trained(folder, mesh)
         sampling = StageSampling(
@@ -240,10 +229,7 @@ def sweep_settings(
 
     `evaluation` is with the real images of that stage's run, `settings` are from
     `settings.checked_settings`. With `write_best`, RUNS/cascade.json is written, the cascade with
-    the best setting.
-
-    Raises:
-      UserError: another process sweeps the cascade, or every setting failed.
+    the best setting. Raises UserError if another process sweeps the cascade, or all settings fail.
     """
     section = config.cascade
     folders = runs.stage_folders(section)[: index + 1]

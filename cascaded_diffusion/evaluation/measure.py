@@ -62,8 +62,7 @@ class Measurement:
     def add(self, images: np.ndarray, labels: np.ndarray | None) -> None:
         """Adds the next samples, uint8 [b, H, W, C], and their labels int [b] if they have any.
 
-        Raises:
-          ValueError: a feature is not finite.
+        Raises ValueError if a feature is not finite.
         """
         features = self._extractor(images)
         rows = self._order[self._sums.count :][: len(images)]

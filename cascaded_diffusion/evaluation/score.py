@@ -15,7 +15,7 @@ from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import early_stopping, health
-from cascaded_diffusion.evaluation.evaluator import Evaluator, evaluated_labels, shown
+from cascaded_diffusion.evaluation.evaluator import Evaluator, evaluated_labels
 from cascaded_diffusion.evaluation.measure import Measurement, counted, metric_name
 from cascaded_diffusion.evaluation.samples.generate import fill
 from cascaded_diffusion.evaluation.samples.sample_sources import SampleSource
@@ -41,34 +41,31 @@ class _Weights:
     digest: str
 
 
+@dataclasses.dataclass
 class RunScorer:
     """Scores every EMA of every finished checkpoint of a run that has no score yet.
 
-    Checkpoints are chosen by the first of the `sources` of samples. Stages are trained
-    independently of each other (paper, section 4), so that of a super-resolution stage should be
-    real low-res images.
+    Checkpoints are chosen by the first source of samples: for a super-resolution stage that should
+    be real low-res images, since stages are trained independently of each other (paper, section 4).
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: RunFolder,
-        evaluator: Evaluator,
-        sources: Sequence[SampleSource],
-        mesh: Mesh,
-    ):
-        self._eval, self._name = config.eval, config.stage.name
-        self._folder, self._evaluator, self._sources = folder, evaluator, sources
-        self._stage = build_stage(config.stage)
-        self._abstract_params = abstract_params(self._stage, mesh)
-        self._metric = metric_name("fid", evaluator.extractor.name, config.eval.num_samples)
-        self._curves = ScoreCurves(folder)
+    config: RunConfig
+    folder: RunFolder
+    evaluator: Evaluator
+    sources: Sequence[SampleSource]
+    mesh: Mesh
+
+    def __post_init__(self) -> None:
+        num_samples = self.config.eval.num_samples
+        self._metric = metric_name("fid", self.evaluator.extractor.name, num_samples)
+        self._abstract_params = abstract_params(build_stage(self.config.stage), self.mesh)
+        self._curves = ScoreCurves(self.folder)
 
     def score_new_checkpoints(self) -> int:
         """Scores new checkpoints, updates best.json and EARLY_STOP; returns how many were new."""
         scored, looked_at = 0, set()
         # The trainer may delete checkpoints before their turn; newer ones then take their place.
-        while steps := set(finished_steps(self._folder)) - looked_at:
+        while steps := set(finished_steps(self.folder)) - looked_at:
             looked_at |= steps
             outcomes = [self._score(step) for step in sorted(steps)]
             scored += outcomes.count("scored")
@@ -82,7 +79,7 @@ class RunScorer:
     def say_best(self, best: Mapping[str, Any]) -> None:
         """Prints which checkpoint is the best so far."""
         print(
-            f"{self._name}: best is step {best['step']}, EMA"
+            f"{self.config.stage.name}: best is step {best['step']}, EMA"
             f" {best['ema_decay']:g} ({best['metric']} {best['value']:.3f})",
             flush=True,
         )
@@ -94,11 +91,11 @@ class RunScorer:
     def _identity(self, source: SampleSource) -> dict[str, Any]:
         """The part of a record that says what was measured, without the step."""
         return {
-            "num_samples": self._eval.num_samples,
-            "reference": self._evaluator.reference,
-            "features": self._evaluator.features,
+            "num_samples": self.config.eval.num_samples,
+            "reference": self.evaluator.reference,
+            "features": self.evaluator.features,
             **source.record,
-            "seed": self._eval.seed,
+            "seed": self.config.eval.seed,
         }
 
     def _score(self, step: int) -> str:
@@ -107,14 +104,14 @@ class RunScorer:
         A checkpoint that cannot be read, or whose samples are not finite, is recorded as failed
         once and is never chosen.
         """
-        with pinned(self._folder, step) as is_there:
+        with pinned(self.folder, step) as is_there:
             if not is_there:
                 return self._gone(step)
             try:
-                digest = checkpoint_digest(self._folder, self._stage.config, step)
+                digest = checkpoint_digest(self.folder, self.config.stage, step)
             except OSError:
                 return self._gone(step)
-            weights = [_Weights(step, decay, digest) for decay in self._eval.ema_decays]
+            weights = [_Weights(step, decay, digest) for decay in self.config.eval.ema_decays]
             outcomes = list(map(self._score_ema, weights))
             if "scored" in outcomes:
                 # The checkpoint cannot be deleted yet, and the best one is kept from here on.
@@ -122,35 +119,35 @@ class RunScorer:
         return next((o for o in ("gone", "scored") if o in outcomes), "known")
 
     def _gone(self, step: int) -> str:
-        print(f"{self._name} step {step}: gone, the trainer kept newer ones")
+        print(f"{self.config.stage.name} step {step}: gone, the trainer kept newer ones")
         return "gone"
 
     def _score_ema(self, weights: _Weights) -> str:
-        missing = [s for s in self._sources if not self._recorded(weights, s, self._metric)]
+        missing = [s for s in self.sources if not self._recorded(weights, s, self._metric)]
         params: Params | None = None
         for source in missing:
             identity = {"weights": weights.digest, "ema": weights.ema_decay}
             store = SampleStore(
-                self._folder.samples,
-                {**source.record, "seed": self._eval.seed, **identity},
-                num_samples=self._eval.num_samples,
-                batch_size=self._eval.batch_size,
+                self.folder.samples,
+                {**source.record, "seed": self.config.eval.seed, **identity},
+                num_samples=self.config.eval.num_samples,
+                batch_size=self.config.eval.batch_size,
             )
             try:
                 if params is None:
                     params = checkpoint.load_ema_params(
-                        self._folder, weights.step, weights.ema_decay, self._abstract_params
+                        self.folder, weights.step, weights.ema_decay, self._abstract_params
                     )
                 try:
                     values = self._score_source(weights, source, params, store)
                 except DamagedBatchError:  # what was damaged is made again
                     values = self._score_source(weights, source, params, store)
             except (UserError, ValueError, OSError) as e:
-                if not is_finished(self._folder, weights.step):  # somebody removed it
+                if not is_finished(self.folder, weights.step):  # somebody removed it
                     return self._gone(weights.step)
                 if isinstance(e, OSError):  # a full disk, say: not the checkpoint's fault
-                    raise UserError(f"{self._folder.eval}: {e}; run the same command again") from e
-                print(f"{self._name} step {weights.step}: failed ({e})", flush=True)
+                    raise UserError(f"{self.folder.eval}: {e}; run the same command again") from e
+                print(f"{self.config.stage.name} step {weights.step}: failed ({e})", flush=True)
                 self._record(weights, source, self._metric, None, failed=str(e))
                 continue
             # The metric that marks a source as done comes last. If this process ends before it,
@@ -162,7 +159,7 @@ class RunScorer:
 
     def _recorded(self, weights: _Weights, source: SampleSource, metric: str) -> bool:
         comparable = early_stopping.series(
-            self._folder.scores(), metric, self._identity(source), [weights.ema_decay]
+            self.folder.scores(), metric, self._identity(source), [weights.ema_decay]
         )
         wanted = (weights.step, weights.digest)
         return any((r["step"], r.get("weights")) == wanted for r in comparable)
@@ -177,7 +174,7 @@ class RunScorer:
     ) -> None:
         if self._recorded(weights, source, metric):
             return
-        self._folder.check_held()
+        self.folder.check_held()
         record = {
             "step": weights.step,
             "ema_decay": weights.ema_decay,
@@ -188,7 +185,7 @@ class RunScorer:
             **source.notes,
             **extra,
         }
-        append_line(self._folder.results_path, record)
+        append_line(self.folder.results_path, record)
         self._curves.add(record)
 
     def _score_source(
@@ -197,33 +194,34 @@ class RunScorer:
         about = f"step {weights.step}, EMA {weights.ema_decay:g}, low-res {source.about}"
         fill(store, partial(source.make, params), label=about)
         measurement, errors, first = measure_store(
-            self._evaluator, store, self._stage.config.num_classes
+            self.evaluator, store, self.config.stage.num_classes
         )
-        values = {**measurement.distances(self._evaluator.references["train"]), **measurement.own()}
+        values = {**measurement.distances(self.evaluator.references["train"]), **measurement.own()}
         if errors is not None:
             values[counted("psnr_low_res", store.num_samples)] = health.psnr(errors.mean())
-        several = f"_ema_{weights.ema_decay:g}" if len(self._eval.ema_decays) > 1 else ""
-        save_grid(self._folder.eval / f"step_{weights.step}{several}_{source.kind}.png", first)
-        print(f"{self._name} {about}: {shown(values)}", flush=True)
+        several = f"_ema_{weights.ema_decay:g}" if len(self.config.eval.ema_decays) > 1 else ""
+        save_grid(self.folder.eval / f"step_{weights.step}{several}_{source.kind}.png", first)
+        shown = [f"{name} {x:.4g}" for name, x in values.items() if "_std_" not in name]
+        print(f"{self.config.stage.name} {about}: {', '.join(shown)}", flush=True)
         return values
 
     def _decide(self) -> Mapping[str, Any] | None:
         """Writes best.json, and EARLY_STOP if patience has run out, from the stored records."""
         comparable = early_stopping.series(
-            self._folder.scores(),
+            self.folder.scores(),
             self._metric,
-            self._identity(self._sources[0]),
-            self._eval.ema_decays,
+            self._identity(self.sources[0]),
+            self.config.eval.ema_decays,
         )
         # The trainer keeps the best and the latest ones; a checkpoint that it removed before it
         # had a score cannot be chosen.
-        on_disk = set(finished_steps(self._folder))
+        on_disk = set(finished_steps(self.folder))
         best = early_stopping.best_record([r for r in comparable if r["step"] in on_disk])
         if best is not None:
-            write_json(self._folder.best_path, best)
-        patience = self._eval.patience_evals
+            write_json(self.folder.best_path, best)
+        patience = self.config.eval.patience_evals
         if early_stopping.should_stop(early_stopping.lowest_per_step(comparable), patience):
-            self._folder.ask_to_stop(patience)
+            self.folder.ask_to_stop(patience)
         return best
 
 

@@ -92,14 +92,23 @@ def make_settings(
 
 def with_setting(section: CascadeSection, index: int, setting: Setting) -> CascadeSection:
     """The cascade with `setting` for stage `index`."""
-    levels = list(section.aug_levels)
+    samplers, levels = list(section.samplers), list(section.aug_levels)
+    samplers[index], truncated = setting.sampler, section.truncated
     if index > 0:
-        levels[index - 1] = setting.aug_level
-    samplers = list(section.samplers)
-    samplers[index] = setting.sampler
-    truncated = setting.truncated if index > 0 else section.truncated
+        levels[index - 1], truncated = setting.aug_level, setting.truncated
     return dataclasses.replace(
         section, aug_levels=tuple(levels), samplers=tuple(samplers), truncated=truncated
+    )
+
+
+def first_stages(section: CascadeSection, count: int) -> CascadeSection:
+    """The first stages of a cascade as a cascade of their own."""
+    return dataclasses.replace(
+        section,
+        stages=section.stages[:count],
+        configs=section.configs[:count],
+        samplers=section.samplers[:count],
+        aug_levels=section.aug_levels[: count - 1],
     )
 
 
@@ -109,10 +118,8 @@ def checked_settings(
     """`make_settings` of the choices, each checked to make a good cascade.
 
     `stages` are the cascade's first, at least up to the one that is swept: all of them if the
-    best cascade is to be written.
-
-    Raises:
-      UserError: the stage has nothing to choose, or a setting is impossible.
+    best cascade is to be written. Raises UserError if the stage has nothing to choose, or a
+    setting is impossible.
     """
     section, stage = config.cascade, stages[index]
     if index == 0 and (choices.get("aug_levels") or choices.get("truncated")):
@@ -126,20 +133,12 @@ def checked_settings(
         )
     settings = make_settings(section, index, stage, **choices)
     given = ", ".join(f"--{name}" for name in choices if choices[name]) or "`evaluate sweep`"
-    # The given stages are checked as a cascade of their own.
-    count = len(stages)
     for setting in settings:
-        chosen = with_setting(section, index, setting)
-        first = dataclasses.replace(
-            chosen,
-            stages=chosen.stages[:count],
-            configs=chosen.configs[:count],
-            samplers=chosen.samplers[:count],
-            aug_levels=chosen.aug_levels[: count - 1],
-            truncated=chosen.truncated and any(s.has_aug_level for s in stages),
-        )
+        chosen = first_stages(with_setting(section, index, setting), len(stages))
+        truncated = chosen.truncated and any(s.has_aug_level for s in stages)
+        chosen = dataclasses.replace(chosen, truncated=truncated)
         try:
-            values = to_dict(dataclasses.replace(config, cascade=first))
+            values = to_dict(dataclasses.replace(config, cascade=chosen))
             check_chain(cascade_config_from(values).cascade, stages)
         except UserError as e:
             raise UserError(f"{given}: {e}") from e
@@ -149,10 +148,7 @@ def checked_settings(
 def bound_chain(stage: StageConfig, num_steps: int | None = None) -> SamplerConfig:
     """The chain whose variational bound is computed: ancestral, however the stage is sampled.
 
-    By default it has all steps of the stage's process.
-
-    Raises:
-      UserError: the process has fewer steps.
+    By default it has all steps of the stage's process. Raises UserError if that has fewer.
     """
     steps = num_steps or stage.schedule.num_timesteps or 1000
     if (stage.schedule.discrete_timesteps or steps) < steps:
@@ -221,8 +217,6 @@ def open_low_res_samples(path: str, stage: StageConfig, num_samples: int) -> Sto
     if stage.kind != "super_resolution":
         raise UserError(f"{given}: {stage.name!r} is a base model, without a low-res input")
     stored = load_samples(path, stage, low_res=True)
-    if len(stored) < num_samples:
-        raise UserError(
-            f"{given}: {len(stored)} images, expected the {num_samples} that are asked for"
-        )
+    if (found := len(stored)) < num_samples:
+        raise UserError(f"{given}: {found} images, expected the {num_samples} that are asked for")
     return stored

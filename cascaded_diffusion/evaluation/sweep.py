@@ -27,70 +27,52 @@ from cascaded_diffusion.evaluation.evaluator import Evaluator, evaluated_labels
 from cascaded_diffusion.evaluation.measure import metric_name
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.stored_images import save_samples, stored_samples
-from cascaded_diffusion.evaluation.settings import Setting, with_setting
+from cascaded_diffusion.evaluation.settings import Setting, first_stages, with_setting
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.files.json_files import append_line, read_lines
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.pictures import line_plot
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chain:
-    """How the first stages of the cascade are sampled: one sampler each."""
-
-    samplers: tuple[SamplerConfig, ...]
-    aug_levels: tuple[float, ...]
-    truncated: bool
-
-
+@dataclasses.dataclass
 class Sweep:
-    """Scores settings of one stage of a cascade.
+    """Scores settings of one stage of a cascade, which are compared by the metric `metric`.
 
-    Args:
-      section: the cascade, with the number of samples per setting, at least 2.
-      trained: its stages up to the one that is swept.
-      evaluator: of that stage's run.
-      folder: where records, table, plot and stored samples are kept.
-      mesh: the device mesh.
-
-    Attributes:
-      metric: the name of the metric by which settings are compared.
+    The trained stages are the cascade's first, up to the one that is swept, and the evaluator is
+    of that stage's run. Records, table, plot and stored samples are kept in the folder.
     """
 
-    def __init__(
-        self,
-        section: CascadeSection,
-        trained: Sequence[TrainedStage],
-        evaluator: Evaluator,
-        folder: pathlib.Path,
-        mesh: Mesh,
-    ):
-        if section.num_samples < 2:
+    section: CascadeSection
+    trained: Sequence[TrainedStage]
+    evaluator: Evaluator
+    folder: pathlib.Path
+    mesh: Mesh
+
+    def __post_init__(self) -> None:
+        if self.section.num_samples < 2:
             raise UserError(
-                f"config.cascade.num_samples = {section.num_samples}: expected at least 2 to"
+                f"config.cascade.num_samples = {self.section.num_samples}: expected at least 2 to"
                 " compare settings by"
             )
-        self._section, self._trained = section, trained
-        self._evaluator, self._folder, self._mesh = evaluator, folder, mesh
-        self._stage, self._index = trained[-1].stage, len(trained) - 1
-        self._name = self._stage.config.name
-        self._labels = generate.labels_of(
-            np.arange(section.num_samples), self._stage.config.num_classes
-        )
-        self.metric = metric_name("fid", evaluator.extractor.name, section.num_samples)
+        self.section = first_stages(self.section, len(self.trained))
+        num_samples = self.section.num_samples
+        self.metric = metric_name("fid", self.evaluator.extractor.name, num_samples)
+        self._stage, self._index = self.trained[-1].stage, len(self.trained) - 1
+        self._name, num_classes = self._stage.config.name, self._stage.config.num_classes
+        self._labels = generate.labels_of(np.arange(num_samples), num_classes)
         self._cascade = functools.cache(self._make_cascade)
         self._samples_below = functools.cache(self._read_or_make_below)
 
     def run(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
         """Scores settings without a score, writes table and plot; returns a record per setting."""
-        rows, path = [], self._folder / f"{self._name}.jsonl"
+        rows, path = [], self.folder / f"{self._name}.jsonl"
         for i, setting in enumerate(settings, start=1):
             identity = {
                 **self._origin(self._chain(setting)),
-                "num_samples": self._section.num_samples,
-                "seed": self._section.seed,
-                "reference": self._evaluator.reference,
-                "features": self._evaluator.features,
+                "num_samples": self.section.num_samples,
+                "seed": self.section.seed,
+                "reference": self.evaluator.reference,
+                "features": self.evaluator.features,
             }
             known = (r for r in read_lines(path) if identity.items() <= r.items())
             record = next(known, None)
@@ -103,16 +85,14 @@ class Sweep:
                 f"{self._name}, {setting}: {self.metric} {_shown(record, self.metric)}", flush=True
             )
         table = self._table(settings, rows)
-        write_whole(self._folder / f"{self._name}.md", table.encode())
+        write_whole(self.folder / f"{self._name}.md", table.encode())
         print(f"\n{table}", flush=True)
         self._write_plot(settings, rows)
         return rows
 
-    def _chain(self, setting: Setting) -> _Chain:
-        chosen, index = with_setting(self._section, self._index, setting), self._index
-        return _Chain(
-            chosen.samplers[: index + 1], chosen.aug_levels[:index], truncated=setting.truncated
-        )
+    def _chain(self, setting: Setting) -> CascadeSection:
+        chosen = with_setting(self.section, self._index, setting)
+        return dataclasses.replace(chosen, truncated=setting.truncated)
 
     def _score(self, setting: Setting, label: str) -> dict[str, Any]:
         # A truncated chain stops below at the setting's own level, so it is sampled as a whole.
@@ -125,45 +105,45 @@ class Sweep:
         except ValueError as e:  # only this setting's samples are not finite
             return {self.metric: None, "failed": str(e)}
         labels = evaluated_labels(self._labels, self._stage.config.num_classes)
-        return self._evaluator.scores(images, labels)
+        return self.evaluator.scores(images, labels)
 
     def _read_or_make_below(self, truncated: bool) -> np.ndarray:
         """The samples to enlarge; `truncated` concerns the enlargements below them."""
-        section, last = self._section, self._index - 1
-        chain = _Chain(section.samplers[: self._index], section.aug_levels[:last], truncated)
-        name = self._trained[last].stage.config.name
-        path = self._folder / f"{name}.npz"
-        provenance = {**self._origin(chain), "seed": section.seed}
+        below = first_stages(self.section, self._index)
+        chain = dataclasses.replace(below, truncated=truncated)
+        name = self.trained[self._index - 1].stage.config.name
+        path = self.folder / f"{name}.npz"
+        provenance = {**self._origin(chain), "seed": chain.seed}
         images = stored_samples(path, provenance)
-        if images is None or len(images) < section.num_samples:
+        if images is None or len(images) < chain.num_samples:
             images = self._sample(chain, f"{name}, to be enlarged")
             save_samples(path, images, self._labels, provenance=provenance)
         return images
 
-    def _origin(self, chain: _Chain) -> dict[str, Any]:
-        """What the samples of a chain depend on besides the seed."""
+    def _origin(self, chain: CascadeSection) -> dict[str, Any]:
+        """What the samples of the first stages depend on besides the seed."""
         return {
-            "stages": [t.identity for t in self._trained[: len(chain.samplers)]],
+            "stages": [t.identity for t in self.trained[: len(chain.samplers)]],
             "samplers": [to_dict(s) for s in chain.samplers],
             "aug_levels": list(chain.aug_levels),
             "truncated": chain.truncated,
         }
 
     def _make_cascade(self, samplers: tuple[SamplerConfig, ...], truncated: bool) -> Cascade:
-        stages = [t.stage for t in self._trained[: len(samplers)]]
+        stages = [t.stage for t in self.trained[: len(samplers)]]
         return Cascade(stages=stages, samplers=samplers, truncated=truncated)
 
-    def _sample(self, chain: _Chain, label: str, **stored: Any) -> np.ndarray:
-        """Samples of a chain's last stage, uint8 [n, H, W, C]."""
-        cascade, seed = self._cascade(chain.samplers, chain.truncated), self._section.seed
+    def _sample(self, chain: CascadeSection, label: str, **stored: Any) -> np.ndarray:
+        """Samples of the last of the first stages, uint8 [n, H, W, C]."""
+        cascade = self._cascade(chain.samplers, chain.truncated)
         sampler = generate.make_cascade_sampler(
-            cascade, chain.aug_levels, seed=seed, mesh=self._mesh, **stored
+            cascade, chain.aug_levels, seed=chain.seed, mesh=self.mesh, **stored
         )
         return generate.generate(
             sampler,
-            [t.params for t in self._trained[: len(chain.samplers)]],
-            num_samples=self._section.num_samples,
-            batch_size=self._section.batch_size,
+            [t.params for t in self.trained[: len(chain.samplers)]],
+            num_samples=chain.num_samples,
+            batch_size=chain.batch_size,
             label=label,
         )[-1]
 
@@ -183,7 +163,7 @@ class Sweep:
         head, *body = (f"| {' | '.join(map(str, row))} |" for row in (columns, *cells))
         return "\n".join(
             [
-                f"# {self._name}: {self._section.num_samples} samples per setting, best first",
+                f"# {self._name}: {self.section.num_samples} samples per setting, best first",
                 "",
                 head,
                 f"|{'---|' * len(columns)}",
@@ -209,7 +189,7 @@ class Sweep:
             name = ", ".join(f"{key} {d[key]}" for key in varies if key != x) or self._name
             if row[self.metric] is not None:
                 series.setdefault(name, []).append((d[x], row[self.metric]))
-        path = self._folder / f"{self._name}.png"
+        path = self.folder / f"{self._name}.png"
         points = {name: sorted(line) for name, line in series.items()}
         plot = line_plot(points, x_label=x, y_label=self.metric, title=self._name)
         write_whole(path, plot)
@@ -233,11 +213,7 @@ def _shown(row: Mapping[str, Any], metric: str) -> str:
 def best_setting(
     settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]], metric: str
 ) -> Setting:
-    """The setting with the lowest metric; the first of equals.
-
-    Raises:
-      UserError: every one of them failed.
-    """
+    """The setting with the lowest metric; the first of equals. Raises UserError if all failed."""
     setting, row = _best_first(settings, rows, metric)[0]
     if row[metric] is None:
         raise UserError(f"`evaluate sweep`: no setting could be scored ({row['failed']})")
