@@ -8,6 +8,7 @@ null) is never the best.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,8 +47,7 @@ def series(
 
 def lowest_per_step(comparable: Sequence[Record]) -> list[Record]:
     """The EMA with the lowest value of each step, for early stopping."""
-    steps = sorted({record["step"] for record in comparable})
-    of_step = ([r for r in comparable if r["step"] == step] for step in steps)
+    of_step = (list(found) for _, found in itertools.groupby(comparable, lambda r: r["step"]))
     return [best_record(records) or records[0] for records in of_step]
 
 

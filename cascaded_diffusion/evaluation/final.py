@@ -78,7 +78,7 @@ def measure_final(
         return known
     make = partial(source.make, trained.params)
     fill(store, make, label=f"{trained.name}, low-res {source.about}")
-    measurement, errors, first = measure_store(evaluator, store, stage.num_classes)
+    measurement, errors = measure_store(evaluator, store, stage.num_classes)
     metrics = {
         f"{metric}_{role}": value
         for role, reference in evaluator.references.items()
@@ -102,10 +102,10 @@ def measure_final(
     }
     # The numbers of an earlier call must not stand beside these samples.
     path.unlink(missing_ok=True)
-    save_grid(path.with_suffix(".png"), first)
+    save_grid(path.with_suffix(".png"), store)
     save_sample_batches(
         path.with_suffix(".npz"),
-        (num_samples, *first.shape[1:]),
+        (num_samples, *store.first(1)["images"].shape[1:]),
         lambda: ((a["images"], a["labels"]) for a in store.batches()),
     )
     # The JSON comes after the table since it says that everything is there, the store after both.

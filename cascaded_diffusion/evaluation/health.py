@@ -56,10 +56,9 @@ def response(source: LevelSource, params: Params, aug_levels: Sequence[float]) -
       `aug_levels`; `psnr_low_res`, eq. (1) at each; `change`, the mean absolute difference from
       the first level's images in grey levels.
     """
-    psnrs, changes, first = [], [], None
-    for level in aug_levels:
-        images = source.make(params, level)
-        first = images if first is None else first
-        psnrs.append(psnr(low_res_errors(images, source.low_res).mean()))
-        changes.append(float(np.abs(images.astype(np.float64) - first).mean()))
-    return {"aug_levels": list(aug_levels), "psnr_low_res": psnrs, "change": changes}
+    images = [source.make(params, level) for level in aug_levels]
+    return {
+        "aug_levels": list(aug_levels),
+        "psnr_low_res": [psnr(low_res_errors(x, source.low_res).mean()) for x in images],
+        "change": [float(np.abs(x.astype(np.float64) - images[0]).mean()) for x in images],
+    }

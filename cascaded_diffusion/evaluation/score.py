@@ -29,7 +29,6 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
 
 _GRID_COLUMNS, _GRID_ROWS = 20, 5
-_GRID_IMAGES = _GRID_COLUMNS * _GRID_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,14 +192,12 @@ class RunScorer:
     ) -> dict[str, float]:
         about = f"step {weights.step}, EMA {weights.ema_decay:g}, low-res {source.about}"
         fill(store, partial(source.make, params), label=about)
-        measurement, errors, first = measure_store(
-            self.evaluator, store, self.config.stage.num_classes
-        )
+        measurement, errors = measure_store(self.evaluator, store, self.config.stage.num_classes)
         values = {**measurement.distances(self.evaluator.references["train"]), **measurement.own()}
         if errors is not None:
             values[counted("psnr_low_res", store.num_samples)] = health.psnr(errors.mean())
         several = f"_ema_{weights.ema_decay:g}" if len(self.config.eval.ema_decays) > 1 else ""
-        save_grid(self.folder.eval / f"step_{weights.step}{several}_{source.kind}.png", first)
+        save_grid(self.folder.eval / f"step_{weights.step}{several}_{source.kind}.png", store)
         shown = [f"{name} {x:.4g}" for name, x in values.items() if "_std_" not in name]
         print(f"{self.config.stage.name} {about}: {', '.join(shown)}", flush=True)
         return values
@@ -227,21 +224,17 @@ class RunScorer:
 
 def measure_store(
     evaluator: Evaluator, store: SampleStore, num_classes: int
-) -> tuple[Measurement, np.ndarray | None, np.ndarray]:
-    """The sums over a full store, `low_res_errors` of its enlargements, and the first images."""
-    measurement = evaluator.measurement(store.num_samples)
-    errors, first = [], []
+) -> tuple[Measurement, np.ndarray | None]:
+    """The sums over a full store, and `low_res_errors` of its images if they are enlargements."""
+    measurement, errors = evaluator.measurement(store.num_samples), []
     for arrays in store.batches():
-        images = arrays["images"]
-        measurement.add(images, evaluated_labels(arrays["labels"], num_classes))
+        measurement.add(arrays["images"], evaluated_labels(arrays["labels"], num_classes))
         if "low_res" in arrays:
-            errors.append(health.low_res_errors(images, arrays["low_res"]))
-        if sum(map(len, first)) < _GRID_IMAGES:
-            first.append(images)
-    return measurement, np.concatenate(errors) if errors else None, np.concatenate(first)
+            errors.append(health.low_res_errors(arrays["images"], arrays["low_res"]))
+    return measurement, np.concatenate(errors) if errors else None
 
 
-def save_grid(path: pathlib.Path, images: np.ndarray) -> None:
-    """Writes a picture of the first samples."""
-    picture = pictures.grid(images[:_GRID_IMAGES], columns=_GRID_COLUMNS)
-    pictures.save_png(path, picture, scale=2)
+def save_grid(path: pathlib.Path, store: SampleStore) -> None:
+    """Writes a picture of the first samples of a store."""
+    images = store.first(_GRID_COLUMNS * _GRID_ROWS)["images"]
+    pictures.save_png(path, pictures.grid(images, columns=_GRID_COLUMNS), scale=2)
