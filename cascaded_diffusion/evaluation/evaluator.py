@@ -1,20 +1,27 @@
-"""A run's evaluator: a feature extractor and the statistics of real images."""
+"""What a run is evaluated with: a feature extractor and the statistics of real images."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cascaded_diffusion.config.run_checks import LABELLED_FEATURES, evaluation_mesh
+from cascaded_diffusion.config.run_checks import (
+    LABELLED_FEATURES,
+    check_sample_count,
+    evaluation_mesh,
+)
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.classifier_extractor import load_or_train
 from cascaded_diffusion.evaluation.features.classifier_training import ROTATION, Task
 from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
+from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
 from cascaded_diffusion.evaluation.measure import Measurement
 from cascaded_diffusion.evaluation.reference import (
     Reference,
@@ -202,3 +209,34 @@ def run_reference(
     )
     save_reference(path, reference)
     return reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a run is evaluated with.
+
+    Attributes:
+      splits: the run's real images by role, "train" and "val".
+      allow_few_samples: allow an FID of fewer than 2,048 samples, which is mostly bias.
+      inception: (resize=, mesh=) -> FID's extractor, for a run that is scored by it.
+    """
+
+    splits: Splits
+    allow_few_samples: bool = False
+    inception: InceptionLoader = load_inception
+
+    def check_count(self, num_samples: int, config: RunConfig) -> None:
+        """Raises UserError for an FID of too few samples."""
+        check_sample_count(num_samples, config.eval.features, allow_few=self.allow_few_samples)
+
+    @contextlib.contextmanager
+    def evaluator(
+        self, folder: RunFolder, config: RunConfig, mesh: Mesh, roles: Sequence[str] = ("train",)
+    ) -> Iterator[Evaluator]:
+        """Holds a run's lock and yields its evaluator, with the references of these roles."""
+        real, load = self.splits, partial(self.inception, mesh=mesh)
+        with folder.writer_lock("eval"):
+            extractor = build_extractor(
+                config, folder, real["train"], real["val"], mesh, load_inception=load
+            )
+            yield build_evaluator(config, folder, extractor, {role: real[role] for role in roles})
