@@ -204,7 +204,7 @@ def main(argv: Sequence[str]) -> int:
     flags = parser.parse_args(argv[1:])
     jax_setup.set_up_jax()
 
-    from cascaded_diffusion.data.builtin import load_mnist
+    from cascaded_diffusion.data.arrays import load_mnist
 
     data = {"MNIST": (load_mnist("train"), load_mnist("test"))}
     if flags.npz.exists():

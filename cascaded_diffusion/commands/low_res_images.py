@@ -47,8 +47,10 @@ def read_low_res(
                 f"--low_res={path}: arr_0 is {tuple(stored.images.shape)}, expected {channels}"
                 f" channel{'s' * (channels != 1)}"
             )
-        how = dict(sizes=sizes, resize_to=resize_to, flag=f"--low_res={path}")
-        images = [fitted(x, name=f"image {i}", **how) for i, x in enumerate(stored.images)]
+        images = [
+            fitted(x, sizes=sizes, resize_to=resize_to, where=f"--low_res={path}: image {i}")
+            for i, x in enumerate(stored.images)
+        ]
         return StoredImages(path, np.stack(images), stored.labels), None
     given = read_given_images(
         path,
@@ -56,7 +58,6 @@ def read_low_res(
         sizes=sizes,
         resize_to=resize_to,
         max_pixels=last.data.max_pixels or MAX_PIXELS,
-        flag="low_res",
     )
     rest = f" ({given.passed_over})" if given.passed_over else ""
     for note in (f"low_res: {len(given.images)} images{rest}", *given.notes):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import SUFFIXES, decode_image
-from cascaded_diffusion.data.folder import load_folder
+from cascaded_diffusion.data.folder import FolderSource, load_folder
 from cascaded_diffusion.data.transforms import center_crop, resize_uint8
 from cascaded_diffusion.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class GivenImages:
+class GivenImages(NamedTuple):
     """Images of one size, in order of their names.
 
     Attributes:
@@ -35,76 +33,72 @@ class GivenImages:
 
 
 def read_given_images(
-    path: str,
-    *,
-    channels: int,
-    sizes: Sequence[int],
-    resize_to: int | None,
-    max_pixels: int,
-    flag: str,
+    path: str, *, channels: int, sizes: Sequence[int], resize_to: int | None, max_pixels: int
 ) -> GivenImages:
-    """Reads the image files of a folder and of the folders in it, or one image file.
+    """Reads the image files of a folder and of the folders in it, or one image file: --low_res.
 
-    Hidden files, and files that are no images, are passed over.
-
-    Args:
-      path: the file or folder.
-      channels: 1 (grey) or 3 (RGB); images of the other kind are converted, and noted.
-      sizes: the sizes that an image may have, in pixels.
-      resize_to: one of `sizes`, to which the centre square of every image is shrunk. None: the
-        images have one of the sizes.
-      max_pixels: larger images are refused.
-      flag: the flag that named the path, for error messages.
+    Hidden files, and files that are no images, are passed over. `channels` is 1 (grey) or 3
+    (RGB); images of the other kind are converted, and noted. The images have one of the `sizes`,
+    or their centre squares are shrunk to one of them, `resize_to`. Images of more than
+    `max_pixels` are refused.
 
     Raises:
       UserError: there is no such file or folder, or no image in it; an image cannot be read, or
         has another size.
     """
-    names, files, passed_over = _listed(path, flag)
-    converted = collections.Counter[str]()
-    first: dict[str, str] = {}
+    files, flag = _listed(path), f"--low_res={path}"
+    names = tuple(os.fsdecode(files.name(i)) for i in range(len(files)))
+    converted: dict[str, list[str]] = {}
     images: list[np.ndarray] = []
-    for name, file in zip(names, files, strict=True):
+    for index, name in enumerate(names):
         try:
-            pixels, kind = _decoded(file.read_bytes(), channels, max_pixels)
-        except (CorruptRecord, OSError) as e:
-            reason = e.strerror if isinstance(e, OSError) else e
-            raise UserError(f"--{flag}={path}: {name}: {reason}") from e
+            pixels, kind = _decoded(files.read(index).image, channels, max_pixels)
+        except CorruptRecord as e:
+            raise UserError(f"{flag}: {name}: {e}") from e
         if kind is not None:
-            converted[kind] += 1
-            first.setdefault(kind, name)
-        images.append(
-            fitted(pixels, sizes=sizes, resize_to=resize_to, name=name, flag=f"--{flag}={path}")
-        )
+            converted.setdefault(kind, []).append(name)
+        images.append(fitted(pixels, sizes=sizes, resize_to=resize_to, where=f"{flag}: {name}"))
         if images[-1].shape != images[0].shape:
             raise UserError(
-                f"--{flag}={path}: {names[0]} is {_size(images[0])}, {name} {_size(images[-1])}:"
+                f"{flag}: {names[0]} is {_size(images[0])}, {name} {_size(images[-1])}:"
                 " expected images of one size"
             )
     to = "grey" if channels == 1 else "RGB"
     notes = tuple(
-        f"converted to 8-bit {to}: {count} of {len(images)} images ({kind}), the first is"
-        f" {first[kind]}"
-        for kind, count in converted.items()
+        f"converted to 8-bit {to}: {len(found)} of {len(images)} images ({kind}), the first is"
+        f" {found[0]}"
+        for kind, found in converted.items()
     )
-    return GivenImages(np.stack(images), names, passed_over, notes)
+    return GivenImages(np.stack(images), names, files.passed_over, notes)
+
+
+def _listed(path: str) -> FolderSource:
+    if os.path.isdir(path):
+        return load_folder(path, ".", classes=None)
+    if not os.path.isfile(path):
+        raise UserError(f"--low_res={path}: no such file or folder")
+    if not path.lower().endswith(SUFFIXES):
+        raise UserError(
+            f"--low_res={path}: expected a folder of images, a file that ends with"
+            f" {', '.join(SUFFIXES)}, or an .npz with arr_0 (images)"
+        )
+    folder, name = os.path.split(os.fsencode(path))
+    return FolderSource(folder, ".", [(name, 0, 0)], np.zeros(1, np.int32), [], "")
 
 
 def fitted(
-    image: np.ndarray, *, sizes: Sequence[int], resize_to: int | None, name: str, flag: str
+    image: np.ndarray, *, sizes: Sequence[int], resize_to: int | None, where: str
 ) -> np.ndarray:
     """An image uint8 [H, W, C] at a size that a cascade accepts: uint8 [h, h, C].
 
-    `sizes` and `resize_to` are those of `read_given_images`; messages contain `name` and `flag`.
-
-    Raises:
-      UserError: the image has another size, or is smaller than `resize_to`.
+    `sizes` and `resize_to` are those of `read_given_images`. Raises UserError, with `where` the
+    image is, if it has another size or is smaller than `resize_to`.
     """
     height, width = image.shape[:2]
     if resize_to is not None:
         if min(height, width) < resize_to:
             raise UserError(
-                f"{flag}: {name} is {_size(image)}, expected at least {resize_to} x {resize_to}, to"
+                f"{where} is {_size(image)}, expected at least {resize_to} x {resize_to}, to"
                 " which --resize_low_res shrinks: images are not enlarged by other means"
             )
         return resize_uint8(center_crop(image), resize_to, "area")
@@ -117,7 +111,7 @@ def fitted(
                 " and shrinks it"
             )
         raise UserError(
-            f"{flag}: {name} is {_size(image)}, expected {wanted}, as the cascade enlarges{how}"
+            f"{where} is {_size(image)}, expected {wanted}, as the cascade enlarges{how}"
         )
     return image
 
@@ -136,23 +130,6 @@ def output_names(names: Iterable[str]) -> list[str]:
     if len({name.casefold() for name in short}) == len(short):
         return short
     return [f"{path}.png" for path in paths]
-
-
-def _listed(path: str, flag: str) -> tuple[tuple[str, ...], list[pathlib.Path], str]:
-    """The names, the files, and what was passed over."""
-    if os.path.isdir(path):
-        found = load_folder(path, ".", classes=None)
-        names = tuple(os.fsdecode(found.name(i)) for i in range(len(found)))
-        return names, [pathlib.Path(path, name) for name in names], found.passed_over
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise UserError(f"--{flag}={path}: no such file or folder")
-    if file.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"--{flag}={path}: expected a folder of images, a file that ends with"
-            f" {', '.join(SUFFIXES)}, or an .npz with arr_0 (images)"
-        )
-    return (file.name,), [file], ""
 
 
 def _decoded(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray, str | None]:

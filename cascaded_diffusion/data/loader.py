@@ -15,7 +15,7 @@ worker processes read whole batches ahead of time, and never change the order.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Iterator
 
 import grain
@@ -57,24 +57,19 @@ def build_stream(
         )
     stream = grain.MapDataset.range(len(source)).seed(config.shuffle_seed).shuffle().repeat(None)
     stream = stream.batch(global_batch_size // process_count)
-    stream = stream.map_with_index(_ReadBatch(source, config))
+    stream = stream.map_with_index(functools.partial(_read_batch, source, config))
     return stream[process_index::process_count]
 
 
-@dataclasses.dataclass(frozen=True)
-class _ReadBatch:
-    """(number of the batch, record indices [b]) -> the batch of those records."""
-
-    source: Source
-    config: DataConfig
-
-    def __call__(self, number: int, indices: np.ndarray) -> dict[str, np.ndarray]:
-        records = [self.source[i] for i in indices.tolist()]
-        batch = {name: np.stack([r[name] for r in records]) for name in records[0]}
-        if self.config.random_flip:
-            positions = number * len(indices) + np.arange(len(indices))
-            transforms.flip(batch, transforms.coins(self.config.shuffle_seed, positions))
-        return batch
+def _read_batch(
+    source: Source, config: DataConfig, number: int, indices: np.ndarray
+) -> dict[str, np.ndarray]:
+    records = [source[i] for i in indices.tolist()]
+    batch = {name: np.stack([r[name] for r in records]) for name in records[0]}
+    if config.random_flip:
+        positions = number * len(indices) + np.arange(len(indices))
+        transforms.flip(batch, transforms.coins(config.shuffle_seed, positions))
+    return batch
 
 
 def _read_step(step: int) -> dict[str, np.ndarray]:
@@ -90,17 +85,17 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     ):
         # The source's own guard counts in each reading process.
         self._guard = CorruptionGuard(config, len(source))
-        threads = max(config.read_threads, 1)
-        options = grain.ReadOptions(
-            num_threads=config.read_threads, prefetch_buffer_size=2 * threads
-        )
         if config.read_workers:
             # The order and state of grain's own processes depend on their number, and they
             # leave shared memory behind.
-            self._iterator = workers.InOrder(
+            self._iterator = workers.in_order(
                 _read_step, stream, num_workers=config.read_workers, start=start_step
             )
         else:
+            threads = config.read_threads
+            options = grain.ReadOptions(
+                num_threads=threads, prefetch_buffer_size=2 * max(threads, 1)
+            )
             self._iterator = iter(stream[start_step:].to_iter_dataset(options))
 
     @property

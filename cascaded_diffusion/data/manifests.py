@@ -32,7 +32,7 @@ ENCODINGS = ("raw", "png")
 
 
 class Shard(TypedDict):
-    """A file: its name, records, bytes, SHA-256, and the `ContentDigest` of what it is made of."""
+    """A file: its name, records, bytes, SHA-256, and a SHA-256 of the records it is made of."""
 
     file: str
     count: int

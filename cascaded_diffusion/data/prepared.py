@@ -1,4 +1,4 @@
-"""Prepared data: a split's images at a stage's sizes, in ArrayRecord shards (see `manifests`).
+"""The records of prepared data, in the ArrayRecord shards of a folder (see `manifests`).
 
 A record is
 
@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import pathlib
 import struct
-from collections.abc import Callable
 
 import cv2
 import numpy as np
 
-from cascaded_diffusion.config.schema import DataConfig, StageConfig
+from cascaded_diffusion.config.schema import DataConfig
 from cascaded_diffusion.data import manifests
-from cascaded_diffusion.data.array_record_files import ArrayRecordShards, ShardPart
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import decode_image
-from cascaded_diffusion.data.records import PREPARE, DataMissing, RawSource, Sized, Source
+from cascaded_diffusion.data.record_files import ArrayRecordShards, ShardPart
+from cascaded_diffusion.data.records import PREPARE, Sized, Source
 from cascaded_diffusion.errors import UserError
 
 _HEAD = struct.Struct("<iqB")
@@ -106,41 +105,3 @@ class PreparedSource(Source):
         if image.size != np.prod(shape):
             raise CorruptRecord("its image has another size than the manifest says")
         return image.reshape(shape)
-
-
-def open_prepared(
-    config: DataConfig, split: str, stage: StageConfig, *, find: Callable[[], RawSource]
-) -> PreparedSource:
-    """Opens a split that was prepared as the config and the stage want it.
-
-    If the images were prepared from another path, they are compared with those in `config.path`,
-    which `find` gives.
-
-    Raises:
-      DataMissing: it was not prepared.
-      UserError: it was prepared with other settings or from other images, or a file is damaged.
-    """
-    folder = manifests.prepared_folder(config, split, stage)
-    if not manifests.is_prepared(folder):
-        others = sorted(p.parent.name for p in folder.parent.glob(f"*/{manifests.MANIFEST}"))
-        there = f" (there: {', '.join(others)})" if others else ""
-        begun = ", which has begun there and is not done" if folder.exists() else ""
-        raise DataMissing(
-            f"config.data.name = {config.name!r}: split {split!r} is not prepared in"
-            f" {folder}{there}: run {PREPARE}{begun}, or set"
-            " --config.data.prepared_dir=None to decode each image when it is read"
-        )
-    manifest = manifests.read_manifest(folder)
-    wanted = manifests.settings_of(config, split, stage)
-    manifests.check_settings(manifest, wanted, folder)
-    if manifest["path"] != wanted["path"]:
-        try:
-            source = find()
-        except DataMissing as e:
-            raise UserError(
-                f"config.data.path = {config.path!r}: the images are not there to be compared, and"
-                f" the data in {folder} was prepared from {manifest['path']}; give that path, or"
-                " where they are now"
-            ) from e
-        manifests.check_source(manifest, source, folder)
-    return PreparedSource(folder, manifest, config)

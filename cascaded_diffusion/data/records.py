@@ -7,7 +7,7 @@ records. Records are known by their index in the data set.
 
 Three digests tell which images a data set consists of, each more certain and more expensive
 than the one before: its `identity`, the modification `times` of its files, and a digest of some
-contents (`content_sample`) or of all of them (`ContentDigest`).
+contents (`content_sample`) or of all of them (`read_into`).
 """
 
 from __future__ import annotations
@@ -106,10 +106,10 @@ class RawSource(DataSet):
         """
         if not self.times:
             return ""
-        contents, count = ContentDigest(labels=False), min(_SAMPLE, len(self))
+        contents, count = hashlib.sha256(), min(_SAMPLE, len(self))
         for i in range(count):
             with contextlib.suppress(CorruptRecord):
-                contents.read(self, i * len(self) // count)
+                read_into(contents, self, i * len(self) // count, labels=False)
         return contents.hexdigest()
 
 
@@ -162,28 +162,24 @@ class Source(DataSet):
         raise UserError(f"none of {len(self)} records can be read")
 
 
-class ContentDigest:
-    """SHA-256 over images as they are stored, and over their labels if `labels`, while reading."""
+def read_into(
+    digest: hashlib._Hash, raw: RawSource, index: int, *, labels: bool = True
+) -> RawExample:
+    """Reads a record and adds its image as it is stored, and its label if `labels`, to a SHA-256.
 
-    def __init__(self, *, labels: bool):
-        self._digest, self._labels = hashlib.sha256(), labels
-
-    def read(self, raw: RawSource, index: int) -> RawExample:
-        """Reads a record and adds it. A record that cannot be read is added as such."""
-        try:
-            image, label = example = raw.read(index)
-        except CorruptRecord:
-            self._digest.update(b"unreadable\n")
-            raise
-        if isinstance(image, np.ndarray):
-            self._digest.update(f"{image.shape}\n".encode())
-            image = np.ascontiguousarray(image).tobytes()
-        self._digest.update(f"{label if self._labels else ''} {len(image)}\n".encode())
-        self._digest.update(image)
-        return example
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
+    A record that cannot be read is added as such, and raises CorruptRecord.
+    """
+    try:
+        image, label = example = raw.read(index)
+    except CorruptRecord:
+        digest.update(b"unreadable\n")
+        raise
+    if isinstance(image, np.ndarray):
+        digest.update(f"{image.shape}\n".encode())
+        image = np.ascontiguousarray(image).tobytes()
+    digest.update(f"{label if labels else ''} {len(image)}\n".encode())
+    digest.update(image)
+    return example
 
 
 def digest_of_files(names: Iterable[bytes], numbers: Iterable[int]) -> str:

@@ -15,10 +15,10 @@ from typing import TypeVar, cast
 
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import manifests, workers
-from cascaded_diffusion.data.array_record_files import write_array_record
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.prepared import encode_record
-from cascaded_diffusion.data.records import ContentDigest
+from cascaded_diffusion.data.record_files import write_array_record
+from cascaded_diffusion.data.records import read_into
 from cascaded_diffusion.data.sources import processed_source
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import read_json
@@ -118,12 +118,12 @@ def write_shard(number: int) -> manifests.Report:
     labels: Counter[int] = Counter()
     skipped: list[manifests.Skipped] = []
     before = Counter(source.converted)
-    contents = ContentDigest(labels=True)
+    contents = hashlib.sha256()
 
     def records() -> Iterator[bytes]:
         for index in _counted(plan.shards[number], counter):
             try:
-                record = source.processed(contents.read(source.raw, index), index)
+                record = source.processed(read_into(contents, source.raw, index), index)
             except CorruptRecord as e:
                 where = source.describe(index)
                 source.guard.note(index, where, str(e))
@@ -159,10 +159,10 @@ def write_shard(number: int) -> manifests.Report:
 def source_content(number: int) -> str:
     """The digest of what a shard is made of, as it is now; in a worker, as `write_shard`."""
     plan, counter = workers.given()
-    contents = ContentDigest(labels=True)
+    contents = hashlib.sha256()
     for index in _counted(plan.shards[number], counter):
         with contextlib.suppress(CorruptRecord):
-            contents.read(plan.source.raw, index)
+            read_into(contents, plan.source.raw, index)
     return contents.hexdigest()
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable
-from types import ModuleType
 
 import numpy as np
 
 from cascaded_diffusion.config.class_names import check_classes
 from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
-from cascaded_diffusion.data import builtin, folder, npz, prepared, shapes
-from cascaded_diffusion.data.arrays import ArraySource
-from cascaded_diffusion.data.manifests import is_prepared, prepared_folder, stored_low_res
+from cascaded_diffusion.data import manifests, shapes
+from cascaded_diffusion.data.arrays import ArraySource, load_mnist, load_npz
+from cascaded_diffusion.data.folder import FolderSource, load_folder
+from cascaded_diffusion.data.prepared import PreparedSource
 from cascaded_diffusion.data.processing import ProcessedSource
-from cascaded_diffusion.data.records import RawSource, Source
-from cascaded_diffusion.data.splits import parse_split
+from cascaded_diffusion.data.records import PREPARE, DataMissing, RawSource, Source
+from cascaded_diffusion.data.splits import parse_split, split_problem
 from cascaded_diffusion.errors import UserError
 
 
@@ -26,25 +26,24 @@ def of_tfds(config: DataConfig) -> bool:
     return config.name not in (*BUILTIN_DATA, *FILE_DATA)
 
 
-def tfds_sources() -> ModuleType:
-    """`data.tfds`. It takes a second to import, which other data sets do without."""
-    from cascaded_diffusion.data import tfds
-
-    return tfds
-
-
 def _stored(config: DataConfig, split: str, num_classes: int) -> RawSource:
     name, path = config.name, config.path
     if of_tfds(config):
-        return tfds_sources().load_tfds(name, split, path)
+        # It takes a second to import, which other data sets do without.
+        from cascaded_diffusion.data.tfds import load_tfds
+
+        return load_tfds(name, split, path)
     if name == "npz":
-        return npz.load_npz(path, split, num_classes=num_classes)
+        return load_npz(path, split, num_classes=num_classes)
     if name in FILE_DATA:
         classes = "folder" if name == "folder" else "file_name"
-        return folder.load_folder(path, split, classes=classes if num_classes else None)
+        return load_folder(path, split, classes=classes if num_classes else None)
     whole, _ = parse_split(split)
+    if whole not in ("train", "test"):
+        expected = f"expected 'train' or 'test', the splits of {name!r}"
+        raise UserError(split_problem(split, expected))
     if name == "mnist":
-        arrays, class_names = builtin.load_mnist(whole), tuple(map(str, range(10)))
+        arrays, class_names = load_mnist(whole), tuple(map(str, range(10)))
     else:
         arrays, class_names = shapes.load_shapes(whole), shapes.CLASS_NAMES
     return ArraySource(*arrays, class_names, name=name, split=split)
@@ -81,7 +80,7 @@ def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
         raise UserError(
             f"config.stage.channels = {stage.channels}: expected 1 or 3, as images have"
         )
-    if isinstance(raw, folder.FolderSource) and raw.passed_over:
+    if isinstance(raw, FolderSource) and raw.passed_over:
         _say_once(f"{raw.where}: {raw.passed_over}")
     return raw
 
@@ -111,7 +110,7 @@ def processed_source(
         load_raw(config, split, stage),
         config,
         channels=stage.channels,
-        low_res_resolution=stored_low_res(config, stage),
+        low_res_resolution=manifests.stored_low_res(config, stage),
         say=say,
     )
 
@@ -119,9 +118,33 @@ def processed_source(
 def _source(config: DataConfig, split: str, stage: StageConfig) -> Source:
     if config.prepared_dir is None:
         return processed_source(config, split, stage, _say)
-    if of_tfds(config) and not is_prepared(prepared_folder(config, split, stage)):
-        tfds_sources().find_builder(config.name, config.path)  # names what may have been meant
-    return prepared.open_prepared(config, split, stage, find=lambda: load_raw(config, split, stage))
+    folder = manifests.prepared_folder(config, split, stage)
+    if not manifests.is_prepared(folder):
+        if of_tfds(config):
+            from cascaded_diffusion.data.tfds import find_builder
+
+            find_builder(config.name, config.path)  # names what may have been meant
+        others = sorted(p.parent.name for p in folder.parent.glob(f"*/{manifests.MANIFEST}"))
+        there = f" (there: {', '.join(others)})" if others else ""
+        begun = ", which has begun there and is not done" if folder.exists() else ""
+        raise DataMissing(
+            f"config.data.name = {config.name!r}: split {split!r} is not prepared in"
+            f" {folder}{there}: run {PREPARE}{begun}, or set"
+            " --config.data.prepared_dir=None to decode each image when it is read"
+        )
+    manifest = manifests.read_manifest(folder)
+    wanted = manifests.settings_of(config, split, stage)
+    manifests.check_settings(manifest, wanted, folder)
+    if manifest["path"] != wanted["path"]:
+        try:
+            manifests.check_source(manifest, load_raw(config, split, stage), folder)
+        except DataMissing as e:
+            raise UserError(
+                f"config.data.path = {config.path!r}: the images are not there to be compared, and"
+                f" the data in {folder} was prepared from {manifest['path']}; give that path, or"
+                " where they are now"
+            ) from e
+    return PreparedSource(folder, manifest, config)
 
 
 def _say(line: str) -> None:

@@ -39,13 +39,6 @@ def parse_split(split: str) -> tuple[str, Part]:
     return match["name"], part
 
 
-def check_train_or_test(split: str, data: str) -> None:
-    """Raises UserError for a split that data with the splits "train" and "test" does not have."""
-    if split not in ("train", "test"):
-        expected = f"expected 'train' or 'test', the splits of {data!r}"
-        raise UserError(split_problem(split, expected))
-
-
 def part_of(keys: Iterable[bytes], part: Part, split: str) -> np.ndarray | None:
     """The record indices of a part in ascending order; None for all records.
 

@@ -10,13 +10,19 @@ import difflib
 import os
 import pathlib
 import re
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
-from cascaded_diffusion.data.array_record_files import ArrayRecordShards, ShardPart, Shards
 from cascaded_diffusion.data.corruption import CorruptRecord
+from cascaded_diffusion.data.record_files import (
+    ArrayRecordShards,
+    ShardPart,
+    Shards,
+    TfRecordShards,
+)
 from cascaded_diffusion.data.records import (
     PREPARE,
     DataMissing,
@@ -25,7 +31,6 @@ from cascaded_diffusion.data.records import (
     digest_of_files,
 )
 from cascaded_diffusion.data.splits import split_problem
-from cascaded_diffusion.data.tfrecord import TfRecordShards
 from cascaded_diffusion.errors import UserError
 
 # A name, a builder config, a version. No namespace: TFDS would run code it downloads for it.
@@ -127,22 +132,11 @@ def _why_unknown(name: str, error: Exception) -> str:
     return f"TFDS cannot open it ({reason})"
 
 
-def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-    """Whether TFDS has prepared the data set."""
-    return bool(builder.info.splits)
-
-
-def manual_instructions(builder: tfds.core.DatasetBuilder) -> str | None:
-    """Which files to download by hand, and where they go; None if TFDS downloads them."""
+def _by_hand(builder: tfds.core.DatasetBuilder) -> tuple[pathlib.Path, str | None]:
+    """Where files go that are downloaded by hand, and which; None if TFDS downloads them."""
+    folder = pathlib.Path(builder.data_dir_root) / "downloads" / "manual"
     text = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-    if not text:
-        return None
-    return f"{' '.join(text.split())} (manual_dir is {manual_dir(builder)})"
-
-
-def manual_dir(builder: tfds.core.DatasetBuilder) -> str:
-    """Where TFDS looks for files that are downloaded by hand."""
-    return str(pathlib.Path(builder.data_dir_root) / "downloads" / "manual")
+    return folder, f"{' '.join(text.split())} (manual_dir is {folder})" if text else None
 
 
 def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
@@ -153,8 +147,8 @@ def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
       UserError: it is damaged, has no such split, or is no data set of images.
     """
     builder = find_builder(name, data_dir)
-    if not is_prepared(builder):
-        how = manual_instructions(builder)
+    if not builder.info.splits:
+        _, how = _by_hand(builder)
         by_hand = f"; before that, download by hand: {how}" if how else ""
         raise DataMissing(
             f"config.data.name = {name!r}: not found in {builder.data_path}; get and prepare it by"
@@ -180,31 +174,30 @@ def _keys(name: str, features: tfds.features.FeatureConnector) -> tuple[str, str
     return images[0], labels[0] if len(labels) == 1 else None
 
 
-def cost_of_getting(builder: tfds.core.DatasetBuilder) -> str:
-    """What has to be downloaded, for people."""
-    by_hand = manual_instructions(builder)
-    if by_hand:
-        return f"its files are downloaded by hand: {by_hand}"
-    sizes = {url: info.size for url, info in (builder.url_infos or {}).items()}
-    if builder.builder_config:  # the URLs are those of all configurations
-        name = builder.builder_config.name
-        sizes = {url: size for url, size in sizes.items() if name in url} or sizes
-    size = sum(sizes.values())
-    return f"TFDS downloads up to {size / 1e9:.2f} GB" if size else "TFDS downloads it"
+def get_tfds(name: str, data_dir: str | None, *, dry_run: bool, say: Callable[[str], None]) -> bool:
+    """Has TFDS download and prepare a data set that it does not have, as array_record.
 
-
-def get(builder: tfds.core.DatasetBuilder) -> None:
-    """Has TFDS download and prepare a data set, as array_record.
+    A dry run says what would be downloaded instead. Returns whether the data set is there.
 
     Raises:
       UserError: files must be downloaded by hand first, TensorFlow is needed, or TFDS failed.
     """
-    by_hand = manual_instructions(builder)
-    if by_hand and not pathlib.Path(manual_dir(builder)).is_dir():
+    builder = find_builder(name, data_dir)
+    if builder.info.splits:
+        return True
+    manual_dir, by_hand = _by_hand(builder)
+    if by_hand is None:
+        say(f"{name}: not in {builder.data_path} yet; {_download_size(builder)}")
+    elif dry_run:
+        say(f"{name}: not in {builder.data_path} yet; its files are downloaded by hand: {by_hand}")
+    elif not manual_dir.is_dir():
         raise UserError(
-            f"{builder.name}: {manual_dir(builder)} is missing: make it, and put the files there"
-            f" that are downloaded by hand: {by_hand}"
+            f"{builder.name}: {manual_dir} is missing: make it, and put the files there that are"
+            f" downloaded by hand: {by_hand}"
         )
+    if dry_run:
+        say("size and time of preparing are known when it is there")
+        return False
     try:
         builder.download_and_prepare(
             file_format="array_record", download_config=tfds.download.DownloadConfig()
@@ -220,3 +213,13 @@ def get(builder: tfds.core.DatasetBuilder) -> None:
             f"{builder.name}: TFDS could not prepare it in {builder.data_path}"
             f" ({type(e).__name__}: {reason[:600]})"
         ) from e
+    return True
+
+
+def _download_size(builder: tfds.core.DatasetBuilder) -> str:
+    sizes = {url: info.size for url, info in (builder.url_infos or {}).items()}
+    if builder.builder_config:  # the URLs are those of all configurations
+        name = builder.builder_config.name
+        sizes = {url: size for url, size in sizes.items() if name in url} or sizes
+    size = sum(sizes.values())
+    return f"TFDS downloads up to {size / 1e9:.2f} GB" if size else "TFDS downloads it"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 from cascaded_diffusion.errors import UserError
@@ -61,30 +62,24 @@ def worker_pool(num_workers: int, what: Any) -> concurrent.futures.ProcessPoolEx
     )
 
 
-class InOrder(Iterator[T]):
+def in_order(
+    function: Callable[[int], T], what: Any, *, num_workers: int, start: int
+) -> Generator[T, None, None]:
     """Calls `function(start)`, `function(start + 1)`, ... in worker processes, ahead of time.
 
-    The results come in that order, whichever is done first. `given()` returns `what` in the
-    workers.
+    The results come in that order, whichever is done first. `given()` is `what` in the workers.
+    `close` ends them, once they have finished what they have begun.
     """
-
-    def __init__(self, function: Callable[[int], T], what: Any, *, num_workers: int, start: int):
-        self._function, self._next = function, start
-        self._pool = worker_pool(num_workers, what)
-        self._waiting: collections.deque[concurrent.futures.Future[T]] = collections.deque()
-        self._ahead = 2 * num_workers
-
-    def __next__(self) -> T:
-        while len(self._waiting) <= self._ahead:
-            self._waiting.append(self._pool.submit(self._function, self._next))
-            self._next += 1
-        try:
-            return self._waiting.popleft().result()
-        except concurrent.futures.process.BrokenProcessPool as e:
-            raise UserError(
-                "a process that reads data died (out of memory?): lower config.data.read_workers"
-            ) from e
-
-    def close(self) -> None:
-        """Ends the processes, once they have finished what they have begun."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    pool = worker_pool(num_workers, what)
+    waiting: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+    try:
+        for number in itertools.count(start):
+            waiting.append(pool.submit(function, number))
+            if len(waiting) > 2 * num_workers:
+                yield waiting.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool as e:
+        raise UserError(
+            "a process that reads data died (out of memory?): lower config.data.read_workers"
+        ) from e
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

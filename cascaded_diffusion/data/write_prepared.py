@@ -20,7 +20,7 @@ from cascaded_diffusion.data import manifests, shards
 from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.manifests import Manifest, Report, is_prepared, read_manifest
 from cascaded_diffusion.data.records import DataMissing
-from cascaded_diffusion.data.sources import load_source, of_tfds, tfds_sources
+from cascaded_diffusion.data.sources import load_source, of_tfds
 from cascaded_diffusion.data.workers import MakeProgress, NoProgress
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import write_json
@@ -60,16 +60,10 @@ def prepare_splits(
         not fit; a folder cannot be written; or a worker process died.
     """
     if of_tfds(config):
-        tfds = tfds_sources()
-        builder = tfds.find_builder(config.name, config.path)
-        if not tfds.is_prepared(builder):
-            if dry_run or tfds.manual_instructions(builder) is None:
-                cost = tfds.cost_of_getting(builder)
-                _say(f"{config.name}: not in {builder.data_path} yet; {cost}")
-            if dry_run:
-                _say("size and time of preparing are known when it is there")
-                return
-            tfds.get(builder)
+        from cascaded_diffusion.data.tfds import get_tfds
+
+        if not get_tfds(config.name, config.path, dry_run=dry_run, say=_say):
+            return
     # All plans come before the first shard: a mistake in the last split is found at once.
     plans = {
         split: shards.Plan(config, split, stage, encoding=encoding)

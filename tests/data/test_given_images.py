@@ -27,7 +27,6 @@ def _read(path, *, channels=3, sizes=(16, 64), resize_to=None, max_pixels=10_000
         sizes=sizes,
         resize_to=resize_to,
         max_pixels=max_pixels,
-        flag="low_res",
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.config.run_checks import run_config_from
-from cascaded_diffusion.data.builtin import load_mnist
+from cascaded_diffusion.data.arrays import load_mnist
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.data.sources import examples, load_source, spread_examples
 from cascaded_diffusion.errors import UserError

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cascaded_diffusion.data.npz import load_npz
+from cascaded_diffusion.data.arrays import load_npz
 from cascaded_diffusion.data.sources import load_splits
 from cascaded_diffusion.errors import UserError
 from tests.data.photos import photo_config

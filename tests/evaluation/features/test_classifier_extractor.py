@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cascaded_diffusion.config.schema import MeshConfig
-from cascaded_diffusion.data.builtin import load_mnist
+from cascaded_diffusion.data.arrays import load_mnist
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features import classifier_extractor as lib
 from cascaded_diffusion.evaluation.features.classifier_training import (
