@@ -11,6 +11,7 @@ images with those that it was made of.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -55,17 +56,10 @@ def main(argv: Sequence[str]) -> int:
 
     from cascaded_diffusion.data.write_prepared import prepare_splits, verify_splits
 
-    what = (config.data, config.stage, fv.splits)
+    work = functools.partial(prepare_splits, encoding=fv.encoding, dry_run=fv.dry_run)
     if fv.verify:
-        verify_splits(*what, workers=fv.workers, progress=Progress)
-    else:
-        prepare_splits(
-            *what,
-            workers=fv.workers,
-            encoding=fv.encoding,
-            dry_run=fv.dry_run,
-            progress=Progress,
-        )
+        work = verify_splits
+    work(config.data, config.stage, fv.splits, workers=fv.workers, progress=Progress)
     return 0
 
 

@@ -11,7 +11,7 @@ from cascaded_diffusion.commands.config_flags import load_config_file
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import MeshConfig, RunConfig, to_dict
 from cascaded_diffusion.data.arrays import ArraySource
-from cascaded_diffusion.data.processing import ProcessedSource
+from cascaded_diffusion.data.sized import ProcessedSource
 from cascaded_diffusion.runtime.mesh import build_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

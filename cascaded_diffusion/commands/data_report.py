@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -20,17 +21,12 @@ from cascaded_diffusion.cascade.augment import (
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
 from cascaded_diffusion.config.schema import AugmentConfig, RunConfig, StageConfig
-from cascaded_diffusion.data.loader import build_stream, iterate
+from cascaded_diffusion.data.loader import Batches, build_stream, iterate
 from cascaded_diffusion.data.records import Source
+from cascaded_diffusion.data.sized import class_counts, measure_parts
 from cascaded_diffusion.data.sources import load_splits
-from cascaded_diffusion.data.throughput import class_counts, measure_loader, measure_parts
 from cascaded_diffusion.files.paths import printable
-from cascaded_diffusion.runtime.pictures import (
-    enlarge_nearest,
-    labelled_rows,
-    save_png,
-    with_names,
-)
+from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.progress import Progress
 
 _say = functools.partial(print, flush=True)
@@ -41,12 +37,7 @@ _MAX_LABELS_READ = 10_000
 
 
 def report_data(
-    config: RunConfig,
-    split: str,
-    *,
-    picture: pathlib.Path,
-    num_images: int,
-    loader_secs: float,
+    config: RunConfig, split: str, *, picture: pathlib.Path, num_images: int, loader_secs: float
 ) -> None:
     """Writes the PNG `picture` of the first batches, and prints class counts and images/s.
 
@@ -61,21 +52,16 @@ def report_data(
     _say(f"{source.identity}: {len(source):,} images, shown to the model as {shape}")
     _print_counts(source)
 
-    batches = iterate(stream, source, data, start_step=0)
-    try:
-        seen = next(batches)
-        while len(seen["image"]) < min(num_images, len(source)):
-            more = next(batches)
-            seen = {name: np.concatenate([seen[name], more[name]]) for name in seen}
-    finally:
-        batches.close()
-    seen = {name: values[:num_images] for name, values in seen.items()}
-    save_png(picture, batch_picture(config.stage, seen, source.class_names))
+    batches = [stream[k] for k in range(-(-min(num_images, len(source)) // batch_size))]
+    seen = {key: np.concatenate([b[key] for b in batches])[:num_images] for key in batches[0]}
+    pictures.save_png(picture, batch_picture(config.stage, seen, source.class_names))
     _say(f"{picture}: {len(seen['image'])} images of step 0 on")
 
-    parts, measured = measure_parts(source)
+    parts, measured = measure_parts(source, _say)
     parts["copy to the device"] = 1000 * _put_secs(seen["image"]) / len(seen["image"])
-    rate, first_secs = measure_loader(stream, source, data, max_secs=loader_secs)
+    rate, first_secs = _measure_loader(
+        functools.partial(iterate, stream, source, data, start_step=0), loader_secs
+    )
     how = f"{data.read_threads} threads"
     if data.read_workers:
         how = f"{data.read_workers} processes of {how}"
@@ -86,6 +72,19 @@ def report_data(
         _say(f"  {millis:7.3f} ms/image  {100 * millis / total:3.0f} %  {name}")
     if source.guard.num_found:
         _say(f"{source.guard.num_found} corrupt records were skipped")
+
+
+def _measure_loader(batches_from: Callable[[], Batches], max_secs: float) -> tuple[float, float]:
+    """Images/s after the first batch, and the seconds until it came."""
+    start = time.monotonic()
+    with contextlib.closing(batches_from()) as batches:
+        images, batch_size = 0, len(next(batches)["image"])
+        first = last = time.monotonic()
+        while last - first <= max_secs and images < 1_000_000:
+            next(batches)
+            images += batch_size
+            last = time.monotonic()
+    return images / max(last - first, 1e-9), first - start
 
 
 def _put_secs(images: np.ndarray) -> float:
@@ -138,12 +137,12 @@ def batch_picture(
         for caption, damage in _damages(config.augment, stage.augment, low_res.shape):
             rows.append((caption, condition(low_res, damage, label=None).low_res))
     rows = [
-        (caption, enlarge_nearest(np.asarray(uint8_from_float(row)), resolution))
+        (caption, pictures.enlarge_nearest(np.asarray(uint8_from_float(row)), resolution))
         for caption, row in rows
     ]
-    picture = labelled_rows(rows, scale=max(1, 96 // resolution))
+    picture = pictures.labelled_rows(rows, scale=max(1, 96 // resolution))
     if class_names and config.num_classes:
-        picture = with_names(picture, [printable(class_names[k]) for k in batch["label"]])
+        picture = pictures.with_names(picture, [printable(class_names[k]) for k in batch["label"]])
     return picture
 
 

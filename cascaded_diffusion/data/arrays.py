@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -36,7 +38,7 @@ class ArraySource(RawSource):
         name: str = "array",
         split: str = "all",
     ):
-        chosen = part_of((b"%d" % i for i in range(len(images))), parse_split(split)[1], split)
+        chosen = part_of((b"%d" % i for i in range(len(images))), split)
         if chosen is not None:
             images, labels = images[chosen], labels[chosen]
         self.images, self.labels, self.class_names = images, labels, class_names
@@ -89,15 +91,12 @@ def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
       DataMissing: there is no such file.
       UserError: it is damaged, or its arrays are not as above.
     """
-    name, _ = parse_split(split)
+    name = parse_split(split)["name"]
     if os.path.isdir(path):
         file = os.path.join(path, f"{name}.npz")
         if not os.path.exists(file):
-            found = sorted(
-                entry.removesuffix(".npz")
-                for entry in os.listdir(path)
-                if entry.endswith(".npz") and not is_litter(entry)
-            )
+            there = pathlib.Path(path).glob("*.npz")
+            found = sorted(entry.stem for entry in there if not is_litter(entry.name))
             problem = f"no {file}; splits there: {', '.join(found) or 'none'}"
             raise DataMissing(split_problem(split, problem))
     else:
@@ -113,59 +112,54 @@ def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
         raise UserError(
             f"{file}: cannot be read, expected an .npz with arr_0 (images) that is whole ({e})"
         ) from e
-    if "arr_0" not in stored:
-        raise UserError(f"{file}: no images (arr_0)")
-    images = stored["arr_0"]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise UserError(
-            f"{file}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, height, width, 1"
-            f" or 3){layout_hint(images.shape)}"
-        )
-    labels, names = np.zeros(len(images), np.int32), ()
-    if num_classes:
-        labels = _checked_labels(file, stored.get("arr_1"), len(images), num_classes)
-        names = _class_names(file, stored.get("class_names"), num_classes)
+    try:
+        images, labels, names = _checked(stored, num_classes)
+    except ValueError as e:
+        raise UserError(f"{file}: {e}") from e
     return ArraySource(images, labels, names, name="npz", split=split)
 
 
-def _class_names(file: str, names: np.ndarray | None, num_classes: int) -> tuple[str, ...]:
-    if names is None:
-        return tuple(map(str, range(num_classes)))
-    if names.dtype.kind not in "US" or names.shape != (num_classes,):
-        raise UserError(
-            f"{file}: class_names is {names.dtype} {names.shape}, expected {num_classes} texts, as"
-            " config.stage.num_classes says"
+def _checked(
+    stored: Mapping[str, np.ndarray], num_classes: int
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Images, labels and class names. Raises ValueError if they are not as they must be."""
+    if "arr_0" not in stored:
+        raise ValueError("no images (arr_0)")
+    images = stored["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(
+            f"arr_0 is {images.dtype} {images.shape}, expected uint8 (n, height, width, 1"
+            f" or 3){layout_hint(images.shape)}"
         )
-    try:
-        listed = names.tolist()
-    except ValueError as e:  # numbers that are no characters
-        raise UserError(f"{file}: class_names holds no text ({e})") from e
-    found = tuple(os.fsdecode(name) for name in listed)
-    if len(set(found)) < num_classes:
-        raise UserError(f"{file}: class_names has the same name twice, expected different ones")
-    return found
-
-
-def _checked_labels(
-    file: str, labels: np.ndarray | None, count: int, num_classes: int
-) -> np.ndarray:
-    if labels is None:
-        raise UserError(
-            f"{file}: no labels (arr_1); for a model without classes set"
-            " --config.stage.num_classes=0"
+    if not num_classes:
+        return images, np.zeros(len(images), np.int32), ()
+    if "arr_1" not in stored:
+        raise ValueError(
+            "no labels (arr_1); for a model without classes set --config.stage.num_classes=0"
         )
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(
-            f"{file}: arr_1 is {labels.dtype} {labels.shape}, expected {count} integer labels"
+    labels, of_config = stored["arr_1"], f"config.stage.num_classes = {num_classes}"
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"arr_1 is {labels.dtype} {labels.shape}, expected {len(images)} integer labels"
         )
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise UserError(
-            f"{file}: labels from {labels.min()} to {labels.max()}, expected 0 to"
-            f" {num_classes - 1} (config.stage.num_classes = {num_classes})"
+        raise ValueError(
+            f"labels from {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}"
+            f" ({of_config})"
         )
     labels = labels.astype(np.int32)
     for k in np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0):
-        raise UserError(
-            f"{file}: class {k} has no images, of config.stage.num_classes = {num_classes}"
+        raise ValueError(f"class {k} has no images, of {of_config}")
+    names = stored.get("class_names", np.arange(num_classes).astype(str))
+    if names.dtype.kind not in "US" or names.shape != (num_classes,):
+        raise ValueError(
+            f"class_names is {names.dtype} {names.shape}, expected {num_classes} texts, as"
+            " config.stage.num_classes says"
         )
-    return labels
+    try:
+        found = tuple(map(os.fsdecode, names.tolist()))
+    except ValueError as e:  # numbers that are no characters
+        raise ValueError(f"class_names holds no text ({e})") from e
+    if len(set(found)) < num_classes:
+        raise ValueError("class_names has the same name twice, expected different ones")
+    return images, labels, found

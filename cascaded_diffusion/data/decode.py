@@ -24,7 +24,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from cascaded_diffusion.data.corruption import CorruptRecord
+from cascaded_diffusion.data.records import CorruptRecord
 from cascaded_diffusion.files.image_files import SIGNATURE, essential_png
 
 FORMATS = ("JPEG", "PNG", "WEBP")

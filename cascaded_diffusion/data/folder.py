@@ -18,9 +18,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import SUFFIXES
-from cascaded_diffusion.data.records import DataMissing, RawExample, RawSource, digest_of_files
+from cascaded_diffusion.data.records import (
+    CorruptRecord,
+    DataMissing,
+    RawExample,
+    RawSource,
+    digest_of_files,
+)
 from cascaded_diffusion.data.splits import WHOLE, parse_split, part_of, split_problem
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.paths import describe_passed_over, is_litter, printable
@@ -140,7 +145,7 @@ def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
       DataMissing: there is no such folder or split.
       UserError: it holds no images, or a class has none.
     """
-    name, part = parse_split(split)
+    name = parse_split(split)["name"]
     if not os.path.isdir(path):
         raise DataMissing(
             f"config.data.path = {path!r}: no such folder; put the images there, as"
@@ -193,7 +198,7 @@ def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
             )
         number = {name: i for i, name in enumerate(class_names)}
         labels = np.fromiter((number[name] for name in of_name), np.int32, len(names))
-    chosen = part_of(names, part, split)
+    chosen = part_of(names, split)
     if chosen is not None:
         files, labels = [files[i] for i in chosen], labels[chosen]
     return FolderSource(root, split, files, labels, class_names, passed_over)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import SUFFIXES, decode_image
 from cascaded_diffusion.data.folder import FolderSource, load_folder
+from cascaded_diffusion.data.records import CorruptRecord
 from cascaded_diffusion.data.transforms import center_crop, resize_uint8
 from cascaded_diffusion.errors import UserError
 

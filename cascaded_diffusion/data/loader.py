@@ -21,11 +21,10 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from cascaded_diffusion.config.convert import fail
 from cascaded_diffusion.config.schema import DataConfig
 from cascaded_diffusion.data import transforms, workers
-from cascaded_diffusion.data.corruption import CorruptionGuard
-from cascaded_diffusion.data.records import Source
-from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.data.records import CorruptionGuard, Source
 
 
 def build_stream(
@@ -46,15 +45,10 @@ def build_stream(
       UserError: the batch size is no multiple of the processes, or larger than the data set.
     """
     if global_batch_size % process_count:
-        raise UserError(
-            f"config.train.batch_size = {global_batch_size}: expected a multiple of the"
-            f" {process_count} processes"
-        )
+        fail("train.batch_size", global_batch_size, f"a multiple of the {process_count} processes")
     if global_batch_size > len(source):
-        raise UserError(
-            f"config.train.batch_size = {global_batch_size}: expected at most {len(source)}, the"
-            f" size of {config.name!r}"
-        )
+        expected = f"at most {len(source)}, the size of {config.name!r}"
+        fail("train.batch_size", global_batch_size, expected)
     stream = grain.MapDataset.range(len(source)).seed(config.shuffle_seed).shuffle().repeat(None)
     stream = stream.batch(global_batch_size // process_count)
     stream = stream.map_with_index(functools.partial(_read_batch, source, config))
@@ -78,7 +72,10 @@ def _read_step(step: int) -> dict[str, np.ndarray]:
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
-    """A process's batches from a step on: `image`, `label`, and `low_res` if there is one."""
+    """A process's batches from a step on: `image`, `label`, and `low_res` if there is one.
+
+    Threads or processes of the config read ahead.
+    """
 
     def __init__(
         self, stream: grain.MapDataset, source: Source, config: DataConfig, *, start_step: int
@@ -122,5 +119,5 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 def iterate(
     stream: grain.MapDataset, source: Source, config: DataConfig, *, start_step: int
 ) -> Batches:
-    """Iterates a stream from `start_step` on; threads or processes of `config` read ahead."""
+    """Iterates a stream from `start_step` on."""
     return Batches(stream, source, config, start_step=start_step)

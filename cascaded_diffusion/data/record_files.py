@@ -20,7 +20,7 @@ import numpy as np
 from array_record.python import array_record_module
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from cascaded_diffusion.data.corruption import CorruptRecord
+from cascaded_diffusion.data.records import CorruptRecord
 from cascaded_diffusion.errors import UserError
 
 _HEADER, _FOOTER = 12, 4

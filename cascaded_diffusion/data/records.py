@@ -14,18 +14,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
+import sys
+import threading
 from collections.abc import Iterable
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
-from cascaded_diffusion.config.schema import DataConfig
-from cascaded_diffusion.data.corruption import CorruptionGuard, CorruptRecord
+from cascaded_diffusion.config.schema import MAX_CORRUPT_FRACTION, DataConfig
 from cascaded_diffusion.errors import UserError
 
 # How messages name the command that prepares data, which this package does not know.
 PREPARE = "`python -m cascaded_diffusion.prepare --config=...` of this config"
 _SAMPLE = 256
+# Threads share a guard. The lock is none of its attributes, since guards are pickled.
+_LOCK = threading.Lock()
 
 
 class DataMissing(UserError):
@@ -54,6 +58,64 @@ class Record(Sized):
     skipped: np.int64
 
 
+class CorruptRecord(Exception):
+    """A record is damaged, or is none at all. The message says what is wrong with it."""
+
+
+class CorruptionGuard:
+    """Applies a config's policy about corrupt records to one data set, within one process."""
+
+    def __init__(self, config: DataConfig, num_records: int):
+        self._skips, self._cap = config.on_corrupt == "skip", config.max_corrupt_fraction
+        if self._cap is None:
+            self._cap = MAX_CORRUPT_FRACTION
+        self._num_records = num_records
+        self._found: set[int] = set()
+        self._too_many: str | None = None
+
+    @property
+    def num_found(self) -> int:
+        """How many corrupt records are known, each counted once."""
+        return len(self._found)
+
+    def note(self, index: int, where: str, problem: str, *, say: bool = True) -> None:
+        """Counts a corrupt record, once, and prints `where` it is and its `problem` if `say`.
+
+        Raises:
+          UserError: the policy is to fail, or too many records are corrupt.
+        """
+        if not self._skips:
+            # What else to set if even one corrupt record would be too many.
+            cap = ""
+            if self._cap * self._num_records < 1:
+                enough = max(0.01, math.ceil(100 / self._num_records) / 100)
+                cap = (
+                    f" --config.data.max_corrupt_fraction={enough:g} (at {self._cap:g}, one of"
+                    f" {self._num_records} is too many)"
+                )
+            raise UserError(
+                f"{where}: {problem}; replace it, or train without such records by"
+                f" --config.data.on_corrupt=skip{cap}"
+            )
+        with _LOCK:
+            if index in self._found:
+                return
+            self._found.add(index)
+            found = len(self._found)
+            # Reading threads may find more of them before the first error has arrived. They
+            # all raise that error.
+            if found > self._cap * self._num_records and self._too_many is None:
+                self._too_many = (
+                    f"{found} of {self._num_records} records are corrupt, the last"
+                    f" {where} ({problem}): expected at most"
+                    f" config.data.max_corrupt_fraction = {self._cap:g} of them"
+                )
+        if say:
+            print(f"skipped: {where}: {problem}", file=sys.stderr, flush=True)
+        if self._too_many is not None:
+            raise UserError(self._too_many)
+
+
 class DataSet:
     """What raw sources and sources have in common.
 
@@ -64,6 +126,7 @@ class DataSet:
       times: a digest of the modification times of its files, in whole seconds; "" where
         `identity` covers the contents.
       class_counts: int [K], the number of examples per class; None if only reading tells.
+      origin: what the records are read from, which knows how many there are and where.
     """
 
     class_names: tuple[str, ...] = ()
@@ -71,8 +134,10 @@ class DataSet:
     times: str = ""
     class_counts: np.ndarray | None = None
 
+    origin: Any
+
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.origin)
 
     def __repr__(self) -> str:
         # grain puts this into its error messages, where the pixels do not belong.
@@ -80,11 +145,11 @@ class DataSet:
 
     def describe(self, index: int) -> str:
         """Where a record is, for people."""
-        raise NotImplementedError
+        return self.origin.describe(index)
 
     def content_sample(self) -> str:
         """SHA-256 of at most 256 images, or "" where `identity` covers the contents."""
-        raise NotImplementedError
+        return self.origin.content_sample()
 
 
 class RawSource(DataSet):

@@ -15,10 +15,9 @@ from typing import TypeVar, cast
 
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import manifests, workers
-from cascaded_diffusion.data.corruption import CorruptRecord
-from cascaded_diffusion.data.prepared import encode_record
 from cascaded_diffusion.data.record_files import write_array_record
-from cascaded_diffusion.data.records import read_into
+from cascaded_diffusion.data.records import CorruptRecord, read_into
+from cascaded_diffusion.data.sized import encode_record
 from cascaded_diffusion.data.sources import processed_source
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import read_json
@@ -34,19 +33,9 @@ _POLL_SECS = 0.5
 class Plan:
     """How a split is to be prepared, as a config and a stage want it.
 
-    Attributes:
-      folder: where to.
-      source: the images at their sizes, as they are now.
-      settings: what decides the contents of a record.
-      encoding: one of `manifests.ENCODINGS`.
-      bytes_per_image: the size of the pixels, which is about the largest that a PNG can have.
-      shards: which records of the data set each shard is made of: a function of the data, so
-        that a process that resumes makes the same cuts.
-      fingerprint: a digest of what decides which shard has what, except for files replaced in
-        place.
-
-    Raises:
-      UserError: as `sources.load_raw` does.
+    `shards` are the records of the data set that each shard is made of: a function of the data,
+    so that a process that resumes makes the same cuts. `fingerprint` is a digest of what decides
+    them, except for files replaced in place. Raises UserError as `sources.load_raw` does.
     """
 
     def __init__(self, config: DataConfig, split: str, stage: StageConfig, *, encoding: str):
@@ -55,6 +44,7 @@ class Plan:
         self.settings = manifests.settings_of(config, split, stage)
         self.encoding = encoding
         shapes = (source.image_shape, source.low_res_shape or (0, 0, 0))
+        # Of the pixels, which is about the largest size that a PNG can have.
         self.bytes_per_image = sum(h * w * c for h, w, c in shapes)
         by_size = max(1, _SHARD_BYTES // self.bytes_per_image)
         size = min(by_size, max(_MIN_SHARD_EXAMPLES, -(-len(source) // 16)))
@@ -110,8 +100,7 @@ class Plan:
 def write_shard(number: int) -> manifests.Report:
     """Writes a shard, in a worker process that was given the plan and a shared counter.
 
-    Raises:
-      UserError: a record is corrupt, and the config says to fail.
+    Raises UserError if a record is corrupt, and the config says to fail.
     """
     plan, counter = workers.given()
     source = plan.source

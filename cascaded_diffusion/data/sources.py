@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from cascaded_diffusion.config.class_names import check_classes
+from cascaded_diffusion.config.convert import fail_at
 from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import manifests, shapes
 from cascaded_diffusion.data.arrays import ArraySource, load_mnist, load_npz
 from cascaded_diffusion.data.folder import FolderSource, load_folder
-from cascaded_diffusion.data.prepared import PreparedSource
-from cascaded_diffusion.data.processing import ProcessedSource
 from cascaded_diffusion.data.records import PREPARE, DataMissing, RawSource, Source
+from cascaded_diffusion.data.sized import PreparedSource, ProcessedSource
 from cascaded_diffusion.data.splits import parse_split, split_problem
 from cascaded_diffusion.errors import UserError
 
@@ -38,7 +38,7 @@ def _stored(config: DataConfig, split: str, num_classes: int) -> RawSource:
     if name in FILE_DATA:
         classes = "folder" if name == "folder" else "file_name"
         return load_folder(path, split, classes=classes if num_classes else None)
-    whole, _ = parse_split(split)
+    whole = parse_split(split)["name"]
     if whole not in ("train", "test"):
         expected = f"expected 'train' or 'test', the splits of {name!r}"
         raise UserError(split_problem(split, expected))
@@ -62,24 +62,16 @@ def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
     if raw.fixed_shape is not None:
         height, width, channels = raw.fixed_shape
         if config.resolution > min(height, width):
-            raise UserError(
-                f"config.data.resolution = {config.resolution}: expected at most"
-                f" {min(height, width)}, as {config.name!r} has"
+            fail_at(
+                config, "data.resolution", f"at most {min(height, width)}, as {config.name!r} has"
             )
         if config.crop == "none" and height != width:
-            raise UserError(
-                f"config.data.crop = 'none': expected 'center', as the images of {config.name!r}"
-                f" are {width} x {height}"
-            )
+            expected = f"'center', as the images of {config.name!r} are {width} x {height}"
+            fail_at(config, "data.crop", expected)
         if isinstance(raw, ArraySource) and stage.channels != channels:
-            raise UserError(
-                f"config.stage.channels = {stage.channels}: expected {channels}, as"
-                f" {config.name!r} has"
-            )
+            fail_at(stage, "stage.channels", f"{channels}, as {config.name!r} has")
     if stage.channels not in (1, 3):
-        raise UserError(
-            f"config.stage.channels = {stage.channels}: expected 1 or 3, as images have"
-        )
+        fail_at(stage, "stage.channels", "1 or 3, as images have")
     if isinstance(raw, FolderSource) and raw.passed_over:
         _say_once(f"{raw.where}: {raw.passed_over}")
     return raw

@@ -20,8 +20,6 @@ from cascaded_diffusion.errors import UserError
 WHOLE = "all"
 _BOUND = "-?[0-9]{1,15}%?"
 _PART = re.compile(rf"(?P<name>[^\[\]]+)(\[(?P<low>{_BOUND})?:(?P<high>{_BOUND})?\])?")
-# The bounds of a part as they are written; None for a whole split.
-Part = tuple[str | None, str | None] | None
 
 
 def split_problem(split: str, problem: str) -> str:
@@ -29,27 +27,29 @@ def split_problem(split: str, problem: str) -> str:
     return f"config.data.train_split or eval_split = {split!r}: {problem}"
 
 
-def parse_split(split: str) -> tuple[str, Part]:
-    """A split's name and the part of it. Raises UserError if it is not written as above."""
+def parse_split(split: str) -> re.Match[str]:
+    """The `name` of a split, and the bounds of the part of it, `low` and `high`, if there are any.
+
+    Raises UserError if it is not written as above.
+    """
     match = _PART.fullmatch(split)
     if match is None:
         expected = "a split's name, or a part of it like 'train[:90%]' or 'train[1000:]'"
         raise UserError(split_problem(split, f"expected {expected}"))
-    part = (match["low"], match["high"]) if "[" in split else None
-    return match["name"], part
+    return match
 
 
-def part_of(keys: Iterable[bytes], part: Part, split: str) -> np.ndarray | None:
-    """The record indices of a part in ascending order; None for all records.
+def part_of(keys: Iterable[bytes], split: str) -> np.ndarray | None:
+    """The record indices of the part that `split` names, in ascending order; None for all records.
 
-    `keys` are the names of all records, `split` is how the part was written. Raises UserError
-    if the part is empty.
+    `keys` are the names of all records. Raises UserError if the part is empty.
     """
-    if part is None:
+    bounds = parse_split(split).group("low", "high")
+    if "[" not in split:
         return None
     hashes = [hashlib.sha256(key).digest()[:8] for key in keys]
     ranked = np.argsort(np.frombuffer(b"".join(hashes), ">u8"), kind="stable")
-    low, high = (_bound(text, len(ranked)) for text in part)
+    low, high = (_bound(text, len(ranked)) for text in bounds)
     chosen = np.sort(ranked[slice(low, high)])
     if not len(chosen):
         raise UserError(split_problem(split, f"holds none of {len(ranked)} images"))

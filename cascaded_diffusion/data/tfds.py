@@ -15,8 +15,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow_datasets as tfds
 
+from cascaded_diffusion.config.convert import fail
 from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
-from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.record_files import (
     ArrayRecordShards,
     ShardPart,
@@ -25,6 +25,7 @@ from cascaded_diffusion.data.record_files import (
 )
 from cascaded_diffusion.data.records import (
     PREPARE,
+    CorruptRecord,
     DataMissing,
     RawExample,
     RawSource,
@@ -69,7 +70,7 @@ class TfdsSource(RawSource):
             raise UserError(
                 f"{builder.data_path}: prepared as {file_format}, expected {' or '.join(_SHARDS)}"
             )
-        self._shards = _SHARDS[file_format](parts, remedy=_REMEDY)
+        self.origin = _SHARDS[file_format](parts, remedy=_REMEDY)
         files = sorted({part.filename for part in parts})
         found = [os.stat(file) for file in files]
         names = [os.path.basename(file).encode() for file in files]
@@ -77,14 +78,8 @@ class TfdsSource(RawSource):
         self.identity = f"{builder.info.full_name}:{split}:{len(self)} images:{digest}"
         self.times = digest_of_files(names, (int(status.st_mtime) for status in found))
 
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def describe(self, index: int) -> str:
-        return self._shards.describe(index)
-
     def read(self, index: int) -> RawExample:
-        data = self._shards.read(index)
+        data = self.origin.read(index)
         try:
             example = self._features.deserialize_example_np(data, decoders=self._decoders)
             image = example[self._image_key]
@@ -101,10 +96,7 @@ def find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
       UserError: TFDS knows no such data set.
     """
     if not _NAME.fullmatch(name):
-        raise UserError(
-            f"config.data.name = {name!r}: expected a name like 'cifar10', 'lsun/bedroom' or"
-            " 'cifar10:3.0.2'"
-        )
+        fail("data.name", name, "a name like 'cifar10', 'lsun/bedroom' or 'cifar10:3.0.2'")
     try:
         return tfds.builder(name, data_dir=data_dir)
     except Exception as e:  # whatever TFDS and the data set's own code raise
@@ -164,9 +156,9 @@ def _keys(name: str, features: tfds.features.FeatureConnector) -> tuple[str, str
     if "image" in images:
         images = ["image"]
     if len(images) != 1:
-        raise UserError(
-            f"config.data.name = {name!r}: expected a data set with one image per example, found"
-            f" the features {', '.join(features) or 'none'}"
+        found = ", ".join(features) or "none"
+        fail(
+            "data.name", name, f"a data set with one image per example, found the features {found}"
         )
     labels = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if "label" in labels:

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import scipy.sparse
 
-from cascaded_diffusion.data.corruption import CorruptRecord
+from cascaded_diffusion.data.records import CorruptRecord
 from cascaded_diffusion.resize_weights import area_weights, bilinear_weights
 
 # The loader starts the threads.
@@ -40,11 +40,13 @@ def _no_crop(image: np.ndarray) -> np.ndarray:
 CROPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"center": center_crop, "none": _no_crop}
 
 
-def _by_weights(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def _by_weights(
+    image: np.ndarray, resolution: int, weights: Callable[[int, int], np.ndarray]
+) -> np.ndarray:
     height, width, channels = image.shape
-    tall = rows @ image.reshape(height, width * channels)
-    wide = np.tensordot(columns, tall.reshape(len(rows), width, channels), axes=(1, 1))
-    return wide.transpose(1, 0, 2)
+    tall = weights(height, resolution) @ image.reshape(height, width * channels)
+    tall = tall.reshape(resolution, width, channels)
+    return np.tensordot(weights(width, resolution), tall, axes=(1, 1)).transpose(1, 0, 2)
 
 
 @cache
@@ -65,15 +67,12 @@ def area_resize(image: np.ndarray, resolution: int) -> np.ndarray:
         rows = rows.reshape(resolution, width, image.shape[2])
         small = cv2.resize(rows, (resolution, resolution), interpolation=cv2.INTER_AREA)
         return small.reshape(resolution, resolution, image.shape[2])
-    return _by_weights(image, area_weights(height, resolution), area_weights(width, resolution))
+    return _by_weights(image, resolution, area_weights)
 
 
 def bilinear_resize(image: np.ndarray, resolution: int) -> np.ndarray:
     """Antialiased bilinear (`resize_weights`, eq. 2): float32 [H, W, C] -> square."""
-    height, width = image.shape[:2]
-    return _by_weights(
-        image, bilinear_weights(height, resolution), bilinear_weights(width, resolution)
-    )
+    return _by_weights(image, resolution, bilinear_weights)
 
 
 RESIZES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {

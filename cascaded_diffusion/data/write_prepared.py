@@ -12,14 +12,12 @@ import shutil
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
 from cascaded_diffusion.config.class_names import check_classes
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import manifests, shards
-from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.manifests import Manifest, Report, is_prepared, read_manifest
 from cascaded_diffusion.data.records import DataMissing
+from cascaded_diffusion.data.sized import measure_parts
 from cascaded_diffusion.data.sources import load_source, of_tfds
 from cascaded_diffusion.data.workers import MakeProgress, NoProgress
 from cascaded_diffusion.errors import UserError
@@ -28,8 +26,6 @@ from cascaded_diffusion.files.paths import check_writable, held_lock, printable
 from cascaded_diffusion.files.whole import sha256_of
 
 _say = functools.partial(print, flush=True)
-# What `dry_run` measures at most.
-_TRIAL_IMAGES, _TRIAL_SECS = 256, 5.0
 
 
 def prepare_splits(
@@ -44,16 +40,10 @@ def prepare_splits(
 ) -> None:
     """Prepares splits as a stage needs them, in `config.prepared_dir`, and prints what was done.
 
-    A data set that TFDS does not have yet is downloaded first, to `config.path`.
-
-    Args:
-      config: the data section.
-      stage: what the images are for.
-      splits: their names; None for the config's train_split and eval_split.
-      workers: number of processes.
-      encoding: of pixels, one of `manifests.ENCODINGS`: raw reads faster, png is smaller.
-      dry_run: print size and time instead, and write nothing.
-      progress: makes a progress bar.
+    The splits are by default the config's train_split and eval_split. A data set that TFDS does
+    not have yet is downloaded first, to `config.path`. Pixels are encoded as "raw", which reads
+    faster, or "png", which is smaller. A dry run prints size and time, and writes nothing.
+    `workers` is the number of processes, and `progress` makes a progress bar.
 
     Raises:
       UserError: a split is missing, damaged, or prepared with other settings; the classes do
@@ -105,16 +95,8 @@ def _default_splits(config: DataConfig) -> list[str]:
 def _say_cost(split: str, plan: shards.Plan, workers: int) -> None:
     """Measures some images, spread over the split, and prints what all of them will take."""
     count = len(plan.source)
-    start, done = time.monotonic(), 0
-    for index in np.unique(np.arange(_TRIAL_IMAGES) * count // _TRIAL_IMAGES).tolist():
-        try:
-            plan.source.read(index)
-        except CorruptRecord as e:
-            _say(f"corrupt: {plan.source.describe(index)}: {e}")
-        done += 1
-        if time.monotonic() - start > _TRIAL_SECS:
-            break
-    secs = (time.monotonic() - start) / done * count / workers
+    millis, done = measure_parts(plan.source, _say)
+    secs = sum(millis.values()) / 1000 * count / workers
     there = next(p for p in [plan.folder, *plan.folder.absolute().parents] if p.exists())
     _say(
         f"{split}: {count:,} images -> {plan.folder}: {len(plan.shards)} shards,"
@@ -163,11 +145,9 @@ def _prepare(split: str, plan: shards.Plan, workers: int, progress: MakeProgress
         for leftover in folder.glob(".*.array_record.*"):
             leftover.unlink()  # of a process that was killed; the lock is ours
         content_sample = raw.content_sample()
-        reports = _write_shards(split, plan, workers, progress)
-        manifest = plan.manifest(reports, content_sample)
+        manifest = plan.manifest(_write_shards(split, plan, workers, progress), content_sample)
         manifests.write_manifest(folder, manifest)
-    secs = time.monotonic() - start
-    _say(f"{split}: {_summary(manifest, folder)}, in {_duration(secs)}")
+    _say(f"{split}: {_summary(manifest, folder)}, in {_duration(time.monotonic() - start)}")
 
 
 def _summary(manifest: Manifest, folder: pathlib.Path) -> str:

@@ -89,7 +89,7 @@ def test_too_many_halt(damaged):
 
 
 def test_the_advice_to_skip_names_the_other_key_where_it_is_needed(tmp_path):
-    from cascaded_diffusion.data.corruption import CorruptionGuard
+    from cascaded_diffusion.data.records import CorruptionGuard
 
     config = photo_config(tmp_path, data__on_corrupt="fail").data
     with pytest.raises(UserError, match=r"on_corrupt=skip$"):

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from cascaded_diffusion.config.schema import MAX_PIXELS
-from cascaded_diffusion.data.corruption import CorruptRecord
 from cascaded_diffusion.data.decode import decode_image
+from cascaded_diffusion.data.records import CorruptRecord
 
 
 def _picture(height=60, width=70, channels=3):

@@ -7,10 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from cascaded_diffusion.data.corruption import CorruptRecord
+from cascaded_diffusion.data.records import CorruptRecord
+from cascaded_diffusion.data.sized import class_counts
 from cascaded_diffusion.data.sources import load_source, load_splits
 from cascaded_diffusion.data.tfds import load_tfds
-from cascaded_diffusion.data.throughput import class_counts
 from cascaded_diffusion.errors import UserError
 from tests.data import tiny_photos
 from tests.data.photos import photo, photo_config

@@ -4,7 +4,7 @@ import pytest
 
 from cascaded_diffusion.cascade import pixels as device
 from cascaded_diffusion.data import transforms
-from cascaded_diffusion.data.corruption import CorruptRecord
+from cascaded_diffusion.data.records import CorruptRecord
 from tests.tiny import ROOT
 
 _FIXTURES = np.load(ROOT / "tests" / "fixtures" / "resize_area.npz")
