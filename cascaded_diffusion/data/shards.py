@@ -11,7 +11,7 @@ import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.sharedctypes import Synchronized
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import manifests, workers
@@ -168,7 +168,7 @@ def finished_shard(plan: Plan, number: int) -> manifests.Report | None:
 
     None if anything is wrong with it: the shard is then made anew.
     """
-    path = plan.shard_path(number)
+    path, num_classes = plan.shard_path(number), len(plan.source.class_names)
     try:
         report = read_json(plan.report_path(number), remedy="")
         if manifests.problem_of(report, manifests.Report) is not None:
@@ -179,11 +179,10 @@ def finished_shard(plan: Plan, number: int) -> manifests.Report | None:
             "times": plan.source.times,
             "count": len(plan.shards[number]) - len(report["skipped"]),
             "bytes": path.stat().st_size,
+            "sha256": sha256_of(path),
         }
         same = expected.items() <= report.items()
-        if not same or len(report["class_counts"]) != len(plan.source.class_names):
-            return None
-        return cast(manifests.Report, report) if sha256_of(path) == report["sha256"] else None
+        return report if same and len(report["class_counts"]) == num_classes else None
     except (OSError, UserError):
         return None
 

@@ -156,10 +156,8 @@ def _keys(name: str, features: tfds.features.FeatureConnector) -> tuple[str, str
     if "image" in images:
         images = ["image"]
     if len(images) != 1:
-        found = ", ".join(features) or "none"
-        fail(
-            "data.name", name, f"a data set with one image per example, found the features {found}"
-        )
+        found = f"found the features {', '.join(features) or 'none'}"
+        fail("data.name", name, f"a data set with one image per example, {found}")
     labels = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if "label" in labels:
         labels = ["label"]
