@@ -42,9 +42,8 @@ def read_given_images(
     or their centre squares are shrunk to one of them, `resize_to`. Images of more than
     `max_pixels` are refused.
 
-    Raises:
-      UserError: there is no such file or folder, or no image in it; an image cannot be read, or
-        has another size.
+    Raises UserError if there is no such file or folder, or no image in it, or if an image cannot
+    be read or has another size.
     """
     files, flag = _listed(path), f"--low_res={path}"
     names = tuple(os.fsdecode(files.name(i)) for i in range(len(files)))

@@ -39,10 +39,8 @@ def build_stream(
 
     Elements are dicts of `image` uint8 [b, H, W, C], `label` int32 [b], `low_res` uint8
     [b, h, w, C] where the data has it, and `index` and `skipped` int64 [b] (see
-    `records.Record`), with b = global_batch_size / process_count.
-
-    Raises:
-      UserError: the batch size is no multiple of the processes, or larger than the data set.
+    `records.Record`), with b = global_batch_size / process_count. Raises UserError if the batch
+    size is no multiple of the processes, or larger than the data set.
     """
     if global_batch_size % process_count:
         fail("train.batch_size", global_batch_size, f"a multiple of the {process_count} processes")
@@ -112,8 +110,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def close(self) -> None:
         """Ends the threads and processes that read ahead."""
-        if hasattr(self._iterator, "close"):
-            self._iterator.close()
+        self._iterator.close()
 
 
 def iterate(

@@ -203,11 +203,7 @@ def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """The manifest of a folder, checked to be one.
-
-    Raises:
-      UserError: it is missing, has another version's format, or is not as it was written.
-    """
+    """The manifest of a folder. Raises UserError if it is missing, or not as it was written."""
     path = folder / MANIFEST
     anew = "remove the folder and prepare the data anew"
     manifest = read_json(path, remedy=anew)

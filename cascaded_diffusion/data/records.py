@@ -18,12 +18,15 @@ import math
 import sys
 import threading
 from collections.abc import Iterable
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from cascaded_diffusion.config.schema import MAX_CORRUPT_FRACTION, DataConfig
 from cascaded_diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from cascaded_diffusion.data.record_files import Shards
 
 # How messages name the command that prepares data, which this package does not know.
 PREPARE = "`python -m cascaded_diffusion.prepare --config=...` of this config"
@@ -81,8 +84,7 @@ class CorruptionGuard:
     def note(self, index: int, where: str, problem: str, *, say: bool = True) -> None:
         """Counts a corrupt record, once, and prints `where` it is and its `problem` if `say`.
 
-        Raises:
-          UserError: the policy is to fail, or too many records are corrupt.
+        Raises UserError if the policy is to fail, or too many records are corrupt.
         """
         if not self._skips:
             # What else to set if even one corrupt record would be too many.
@@ -133,8 +135,7 @@ class DataSet:
     identity: str
     times: str = ""
     class_counts: np.ndarray | None = None
-
-    origin: Any
+    origin: DataSet | Shards
 
     def __len__(self) -> int:
         return len(self.origin)
@@ -210,11 +211,8 @@ class Source(DataSet):
         """A record or, if it is corrupt, the next good one.
 
         Which record replaces which is a function of the data alone, so that batches are the same
-        for any number of processes and threads, and for a run that resumes.
-
-        Raises:
-          UserError: a record is corrupt and the policy is to fail, too many records are corrupt,
-            or all are.
+        for any number of processes and threads, and for a run that resumes. Raises UserError as
+        `CorruptionGuard.note` does, or if all records are corrupt.
         """
         for at in ((index + offset) % len(self) for offset in range(len(self))):
             try:

@@ -52,11 +52,9 @@ def _stored(config: DataConfig, split: str, num_classes: int) -> RawSource:
 def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
     """A split of the data set `config.name` as it is stored: nothing is decoded or resized yet.
 
-    Files that are passed over are counted on stderr. `check_classes` checks the classes.
-
-    Raises:
-      UserError: the data set is missing or damaged, has no such split, or is not what the
-        stage expects: it has another number of channels, or its images are too small.
+    Files that are passed over are counted on stderr. Raises UserError if the data set is missing
+    or damaged, has no such split, or is not what the stage expects: its number of channels or the
+    size of its images. `check_classes` checks the classes.
     """
     raw = _stored(config, split, stage.num_classes)
     if raw.fixed_shape is not None:
@@ -80,9 +78,8 @@ def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
 def load_splits(config: DataConfig, splits: Iterable[str], stage: StageConfig) -> dict[str, Source]:
     """Several splits of a data set, with the same classes; a repeated one is loaded once.
 
-    Raises:
-      UserError: see `load_raw` and `check_classes`; or `config.prepared_dir` does not hold a
-        split as this config wants it.
+    Raises UserError like `load_raw` and `check_classes`, or if `config.prepared_dir` does not
+    hold a split as this config wants it.
     """
     sources = {split: _source(config, split, stage) for split in dict.fromkeys(splits)}
     check_classes(config, stage, {split: s.class_names for split, s in sources.items()})

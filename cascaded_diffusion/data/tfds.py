@@ -90,11 +90,7 @@ class TfdsSource(RawSource):
 
 
 def find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """The TFDS builder of a data set, prepared or not.
-
-    Raises:
-      UserError: TFDS knows no such data set.
-    """
+    """The TFDS builder of a data set, prepared or not. Raises UserError if TFDS has none."""
     if not _NAME.fullmatch(name):
         fail("data.name", name, "a name like 'cifar10', 'lsun/bedroom' or 'cifar10:3.0.2'")
     try:
@@ -168,9 +164,7 @@ def get_tfds(name: str, data_dir: str | None, *, dry_run: bool, say: Callable[[s
     """Has TFDS download and prepare a data set that it does not have, as array_record.
 
     A dry run says what would be downloaded instead. Returns whether the data set is there.
-
-    Raises:
-      UserError: files must be downloaded by hand first, TensorFlow is needed, or TFDS failed.
+    Raises UserError if files must be downloaded by hand first, TensorFlow is needed, or TFDS fails.
     """
     builder = find_builder(name, data_dir)
     if builder.info.splits:

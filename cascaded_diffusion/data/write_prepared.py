@@ -45,9 +45,8 @@ def prepare_splits(
     faster, or "png", which is smaller. A dry run prints size and time, and writes nothing.
     `workers` is the number of processes, and `progress` makes a progress bar.
 
-    Raises:
-      UserError: a split is missing, damaged, or prepared with other settings; the classes do
-        not fit; a folder cannot be written; or a worker process died.
+    Raises UserError if a split is missing, damaged, or prepared with other settings, the classes
+    do not fit, a folder cannot be written, or a worker process dies.
     """
     if of_tfds(config):
         from cascaded_diffusion.data.tfds import get_tfds
