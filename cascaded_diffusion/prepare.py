@@ -28,10 +28,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = flags.FlagValues()
     config_flags.define_config(fv, argv, "the stage's config file, e.g. configs/sr64.py")
-    flags.DEFINE_list(
-        "splits", None, "which splits; by default the config's train_split and eval_split",
-        flag_values=fv,
-    )  # fmt: skip
+    flags.DEFINE_list("splits", None, "by default train_split and eval_split", flag_values=fv)
     flags.DEFINE_integer("workers", os.cpu_count(), "processes", lower_bound=1, flag_values=fv)
     flags.DEFINE_enum(
         "encoding", "raw", ["raw", "png"], "of pixels: raw reads faster, png is smaller",
@@ -56,9 +53,10 @@ def main(argv: Sequence[str]) -> int:
 
     from cascaded_diffusion.data.write_prepared import prepare_splits, verify_splits
 
-    work = functools.partial(prepare_splits, encoding=fv.encoding, dry_run=fv.dry_run)
     if fv.verify:
         work = verify_splits
+    else:
+        work = functools.partial(prepare_splits, encoding=fv.encoding, dry_run=fv.dry_run)
     work(config.data, config.stage, fv.splits, workers=fv.workers, progress=Progress)
     return 0
 

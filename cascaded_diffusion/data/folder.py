@@ -14,7 +14,6 @@ from __future__ import annotations
 import collections
 import os
 import stat
-from collections.abc import Callable
 
 import numpy as np
 
@@ -92,13 +91,6 @@ class FolderSource(RawSource):
         return printable(os.path.join(self._root, self.name(index)))
 
 
-def _is(kind: Callable[[], bool]) -> bool:
-    try:
-        return kind()
-    except OSError:  # a link to itself
-        return False
-
-
 def _scan(
     folder: bytes,
     below: bytes,
@@ -120,12 +112,16 @@ def _scan(
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself
+                is_folder = is_file = False
             if is_litter(name):
                 others["hidden"] += 1
-            elif _is(entry.is_dir):
+            elif is_folder:
                 folders.append(name)
                 _scan(entry.path, below + name + _SLASH, on_way | {here}, files, others)
-            elif not _is(entry.is_file):
+            elif not is_file:
                 others["broken links" if entry.is_symlink() else "pipes or devices"] += 1
             elif name.lower().endswith(_SUFFIXES):
                 status = entry.stat()
