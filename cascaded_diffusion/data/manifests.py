@@ -1,6 +1,6 @@
 """What is recorded of prepared data: its manifest, and the reports of its shards.
 
-    PREPARED/<data>/<split>_<size>px/00000.array_record, ...      see `prepared`
+    PREPARED/<data>/<split>_<size>px/00000.array_record, ...      see `sized`
     PREPARED/<data>/<split>_<size>px/reports/00000.json, ...      by which `prepare` resumes
     PREPARED/<data>/<split>_<size>px/manifest.json
 
