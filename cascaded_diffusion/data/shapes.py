@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from cascaded_diffusion.data.splits import check_train_or_test
+
 RESOLUTION = 64
 # The number of images and the seed of each split.
 _SPLITS = {"train": (1000, 0), "test": (200, 1)}
@@ -43,8 +45,9 @@ def load_shapes(split: str) -> tuple[np.ndarray, np.ndarray]:
     stripes. Colours, position, size and rotation are random, and the same at each call.
 
     Returns uint8 images [n, 64, 64, 3] and int32 labels [n], the index modulo 10; n is 1000 for
-    the split "train" and 200 for "test".
+    the split "train" and 200 for "test". Raises UserError for any other.
     """
+    check_train_or_test(split, "shapes")
     n, seed = _SPLITS[split]
     rng = np.random.default_rng(seed)
     labels = np.arange(n, dtype=np.int32) % NUM_CLASSES

@@ -39,6 +39,13 @@ def parse_split(split: str) -> re.Match[str]:
     return match
 
 
+def check_train_or_test(split: str, data: str) -> None:
+    """Raises UserError for a split that data with the splits "train" and "test" does not have."""
+    if split not in ("train", "test"):
+        expected = f"expected 'train' or 'test', the splits of {data!r}"
+        raise UserError(split_problem(split, expected))
+
+
 def part_of(keys: Iterable[bytes], split: str) -> np.ndarray | None:
     """The record indices of the part that `split` names, in ascending order; None for all records.
 
