@@ -72,6 +72,13 @@ def smallest_sr(**overrides: Any) -> RunConfig:
     return tiny_sr(**{**_ONE_LEVEL, **overrides})
 
 
+def smallest_efficient(**overrides: Any) -> RunConfig:
+    """A base stage of one level whose network is an Efficient U-Net: half of what a U-Net is."""
+    network = {"name": "efficient_unet", "patch_size": 1, "attention_resolutions": (8,)}
+    ours = {f"stage__network__{key}": value for key, value in network.items()}
+    return smallest_base(**{**ours, **overrides})
+
+
 def _tiny(name: str, overrides: dict[str, Any]) -> RunConfig:
     named = {key.replace("__", "."): value for key, value in overrides.items()}
     return run_config_from(with_overrides(config_values(name), {**_TINY, **named}))

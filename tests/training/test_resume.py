@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.tiny import smallest_base, smallest_sr
+from tests.tiny import smallest_efficient, smallest_sr
 from tests.training.test_training import _data, _losses, _records, _train
 
 
-@pytest.mark.parametrize("make", [smallest_base, smallest_sr])
+@pytest.mark.parametrize("make", [smallest_efficient, smallest_sr])
 def test_stopping_and_resuming_changes_no_bit(make, tmp_path):
     config = make(
         train__train_steps=10,
