@@ -39,8 +39,6 @@ sweep scores one stage of a trained cascade in every combination of --aug_levels
 `sample --workdir=RUN` and the next sweep use without --config.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from cascaded_diffusion.commands import config_flags, entry

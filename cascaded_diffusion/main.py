@@ -18,8 +18,6 @@ only with --start_over.
 --profile_steps=100:105 writes a trace of these steps to WORKDIR/profile.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Sequence
 

@@ -16,8 +16,6 @@ own compiler also compiles the step, which takes some minutes per stage, and say
 fits. If it does not, the plan names what to change, and the exit code is 1.
 """
 
-from __future__ import annotations
-
 import json
 import pathlib
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ does nothing where all is done. `--verify` compares every shard with its SHA-256
 images with those that it was made of.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Sequence

@@ -13,8 +13,6 @@ The file says exactly what it was made from: data set, split, count, crop, resol
 and extractor. `evaluate` refuses a reference if any of these is not what it needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from absl import flags

@@ -7,8 +7,6 @@ RUN is a run folder, or a folder of runs that make a cascade. The page holds cur
 grids, sweeps, tables, configs and versions; it fetches nothing and runs nothing.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Sequence
 

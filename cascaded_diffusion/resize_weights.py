@@ -10,8 +10,6 @@ input and n output pixels and s = H / n, the weight of input pixel j in output p
 when shrinking ("antialiased"), equal to TensorFlow's and JAX's.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import numpy as np

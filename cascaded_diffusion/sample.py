@@ -37,8 +37,6 @@ missing batches, on any number of hosts. Several processes, started as for `main
 batches among them; --output is one folder that all of them see.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

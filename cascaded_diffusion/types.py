@@ -7,8 +7,6 @@ Images are float32 in [-1, 1]. `t` in [0, 1] is diffusion time; 1 is pure noise.
 noise levels as `logsnr` = log(alpha^2 / sigma^2).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

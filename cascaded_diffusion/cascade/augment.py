@@ -21,8 +21,6 @@ and a standard deviation in pixels, and none when sampling (section 3.1):
 to the pixel values that a stored image would have, then damages. The network enlarges.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

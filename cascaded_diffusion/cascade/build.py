@@ -1,7 +1,5 @@
 """Builds stages from their configs: the one place that knows the names and their meaning."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

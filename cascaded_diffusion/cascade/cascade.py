@@ -1,7 +1,5 @@
 """A cascade: stages in order of resolution, each fed by the one before it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial

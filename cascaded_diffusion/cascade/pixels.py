@@ -9,8 +9,6 @@ network's input, they are resized bilinearly or bicubically, with half-pixel cen
 no antialiasing.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

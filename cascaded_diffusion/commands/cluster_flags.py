@@ -1,7 +1,5 @@
 """The flags that name the processes of one job, and the facts that those processes compare."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pathlib

@@ -1,7 +1,5 @@
 """The `--config` flag and the strict parsing of all flags."""
 
-from __future__ import annotations
-
 import contextlib
 import pathlib
 import sys

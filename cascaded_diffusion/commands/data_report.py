@@ -1,7 +1,5 @@
 """A report on a split of a config's data: a picture, the classes, and the speed of reading."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import pathlib

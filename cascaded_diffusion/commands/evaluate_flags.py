@@ -1,7 +1,5 @@
 """The flags of `evaluate`, its modes, and which flags belong to which mode."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The modes of `evaluate`: each checks its flags, sets up JAX and calls one function."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from absl import flags

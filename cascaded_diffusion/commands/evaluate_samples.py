@@ -1,7 +1,5 @@
 """The modes of `evaluate` that measure stored samples, and what they share with the others."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

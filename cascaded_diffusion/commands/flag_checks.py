@@ -1,7 +1,5 @@
 """Checks of flag values that several binaries need."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from absl import flags

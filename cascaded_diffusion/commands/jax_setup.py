@@ -5,8 +5,6 @@ mistake is answered within a second. `jax.config` and environment variables are 
 only.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import pathlib

@@ -1,7 +1,5 @@
 """The images that `sample --low_res` enlarges."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

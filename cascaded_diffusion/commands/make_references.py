@@ -1,7 +1,5 @@
 """The two forms of `reference`: for a run, and for images."""
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Overrides of a config on the command line: `--config.section.key=value`."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Sequence
 from typing import Any

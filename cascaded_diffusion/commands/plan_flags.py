@@ -1,7 +1,5 @@
 """The flags of `plan`."""
 
-from __future__ import annotations
-
 import importlib.util
 
 from absl import flags

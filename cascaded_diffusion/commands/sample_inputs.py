@@ -1,7 +1,5 @@
 """The flags of `sample`, and the request that they make up."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ conditioning augmentation at several strengths. Prints counts per class, and ima
 where the time goes.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Sequence
 

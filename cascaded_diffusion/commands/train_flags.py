@@ -1,7 +1,5 @@
 """The flags of `main`."""
 
-from __future__ import annotations
-
 import re
 
 from absl import flags

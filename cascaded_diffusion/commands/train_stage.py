@@ -1,7 +1,5 @@
 """Training of one stage, from its config to the outcome: `train_stage`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import jax

@@ -1,7 +1,5 @@
 """Classes by name: whether labels mean the same in several splits, runs and stages."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from cascaded_diffusion.config.schema import DataConfig, StageConfig

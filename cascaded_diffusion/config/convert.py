@@ -4,8 +4,6 @@ Every problem is a `UserError` of one line that names the key, its value and wha
 Nothing here imports JAX.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

@@ -1,7 +1,5 @@
 """Which values of a run's config may change when the run is resumed."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from cascaded_diffusion.config.convert import flattened

@@ -1,7 +1,5 @@
 """Which values of a config go together: across sections and stages, with a run, with devices."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -7,8 +7,6 @@ into the dataclasses below and check every value (`convert`: types and bounds). 
 defaults; an optional key may be omitted and is then None.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Any, Literal

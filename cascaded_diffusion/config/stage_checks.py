@@ -1,7 +1,5 @@
 """Which values of one stage's config go together."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 

@@ -4,8 +4,6 @@ The estimate serves to refuse absurd sizes before anything is built. `plan` coun
 tracing the network.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from cascaded_diffusion.config.schema import StageConfig

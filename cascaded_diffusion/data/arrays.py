@@ -7,8 +7,6 @@ A file has
     class_names  text [K], if there are names
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pathlib

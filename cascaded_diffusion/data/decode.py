@@ -14,8 +14,6 @@ into one JPEG (MPO): the first is the photo, the others are previews or depth. T
 profiles and other ancillary chunks of a PNG are ignored, however large.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 

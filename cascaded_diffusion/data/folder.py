@@ -9,8 +9,6 @@ names. Links are followed, except back to a folder that they are in. The names o
 kept as one string, so that a million of them fit anywhere.
 """
 
-from __future__ import annotations
-
 import collections
 import os
 import stat

@@ -1,7 +1,5 @@
 """The user's own images to be enlarged: one file or a folder of them, of one size."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 from collections.abc import Iterable, Sequence

@@ -13,8 +13,6 @@ records one by one. The state of the stream is the step, so that resuming is see
 worker processes read whole batches ahead of time, and never change the order.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 

@@ -9,8 +9,6 @@ the data was made of and how, and has the size and SHA-256 of every shard, and a
 records of the data set that went into it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -7,8 +7,6 @@ A record of a TFRecord file is: its length (8 bytes), the masked CRC-32C of the 
 data, its masked CRC-32C (4), all little-endian. Every checksum is verified.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import struct

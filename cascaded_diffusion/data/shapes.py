@@ -1,7 +1,5 @@
 """Drawn colour images with classes: a stand-in for a photo data set, with no download."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

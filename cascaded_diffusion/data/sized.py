@@ -8,8 +8,6 @@ A record of prepared data, in the ArrayRecord shards of a folder (see `manifests
 all little-endian; the manifest has the shape of the images.
 """
 
-from __future__ import annotations
-
 import pathlib
 import struct
 import time

@@ -1,7 +1,5 @@
 """Data sets by name, checked to be what a stage expects."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Iterable

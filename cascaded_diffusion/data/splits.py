@@ -6,8 +6,6 @@ part is taken from that ranking. It then has a share of every class, is the same
 machine, and `train[:90%]` and `train[90%:]` have nothing in common.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable

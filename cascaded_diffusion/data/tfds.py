@@ -4,8 +4,6 @@ Both formats have random access: `array_record`, which TFDS prepares for us, and
 which others prepared their copies. The only home of tensorflow_datasets.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 import pathlib

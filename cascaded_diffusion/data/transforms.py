@@ -4,8 +4,6 @@ An image is cropped, the crop is resized to every size that is wanted, and the r
 flipped. The paper takes the largest centred square (BigGAN's crop) and area averages of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 

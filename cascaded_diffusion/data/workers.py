@@ -1,7 +1,5 @@
 """Processes that read and prepare data beside this one, and what shows how far they are."""
 
-from __future__ import annotations
-
 import collections
 import concurrent.futures
 import itertools

@@ -3,8 +3,6 @@
 `prepare_splits` resumes where an earlier call stopped, and does nothing where all is done.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import pathlib

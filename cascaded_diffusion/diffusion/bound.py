@@ -11,8 +11,6 @@ With the T steps of a chain from t = 1 to t = 0 (Nichol & Dhariwal 2021, eq. 4-7
 All in bits per dimension. A uniform draw of one step estimates the sum by T term.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -21,8 +21,6 @@ fraction f of the way between the two (Nichol & Dhariwal 2021, eq. 15), are
     (7)  logvar = f log beta + (1 - f) log beta-tilde
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

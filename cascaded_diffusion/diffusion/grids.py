@@ -11,8 +11,6 @@ A model of T discrete steps knows only the times i / T. A grid is rounded to the
 are kept apart, so that N <= T steps have N different times.
 """
 
-from __future__ import annotations
-
 import jax
 import numpy as np
 

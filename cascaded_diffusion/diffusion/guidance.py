@@ -15,8 +15,6 @@ section 2.3), after any guidance:
     (3)  dynamic   x0 = clip(x0, -s, s) / s,  s = max(1, percentile of |x0| in its image)
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

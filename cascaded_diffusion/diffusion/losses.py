@@ -20,8 +20,6 @@ so a weighting is a factor w(logsnr) of the x0 error, whatever is predicted:
                         the factor -dlogsnr/dt besides, against the schedule's own emphasis)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -34,8 +34,6 @@ An image's noise in step i comes from `fold_in(key of that image, i)`, so an ima
 on its batch nor on how the batch is sharded.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

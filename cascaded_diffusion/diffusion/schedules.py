@@ -38,8 +38,6 @@ with its root): abar is drawn uniformly between the levels of two neighbouring s
 a continuous uniform t with alpha_t^2 linear in t between its values at i / T.
 """
 
-from __future__ import annotations
-
 import math
 
 import jax

@@ -5,8 +5,6 @@ that lack detail or variety teach it less than real images do; beside it stands 
 network, trained for as many steps on real images.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -6,8 +6,6 @@ number of samples, reference, features, conditioning and sampler. A checkpoint t
 null) is never the best.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

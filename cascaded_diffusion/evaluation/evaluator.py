@@ -1,7 +1,5 @@
 """What a run is evaluated with: a feature extractor and the statistics of real images."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Samples of any framework against any reference, by Inception; no run is needed."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from typing import Any

@@ -9,8 +9,6 @@ The paper reports both distances: if only the one to the training images falls, 
 over-fits.
 """
 
-from __future__ import annotations
-
 import json
 import pathlib
 import platform

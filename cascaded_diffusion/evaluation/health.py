@@ -7,8 +7,6 @@ r"""Measures of a super-resolution stage's health besides distances between feat
      colour shift is the usual fault of eps-prediction at high resolution.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

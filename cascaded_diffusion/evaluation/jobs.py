@@ -3,8 +3,6 @@
 All of them raise UserError if another process evaluates the run at the same time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import time

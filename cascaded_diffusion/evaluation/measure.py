@@ -5,8 +5,6 @@ Inception: `fid_50k`, `is_50k`, `fd_classifier_1k`, `precision_classifier_1k`. A
 features of another network is never called FID.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor

@@ -10,8 +10,6 @@ features), `mu_s` and `sigma_s` (spatial), and our own: `features`, `pixels`, `f
 Inception's original, "legacy" resizing and are treated so.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Scoring a run's checkpoints as they appear, and choosing the best."""
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Conditioning augmentation is amortized over its strength, so the strength can be
 training (paper, section 3.3). Steps, sampler and guidance are free as well.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ stored samples of the stages below, which are made once.
     RUN/sweep/<stage below>.npz      the samples that are enlarged
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

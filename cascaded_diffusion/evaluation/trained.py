@@ -1,7 +1,5 @@
 """Loading trained stages for evaluation and sampling."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

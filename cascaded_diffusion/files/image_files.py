@@ -4,8 +4,6 @@ Decoders inflate text, colour profiles, EXIF and private chunks, or refuse files
 though pixels do not depend on them. `essential_png` leaves them out.
 """
 
-from __future__ import annotations
-
 import collections
 import io
 import os

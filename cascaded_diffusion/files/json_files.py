@@ -1,7 +1,5 @@
 """JSON files, and files of one JSON object per line that a crash cannot spoil."""
 
-from __future__ import annotations
-
 import json
 import os
 import pathlib

@@ -5,8 +5,6 @@ three gigabytes. The declared sizes are therefore compared with the bytes in the
 arrays together must fit in memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

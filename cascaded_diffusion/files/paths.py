@@ -1,7 +1,5 @@
 """Paths: which ones the program can use, write to and lock, and which files it passes over."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """Files that appear under their name whole or not at all, and digests of what is in them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -5,8 +5,6 @@ Residual networks (He et al. 2015) measure the classification accuracy score (Ra
 a small one. Batch statistics are those of the global batch, on any number of devices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

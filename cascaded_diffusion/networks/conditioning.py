@@ -5,8 +5,6 @@ The noise level, the class label and `aug_level` are embedded and summed; the su
 residual block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

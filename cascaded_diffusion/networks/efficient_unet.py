@@ -6,8 +6,6 @@ blocks: it strides before them on the way down and enlarges after them on the wa
 resolution has only the first and the last convolution, and the one that ends the enlarging.
 """
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax
 

@@ -16,8 +16,6 @@ With either, a network does not depend on the schedule that trains or samples it
      the factor 1000 puts x in [0, 1] on the scale of DDPM's time steps)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -5,8 +5,6 @@ padding, which XLA's own count leaves out (a tenth at 4 and 8 px). Where a CPU h
 its own, the general one counts: its shortcuts save time, not FLOPs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -14,8 +14,6 @@ Everything is computed in float32 at the highest precision: by default, accelera
 inputs of convolutions to fewer bits, which changes an FID.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 

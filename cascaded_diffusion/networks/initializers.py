@@ -4,8 +4,6 @@ XLA takes a minute to compile hundreds of random draws, one per parameter. So th
 below take their numbers from one long draw, in the order in which the network is constructed.
 """
 
-from __future__ import annotations
-
 import contextvars
 import math
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ The layout is NHWC throughout, which suits XLA on every back end. Parameters are
 `dtype` is the dtype of the computation.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

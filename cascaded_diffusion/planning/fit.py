@@ -1,7 +1,5 @@
 """Whether a training step fits on the devices, and which division of the state makes it fit."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import os

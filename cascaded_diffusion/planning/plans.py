@@ -4,8 +4,6 @@ FLOPs are those of convolutions and matrix products; a multiply-add is two. Trai
 as three forward passes, without rematerialization.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

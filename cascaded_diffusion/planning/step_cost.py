@@ -5,8 +5,6 @@ Without the compiler, memory comes from `step_memory`, collectives from the form
 [tpu] extra), the TPU's own compiler says how much memory it gives the step.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 import time

@@ -4,8 +4,6 @@ The state is counted from its shardings. The activations are what the traced ste
 backward pass. Both are traced for shapes alone; nothing is allocated.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -4,8 +4,6 @@ With libtpu installed, JAX describes the devices of a TPU slice on a machine wit
 that programs can be compiled for them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

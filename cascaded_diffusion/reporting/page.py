@@ -1,7 +1,5 @@
 """Building blocks of a self-contained HTML page: no script, nothing fetched, all text escaped."""
 
-from __future__ import annotations
-
 import base64
 import math
 import pathlib

@@ -1,7 +1,5 @@
 """The report's sections on one run, read from its folder."""
 
-from __future__ import annotations
-
 import bisect
 import collections
 import json

@@ -1,7 +1,5 @@
 """The page of a run, or of all the runs of a cascade."""
 
-from __future__ import annotations
-
 import datetime
 import itertools
 import pathlib

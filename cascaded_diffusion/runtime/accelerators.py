@@ -5,8 +5,6 @@ device, which is a chip for TPUs from v4 on. Sources: Google Cloud's pages on TP
 and v6e; NVIDIA's data sheets (SXM, without sparsity).
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 _GIB = 2**30

@@ -8,8 +8,6 @@ checkpoints deleted, so that one whole checkpoint exists at every instant. Resto
 manifest and falls back to the newest checkpoint that is intact (`manifest`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -6,8 +6,6 @@ clusters in `jax._src.clusters`, a private module that can only be used once JAX
 the job is known, and mistakes end in one line, before that (see `runtime.meeting`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import urllib.request

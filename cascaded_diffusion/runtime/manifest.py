@@ -7,8 +7,6 @@ Checkpoints that are being read are pinned, so that the trainer does not delete 
 locked file in RUN/eval/reading, so it ends with its process, however that ends.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

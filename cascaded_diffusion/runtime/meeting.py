@@ -9,8 +9,6 @@ Messages are lines of JSON of limited length. Process 0 listens on the coordinat
 and only while it waits.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import socket

@@ -1,7 +1,5 @@
 """What a run logs: metrics.jsonl, TensorBoard, the table of parameters. The only home of clu."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Picture files: grids and labelled rows of images, and plots of numbers."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import math

@@ -1,7 +1,5 @@
 """RUN/data.json: which images a run is trained on, so that it resumes with the same ones."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Protocol

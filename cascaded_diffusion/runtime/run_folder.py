@@ -27,8 +27,6 @@ A folder of such runs is a cascade's:
 Files appear under their name whole, by a rename.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

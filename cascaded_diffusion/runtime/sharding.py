@@ -19,8 +19,6 @@ the largest feature maps are also split by rows over `tensor`.
 The network knows nothing of this: it calls what its `Execution` holds.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

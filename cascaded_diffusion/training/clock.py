@@ -1,7 +1,5 @@
 """How fast training runs, and what slows it down."""
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import time

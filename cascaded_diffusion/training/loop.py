@@ -1,7 +1,5 @@
 """The training loop of one stage: compile, restore, step, log, save, stop."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """Whether and how a run folder's training resumes."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

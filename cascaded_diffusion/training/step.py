@@ -1,7 +1,5 @@
 """The state of training, the optimizer, and one step of it as a program over the mesh."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -7,8 +7,6 @@ checkpoints of one run, and with nothing else. The classifier is a function of (
 seed); it is trained once per run folder and kept there as plain arrays.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import pathlib

@@ -8,8 +8,6 @@ The batch is split over all devices. Its images are a function of (seed, step); 
 shifted, cropped, flipped and turned is a function of (seed, step, row).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 

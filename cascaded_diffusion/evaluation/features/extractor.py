@@ -1,7 +1,5 @@
 """Feature extractors and their outputs, from which metrics are computed."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol

@@ -12,8 +12,6 @@ to the extractor's identity and are never mixed. For output pixel i, with r = n_
 Both are products with one matrix per axis. The network's input is (x - 128) / 128.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

@@ -6,8 +6,6 @@ those of the network. The converted weights are kept in a private folder, as an 
 arrays and their digest.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import http.client

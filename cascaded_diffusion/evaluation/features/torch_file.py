@@ -13,8 +13,6 @@ The declared sizes are compared with the file's size before anything is allocate
 stored uncompressed, so neither storages nor tensors can be larger than the file.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import math

@@ -1,7 +1,5 @@
 """Checks of the features that metrics are computed from."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

@@ -14,8 +14,6 @@ subsets of both sets, with its standard deviation.
 Results are not multiplied by 1000. All computations are in float64 on the host.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

@@ -22,8 +22,6 @@ examples are one point with a multiplicity: all their comparisons would have to 
 collapsed generator has few others. All computations are in float64 on the host.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

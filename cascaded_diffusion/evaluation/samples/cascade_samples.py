@@ -1,7 +1,5 @@
 """Sampling a cascade into a folder, with a picture, together with the other processes of a job."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Sequence

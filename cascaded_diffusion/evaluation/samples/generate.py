@@ -5,8 +5,6 @@ Sample `i` has the label `labels[i mod len(labels)]`, by default `i mod num_clas
 number of devices; the image is the same up to float rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The real images of a data split, shrunk to a stage's resolution in chunks."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 

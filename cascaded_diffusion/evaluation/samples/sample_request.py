@@ -3,8 +3,6 @@
 People give labels by numbers, by names of classes, or as a file of either.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import pathlib

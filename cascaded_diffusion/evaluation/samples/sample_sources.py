@@ -5,8 +5,6 @@ stored samples of the stage below it), or what the stages below it make at that 
 record says which.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence

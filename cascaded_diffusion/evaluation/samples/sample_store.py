@@ -7,8 +7,6 @@ A batch appears under its name by a rename, and a resumed job makes the missing 
 always have the same bounds, every sample exists once, with the value of an uninterrupted job.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Stored images: ADM-style `.npz` files and folders of PNGs, ours and other frameworks'."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -16,8 +16,6 @@ reads a transposed factor with strides. Hence on a CPU heads are a batch of matr
 combine slices, and the small factors are transposed rather than the scores.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial, reduce

@@ -1,7 +1,5 @@
 """How a network is computed, which does not change the result."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -22,8 +22,6 @@ a cheap operation again wherever it is used: a channel's number for each of its 
 gradient for each use. It considers divisions expensive and keeps their results.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

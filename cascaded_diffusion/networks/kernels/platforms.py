@@ -14,8 +14,6 @@ are allocated. A program for devices that this process does not have, such as `p
 inside `traced_for`.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from typing import TypeVar
 

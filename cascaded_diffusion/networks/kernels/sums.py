@@ -6,8 +6,6 @@ of that. For a product summed over several axes it transposes the whole feature 
 longer than the product. Other back ends reduce well.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

@@ -25,8 +25,6 @@ here both sides of B^T d B for each of 36 numbers, but keeps the result of a mat
 one side is a `_product`, the other `_weighted`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import jax
