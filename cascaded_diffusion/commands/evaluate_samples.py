@@ -26,7 +26,7 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 
 def open_evaluation(
     fv: flags.FlagValues, folder: RunFolder, config: RunConfig, num_samples: int
-) -> library.Evaluation:
+) -> "library.Evaluation":  # importing it imports JAX
     """Checks the number of samples, sets up JAX and opens what a run is evaluated with."""
     check_sample_count(num_samples, config.eval.features, allow_few=fv.allow_few_samples)
     jax_setup.set_up_jax()
