@@ -2,10 +2,9 @@
 
 Orbax makes a checkpoint appear under its name only when it is whole. It does not notice a bit that
 flips later, a file that goes missing, or a folder that it did not write. So every checkpoint has a
-manifest with its step and the SHA-256 of each of its files. The manifest is written after the
-checkpoint has been opened and its arrays compared with those that were saved; only then are older
-checkpoints deleted, so that one whole checkpoint exists at every instant. Restoring compares the
-manifest and falls back to the newest checkpoint that is intact (`manifest`).
+`manifest`, by which the newest intact one is restored. It is written after the checkpoint has been
+opened and its arrays compared with those that were saved; only then are older checkpoints deleted,
+so that one whole checkpoint exists at every instant.
 """
 
 import contextlib
@@ -35,7 +34,6 @@ _MAX_REASON = 200
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in a few words."""
     text = (str(error) or type(error).__name__).splitlines()[0]
     found = _OS_ERROR.search(text)
     return os.strerror(int(found[1])) if found else text[:_MAX_REASON]
@@ -104,13 +102,11 @@ class CheckpointWriter:
         self._deleted = folder.path / ".deleted_checkpoints"
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_not_of_orbax)
+        # Orbax deletes no older checkpoints: it would do so before the manifest is written.
+        options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
         with self._as_user_error(0):
-            # Deleting is done here, not by Orbax: it would do so before the manifest is written.
-            self._manager = ocp.CheckpointManager(
-                folder.checkpoints.absolute(),
-                options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
-                item_names=(_ITEM,),
-            )
+            path = folder.checkpoints.absolute()
+            self._manager = ocp.CheckpointManager(path, options=options, item_names=(_ITEM,))
 
     def save(self, step: int, state: Any) -> None:
         """Starts to save; returns when the state is copied off the devices.
@@ -123,10 +119,9 @@ class CheckpointWriter:
             if jax.process_index() == 0:
                 self._folder.check_held()
         storable = _storable(state)
+        args = ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(storable)})
         with self._as_user_error(step):
-            saved = self._manager.save(
-                step, args=ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(storable)})
-            )
+            saved = self._manager.save(step, args=args)
         if not saved:
             raise UserError(
                 f"{self._folder.checkpoints}/{step}: could not be saved: a checkpoint of this step"
@@ -149,14 +144,11 @@ class CheckpointWriter:
             self._delete_old(step)
 
     def _check_not_moved(self, step: int) -> None:
-        """Raises UserError if the run folder was moved while Orbax was saving.
-
-        Orbax then makes the folder again under its old name, with nothing but this checkpoint in
-        it. It is removed, so that the moved folder can be brought back.
-        """
         try:
             self._folder.check_held()
         except UserError:
+            # The run folder was moved, and Orbax has made it again with this checkpoint alone. It
+            # is removed, so that the moved folder can be brought back.
             checkpoints = self._folder.checkpoints
             made = checkpoints.is_dir() and list(self._folder.path.iterdir()) == [checkpoints]
             if made and all(p.name.partition(".")[0] == str(step) for p in checkpoints.iterdir()):
@@ -164,7 +156,6 @@ class CheckpointWriter:
             raise
 
     def _delete_old(self, saved: int) -> None:
-        """Deletes what is older than `saved`, but for the latest, the best, and what is read."""
         # Pins first: evaluation lets go of a checkpoint after it has chosen it as the best.
         with manifest.pinned_steps(self._folder) as pinned:
             best = self._folder.best_step(say=self._say)
@@ -179,7 +170,6 @@ class CheckpointWriter:
         shutil.rmtree(self._deleted, ignore_errors=True)
 
     def _finish(self) -> None:
-        """Waits for the save in progress, and raises its error once."""
         if self._completing is not None:
             completing, self._completing = self._completing, None
             completing.result()
@@ -233,10 +223,9 @@ class CheckpointWriter:
         self._manager.reload()
         if step < 0:
             return None
+        args = ocp.args.Composite(**{_ITEM: _restore_args(abstract_state)})
         try:
-            stored = self._manager.restore(
-                step, args=ocp.args.Composite(**{_ITEM: _restore_args(abstract_state)})
-            )[_ITEM]
+            stored = self._manager.restore(step, args=args)[_ITEM]
         except Exception as e:
             raise UserError(
                 f"{self._folder.checkpoints}/{step}: cannot be restored ({_reason(e)})"
@@ -260,16 +249,14 @@ def _restore_args(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRes
 def load_ema_params(folder: RunFolder, step: int, ema_decay: float, abstract_params: Any) -> Any:
     """The EMA parameters of a checkpoint. Raises UserError if it is not there or not intact."""
     name = ema_name(ema_decay)
+    args = _restore_args({"ema_params": {name: abstract_params}}, partial=True)
     path = folder.checkpoints / str(step)
     problem = manifest.damage(path) if path.is_dir() else "it is not there"
     if problem is not None:
         raise UserError(f"{path}: not an intact checkpoint ({problem})")
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(
-                (path / _ITEM).absolute(),
-                args=_restore_args({"ema_params": {name: abstract_params}}, partial=True),
-            )
+            restored = checkpointer.restore((path / _ITEM).absolute(), args=args)
     except Exception as e:
         # It is intact but of another stage, or a trainer has deleted it meanwhile.
         raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e

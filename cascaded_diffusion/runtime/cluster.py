@@ -17,8 +17,6 @@ from cascaded_diffusion.errors import UserError
 MODES = ("auto", "none", "slurm", "tpu")
 _TPU_PORT = 8476
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
-_MAX_ANSWER = 1 << 20
-_METADATA_SECS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +57,9 @@ def find_cluster(
 ) -> Cluster | None:
     """The job that this process belongs to; None if it is on its own.
 
-    The mode "auto" reads the environment; it asks no metadata server. The three parts of `Cluster`,
-    given together, take precedence over everything else. `metadata` returns a Cloud TPU's attribute
-    by name; by default it asks the metadata server. Raises UserError if a part is missing or makes
-    no sense.
+    The mode "auto" reads the environment alone. The three parts of `Cluster`, given together, take
+    precedence. `metadata` returns a Cloud TPU's attribute by name, by default from its metadata
+    server. Raises UserError if a part is missing or makes no sense.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -129,8 +126,8 @@ def _cloud_tpu(metadata: Callable[[str], str]) -> Cluster | None:
 def _metadata(name: str) -> str:
     request = urllib.request.Request(_METADATA + name, headers={"Metadata-Flavor": "Google"})
     try:
-        with urllib.request.urlopen(request, timeout=_METADATA_SECS) as answer:
-            return answer.read(_MAX_ANSWER).decode()
+        with urllib.request.urlopen(request, timeout=10.0) as answer:
+            return answer.read(1 << 20).decode()
     except OSError as e:
         raise UserError(
             f"--distributed=tpu: the metadata server does not answer ({e}); this is for Cloud TPU"

@@ -3,8 +3,8 @@
 A manifest holds the step and the SHA-256 of each file of a checkpoint. It is written last, so a
 checkpoint without one was never completed.
 
-Checkpoints that are being read are pinned, so that the trainer does not delete them. A pin is a
-locked file in RUN/eval/reading, so it ends with its process, however that ends.
+A checkpoint that is being read is pinned, so that the trainer does not delete it. A pin is a locked
+file in RUN/eval/reading, so it ends with its process, however that ends.
 """
 
 import contextlib
@@ -157,8 +157,7 @@ def newest_intact(folder: RunFolder, *, start_over: bool, say: Callable[[str], N
     steps = steps_on_disk(folder)
     problems: dict[int, str] = {}
     for step in reversed(steps):
-        problem = damage(folder.checkpoints / str(step))
-        if problem is None:
+        if (problem := damage(folder.checkpoints / str(step))) is None:
             break
         problems[step] = problem
     intact = len(problems) < len(steps)
@@ -169,21 +168,16 @@ def newest_intact(folder: RunFolder, *, start_over: bool, say: Callable[[str], N
         remedy = "falling back to the one before" if intact else "starting at step 0"
         say(f"checkpoint {bad} is damaged ({problem}); {remedy}")
         _set_aside(folder, folder.checkpoints / str(bad))
-    if not intact and start_over:
-        moved = _set_lost_run_aside(folder)
-        if moved is not None:
-            say(f"starting over at step 0; what the lost run has left is in {moved}")
+    if not intact and start_over and (moved := _set_lost_run_aside(folder)) is not None:
+        say(f"starting over at step 0; what the lost run has left is in {moved}")
     return step if intact else None
 
 
 def _check_nothing_is_lost(folder: RunFolder, problems: dict[int, str]) -> None:
-    """Raises UserError where beginning at step 0 would throw a run away."""
     damaged = {k: v for k, v in problems.items() if v != NEVER_COMPLETED}
     if damaged:
-        newest = max(damaged)
-        problem = (
-            f"none of the checkpoints {sorted(problems)} is intact ({newest}: {damaged[newest]})"
-        )
+        newest, why = max(damaged.items())
+        problem = f"none of the checkpoints {sorted(problems)} is intact ({newest}: {why})"
     elif (proof := _proof_of_steps(folder)) is not None:
         problem = f"no checkpoint is there that was completed, but {proof}"
     else:
@@ -195,11 +189,7 @@ def _check_nothing_is_lost(folder: RunFolder, problems: dict[int, str]) -> None:
 
 
 def _proof_of_steps(folder: RunFolder) -> str | None:
-    """What shows that a checkpoint was once completed here, in a few words, or None.
-
-    A run that was killed before its first checkpoint was complete has a log, and no checkpoint
-    to lose.
-    """
+    """What shows that a checkpoint was once completed here, in a few words, or None."""
     if folder.saved_path.exists():
         return f"{folder.saved_path.name} says that one was"
     if folder.complete_path.exists():
@@ -207,6 +197,7 @@ def _proof_of_steps(folder: RunFolder) -> str | None:
     for path in (folder.results_path, folder.best_path):
         if path.exists():
             return f"{path.relative_to(folder.path)} has scores of checkpoints"
+    # A run that was killed before its first checkpoint was complete has a log, too.
     logged = max((record["step"] for record in folder.metrics()), default=0)
     if folder.exists() and logged > 2 * folder.read_config().checkpoint.save_every_steps:
         return f"{folder.metrics_path.name} goes to step {logged}"

@@ -85,7 +85,7 @@ async def _problem_of_all(
             )
     server.close()
     for writer in came.values():
-        writer.write(_line({"problem": problem}))
+        writer.write(_line(problem=problem))
         writer.close()
     await asyncio.gather(*(w.wait_closed() for w in came.values()), return_exceptions=True)
     return problem
@@ -104,22 +104,18 @@ def _listening(cluster: Cluster) -> socket.socket:
         ) from e
 
 
-def _line(values: Mapping[str, Any]) -> bytes:
+def _line(**values: object) -> bytes:
     return json.dumps({"greeting": _GREETING, **values}).encode() + b"\n"
 
 
 def _message(text: bytes) -> dict[str, Any] | None:
+    types = {"process_id": int, "num_processes": int, "facts": dict}
     try:
         message = json.loads(text)
-        whole = (
-            message["greeting"] == _GREETING
-            and isinstance(message["process_id"], int)
-            and isinstance(message["num_processes"], int)
-            and isinstance(message["facts"], dict)
-        )
+        whole = all(isinstance(message[name], kind) for name, kind in types.items())
+        return message if whole and message["greeting"] == _GREETING else None
     except (ValueError, KeyError, TypeError):
         return None
-    return message if whole else None
 
 
 def _problem_with(
@@ -149,9 +145,7 @@ def _problem_with(
 
 def _answer_to(cluster: Cluster, facts: Mapping[str, Any], timeout_secs: float) -> str | None:
     """The other processes: report to process 0, and return what it finds."""
-    report = _line(
-        {"process_id": cluster.process_id, "num_processes": cluster.num_processes, "facts": facts}
-    )
+    report = _line(process_id=cluster.process_id, num_processes=cluster.num_processes, facts=facts)
     deadline = time.monotonic() + timeout_secs
     reason = "no answer"
     while (left := deadline - time.monotonic()) > 0:

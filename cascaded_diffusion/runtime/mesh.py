@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -97,13 +97,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def global_batch(local: Any, mesh: Mesh) -> Any:
     """Joins every process's rows (its `batch_share`) to one sharded array, leaf by leaf."""
     sharding = batch_sharding(mesh)
-    _, count = batch_share(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(
-            sharding, x, (len(x) * count, *x.shape[1:])
-        ),
-        local,
-    )
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
 
 
 @contextlib.contextmanager
@@ -173,9 +167,7 @@ class DeviceBatches:
     def __init__(self, batches: Iterator[Any], mesh: Mesh, *, depth: int = 3):
         self._batches, self._mesh = batches, mesh
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="device batches")
-        self._ahead: deque[Future[Any]] = deque()
-        for _ in range(depth):
-            self._ahead.append(self._reader.submit(self._read))
+        self._ahead = deque(self._reader.submit(self._read) for _ in range(depth))
 
     def _read(self) -> Any:
         return global_batch(next(self._batches), self._mesh)

@@ -63,7 +63,7 @@ def save_png_folder(
 ) -> None:
     """Writes images uint8 [H, W, 1 or 3] as PNG files of these names below a folder.
 
-    The folder appears, or is replaced, by a rename once all files are written.
+    A rename makes the folder appear, or replaces it, once all files are written.
     """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
@@ -108,18 +108,13 @@ def line_plot(
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for (name, points), marker in zip(series.items(), itertools.cycle("os^Dv"), strict=False):
-        axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            marker=marker if markers else None,
-            label=name,
-        )
+        x, y = np.reshape(points, (-1, 2)).T
+        axes.plot(x, y, marker=marker if markers else None, label=name)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     if log_scale:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    # An empty legend is a warning.
-    if axes.get_legend_handles_labels()[0]:
+    if axes.get_legend_handles_labels()[0]:  # an empty legend is a warning
         axes.legend()
     data = io.BytesIO()
     figure.savefig(data, format="png")

@@ -6,6 +6,9 @@ import time
 
 import tqdm
 
+# How often a plain line is printed.
+_LINE_SECS = 15.0
+
 
 def _duration(seconds: float) -> str:
     minutes, secs = divmod(int(seconds + 0.5), 60)
@@ -14,23 +17,16 @@ def _duration(seconds: float) -> str:
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a plain line every `line_secs`.
+    """A progress bar on a terminal; elsewhere a plain line from time to time.
 
     In a job of several processes, all but one are `silent`.
     """
 
     def __init__(
-        self,
-        total: int,
-        *,
-        unit: str,
-        label: str,
-        initial: int = 0,
-        line_secs: float = 15.0,
-        silent: bool = False,
+        self, total: int, *, unit: str, label: str, initial: int = 0, silent: bool = False
     ):
         self._total, self._unit, self._label, self._initial = total, unit, label, initial
-        self._line_secs, self._silent = line_secs, silent
+        self._silent = silent
         self._start = self._last_line = time.monotonic()
         self._bar = None
         # A terminal that knows no width would show an empty bar.
@@ -48,7 +44,7 @@ class Progress:
             self._bar.update(position - self._bar.n)
             return
         now = time.monotonic()
-        if now - self._last_line < self._line_secs and position < self._total:
+        if now - self._last_line < _LINE_SECS and position < self._total:
             return
         self._last_line = now
         done, elapsed = position - self._initial, now - self._start

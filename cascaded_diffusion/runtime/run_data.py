@@ -50,36 +50,33 @@ def check_run_data(folder: RunFolder, data: RunData, *, say: Callable[[str], Non
         otherwise="of another version of this program",
         remedy="remove it to resume without comparing the images",
     )
-    where = data.path or "FOLDER"
+    run, where = f"the run in {folder.path}", data.path or "FOLDER"
     moved = data.given_anew or stored.get("path") != data.path
     names = tuple(stored.get("class_names") or ())
     for split, now in data.splits.items():
         before = stored["splits"].get(split)
-        run = f"the run in {folder.path}"
         if differ := class_difference(run, names, f"split {split!r}", now.class_names):
             raise UserError(f"config.data: {differ}; {_SAME_IMAGES}")
         if not isinstance(before, dict):
             continue  # a split that the run does not use
         if now.identity != before.get("identity"):
             raise UserError(
-                f"config.data: split {split!r} is {now.identity!r}, but the run in {folder.path}"
-                f" was started with {before.get('identity')!r}; {_SAME_IMAGES}"
+                f"config.data: split {split!r} is {now.identity!r}, but {run} was started with"
+                f" {before.get('identity')!r}; {_SAME_IMAGES}"
             )
         if now.times == before.get("times"):
             continue
         files = f"files of split {split!r}"
         if not moved:
             raise UserError(
-                f"config.data: {files} in {where} were modified since the run in {folder.path}"
-                f" began, though their names and sizes are the same; {_SAME_IMAGES}; if they are"
-                f" the same, copied or touched, add --data_path={where}, by which their contents"
-                " are compared"
+                f"config.data: {files} in {where} were modified since {run} began, though their"
+                f" names and sizes are the same; {_SAME_IMAGES}; if they are the same, copied or"
+                f" touched, add --data_path={where}, by which their contents are compared"
             )
         if now.content_sample() != before.get("content_sample"):
             raise UserError(
-                f"config.data: {files} in {where} have other contents than those that the run in"
-                f" {folder.path} was started with, though their names and sizes are the same;"
-                f" {_SAME_IMAGES}"
+                f"config.data: {files} in {where} have other contents than those that {run} was"
+                f" started with, though their names and sizes are the same; {_SAME_IMAGES}"
             )
         say(
             f"data: {files} have other times of modification than when the run began; names,"

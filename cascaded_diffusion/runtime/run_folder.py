@@ -87,9 +87,8 @@ class RunFolder:
 
     def has_checkpoints(self) -> bool:
         """Whether there is a checkpoint, finished or not."""
-        return self.checkpoints.is_dir() and any(
-            p.name.isdecimal() for p in self.checkpoints.iterdir()
-        )
+        there = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return any(path.name.isdecimal() for path in there)
 
     def read_config(self) -> RunConfig:
         """The run's config, checked like a new one. Raises UserError if it cannot be read."""
@@ -221,7 +220,5 @@ class CascadeFolder:
 
     def read_cascade(self) -> dict[str, Any]:
         """The cascade that a sweep wrote, as plain values, to be checked like a new one."""
-        remedy = "have `evaluate sweep --write_best` write it again"
-        return json_files.read_record(
-            self.cascade_path, {}, otherwise="not a cascade", remedy=remedy
-        )
+        what, remedy = "not a cascade", "have `evaluate sweep --write_best` write it again"
+        return json_files.read_record(self.cascade_path, {}, otherwise=what, remedy=remedy)

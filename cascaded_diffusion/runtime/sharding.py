@@ -1,8 +1,7 @@
 """Where parameters and feature maps live in the mesh: rules over paths, names and shapes.
 
-Storage. Parameters, their EMAs and the optimizer's moments are split over `fsdp` if they are
-large enough, and the widest layers over `tensor` as well. All three follow the same rules, so
-matching slices are on the same device.
+Storage. Parameters, their EMAs and the optimizer's moments are split alike: over `fsdp` if they are
+large enough, and the widest layers over `tensor` as well.
 
 Computation. Right before a block uses its parameters they are gathered from `fsdp`, in the
 dtype of the computation; they stay split over `tensor`. The gradient comes back split as the
@@ -48,10 +47,8 @@ def _path(keys: Any) -> str:
 
 
 def _tensor_axis(path: str, shape: tuple[int, ...]) -> int | None:
-    for pattern, axis in _TENSOR_RULES:
-        if pattern.search(path):
-            return len(shape) + axis
-    return None
+    axes = (len(shape) + axis for pattern, axis in _TENSOR_RULES if pattern.search(path))
+    return next(axes, None)
 
 
 class _Rules:
@@ -94,10 +91,11 @@ class _Rules:
 def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every leaf of a tree of shapes (`jax.eval_shape`)."""
     rules = _Rules(abstract_state, mesh)
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: NamedSharding(mesh, rules.stored(_path(keys), leaf.shape)),
-        abstract_state,
-    )
+
+    def stored(keys: Any, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, rules.stored(_path(keys), leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(stored, abstract_state)
 
 
 def make_gather(params: Any, mesh: Mesh) -> Callable[[Any, tuple[str, ...], Any], Any] | None:
@@ -117,12 +115,9 @@ def make_gather(params: Any, mesh: Mesh) -> Callable[[Any, tuple[str, ...], Any]
             where = "/".join((*path, _path(keys)))
             # Norms' scales and shifts are used in float32.
             wanted = leaf.dtype if dtype is None or leaf.ndim < 2 else dtype
-            return _gathered(
-                leaf,
-                wanted,
-                NamedSharding(mesh, rules.stored(where, leaf.shape)),
-                NamedSharding(mesh, rules.computed(where, leaf.shape)),
-            )
+            stored = NamedSharding(mesh, rules.stored(where, leaf.shape))
+            computed = NamedSharding(mesh, rules.computed(where, leaf.shape))
+            return _gathered(leaf, wanted, stored, computed)
 
         return jax.tree_util.tree_map_with_path(gather_leaf, part)
 

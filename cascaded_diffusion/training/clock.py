@@ -78,8 +78,8 @@ class Clock:
         if self._peak_flops is not None:
             rates["model_flops_utilization"] = flops / self._peak_flops
         if jax.process_count() > 1:
-            line = straggler(multihost_utils.process_allgather(np.float32(waited)).ravel())
-            if line is not None:
+            shares = multihost_utils.process_allgather(np.float32(waited)).ravel()
+            if (line := straggler(shares)) is not None:
                 self._say(line)
         self._restart()
         return rates
@@ -88,8 +88,8 @@ class Clock:
 def straggler(waited: np.ndarray) -> str | None:
     """A warning that names the process which holds up the others, or None.
 
-    Devices synchronize at every step, so a step takes equally long on all processes. What tells
-    them apart is `waited` [process], the share of the time in which a process had no data.
+    Since devices synchronize, a step takes equally long on all processes; they differ in `waited`
+    [process], the share of the time in which a process had no data.
     """
     slowest, usual = int(np.argmax(waited)), float(np.median(waited))
     if waited[slowest] - usual < _STRAGGLER_FRACTION:

@@ -25,7 +25,6 @@ from cascaded_diffusion.training import resume
 from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.training.recorder import GridSampler, Recorder, Records
 from cascaded_diffusion.training.resume import Outcome
-from cascaded_diffusion.training.step import TrainState
 
 Shape = tuple[int, int, int]
 
@@ -45,18 +44,12 @@ def train(
 ) -> Outcome:
     """Trains one stage to its end, resuming from the newest checkpoint if there is one.
 
-    Args:
-      config: the run's config, checked.
-      folder: where the run lives; made if it is not there.
-      data_from: gives this process's batches from a step on.
-      image_shape: (H, W, C) of the data.
-      grid_examples: GRID_ROWS * GRID_COLUMNS real examples, for `GridSampler`.
-      low_res_shape: (h, w, C), where the data has low-res images stored.
-      data: identifies the images, since a run resumes only with the same; None: not compared.
-      start_over: begin at step 0 where a run is in the folder but none of its checkpoints is
-        intact; without it that is refused.
-      profile_steps: the first and last step to write a trace of, to RUN/profile.
-      mesh: of all devices; by default what `config.mesh` says, with fsdp 1 where it says None.
+    `data_from` gives this process's batches from a step on; their images are (H, W, C) as
+    `image_shape`, and (h, w, C) as `low_res_shape` where low-res ones are stored. `grid_examples`
+    are GRID_ROWS * GRID_COLUMNS real examples for `GridSampler`. A run resumes only with the same
+    `data`; None is not compared. A run without an intact checkpoint is refused unless it is to
+    `start_over` at step 0. The first to the last of `profile_steps` are traced to RUN/profile. The
+    default `mesh` is what `config.mesh` says, with fsdp 1 where it says None.
 
     Raises UserError if JAX computes with 64 bits, the folder belongs to another run, to other
     images or another process, checkpoints are damaged or cannot be written, or the loss is not
@@ -76,9 +69,8 @@ def train(
         if outcome is not None:
             resume.store(folder, config, data, changed)
             return outcome
-        checkpoints = stack.enter_context(
-            contextlib.closing(CheckpointWriter(folder, config.checkpoint))
-        )
+        checkpoints = CheckpointWriter(folder, config.checkpoint)
+        stack.enter_context(contextlib.closing(checkpoints))
         # From here on a signal is only noted: the step is finished and saved first.
         asked_to_stop = stack.enter_context(_stop_requests())
         stage = build_stage(config.stage)
@@ -97,24 +89,16 @@ def train(
             stage, config.train, mesh, state, image_shape, low_res_shape=low_res_shape
         )
         compile_secs = time.monotonic() - start
-        flops_per_step = step_lib.flops_per_step(stage, config.train.batch_size)
+        flops = step_lib.flops_per_step(stage, config.train.batch_size)
         if is_first_process:
-            _print_start(config, mesh, state, flops_per_step, compile_secs)
-        grid_sampler = None
+            _print_start(config, mesh, state, flops, compile_secs)
+        make_grid = None
         if config.train.sample_every_steps is not None:
             sampled = step_lib.stage_for_sampling(stage, mesh)
-            grid_sampler = GridSampler(sampled, config, mesh, grid_examples)
+            make_grid = GridSampler(sampled, config, mesh, grid_examples)
         local_batches = data_from(step)
         recorder = Recorder(
-            config,
-            folder,
-            mesh,
-            checkpoints,
-            grid_sampler,
-            local_batches,
-            first_step=step,
-            flops_per_step=flops_per_step,
-            compile_secs=compile_secs,
+            config, folder, mesh, checkpoints, make_grid, local_batches, step, flops, compile_secs
         )
         reason = "complete"
         with (
@@ -174,7 +158,7 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
 
 def _restore_or_init(
     stage: Stage, config: RunConfig, mesh: Mesh, checkpoints: CheckpointWriter, *, start_over: bool
-) -> TrainState:
+) -> step_lib.TrainState:
     abstract = step_lib.abstract_state(stage, config.train, mesh)
     restored = checkpoints.restore_latest(abstract, start_over=start_over)
     if restored is not None:
@@ -184,16 +168,15 @@ def _restore_or_init(
 
 
 def _print_start(
-    config: RunConfig, mesh: Mesh, state: TrainState, flops_per_step: float, compile_secs: float
+    config: RunConfig, mesh: Mesh, state: step_lib.TrainState, flops: float, compile_secs: float
 ) -> None:
-    """Says what is about to run, on what, and from which step."""
     name, kind = config.stage.name, jax.devices()[0].device_kind
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     arrays = jax.tree.leaves(dataclasses.replace(state, key=None))  # a key has no bytes
     device_bytes = sum(x.addressable_shards[0].data.nbytes for x in arrays)
     print(
-        f"{name}: train step compiled in {compile_secs:.1f} s, {flops_per_step / 1e9:.1f} model"
+        f"{name}: train step compiled in {compile_secs:.1f} s, {flops / 1e9:.1f} model"
         f" GFLOP (multiply-add = 2, backward = 2 x forward) for {config.train.batch_size} images,"
         f" on {mesh.size} {kind} device(s){f' ({sizes})' if sizes else ''}{processes};"
         f" state {device_bytes / 1e9:.2g} GB per device",
@@ -204,14 +187,9 @@ def _print_start(
 
 
 def _evaluation_asks_to_stop(folder: RunFolder, config: RunConfig, step: int) -> bool:
-    """Whether evaluation asks to stop: the same answer for all processes.
-
-    With several, process 0 tells the others at steps that are logged, since a file may appear to
-    one of them earlier than to another.
-    """
-    if jax.process_count() == 1:
-        return folder.asked_to_stop(config.eval.patience_evals)
-    if step % config.train.log_every_steps:
+    # A file may appear to one process earlier than to another, so process 0 tells the others, at
+    # steps that are logged.
+    if jax.process_count() > 1 and step % config.train.log_every_steps:
         return False
     asked = jax.process_index() == 0 and folder.asked_to_stop(config.eval.patience_evals)
     return bool(mesh_lib.broadcast_from_process_0([int(asked)])[0])

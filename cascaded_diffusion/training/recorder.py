@@ -37,7 +37,7 @@ _FIRST_STEPS, _REPORTED_COMPILE_SECS = 3, 1.0
 
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
-    """Errors inside the block concern one process, while the others are in the middle of a step."""
+    # The other processes are in the middle of a step and cannot be told of an error.
     try:
         yield
     except (UserError, OSError) as e:
@@ -57,30 +57,25 @@ class GridSampler:
         num_classes = stage.config.num_classes
         self._key = jax.random.key(config.eval.seed)
         self._indices = np.arange(len(examples["label"]))
-        self._labels = self._indices % num_classes if num_classes else None
-        self._low_res, level = None, None
+        label = self._indices % num_classes if num_classes else None
+        low_res, level = None, None
         if stage.augment is not None:
-            self._low_res = np.asarray(stage.low_res_from(float_from_uint8(examples["image"])))
-            self._labels = examples["label"] if num_classes else None
+            low_res = np.asarray(stage.low_res_from(float_from_uint8(examples["image"])))
+            label = examples["label"] if num_classes else None
             level = config.eval.aug_level if stage.augment.has_aug_level else None
+        self._given = {"label": label, "low_res": low_res}
 
         def sample(
-            params: Params,
-            key: jax.Array,
-            indices: jax.Array,
-            labels: jax.Array | None,
-            low_res: jax.Array | None,
+            params: Params, key: jax.Array, indices: jax.Array, given: dict[str, jax.Array | None]
         ) -> jax.Array:
-            image = stage.sample(
-                params, keys_for(key, indices), label=labels, low_res=low_res, aug_level=level
-            )
-            return uint8_from_float(image)
+            keys = keys_for(key, indices)
+            return uint8_from_float(stage.sample(params, keys, aug_level=level, **given))
 
         self._sample = jax.jit(sample, out_shardings=mesh_lib.replicated(mesh))
 
     def __call__(self, params: Params) -> np.ndarray:
         """One picture, uint8 [H, W, C], of samples from `params`."""
-        images = self._sample(params, self._key, self._indices, self._labels, self._low_res)
+        images = self._sample(params, self._key, self._indices, self._given)
         return pictures.grid(np.asarray(images), columns=GRID_COLUMNS)
 
 
@@ -100,14 +95,13 @@ class Recorder:
         folder: RunFolder,
         mesh: Mesh,
         checkpoints: CheckpointWriter,
-        grid_sampler: GridSampler | None,
+        make_grid: GridSampler | None,
         local_batches: Iterator[Records],
-        *,
         first_step: int,
         flops_per_step: float,
         compile_secs: float,
     ):
-        self._config, self._checkpoints, self._grid_sampler = config, checkpoints, grid_sampler
+        self._config, self._checkpoints, self._make_grid = config, checkpoints, make_grid
         self._local_batches, self._compile_secs = local_batches, compile_secs
         self._total = config.train.train_steps
         self._first_step = self._saved_step = first_step
@@ -142,7 +136,7 @@ class Recorder:
             self._writer.close()
 
     def next_of(self, batches: Iterator[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-        """The next batch; how long it is waited for is measured."""
+        """The next batch. Measures how long it is waited for."""
         start = time.monotonic()
         with _one_process():
             records = next(batches)
@@ -169,7 +163,7 @@ class Recorder:
                 self._saved_step = step
             if sample:
                 ema = ema_name(self._config.eval.ema_decays[0])
-                grid = self._grid_sampler(state.ema_params[ema])
+                grid = self._make_grid(state.ema_params[ema])
                 if self._writer is not None:
                     with _one_process():
                         self._writer.write_image(step, "ema_samples", grid)
@@ -215,10 +209,10 @@ class Recorder:
     def _check_finite(self, values: dict[str, float], step: int) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            kept = self._checkpoints.steps()
+            last = max(self._checkpoints.steps(), default="none")
             raise UserError(
                 f"{bad[0]} is {values[bad[0]]} at step {step}: training has diverged; nothing of"
-                f" this step was saved (last checkpoint: {kept[-1] if kept else 'none'}); lower"
+                f" this step was saved (last checkpoint: {last}); lower"
                 " config.train.learning_rate or config.train.grad_clip_norm"
             )
 

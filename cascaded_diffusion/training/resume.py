@@ -80,7 +80,7 @@ def finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outco
     It is known before anything is compiled. Raises UserError if TRAIN_COMPLETE is damaged, or there
     are no checkpoints beside it.
     """
-    values = (-1, 0)
+    values = (-1, 0)  # the reason's index or, if there is something left to do, -1; and the step
     with mesh_lib.fail_on_all_processes():
         if jax.process_index() == 0:
             values = _finished(folder, config, start_over=start_over)
@@ -89,7 +89,6 @@ def finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outco
 
 
 def _finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> tuple[int, int]:
-    """The reason's index and the step; (-1, 0) where there is something left to do."""
     steps = finished_steps(folder)
     asked_to_stop = folder.asked_to_stop(config.eval.patience_evals)
     if folder.complete_path.exists():

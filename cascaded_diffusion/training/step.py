@@ -76,9 +76,7 @@ def abstract_state(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainState:
     shapes = jax.eval_shape(make_init(stage, config))
     shardings = sharding.state_shardings(shapes, mesh)
     return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        shapes,
-        shardings,
+        lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shapes, shardings
     )
 
 
@@ -97,20 +95,6 @@ def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
         )
 
     return init
-
-
-def stage_for_training(stage: Stage, config: TrainConfig, mesh: Mesh) -> Stage:
-    """The stage as it is trained over a mesh."""
-    params = jax.eval_shape(stage.init, jax.random.key(0))
-    execution = Execution(
-        gather=sharding.make_gather(params, mesh),
-        constrain_sharding=sharding.make_sharding_constraint(
-            mesh, batch_size=config.batch_size // (config.accumulation_steps or 1)
-        ),
-        per_device=sharding.make_per_device(mesh),
-        remat_sizes=config.remat_sizes,
-    )
-    return stage.with_execution(execution)
 
 
 def stage_for_sampling(stage: Stage, mesh: Mesh) -> Stage:
@@ -140,38 +124,44 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     global batch; they do not depend on the number of parts.
     """
     optimizer = build_optimizer(config)
-    learning_rate = build_learning_rate(config)
     parts = config.accumulation_steps or 1
-    stage = stage_for_training(stage, config, mesh)
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    execution = Execution(
+        gather=sharding.make_gather(params, mesh),
+        constrain_sharding=sharding.make_sharding_constraint(
+            mesh, batch_size=config.batch_size // parts
+        ),
+        per_device=sharding.make_per_device(mesh),
+        remat_sizes=config.remat_sizes,
+    )
+    stage = stage.with_execution(execution)
     grad_fn = jax.grad(stage.loss_of, has_aux=True)
 
     def gradient(params: Params, noised: NoisedBatch, key: jax.Array) -> tuple[Params, Metrics]:
-        """The gradient of the batch's mean loss, and its metrics."""
         if parts == 1:
             return grad_fn(params, noised, key)
-        total = jax.eval_shape(
-            grad_fn, params, jax.tree.map(lambda x: x[: len(x) // parts], noised), key
-        )
+        first_part = jax.tree.map(lambda x: x[: len(x) // parts], noised)
+        shapes = jax.eval_shape(grad_fn, params, first_part, key)
 
         def add(total: Any, part: NoisedBatch) -> tuple[Any, None]:
             summed = jax.tree.map(jnp.add, total, grad_fn(params, part, key))
             return _stored(summed, mesh), None
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         total, _ = jax.lax.scan(add, _stored(zeros, mesh), _in_parts(noised, parts, mesh))
         return jax.tree.map(lambda x: x / parts, total)
 
     def train_step(state: TrainState, records: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        image = float_from_uint8(records["image"])
         low_res = float_from_uint8(records["low_res"]) if "low_res" in records else None
-        batch = Batch(
-            image=float_from_uint8(records["image"]), label=records["label"], low_res=low_res
-        )
+        batch = Batch(image=image, label=records["label"], low_res=low_res)
         key = jax.random.fold_in(state.key, state.step)
         # Noise is drawn for the whole batch, so that it depends on the row alone.
         grads, metrics = gradient(state.params, stage.noised(batch, key), key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        new_state = TrainState(
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             ema_params={
@@ -181,11 +171,10 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
                 for decay in config.ema_decays
             },
             opt_state=opt_state,
-            key=state.key,
         )
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(build_learning_rate(config)(state.step), jnp.float32),
         }
         return new_state, metrics
 
@@ -193,7 +182,6 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
 
 
 def _stored(tree: Any, mesh: Mesh) -> Any:
-    """Constrains a tree to be split as parameters are stored."""
     return jax.lax.with_sharding_constraint(tree, sharding.state_shardings(tree, mesh))
 
 
@@ -219,23 +207,19 @@ def compile_train_step(
 ) -> jax.stages.Compiled:
     """Compiles `make_train_step` for the shardings of a state, or its shapes, which it donates.
 
-    `image_shape` is (H, W, C) of the data, and `low_res_shape` (h, w, C) where the data has low-res
-    images stored. `compiler_options` are XLA's.
+    `image_shape` is (H, W, C), `low_res_shape` (h, w, C) where low-res images are stored.
     """
-    split = mesh_lib.batch_sharding(mesh)
-    shapes = {"image": image_shape, "label": ()}
-    if low_res_shape is not None:
-        shapes["low_res"] = low_res_shape
+    shapes = {"image": image_shape, "label": (), "low_res": low_res_shape}
     records = {
         name: jax.ShapeDtypeStruct(
-            (config.batch_size, *shape), jnp.uint8 if shape else jnp.int32, sharding=split
+            (config.batch_size, *shape),
+            jnp.uint8 if shape else jnp.int32,
+            sharding=mesh_lib.batch_sharding(mesh),
         )
         for name, shape in shapes.items()
+        if shape is not None
     }
-    state_shardings = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(
-        make_train_step(stage, config, mesh),
-        out_shardings=(state_shardings, mesh_lib.replicated(mesh)),
-        donate_argnums=0,
-    )
+    outputs = jax.tree.map(lambda x: x.sharding, state), mesh_lib.replicated(mesh)
+    train_step = make_train_step(stage, config, mesh)
+    jitted = jax.jit(train_step, out_shardings=outputs, donate_argnums=0)
     return jitted.lower(state, records).compile(compiler_options)

@@ -1,8 +1,9 @@
-from cascaded_diffusion.runtime.progress import Progress
+from cascaded_diffusion.runtime import progress as progress_lib
 
 
-def test_progress_without_a_terminal_is_plain_lines(capsys):
-    progress = Progress(10, unit="steps", label="sr32", line_secs=0.0)
+def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
+    monkeypatch.setattr(progress_lib, "_LINE_SECS", 0.0)
+    progress = progress_lib.Progress(10, unit="steps", label="sr32")
     progress.update(4, loss="0.1", data_wait="3 %")
     progress.update(10)
     progress.close()
