@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -21,8 +20,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import read_record
-from cascaded_diffusion.files.whole import sha256_of, write_whole
+from cascaded_diffusion.files.json_files import read_record, write_json
+from cascaded_diffusion.files.whole import sha256_of
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 MANIFEST = "manifest.json"
@@ -41,8 +40,7 @@ def _file_hashes(folder: pathlib.Path) -> dict[str, str]:
 
 def write_manifest(folder: pathlib.Path, step: int) -> None:
     """Records the step and the SHA-256 of every file of a finished checkpoint."""
-    manifest = {"step": step, "sha256": _file_hashes(folder)}
-    write_whole(folder / MANIFEST, json.dumps(manifest).encode())
+    write_json(folder / MANIFEST, {"step": step, "sha256": _file_hashes(folder)}, indent=None)
 
 
 def _manifest(folder: pathlib.Path) -> dict[str, Any] | None:

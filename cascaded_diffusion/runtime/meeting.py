@@ -29,8 +29,8 @@ _GRACE_SECS = 5.0
 def meet(cluster: Cluster, facts: Mapping[str, Any], *, timeout_secs: float) -> None:
     """Returns when all processes have come to the coordinator and agree on the facts (JSON values).
 
-    Raises UserError, the same in every process that came, if one is late or has other facts, and if
-    the address cannot be reached.
+    Raises UserError in every process that came if one is late or has other facts, and if the
+    address cannot be reached.
     """
     if cluster.num_processes == 1:
         return

@@ -142,15 +142,13 @@ class RunFolder:
     def check_held(self) -> None:
         """Raises UserError if a folder that this process has locked has disappeared."""
         for path, inode in self._held.items():
-            try:
-                there = path.stat().st_ino == inode
-            except OSError:
-                there = False
-            if not there:
-                raise UserError(
-                    f"--{self._flag}={self.path}: the folder was moved or removed while this"
-                    " process was writing to it; bring it back and run the same command again"
-                )
+            with contextlib.suppress(OSError):
+                if path.stat().st_ino == inode:
+                    continue
+            raise UserError(
+                f"--{self._flag}={self.path}: the folder was moved or removed while this"
+                " process was writing to it; bring it back and run the same command again"
+            )
 
     def ask_to_stop(self, patience_evals: int) -> None:
         """Writes EARLY_STOP, saying which patience ran out."""

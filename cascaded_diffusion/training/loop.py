@@ -100,12 +100,8 @@ def train(
         recorder = Recorder(
             config, folder, mesh, checkpoints, make_grid, local_batches, step, flops, compile_secs
         )
-        reason = "complete"
-        with (
-            recorder,
-            contextlib.closing(mesh_lib.DeviceBatches(local_batches, mesh)) as batches,
-            contextlib.closing(profiler),
-        ):
+        reason, batches = "complete", mesh_lib.DeviceBatches(local_batches, mesh)
+        with recorder, contextlib.closing(batches), contextlib.closing(profiler):
             while step < total:
                 if _evaluation_asks_to_stop(folder, config, step):
                     reason = "early_stop"

@@ -105,23 +105,15 @@ class Recorder:
         self._local_batches, self._compile_secs = local_batches, compile_secs
         self._total = config.train.train_steps
         self._first_step = self._saved_step = first_step
-        is_first_process = jax.process_index() == 0
-        self._writer = MetricWriter(folder, resume_step=first_step) if is_first_process else None
+        silent = jax.process_index() != 0
+        self._writer = None if silent else MetricWriter(folder, resume_step=first_step)
         self._progress = Progress(
-            self._total,
-            unit="steps",
-            label=config.stage.name,
-            initial=first_step,
-            silent=not is_first_process,
+            self._total, unit="steps", label=config.stage.name, initial=first_step, silent=silent
         )
         self.say = self._progress.say
         accelerator = accelerator_of(jax.devices()[0].device_kind)
-        self._clock = Clock(
-            config.train.batch_size,
-            flops_per_step,
-            peak_flops=None if accelerator is None else mesh.size * accelerator.peak_flops,
-            say=self.say,
-        )
+        peak = None if accelerator is None else mesh.size * accelerator.peak_flops
+        self._clock = Clock(config.train.batch_size, flops_per_step, peak_flops=peak, say=self.say)
         self._compiles = monitor.CompileWatch()
         self._pending: tuple[int, Metrics] | None = None
 

@@ -152,8 +152,8 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
         return jax.tree.map(lambda x: x / parts, total)
 
     def train_step(state: TrainState, records: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        image = float_from_uint8(records["image"])
         low_res = float_from_uint8(records["low_res"]) if "low_res" in records else None
+        image = float_from_uint8(records["image"])
         batch = Batch(image=image, label=records["label"], low_res=low_res)
         key = jax.random.fold_in(state.key, state.step)
         # Noise is drawn for the whole batch, so that it depends on the row alone.
