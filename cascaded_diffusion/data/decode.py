@@ -41,11 +41,8 @@ def decode_image(data: bytes, *, channels: int, max_pixels: int) -> tuple[np.nda
     """Decodes an image file to uint8 [H, W, channels]: 1 (grey) or 3 (RGB).
 
     Also returns what the image was converted from if it was not 8-bit grey or RGB ("CMYK",
-    "16-bit", "palette", "transparency"), else None.
-
-    Raises:
-      CorruptRecord: the data is damaged, animated, no image of `FORMATS`, or has more than
-        `max_pixels`.
+    "16-bit", "palette", "transparency"), else None. Raises CorruptRecord if the data is damaged,
+    animated, no image of `FORMATS`, or has more than `max_pixels`.
     """
     if not data:
         raise CorruptRecord("empty, 0 bytes")
@@ -78,10 +75,10 @@ def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray | No
     except ValueError:
         return None
     _check_size(width, height, max_pixels)
-    if colorspace not in (("GRAY",) if channels == 1 else ("RGB", "YCbCr")):
+    wanted, accepted = ("GRAY", ["GRAY"]) if channels == 1 else ("RGB", ["RGB", "YCbCr"])
+    if colorspace not in accepted:
         return None
     try:
-        wanted = "GRAY" if channels == 1 else "RGB"
         return simplejpeg.decode_jpeg(data, colorspace=wanted, strict=True)
     except ValueError as e:
         raise CorruptRecord(f"damaged JPEG ({e})") from e

@@ -15,14 +15,9 @@ import stat
 
 import numpy as np
 
+from cascaded_diffusion.data import records
 from cascaded_diffusion.data.decode import SUFFIXES
-from cascaded_diffusion.data.records import (
-    CorruptRecord,
-    DataMissing,
-    RawExample,
-    RawSource,
-    digest_of_files,
-)
+from cascaded_diffusion.data.records import CorruptRecord, DataMissing, RawExample
 from cascaded_diffusion.data.splits import WHOLE, parse_split, part_of, split_problem
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.paths import describe_passed_over, is_litter, printable
@@ -35,14 +30,11 @@ _SLASH = os.fsencode(os.sep)
 _File = tuple[bytes, int, int]
 
 
-class FolderSource(RawSource):
+class FolderSource(records.RawSource):
     """The image files below a folder, in order of their paths; `load_folder` makes it.
 
-    Attributes:
-      where: the folder, for people.
-      names: the paths of the files below it, one after the other.
-      labels: int32 [n]; 0 without classes.
-      passed_over: how many files of which kinds are no images, for people; "" for none.
+    `names` has the paths below the folder, one after the other, and `labels`, int32 [n], 0 for
+    data without classes. `where` the folder is and what was `passed_over` are for people.
     """
 
     def __init__(
@@ -60,9 +52,9 @@ class FolderSource(RawSource):
         self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         self.labels, self.class_names = labels, tuple(map(os.fsdecode, class_names))
         self.class_counts = np.bincount(labels, minlength=len(class_names))
-        digest = digest_of_files(names, (size for _, size, _ in files))
+        digest = records.digest_of_files(names, (size for _, size, _ in files))
         self.identity = f"folder:{printable(split)}:{len(names)} images:{digest}"
-        self.times = digest_of_files(names, (time for _, _, time in files))
+        self.times = records.digest_of_files(names, (time for _, _, time in files))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -133,11 +125,8 @@ def _scan(
 def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
     """Lists the images of a split (or a part of it) of the folder `path`.
 
-    `classes` is "folder", "file_name", or None for a model without classes.
-
-    Raises:
-      DataMissing: there is no such folder or split.
-      UserError: it holds no images, or a class has none.
+    `classes` is "folder", "file_name", or None for a model without classes. Raises DataMissing if
+    there is no such folder or split, UserError if it, or a class, has no images.
     """
     name = parse_split(split)["name"]
     if not os.path.isdir(path):
@@ -186,10 +175,10 @@ def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
             of_name = [os.path.basename(name).partition(b"_")[0] for name in names]
             class_names = sorted(set(of_name))
         if empty := sorted(set(class_names) - set(of_name)):
-            raise UserError(
-                f"{where}: class {os.fsdecode(empty[0])!r} has no images; remove the folder, or"
-                " fill it"
+            problem = (
+                f"class {os.fsdecode(empty[0])!r} has no images; remove the folder, or fill it"
             )
+            raise UserError(f"{where}: {problem}")
         number = {name: i for i, name in enumerate(class_names)}
         labels = np.fromiter((number[name] for name in of_name), np.int32, len(names))
     chosen = part_of(names, split)

@@ -15,13 +15,10 @@ from cascaded_diffusion.errors import UserError
 
 
 class GivenImages(NamedTuple):
-    """Images of one size, in order of their names.
+    """Images of one size, uint8 [n, h, h, C], in order of their `names`: paths below the folder.
 
-    Attributes:
-      images: uint8 [n, h, h, C].
-      names: the paths of their files, relative to the folder.
-      passed_over: which other files there are, for people; "" for none.
-      notes: what was done to the images, in lines for people.
+    Lines for people say which other files were `passed_over` ("" for none), and what was done to
+    the images (`notes`).
     """
 
     images: np.ndarray
@@ -60,10 +57,9 @@ def read_given_images(
                 f"{flag}: {names[0]} is {_size(images[0])}, {name} {_size(images[-1])}:"
                 " expected images of one size"
             )
-    to = "grey" if channels == 1 else "RGB"
+    to = f"converted to 8-bit {'grey' if channels == 1 else 'RGB'}"
     notes = tuple(
-        f"converted to 8-bit {to}: {len(found)} of {len(images)} images ({kind}), the first is"
-        f" {found[0]}"
+        f"{to}: {len(found)} of {len(images)} images ({kind}), the first is {found[0]}"
         for kind, found in converted.items()
     )
     return GivenImages(np.stack(images), names, files.passed_over, notes)
@@ -101,15 +97,13 @@ def fitted(
         return resize_uint8(center_crop(image), resize_to, "area")
     if height != width or height not in sizes:
         wanted = " or ".join(f"{size} x {size}" for size in sizes)
-        how = ""
+        problem = f"{where} is {_size(image)}, expected {wanted}, as the cascade enlarges"
         if shrinkable := [size for size in sizes if size <= min(height, width)]:
-            how = (
+            problem += (
                 f"; --resize_low_res={shrinkable[-1]} cuts out the centre square of every image"
                 " and shrinks it"
             )
-        raise UserError(
-            f"{where} is {_size(image)}, expected {wanted}, as the cascade enlarges{how}"
-        )
+        raise UserError(problem)
     return image
 
 

@@ -62,8 +62,7 @@ def _read_batch(
     return batch
 
 
-def _read_step(step: int) -> dict[str, np.ndarray]:
-    """A batch of the stream, in a worker process that was given it."""
+def _read_step_in_worker(step: int) -> dict[str, np.ndarray]:
     return workers.given()[step]
 
 
@@ -82,13 +81,11 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             # The order and state of grain's own processes depend on their number, and they
             # leave shared memory behind.
             self._iterator = workers.in_order(
-                _read_step, stream, num_workers=config.read_workers, start=start_step
+                _read_step_in_worker, stream, num_workers=config.read_workers, start=start_step
             )
         else:
             threads = config.read_threads
-            options = grain.ReadOptions(
-                num_threads=threads, prefetch_buffer_size=2 * max(threads, 1)
-            )
+            options = grain.ReadOptions(threads, prefetch_buffer_size=2 * max(threads, 1))
             self._iterator = iter(stream[start_step:].to_iter_dataset(options))
 
     @property

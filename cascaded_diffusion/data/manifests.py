@@ -48,11 +48,7 @@ class Skipped(TypedDict):
 
 
 class Report(Shard):
-    """What is known about a shard when it has been written.
-
-    `converted` counts by kind. `fingerprint` and `times` belong to the plan that the shard was
-    written by.
-    """
+    """What is known about a written shard; `fingerprint` and `times` are those of its plan."""
 
     class_counts: list[int]
     skipped: list[Skipped]
@@ -79,8 +75,7 @@ class Settings(TypedDict):
 class Manifest(Settings):
     """What is known about a split when all its shards have been written.
 
-    `identity` is `source_identity` and what was left out; `times` and `content_sample` are the
-    source's.
+    `identity` is `source_identity` and what was left out.
     """
 
     identity: str

@@ -36,8 +36,7 @@ class ShardPart(NamedTuple):
 class Shards:
     """The records of several files, one after the other.
 
-    Error messages say by `remedy` what to do about a damaged file. Raises UserError if a file is
-    missing.
+    Raises UserError, which says by `remedy` what to do, if a file is missing.
     """
 
     def __init__(self, parts: list[ShardPart], *, remedy: str):
@@ -104,7 +103,7 @@ def write_array_record(path: str, records: Iterable[bytes]) -> None:
 
     Raises UserError if the file cannot be written whole.
     """
-    count = 0
+    count, remedy = 0, "free some space, and run the command again"
     try:
         writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
         with contextlib.closing(writer):
@@ -112,12 +111,10 @@ def write_array_record(path: str, records: Iterable[bytes]) -> None:
                 writer.write(record)
                 count += 1
     except RuntimeError as e:  # of the C++ writer
-        raise UserError(
-            f"{path}: cannot be written ({_first_line(e)}); free some space, and run the command"
-            " again to resume"
-        ) from e
+        problem = f"cannot be written ({_first_line(e)})"
+        raise UserError(f"{path}: {problem}; {remedy} to resume") from e
     # A truncated file may merely claim to be empty.
-    _check_count(ShardPart(path, 0, count, count), "free some space, and run the command again")
+    _check_count(ShardPart(path, 0, count, count), remedy)
 
 
 class TfRecordShards(Shards):

@@ -64,7 +64,6 @@ class Plan:
         return self.folder / manifests.shard_name(number)
 
     def report_path(self, number: int) -> pathlib.Path:
-        """The report of a finished shard. If there is no manifest, `prepare` resumes by it."""
         return self.folder / "reports" / f"{number:05d}.json"
 
     def manifest(

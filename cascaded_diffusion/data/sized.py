@@ -18,17 +18,10 @@ import cv2
 import numpy as np
 
 from cascaded_diffusion.config.schema import MAX_PIXELS, DataConfig
-from cascaded_diffusion.data import manifests
+from cascaded_diffusion.data import manifests, records
 from cascaded_diffusion.data.decode import decode_image
 from cascaded_diffusion.data.record_files import ArrayRecordShards, ShardPart
-from cascaded_diffusion.data.records import (
-    PREPARE,
-    CorruptRecord,
-    RawExample,
-    RawSource,
-    Sized,
-    Source,
-)
+from cascaded_diffusion.data.records import CorruptRecord, RawExample, RawSource, Sized, Source
 from cascaded_diffusion.data.transforms import CROPS, resize_uint8
 from cascaded_diffusion.errors import UserError
 
@@ -67,17 +60,13 @@ class ProcessedSource(Source):
 
     def processed(self, example: RawExample, index: int) -> Sized:
         """Processes a record that has been read already, as `read` does."""
-        image, label = example
-        self.check_label(label, index)
-        pixels = self.decoded(image, index)
+        self.check_label(example.label, index)
+        pixels, size = self.decoded(example.image, index), self.image_shape[0]
         height, width = pixels.shape[:2]
-        if min(height, width) < self.image_shape[0]:
-            self._note(
-                "enlarged",
-                f"enlarged: {self.describe(index)} ({width} x {height} pixels) to"
-                f" {self.image_shape[0]} px; so are others that are smaller",
-            )
-        return self.sized(pixels, label)
+        if min(height, width) < size:
+            what = f"{self.describe(index)} ({width} x {height} pixels) to {size} px"
+            self._note("enlarged", f"enlarged: {what}; so are others that are smaller")
+        return self.sized(pixels, example.label)
 
     def check_label(self, label: int, index: int) -> None:
         """Raises UserError for a label that is none of the classes."""
@@ -97,16 +86,11 @@ class ProcessedSource(Source):
         """The pixels of an image: uint8 [H, W, C] of any size."""
         if isinstance(image, np.ndarray):
             return image
-        channels = self.image_shape[2]
-        pixels, note = decode_image(
-            image, channels=channels, max_pixels=self._config.max_pixels or MAX_PIXELS
-        )
+        channels, max_pixels = self.image_shape[2], self._config.max_pixels or MAX_PIXELS
+        pixels, note = decode_image(image, channels=channels, max_pixels=max_pixels)
         if note is not None:
-            self._note(
-                note,
-                f"converted: {self.describe(index)} ({note}) to 8-bit"
-                f" {'grey' if channels == 1 else 'RGB'}; so are others like it",
-            )
+            what = f"{self.describe(index)} ({note}) to 8-bit {'grey' if channels == 1 else 'RGB'}"
+            self._note(note, f"converted: {what}; so are others like it")
         return pixels
 
     def sized(self, pixels: np.ndarray, label: int) -> Sized:
@@ -139,7 +123,9 @@ class PreparedSource(Source):
 
     def __init__(self, folder: pathlib.Path, manifest: manifests.Manifest, config: DataConfig):
         manifest_path = folder / manifests.MANIFEST
-        remedy = f"remove {manifest_path} and prepare again by {PREPARE}: what is whole is kept"
+        remedy = (
+            f"remove {manifest_path} and prepare again by {records.PREPARE}: what is whole is kept"
+        )
         parts = []
         for shard in manifest["shards"]:
             path = folder / shard["file"]

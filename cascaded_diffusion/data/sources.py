@@ -55,9 +55,8 @@ def load_raw(config: DataConfig, split: str, stage: StageConfig) -> RawSource:
     if raw.fixed_shape is not None:
         height, width, channels = raw.fixed_shape
         if config.resolution > min(height, width):
-            fail_at(
-                config, "data.resolution", f"at most {min(height, width)}, as {config.name!r} has"
-            )
+            expected = f"at most {min(height, width)}, as {config.name!r} has"
+            fail_at(config, "data.resolution", expected)
         if config.crop == "none" and height != width:
             expected = f"'center', as the images of {config.name!r} are {width} x {height}"
             fail_at(config, "data.crop", expected)

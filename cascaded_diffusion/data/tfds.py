@@ -15,32 +15,21 @@ import tensorflow_datasets as tfds
 
 from cascaded_diffusion.config.convert import fail
 from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
-from cascaded_diffusion.data.record_files import (
-    ArrayRecordShards,
-    ShardPart,
-    Shards,
-    TfRecordShards,
-)
-from cascaded_diffusion.data.records import (
-    PREPARE,
-    CorruptRecord,
-    DataMissing,
-    RawExample,
-    RawSource,
-    digest_of_files,
-)
+from cascaded_diffusion.data import record_files, records
+from cascaded_diffusion.data.records import CorruptRecord, DataMissing, RawExample
 from cascaded_diffusion.data.splits import split_problem
 from cascaded_diffusion.errors import UserError
 
 # A name, a builder config, a version. No namespace: TFDS would run code it downloads for it.
 _NAME = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.\-]+)?(:\d+\.\d+\.\d+)?")
 _REMEDY = "copy the data set anew, or remove the folder and prepare it again"
+_SHARDS: dict[str, type[record_files.Shards]] = {
+    "array_record": record_files.ArrayRecordShards,
+    "tfrecord": record_files.TfRecordShards,
+}
 
 
-_SHARDS: dict[str, type[Shards]] = {"array_record": ArrayRecordShards, "tfrecord": TfRecordShards}
-
-
-class TfdsSource(RawSource):
+class TfdsSource(records.RawSource):
     """A split of a TFDS image data set; `load_tfds` makes it."""
 
     def __init__(self, name: str, split: str, builder: tfds.core.DatasetBuilder):
@@ -61,7 +50,8 @@ class TfdsSource(RawSource):
         if not instructions:
             raise UserError(split_problem(split, "holds no images"))
         parts = [
-            ShardPart(str(i.filename), i.skip, i.take, i.examples_in_shard) for i in instructions
+            record_files.ShardPart(str(i.filename), i.skip, i.take, i.examples_in_shard)
+            for i in instructions
         ]
         file_format = builder.info.file_format.value if builder.info.file_format else "tfrecord"
         if file_format not in _SHARDS:
@@ -72,9 +62,9 @@ class TfdsSource(RawSource):
         files = sorted({part.filename for part in parts})
         found = [os.stat(file) for file in files]
         names = [os.path.basename(file).encode() for file in files]
-        digest = digest_of_files(names, (status.st_size for status in found))
+        digest = records.digest_of_files(names, (status.st_size for status in found))
         self.identity = f"{builder.info.full_name}:{split}:{len(self)} images:{digest}"
-        self.times = digest_of_files(names, (int(status.st_mtime) for status in found))
+        self.times = records.digest_of_files(names, (int(status.st_mtime) for status in found))
 
     def read(self, index: int) -> RawExample:
         data = self.origin.read(index)
@@ -128,9 +118,8 @@ def _by_hand(builder: tfds.core.DatasetBuilder) -> tuple[pathlib.Path, str | Non
 def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
     """Opens a split of a data set that TFDS has prepared.
 
-    Raises:
-      DataMissing: it is not there; the line says how to get it.
-      UserError: it is damaged, has no such split, or is no data set of images.
+    Raises DataMissing, which says how to get it, if it is not there, and UserError if it is
+    damaged, has no such split, or is no data set of images.
     """
     builder = find_builder(name, data_dir)
     if not builder.info.splits:
@@ -138,7 +127,7 @@ def load_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
         by_hand = f"; before that, download by hand: {how}" if how else ""
         raise DataMissing(
             f"config.data.name = {name!r}: not found in {builder.data_path}; get and prepare it by"
-            f" {PREPARE}, or give the folder of a copy as --config.data.path{by_hand}"
+            f" {records.PREPARE}, or give the folder of a copy as --config.data.path{by_hand}"
         )
     return TfdsSource(name, split, builder)
 

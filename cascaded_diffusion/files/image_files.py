@@ -79,10 +79,9 @@ class PngFolder:
             raise UserError(f"--{flag}={path}: {where} cannot be listed ({e.strerror})") from e
         self.passed_over = describe_passed_over(self._others)
         if len(self._files) < 2:
-            raise UserError(
-                f"--{flag}={path}: {len(self._files)} .png files there, expected at least 2"
-                + (f" ({self.passed_over})" if self.passed_over else "")
-            )
+            others = f" ({self.passed_over})" if self.passed_over else ""
+            problem = f"{len(self._files)} .png files there, expected at least 2{others}"
+            raise UserError(f"--{flag}={path}: {problem}")
         first = self._header(self._files[0])
         for name in self._files[1:]:
             self._check_shape(name, self._header(name), first)
@@ -160,9 +159,8 @@ class PngFolder:
             self._essential(name)
         width, height, depth, color = struct.unpack(">IIBB", head[16:26])
         if not 0 < width * height <= _MAX_PIXELS:
-            raise self._error(
-                name, f"has {width} x {height} pixels, expected at most {_MAX_PIXELS}"
-            )
+            problem = f"has {width} x {height} pixels, expected at most {_MAX_PIXELS}"
+            raise self._error(name, problem)
         if depth != 8 or color not in _CHANNELS:
             kind = f"{depth}-bit {_COLORS.get(color, 'of an unknown kind')}"
             raise self._error(name, f"is {kind}, expected 8-bit grey or RGB")

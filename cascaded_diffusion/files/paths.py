@@ -14,12 +14,10 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 # Orbax and TFDS pass whole paths to glob, which then matches other names or none.
 _GLOB = re.compile(r"[*?\[\]]")
 # In lower case: leftovers of macOS archives, network storage, Windows and file systems.
-_LITTER = frozenset(
-    (
-        "__macosx", "@eadir", "#recycle", "#snapshot", "thumbs.db", "ehthumbs.db", "desktop.ini",
-        "$recycle.bin", "system volume information", "lost+found", "icon\r",
-    )
-)  # fmt: skip
+_LITTER = {
+    "__macosx", "@eadir", "#recycle", "#snapshot", "thumbs.db", "ehthumbs.db", "desktop.ini",
+    "$recycle.bin", "system volume information", "lost+found", "icon\r",
+}  # fmt: skip
 _MAX_KINDS = 6
 
 
@@ -66,10 +64,8 @@ def check_writable(path: pathlib.Path, flag: str) -> None:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as e:
-        raise UserError(
-            f"--{flag}={path}: cannot write to {parent} ({e.strerror}); choose a"
-            " folder that you may write to"
-        ) from e
+        problem = f"cannot write to {parent} ({e.strerror}); choose a folder that you may write to"
+        raise UserError(f"--{flag}={path}: {problem}") from e
 
 
 @contextlib.contextmanager
