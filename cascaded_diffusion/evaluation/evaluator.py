@@ -9,33 +9,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cascaded_diffusion.config.run_checks import (
-    LABELLED_FEATURES,
-    check_sample_count,
-    evaluation_mesh,
-)
+from cascaded_diffusion.config import run_checks
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation import reference as reference_lib
 from cascaded_diffusion.evaluation.features.classifier_extractor import load_or_train
 from cascaded_diffusion.evaluation.features.classifier_training import ROTATION, Task
 from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
 from cascaded_diffusion.evaluation.measure import Measurement
-from cascaded_diffusion.evaluation.reference import (
-    Reference,
-    differing_field,
-    measure_reference,
-    read_reference,
-    save_reference,
-)
+from cascaded_diffusion.evaluation.reference import Reference
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 from cascaded_diffusion.evaluation.samples.stored_images import Images, check_labels
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 _BATCH = 500
-# An accuracy on rotations; guessing gets a quarter right.
-_LEAST_ROTATIONS = 0.4
 # A run's real images by role: "train" and "val".
 Splits = Mapping[str, RealSplit]
 # (resize=, mesh=) -> FID's extractor.
@@ -44,19 +33,11 @@ InceptionLoader = Callable[..., FeatureExtractor]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """A feature extractor, references by role ("train", "val") and what the logits mean.
-
-    With `classes`, the extractor's logits are those of the samples' own classes.
-    """
+    """A feature extractor, and references by role: "train" and "val"."""
 
     extractor: FeatureExtractor
     references: Mapping[str, Reference]
-    classes: bool
-
-    @property
-    def features(self) -> str:
-        """The extractor's identity, which is part of every record."""
-        return self.extractor.identity
+    classes: bool  # whether the extractor's logits are those of the samples' own classes
 
     @property
     def reference(self) -> str:
@@ -85,14 +66,11 @@ class Evaluator:
 
 def default_mesh(settings: RunConfig | CascadeConfig) -> Mesh:
     """The mesh that samples are made on. Raises UserError if a batch cannot be split over it."""
-    return build_mesh(evaluation_mesh(settings, jax.device_count()))
+    return build_mesh(run_checks.evaluation_mesh(settings, jax.device_count()))
 
 
 def evaluated_labels(labels: np.ndarray, num_classes: int) -> np.ndarray | None:
-    """The labels as which samples should be recognised; None for a model without classes.
-
-    Raises UserError if a label is no class.
-    """
+    """The labels of samples, or None without classes. Raises UserError if a label is no class."""
     if not num_classes:
         return None
     reason = f", since config.stage.num_classes is {num_classes}"
@@ -113,10 +91,8 @@ def build_extractor(
     """The extractor that a run is scored by: `config.eval.features`.
 
     A classifier is trained on the real images `train` unless the run folder has it already, and
-    `say` is told its accuracy on the `held_out` images.
-
-    Raises:
-      UserError: the real images are of a single class, or fewer than the devices.
+    `say` is told its accuracy on the `held_out` images. Raises UserError if the real images are of
+    a single class, or fewer than the devices.
     """
     stage, features = config.stage, config.eval.features
     if features == "inception":
@@ -129,18 +105,17 @@ def build_extractor(
         mesh=mesh,
     )
     classifier = load_or_train(folder.eval / f"{features}.npz", task, real, others, say=say)
-    accuracy, is_rotation = classifier.accuracy, features == ROTATION
-    say(
-        f"{stage.name}: {features} at {stage.resolution} px"
-        f" {'tells the rotation of' if is_rotation else 'recognises'} {100 * accuracy:.1f} % of the"
-        f" {len(others.labels)} held-out real images"
-    )
-    if is_rotation:
-        doubtful, guess = accuracy < _LEAST_ROTATIONS, "near the 25 % of guessing"
+    if features == ROTATION:
+        does, doubtful = "tells the rotation of", classifier.accuracy < 0.4
+        guess = "near the 25 % of guessing"
     else:
         most = np.bincount(others.labels).max() / len(others.labels)
+        does, doubtful = "recognises", classifier.accuracy <= most
         guess = f"no more than the {100 * most:.1f} % of their most frequent class"
-        doubtful = accuracy <= most
+    say(
+        f"{stage.name}: {features} at {stage.resolution} px {does} {100 * classifier.accuracy:.1f}"
+        f" % of the {len(others.labels)} held-out real images"
+    )
     if doubtful:
         say(
             f"{stage.name}: that is {guess}: the features are those of an all but untrained"
@@ -154,11 +129,10 @@ def build_evaluator(
     config: RunConfig, folder: RunFolder, extractor: FeatureExtractor, splits: Splits
 ) -> Evaluator:
     """A run's evaluator, with references of the given splits: see `run_reference`."""
-    references = {
-        role: run_reference(config, folder, extractor, role, split)
-        for role, split in splits.items()
-    }
-    return Evaluator(extractor, references, classes=config.eval.features in LABELLED_FEATURES)
+    make = partial(run_reference, config, folder, extractor)
+    references = {role: make(role, split) for role, split in splits.items()}
+    classes = config.eval.features in run_checks.LABELLED_FEATURES
+    return Evaluator(extractor, references, classes)
 
 
 def run_reference(
@@ -175,66 +149,52 @@ def run_reference(
     If the stored one is damaged, or of other images or another extractor, it is replaced and
     `say` is told why. Raises UserError if the split has fewer than two images.
     """
-    path, resolution = folder.eval / f"reference_{role}.npz", config.stage.resolution
+    path, stage = folder.eval / f"reference_{role}.npz", config.stage
     if len(split) < 2:
-        raise UserError(
-            f"split {split.split!r} of config.data: {len(split)} image, expected at least 2 to"
-            " compare samples with"
-        )
+        found = f"split {split.split!r} of config.data: {len(split)} image"
+        raise UserError(f"{found}, expected at least 2 to compare samples with")
     origin = {key: getattr(split, key) for key in ("data", "split", "crop", "resize")}
     if path.exists():
+        sizes = dict(num_images=len(split), resolution=stage.resolution, channels=stage.channels)
+        wanted = {**origin, **sizes, "features": extractor.identity}
         try:
-            stored = read_reference(str(path), flag="workdir")
-            why = differing_field(
-                stored,
-                **origin,
-                num_images=len(split),
-                resolution=resolution,
-                channels=config.stage.channels,
-                features=extractor.identity,
-            )
+            stored = reference_lib.read_reference(str(path), flag="workdir")
+            why = reference_lib.differing_field(stored, **wanted)
         except UserError as e:
             why = str(e).removeprefix(f"--workdir={path}: ").removesuffix("; make it anew")
         if why is None:
             return stored
         say(f"{path}: {why}; it is made anew")
-    reference = measure_reference(
-        (chunk.images for chunk in split.chunks(resolution)),
-        extractor,
-        num_images=len(split),
-        label=f"reference, {split.data}:{split.split}",
-        **origin,
+    batches = (chunk.images for chunk in split.chunks(stage.resolution))
+    label = f"reference, {split.data}:{split.split}"
+    reference = reference_lib.measure_reference(
+        batches, extractor, num_images=len(split), label=label, **origin
     )
-    save_reference(path, reference)
+    reference_lib.save_reference(path, reference)
     return reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a run is evaluated with.
-
-    Attributes:
-      splits: the run's real images by role, "train" and "val".
-      allow_few_samples: allow an FID of fewer than 2,048 samples, which is mostly bias.
-      inception: (resize=, mesh=) -> FID's extractor, for a run that is scored by it.
-    """
+    """What a run is evaluated with."""
 
     splits: Splits
-    allow_few_samples: bool = False
-    inception: InceptionLoader = load_inception
+    allow_few_samples: bool = False  # allow an FID of fewer than 2,048, which is mostly bias
+    inception: InceptionLoader = load_inception  # for a run that is scored by it
 
     def check_count(self, num_samples: int, config: RunConfig) -> None:
         """Raises UserError for an FID of too few samples."""
-        check_sample_count(num_samples, config.eval.features, allow_few=self.allow_few_samples)
+        allow_few = self.allow_few_samples
+        run_checks.check_sample_count(num_samples, config.eval.features, allow_few=allow_few)
 
     @contextlib.contextmanager
     def evaluator(
         self, folder: RunFolder, config: RunConfig, mesh: Mesh, roles: Sequence[str] = ("train",)
     ) -> Iterator[Evaluator]:
         """Holds a run's lock and yields its evaluator, with the references of these roles."""
-        real, load = self.splits, partial(self.inception, mesh=mesh)
+        train, held_out = self.splits["train"], self.splits["val"]
+        load = partial(self.inception, mesh=mesh)
+        wanted = {role: self.splits[role] for role in roles}
         with folder.writer_lock("eval"):
-            extractor = build_extractor(
-                config, folder, real["train"], real["val"], mesh, load_inception=load
-            )
-            yield build_evaluator(config, folder, extractor, {role: real[role] for role in roles})
+            extractor = build_extractor(config, folder, train, held_out, mesh, load_inception=load)
+            yield build_evaluator(config, folder, extractor, wanted)

@@ -24,18 +24,13 @@ def measure_files(
     allow_few_samples: bool = False,
     inception: InceptionLoader = load_inception,
 ) -> dict[str, Any]:
-    """Measures stored samples against images or statistics; returns the record.
+    """Measures the first samples, by default all, against images or statistics.
 
-    Args:
-      samples: from `stored_images.open_images`; the first `num_samples`, or all, are measured.
-      reference: path of an `.npz` or of a folder of PNGs.
-      resize: "legacy" or "clean"; by default the reference's own way.
-      allow_few_samples: allow an FID of fewer than 2,048 samples.
-      inception: (resize=) -> FID's extractor.
-
-    Raises:
-      UserError: a file cannot be read, images differ in size, or the reference is of another
-        extractor or resolution.
+    `samples` are from `stored_images.open_images`; `reference` is the path of an `.npz` or of a
+    folder of PNGs; `resize` is "legacy" or "clean", by default the reference's own way.
+    `allow_few_samples` allows an FID of fewer than 2,048 samples. Returns the record. Raises
+    UserError if a file cannot be read, images differ in size, or the reference is of another
+    extractor or resolution.
     """
     count = num_samples or len(samples)
     check_sample_count(count, "inception", allow_few=allow_few_samples)
@@ -64,10 +59,9 @@ def measure_files(
         measured = reference_lib.measure_stored(images, extractor)
         # ADM's reference batches hold statistics of a whole training set and, for precision and
         # recall, 10,000 images of it.
-        statistics = (
-            dataclasses.replace(statistics, features=measured.features) if statistics else measured
-        )
-    evaluator = Evaluator(extractor=extractor, references={"train": statistics}, classes=False)
+        of_set = statistics or measured
+        statistics = dataclasses.replace(of_set, features=measured.features)
+    evaluator = Evaluator(extractor, {"train": statistics}, classes=False)
     try:
         scores = evaluator.scores(samples.images, None, count)
     except ValueError as e:  # features of another size, or a matrix that is no covariance

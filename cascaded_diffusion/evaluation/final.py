@@ -63,7 +63,7 @@ def measure_final(
         "num_samples": num_samples,
         **source.record,
         "seed": seed,
-        "features": evaluator.features,
+        "features": evaluator.extractor.identity,
         "references": {
             role: {"name": r.name, **vars(r.fingerprint)}
             for role, r in evaluator.references.items()
@@ -84,7 +84,7 @@ def measure_final(
     }
     condition: dict[str, Any] = {}
     if (real := evaluator.references["train"].pixels) is not None:
-        condition |= health.drift(measurement.pixels, real)
+        condition |= health.drift(measurement.sums.pixels, real)
     if errors is not None:
         psnr = health.psnr
         condition["psnr_low_res"] = {"mean": psnr(errors.mean()), "min": psnr(errors.max())}

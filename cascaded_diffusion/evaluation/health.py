@@ -17,20 +17,18 @@ from cascaded_diffusion.evaluation.metrics.pixel_statistics import PixelStatisti
 from cascaded_diffusion.evaluation.samples.sample_sources import LevelSource
 from cascaded_diffusion.types import Params
 
-# Stored images are rounded, so an error below the variance of rounding means nothing. An image
-# that is met exactly therefore has a finite PSNR of 58.9 dB.
-_LEAST_MSE = 1 / 12
-
 
 def psnr(mse: float) -> float:
     """Eq. (1) in dB of a mean squared error in squared grey levels."""
-    return float(10 * np.log10(255.0**2 / max(mse, _LEAST_MSE)))
+    # Stored images are rounded, so an error below the variance of rounding means nothing. An image
+    # that is met exactly therefore has a finite PSNR of 58.9 dB.
+    return float(10 * np.log10(255.0**2 / max(mse, 1 / 12)))
 
 
 def low_res_errors(images: np.ndarray, low_res: np.ndarray) -> np.ndarray:
     """[n] float64: the mean squared error, in squared grey levels, of each image after shrinking.
 
-    The images are uint8 [n, H, W, C], their low-res inputs uint8 [n, h, w, C].
+    Images are uint8 [n, H, W, C], low-res inputs uint8 [n, h, w, C].
     """
     shrunk = np.asarray(area_downsample(float_from_uint8(images), low_res.shape[1]), np.float64)
     difference = (shrunk + 1) * 127.5 - low_res.astype(np.float64)
@@ -48,11 +46,9 @@ def drift(samples: PixelStatistics, real: PixelStatistics) -> dict[str, list[flo
 def response(source: LevelSource, params: Params, aug_levels: Sequence[float]) -> dict[str, Any]:
     """How a stage responds to the level of its conditioning augmentation, the lowest level first.
 
-    A network that ignores its level keeps equally much of the input at all of them.
-
-    Returns:
-      `aug_levels`; `psnr_low_res`, eq. (1) at each; `change`, the mean absolute difference from
-      the first level's images in grey levels.
+    A network that ignores its level keeps equally much of the input at all of them: `psnr_low_res`
+    is eq. (1) at each, `change` the mean absolute difference from the first level's images in grey
+    levels.
     """
     images = [source.make(params, level) for level in aug_levels]
     return {

@@ -113,7 +113,7 @@ def measure_samples(
             "samples": samples.path,
             "num_samples": count,
             "reference": evaluator.reference,
-            "features": evaluator.features,
+            "features": evaluator.extractor.identity,
             **evaluator.scores(samples.images, labels, count),
         }
 
@@ -300,7 +300,7 @@ def write_references(
         pass
     for role, reference in evaluator.references.items():
         print(
-            f"{folder.eval}/reference_{role}.npz: {reference.name}, {evaluator.features}",
+            f"{folder.eval}/reference_{role}.npz: {reference.name}, {evaluator.extractor.identity}",
             flush=True,
         )
     return evaluator.references

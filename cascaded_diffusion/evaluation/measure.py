@@ -5,21 +5,20 @@ Inception: `fid_50k`, `is_50k`, `fd_classifier_1k`, `precision_classifier_1k`. A
 features of another network is never called FID.
 """
 
+from functools import partial
+
 import numpy as np
 
 from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.metrics.frechet import frechet_distance
 from cascaded_diffusion.evaluation.metrics.inception_score import ScoreStatistics
 from cascaded_diffusion.evaluation.metrics.kernel_distance import kernel_distance
-from cascaded_diffusion.evaluation.metrics.pixel_statistics import PixelStatistics
 from cascaded_diffusion.evaluation.metrics.precision_recall import precision_recall
 from cascaded_diffusion.evaluation.reference import ImageSums, Reference, added
 
 # The seed of KID's random subsets and of the inception score's splits.
 _SEED = 0
 _NUM_SPLITS = 10
-# The inception score of a single sample is 1, whatever the sample is.
-_LEAST_PER_SPLIT = 2
 _NUM_NEIGHBOURS = 3
 
 
@@ -44,7 +43,8 @@ class Measurement:
 
     def __init__(self, extractor: FeatureExtractor, num_samples: int, *, classes: bool):
         self._extractor, self._num_samples, self._classes = extractor, num_samples, classes
-        self._sums = ImageSums()
+        self._name = partial(metric_name, extractor=extractor.name, num_samples=num_samples)
+        self.sums = ImageSums()
         self._score: ScoreStatistics | None = None
         self._features: list[np.ndarray] = []
         self._correct = self._labelled = 0
@@ -52,23 +52,16 @@ class Measurement:
         # of 1, so the splits are random.
         self._order = np.random.default_rng(_SEED).permutation(num_samples)
 
-    @property
-    def pixels(self) -> PixelStatistics:
-        """Sums over the pixels of all samples so far."""
-        return self._sums.pixels
-
     def add(self, images: np.ndarray, labels: np.ndarray | None) -> None:
-        """Adds the next samples, uint8 [b, H, W, C], and their labels int [b] if they have any.
-
-        Raises ValueError if a feature is not finite.
-        """
+        """Adds samples uint8 [b, H, W, C], labels int [b]. Raises ValueError if not finite."""
         features = self._extractor(images)
-        rows = self._order[self._sums.count :][: len(images)]
-        self._sums.add(images, features)
+        rows = self._order[self.sums.count :][: len(images)]
+        self.sums.add(images, features)
         self._features.append(features.pooled.astype(np.float32))
         if features.logits is None:
             return
-        if self._num_samples >= _LEAST_PER_SPLIT * _NUM_SPLITS:
+        # The inception score of a single sample is 1, whatever the sample is.
+        if self._num_samples >= 2 * _NUM_SPLITS:
             score = ScoreStatistics.of(
                 features.logits, rows, num_samples=self._num_samples, num_splits=_NUM_SPLITS
             )
@@ -80,17 +73,17 @@ class Measurement:
     def distances(self, reference: Reference) -> dict[str, float]:
         """FID, sFID, KID, precision and recall, as far as the reference has the features."""
         self._check_complete()
-        values = {self._name("fid"): frechet_distance(self._sums.pooled, reference.pooled)}
-        if self._sums.spatial is not None and reference.spatial is not None:
-            values[self._name("sfid")] = frechet_distance(self._sums.spatial, reference.spatial)
+        values = {self._name("fid"): frechet_distance(self.sums.pooled, reference.pooled)}
+        if self.sums.spatial is not None and reference.spatial is not None:
+            values[self._name("sfid")] = frechet_distance(self.sums.spatial, reference.spatial)
         real, own = reference.features, np.concatenate(self._features)
         if real is not None and min(len(real), len(own)) > _NUM_NEIGHBOURS:
-            values[self._name("kid")], values[self._name("kid_std")] = kernel_distance(
-                own, real, seed=_SEED
+            numbers = (
+                *kernel_distance(own, real, seed=_SEED),
+                *precision_recall(real, own, num_neighbours=_NUM_NEIGHBOURS),
             )
-            values[self._name("precision")], values[self._name("recall")] = precision_recall(
-                real, own, num_neighbours=_NUM_NEIGHBOURS
-            )
+            names = map(self._name, ("kid", "kid_std", "precision", "recall"))
+            values.update(zip(names, numbers, strict=True))
         return values
 
     def own(self) -> dict[str, float]:
@@ -103,9 +96,6 @@ class Measurement:
             values[self._name("accuracy")] = self._correct / self._labelled
         return values
 
-    def _name(self, metric: str) -> str:
-        return metric_name(metric, self._extractor.name, self._num_samples)
-
     def _check_complete(self) -> None:
-        if (count := self._sums.count) != self._num_samples:
+        if (count := self.sums.count) != self._num_samples:
             raise ValueError(f"{count} samples were measured, expected {self._num_samples}")

@@ -1,13 +1,9 @@
 """Reference statistics, which samples are compared with, and a record of their origin.
 
-An FID is a number between two sets of images. The fingerprint of a reference says which images
-it was made from, how they were cropped and shrunk, and which network read them. A reference is
-used only if every field of its fingerprint is what the comparison needs.
-
-The file is an `.npz` with the keys that other tools use too, `mu` and `sigma` (of the pooled
-features), `mu_s` and `sigma_s` (spatial), and our own: `features`, `pixels`, `fingerprint`,
-`digest`. The files of other tools have no fingerprint. ADM's reference batches were made with
-Inception's original, "legacy" resizing and are treated so.
+A reference is used only if every field of its fingerprint is what the comparison needs. The file
+is an `.npz` with the keys that other tools use too, `mu` and `sigma` (of the pooled features),
+`mu_s` and `sigma_s` (spatial), and our own: `features`, `pixels`, `fingerprint`, `digest`. ADM's
+reference batches were made with Inception's original, "legacy" resizing and are treated so.
 """
 
 import dataclasses
@@ -32,36 +28,22 @@ from cascaded_diffusion.runtime.progress import Progress
 _BATCH = 500
 # The features of this many images, spread over the set, are kept for KID, precision and recall.
 _KEPT_FEATURES = 10_000
-# The limit for all statistics of a file. Inception's take some 150 MB.
-_MAX_BYTES = 1 << 31
-# The asymmetry of a covariance stored in float32, relative to its largest number.
-_ASYMMETRY = 1e-5
 S = TypeVar("S")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """The origin of reference statistics.
+    """The origin of reference statistics."""
 
-    Attributes:
-      data: name of the data set, the file or the folder.
-      split: of the data set; "" for files.
-      crop: how images were made square.
-      resolution: height in pixels at which they are compared.
-      resize: how they were brought to that resolution; "none" if they had it.
-      features: identity of the extractor, which includes its own resizing.
-      pixels: SHA-256 of all pixels in order, first 12 digits.
-    """
-
-    data: str
-    split: str
+    data: str  # name of the data set, the file or the folder
+    split: str  # of the data set; "" for files
     num_images: int
-    crop: str
-    resolution: int
+    crop: str  # how images were made square
+    resolution: int  # height in pixels at which they are compared
     channels: int
-    resize: str
-    features: str
-    pixels: str
+    resize: str  # how they were brought to that resolution; "none" if they had it
+    features: str  # identity of the extractor, which includes its own resizing
+    pixels: str  # SHA-256 of all pixels in order, first 12 digits
 
     def __str__(self) -> str:
         where = f"{self.data}:{self.split}" if self.split else self.data
@@ -71,21 +53,13 @@ class Fingerprint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Statistics of real images, as far as they are known.
+    """Statistics of real images, as far as they are known."""
 
-    Attributes:
-      name: its name in records.
-      fingerprint: its origin; None for a file of another tool.
-      pooled, spatial: moments of these features.
-      features: pooled features of up to 10,000 images [m, F] float32.
-      pixels: sums over the pixels.
-    """
-
-    name: str
-    fingerprint: Fingerprint | None
+    name: str  # in records
+    fingerprint: Fingerprint | None  # None for a file of another tool
     pooled: FeatureStatistics | Moments
     spatial: FeatureStatistics | Moments | None
-    features: np.ndarray | None
+    features: np.ndarray | None  # the pooled ones of up to 10,000 images [m, F], float32
     pixels: PixelStatistics | None
 
 
@@ -123,10 +97,7 @@ def measure_reference(
     """Statistics of `num_images` images uint8 [b, H, W, C] that come batch by batch.
 
     `label` is for the progress line; `origin` has `data`, `split`, `crop` and `resize` of the
-    fingerprint.
-
-    Raises:
-      ValueError: a feature is not finite, or there are more or fewer images.
+    fingerprint. Raises ValueError if a feature is not finite, or there are more or fewer images.
     """
     progress = Progress(num_images, unit="images", label=label)
     num_kept = min(num_images, _KEPT_FEATURES)
@@ -162,16 +133,9 @@ def measure_reference(
 
 def measure_stored(images: StoredImages, extractor: FeatureExtractor) -> Reference:
     """Statistics of the images of a file or folder, as they are."""
-    return measure_reference(
-        batches(images.images, _BATCH),
-        extractor,
-        num_images=len(images),
-        label="reference",
-        data=f"file:{images.path}",
-        split="",
-        crop="none",
-        resize="none",
-    )
+    origin = {"data": f"file:{images.path}", "split": "", "crop": "none", "resize": "none"}
+    parts = batches(images.images, _BATCH)
+    return measure_reference(parts, extractor, num_images=len(images), label="reference", **origin)
 
 
 def save_reference(path: pathlib.Path, reference: Reference) -> None:
@@ -190,11 +154,7 @@ def save_reference(path: pathlib.Path, reference: Reference) -> None:
 
 
 def holds_statistics(path: str, *, flag: str) -> bool:
-    """Whether a path is a file with statistics, besides or instead of images.
-
-    Raises:
-      UserError: it is neither a folder nor an `.npz` that can be read.
-    """
+    """Whether a path holds statistics. Raises UserError unless it is a folder or whole `.npz`."""
     if pathlib.Path(path).is_dir():
         return False
     try:
@@ -208,14 +168,10 @@ def holds_statistics(path: str, *, flag: str) -> bool:
 
 
 def read_reference(path: str, *, flag: str) -> Reference:
-    """Reads statistics, ours or another tool's (`mu`, `sigma`).
-
-    Raises:
-      UserError: the file cannot be read, is damaged, or has no statistics.
-    """
+    """The statistics of a file, any tool's. Raises UserError if it is damaged or has none."""
     try:
         names = [name for name in array_names(path) if not name.startswith("arr_")]
-        arrays = read_arrays(path, names, max_bytes=_MAX_BYTES)
+        arrays = read_arrays(path, names, max_bytes=1 << 31)  # Inception's take some 150 MB
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"--{flag}={path}: cannot be read as .npz ({reason})") from e
@@ -226,7 +182,7 @@ def read_reference(path: str, *, flag: str) -> Reference:
 
 
 def _reference_of(arrays: dict[str, np.ndarray], name: str) -> Reference:
-    """The reference of the arrays of a file called `name`; raises ValueError if they are wrong."""
+    """The reference of a file called `name`. Raises ValueError if its arrays are wrong."""
     recorded, digest = arrays.pop("digest", None), sha256_of_arrays(arrays)
     if recorded is not None and str(recorded) != digest:
         raise ValueError("its arrays have changed since it was written; make it anew")
@@ -234,9 +190,8 @@ def _reference_of(arrays: dict[str, np.ndarray], name: str) -> Reference:
         raise ValueError("expected statistics, mu and sigma, in it")
     if ("mu_s" in arrays) != ("sigma_s" in arrays):
         raise ValueError("of mu_s and sigma_s it has one, expected both or none")
-    fingerprint = pixels = None
-    if "fingerprint" in arrays:
-        fingerprint = _fingerprint_of(str(arrays["fingerprint"]))
+    pixels, stored = None, arrays.get("fingerprint")
+    fingerprint = None if stored is None else _fingerprint_of(str(stored))
     pooled = _moments(arrays["mu"], arrays["sigma"])
     if (features := arrays.get("features")) is not None:
         wanted = f"expected finite numbers (n, {len(pooled.mean)})"
@@ -282,7 +237,8 @@ def _moments(mean: np.ndarray, covariance: np.ndarray) -> Moments:
             f"a mean of {mean.dtype} {mean.shape} and a covariance of {covariance.dtype}"
             f" {covariance.shape}, expected [F] and [F, F], finite numbers"
         )
-    asymmetry, tolerance = np.abs(covariance - covariance.T), _ASYMMETRY * np.abs(covariance).max()
+    # A covariance stored in float32 is asymmetric by less, relative to its largest number.
+    asymmetry, tolerance = np.abs(covariance - covariance.T), 1e-5 * np.abs(covariance).max()
     if asymmetry.max() > tolerance or covariance.diagonal().min() < -tolerance:
         raise ValueError("its covariance is none: not symmetric, or with negative variances")
     return Moments(mean.astype(np.float64), covariance.astype(np.float64))

@@ -90,7 +90,7 @@ class RunScorer:
         return {
             "num_samples": self.config.eval.num_samples,
             "reference": self.evaluator.reference,
-            "features": self.evaluator.features,
+            "features": self.evaluator.extractor.identity,
             **source.record,
             "seed": self.config.eval.seed,
         }

@@ -9,16 +9,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from cascaded_diffusion.config import schema
 from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain
-from cascaded_diffusion.config.schema import (
-    CascadeConfig,
-    CascadeSection,
-    RunConfig,
-    SamplerConfig,
-    StageConfig,
-    sampler_named,
-    to_dict,
-)
+from cascaded_diffusion.config.schema import CascadeConfig, CascadeSection, RunConfig, StageConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, load_samples
 from cascaded_diffusion.runtime.run_folder import RunFolder
@@ -31,7 +24,7 @@ class Setting:
     A base model has the level None. If `truncated`, the chain below is stopped at that level.
     """
 
-    sampler: SamplerConfig
+    sampler: schema.SamplerConfig
     aug_level: float | None
     truncated: bool
 
@@ -76,16 +69,12 @@ def make_settings(
         num_steps or [own.num_steps],
         guidance_scales or [own.guidance_scale],
     )
-    return [
-        Setting(
-            sampler=dataclasses.replace(
-                sampler_named(name, own, stage), num_steps=steps, guidance_scale=scale
-            ),
-            aug_level=level,
-            truncated=mode,
-        )
-        for level, mode, name, steps, scale in combinations
-    ]
+    settings = []
+    for level, mode, name, steps, scale in combinations:
+        usual = schema.sampler_named(name, own, stage)
+        sampler = dataclasses.replace(usual, num_steps=steps, guidance_scale=scale)
+        settings.append(Setting(sampler=sampler, aug_level=level, truncated=mode))
+    return settings
 
 
 def with_setting(section: CascadeSection, index: int, setting: Setting) -> CascadeSection:
@@ -136,14 +125,14 @@ def checked_settings(
         truncated = chosen.truncated and any(s.has_aug_level for s in stages)
         chosen = dataclasses.replace(chosen, truncated=truncated)
         try:
-            values = to_dict(dataclasses.replace(config, cascade=chosen))
+            values = schema.to_dict(dataclasses.replace(config, cascade=chosen))
             check_chain(cascade_config_from(values).cascade, stages)
         except UserError as e:
             raise UserError(f"{given}: {e}") from e
     return settings
 
 
-def bound_chain(stage: StageConfig, num_steps: int | None = None) -> SamplerConfig:
+def bound_chain(stage: StageConfig, num_steps: int | None = None) -> schema.SamplerConfig:
     """The chain whose variational bound is computed: ancestral, however the stage is sampled.
 
     By default it has all steps of the stage's process. Raises UserError if that has fewer.
@@ -171,8 +160,7 @@ def bound_chain(stage: StageConfig, num_steps: int | None = None) -> SamplerConf
 def open_runs_below(paths: Sequence[str], config: RunConfig) -> list[RunFolder]:
     """The runs of the stages below one that is evaluated, in order.
 
-    Raises:
-      UserError: a run is missing or has no chosen checkpoint, or the stages are no chain.
+    Raises UserError if a run is missing or has no chosen checkpoint, or the stages are no chain.
     """
     folders = [RunFolder(path, flag="low_res_run") for path in paths]
     if not folders:
@@ -207,9 +195,8 @@ def open_runs_below(paths: Sequence[str], config: RunConfig) -> list[RunFolder]:
 def open_low_res_samples(path: str, stage: StageConfig, num_samples: int) -> StoredImages:
     """Stored images for a stage to enlarge.
 
-    Raises:
-      UserError: they cannot be read, are of another size or kind, or fewer than `num_samples`; or
-        the stage enlarges nothing.
+    Raises UserError if they cannot be read, are of another size or kind, or fewer than
+    `num_samples`; or if the stage enlarges nothing.
     """
     given = f"--low_res_samples={path}"
     if stage.kind != "super_resolution":

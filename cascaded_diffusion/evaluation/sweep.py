@@ -47,13 +47,11 @@ class Sweep:
     mesh: Mesh
 
     def __post_init__(self) -> None:
-        if self.section.num_samples < 2:
-            raise UserError(
-                f"config.cascade.num_samples = {self.section.num_samples}: expected at least 2 to"
-                " compare settings by"
-            )
-        self.section = first_stages(self.section, len(self.trained))
         num_samples = self.section.num_samples
+        if num_samples < 2:
+            wanted = "expected at least 2 to compare settings by"
+            raise UserError(f"config.cascade.num_samples = {num_samples}: {wanted}")
+        self.section = first_stages(self.section, len(self.trained))
         self.metric = metric_name("fid", self.evaluator.extractor.name, num_samples)
         self._stage, self._index = self.trained[-1].stage, len(self.trained) - 1
         self._name, num_classes = self._stage.config.name, self._stage.config.num_classes
@@ -70,18 +68,16 @@ class Sweep:
                 "num_samples": self.section.num_samples,
                 "seed": self.section.seed,
                 "reference": self.evaluator.reference,
-                "features": self.evaluator.features,
+                "features": self.evaluator.extractor.identity,
             }
-            known = (r for r in read_lines(path) if identity.items() <= r.items())
-            record = next(known, None)
+            record = next((r for r in read_lines(path) if identity.items() <= r.items()), None)
             if record is None:
-                scores = self._score(setting, f"{self._name}, setting {i}/{len(settings)}")
-                record = {**identity, **scores}
+                label = f"{self._name}, setting {i}/{len(settings)}"
+                record = {**identity, **self._score(setting, label)}
                 append_line(path, record)
             rows.append(record)
-            print(
-                f"{self._name}, {setting}: {self.metric} {_shown(record, self.metric)}", flush=True
-            )
+            shown = _shown(record, self.metric)
+            print(f"{self._name}, {setting}: {self.metric} {shown}", flush=True)
         table = self._table(settings, rows)
         write_whole(self.folder / f"{self._name}.md", table.encode())
         print(f"\n{table}", flush=True)
@@ -107,8 +103,7 @@ class Sweep:
 
     def _read_or_make_below(self, truncated: bool) -> np.ndarray:
         """The samples to enlarge; `truncated` concerns the enlargements below them."""
-        below = first_stages(self.section, self._index)
-        chain = dataclasses.replace(below, truncated=truncated)
+        chain = dataclasses.replace(first_stages(self.section, self._index), truncated=truncated)
         name = self.trained[self._index - 1].stage.config.name
         path = self.folder / f"{name}.npz"
         provenance = {**self._origin(chain), "seed": chain.seed}
@@ -137,43 +132,34 @@ class Sweep:
         sampler = generate.make_cascade_sampler(
             cascade, chain.aug_levels, seed=chain.seed, mesh=self.mesh, **stored
         )
-        return generate.generate(
-            sampler,
-            [t.params for t in self.trained[: len(chain.samplers)]],
-            num_samples=chain.num_samples,
-            batch_size=chain.batch_size,
-            label=label,
-        )[-1]
+        params = [t.params for t in self.trained[: len(chain.samplers)]]
+        sizes = {"num_samples": chain.num_samples, "batch_size": chain.batch_size}
+        return generate.generate(sampler, params, **sizes, label=label)[-1]
 
     def _table(self, settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> str:
         """Markdown with the deciding metric first, then the others of the first good row."""
         good = list(next((r for r in rows if r[self.metric] is not None), {self.metric: None}))
         metrics = [m for m in good[good.index(self.metric) :] if "_std_" not in m]
         columns = [*settings[0].describe(), "evaluations", *metrics]
-        cells = [
-            (
-                *setting.describe().values(),
-                self._stage.evaluations(setting.sampler),
-                *(_shown(row, m) for m in metrics),
-            )
-            for setting, row in _best_first(settings, rows, self.metric)
+        cells: list[list[Any]] = [columns]
+        for setting, row in _best_first(settings, rows, self.metric):
+            shown = [_shown(row, metric) for metric in metrics]
+            evaluations = self._stage.evaluations(setting.sampler)
+            cells.append([*setting.describe().values(), evaluations, *shown])
+        head, *body = (f"| {' | '.join(map(str, row))} |" for row in cells)
+        lines = [
+            f"# {self._name}: {self.section.num_samples} samples per setting, best first",
+            "",
+            head,
+            f"|{'---|' * len(columns)}",
+            *body,
+            "",
+            "Evaluations: of the stage's network for one sample, with guidance and Heun's second.",
+            "",
+            f"Stages: {'; '.join(rows[0]['stages'])}. Reference: {rows[0]['reference']}.",
+            "",
         ]
-        head, *body = (f"| {' | '.join(map(str, row))} |" for row in (columns, *cells))
-        return "\n".join(
-            [
-                f"# {self._name}: {self.section.num_samples} samples per setting, best first",
-                "",
-                head,
-                f"|{'---|' * len(columns)}",
-                *body,
-                "",
-                "Evaluations: of the stage's network for one sample, with guidance and Heun's"
-                " second.",
-                "",
-                f"Stages: {'; '.join(rows[0]['stages'])}. Reference: {rows[0]['reference']}.",
-                "",
-            ]
-        )
+        return "\n".join(lines)
 
     def _write_plot(self, settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> None:
         """The first number that varies along x, one line for every combination of the rest."""
@@ -189,8 +175,7 @@ class Sweep:
                 series.setdefault(name, []).append((d[x], row[self.metric]))
         path = self.folder / f"{self._name}.png"
         points = {name: sorted(line) for name, line in series.items()}
-        plot = line_plot(points, x_label=x, y_label=self.metric, title=self._name)
-        write_whole(path, plot)
+        write_whole(path, line_plot(points, x_label=x, y_label=self.metric, title=self._name))
         print(f"{path}, {path.with_suffix('.md')}", flush=True)
 
 

@@ -40,10 +40,7 @@ class TrainedStage:
 
 
 def load_trained(folder: RunFolder, mesh: Mesh) -> TrainedStage:
-    """The stage of a run at the checkpoint that evaluation chose there.
-
-    Raises UserError if none was chosen, or it is not there or not intact.
-    """
+    """The stage of a run at its chosen checkpoint. Raises UserError unless that is intact."""
     stage, chosen = build_stage(folder.read_config().stage), folder.chosen()
     while True:
         with pinned(folder, chosen.step) as is_there:
@@ -52,9 +49,8 @@ def load_trained(folder: RunFolder, mesh: Mesh) -> TrainedStage:
             if not is_there and latest != chosen:
                 chosen = latest
                 continue
-            params = checkpoint.load_ema_params(
-                folder, chosen.step, chosen.ema_decay, abstract_params(stage, mesh)
-            )
+            shapes = abstract_params(stage, mesh)
+            params = checkpoint.load_ema_params(folder, chosen.step, chosen.ema_decay, shapes)
             digest = checkpoint_digest(folder, stage.config, chosen.step)
         return TrainedStage(stage=stage, params=params, chosen=chosen, digest=digest)
 
@@ -69,8 +65,5 @@ def checkpoint_digest(folder: RunFolder, config: StageConfig, step: int) -> str:
 
 def abstract_params(stage: Stage, mesh: Mesh) -> Any:
     """Shapes of a stage's parameters, replicated on every device."""
-    sharding = mesh_lib.replicated(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(stage.init, jax.random.key(0)),
-    )
+    shapes, sharding = jax.eval_shape(stage.init, jax.random.key(0)), mesh_lib.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)

@@ -28,7 +28,7 @@ class Evaluator:
     `seen` has the images and labels of every set.
     """
 
-    features, reference = "stub", "stub"
+    reference = "stub"
     extractor = types.SimpleNamespace(name="stub", identity="stub")
     references = types.MappingProxyType({"train": None})
 

@@ -36,7 +36,8 @@ def _bars(n, seed, *, shuffled=False):
 
 
 def _record(generated, epochs=8):
-    return cas.cas_record(_task(8), generated, _bars(96, 1), _bars(60, 2), epochs=epochs)
+    train = {"generated": generated, "real": _bars(96, 1)}
+    return cas.cas_record(_task(8), train, _bars(60, 2), epochs=epochs)
 
 
 @pytest.fixture(autouse=True)
