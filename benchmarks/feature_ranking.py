@@ -123,10 +123,9 @@ def table(name: str, train: tuple, test: tuple, folder: pathlib.Path) -> list[st
     from cascaded_diffusion.config.schema import MeshConfig
     from cascaded_diffusion.evaluation.features.classifier_extractor import (
         Classifier,
-        LabelledImages,
         load_or_train,
     )
-    from cascaded_diffusion.evaluation.features.classifier_training import Task
+    from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages, Task
     from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
     from cascaded_diffusion.networks import classifier as networks
     from cascaded_diffusion.runtime.mesh import build_mesh

@@ -67,10 +67,7 @@ def condition(
     """What the network is conditioned on, in training and in sampling.
 
     `low_res` [B, h, w, C] is clean, or `already_noisy` at `damage.aug_level`, from a truncated
-    chain. `label` is [B].
-
-    Raises:
-      ValueError: the image is noisy, but the stage has no `aug_level`.
+    chain; a stage without `aug_level` then raises ValueError. `label` is [B].
     """
     clean = quantized(low_res)
     if damage.blur_weights is not None:
@@ -81,9 +78,8 @@ def condition(
         return Conditioning(label=label, low_res=clean)
     noisy = low_res if already_noisy else gaussian.diffuse(clean, damage.logsnr, damage.noise)
     untouched = gaussian.broadcast_right(damage.aug_level, low_res) == 0.0
-    return Conditioning(
-        label=label, low_res=jnp.where(untouched, clean, noisy), aug_level=damage.aug_level
-    )
+    low_res = jnp.where(untouched, clean, noisy)
+    return Conditioning(label=label, low_res=low_res, aug_level=damage.aug_level)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,11 +73,7 @@ def check_precision() -> None:
 
 
 def build_stage(config: StageConfig) -> Stage:
-    """The stage of a config section.
-
-    Raises:
-      UserError: its schedule is impossible, or JAX computes with 64 bits.
-    """
+    """A section's stage. Raises UserError as `build_schedule` and `check_precision`."""
     check_precision()
     return Stage(
         config=config,

@@ -38,12 +38,12 @@ class Cascade:
     @cached_property
     def _programs(self) -> dict[int, Callable[..., jax.Array]]:
         """The program of each stage by its place, for all parameters and levels."""
-        programs = {}
-        for i, (stage, sampler) in enumerate(zip(self.stages, self.samplers, strict=True)):
-            if stage is not None:
-                fixed = dict(sampler=sampler, low_res_is_noisy=self._truncates(i - 1))
-                programs[i] = jax.jit(partial(stage.sample, **fixed))
-        return programs
+        stages = enumerate(zip(self.stages, self.samplers, strict=True))
+        return {
+            i: jax.jit(partial(stage.sample, sampler=s, low_res_is_noisy=self._truncates(i - 1)))
+            for i, (stage, s) in stages
+            if stage is not None
+        }
 
     def sample(
         self,

@@ -39,8 +39,7 @@ def quantized(image: jax.Array) -> jax.Array:
 def area_downsample(image: jax.Array, resolution: int) -> jax.Array:
     """Shrinks [B, H, W, C] to [B, resolution, resolution, C] by area averages.
 
-    Raises:
-      ValueError: `resolution` is larger than the image.
+    Raises ValueError if `resolution` is larger than the image.
     """
     _, height, width, _ = image.shape
     if (height, width) == (resolution, resolution):

@@ -17,6 +17,8 @@ from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.networks.unet import Network
 from cascaded_diffusion.types import Batch, Conditioning, DenoiseFn, Params, Prediction, Schedule
 
+Metrics = dict[str, jax.Array]  # scalars to log
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,16 +50,17 @@ class Stage:
 
     def example_inputs(self, batch_size: int) -> tuple[jax.Array, jax.Array, Conditioning]:
         """(xt, logsnr, conditioning) of the right shapes and dtypes; all zeros."""
-        config = self.config
-        label = jnp.zeros((batch_size,), jnp.int32) if config.num_classes else None
-        low_res, aug_level = None, None
-        if self.augment is not None:
-            size = config.low_res_resolution
-            low_res = jnp.zeros((batch_size, size, size, config.channels))
-            aug_level = jnp.zeros((batch_size,)) if self.augment.has_aug_level else None
-        cond = Conditioning(label=label, low_res=low_res, aug_level=aug_level)
-        xt = jnp.zeros((batch_size, config.resolution, config.resolution, config.channels))
-        return xt, jnp.zeros((batch_size,)), cond
+        config, scalars = self.config, jnp.zeros(batch_size)
+
+        def images(size: int) -> jax.Array:
+            return jnp.zeros((batch_size, size, size, config.channels))
+
+        cond = Conditioning(
+            label=jnp.zeros(batch_size, jnp.int32) if config.num_classes else None,
+            low_res=None if self.augment is None else images(config.low_res_resolution),
+            aug_level=scalars if config.has_aug_level else None,
+        )
+        return images(config.resolution), scalars, cond
 
     def target_from(self, image: jax.Array) -> jax.Array:
         """What this stage should generate, [B, H, W, C], from data of that size or larger."""
@@ -71,13 +74,11 @@ class Stage:
         """The same stage, whose network is computed as `execution` says."""
         return dataclasses.replace(self, network=self.network.with_execution(execution))
 
-    def loss(
-        self, params: Params, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """The training loss (paper, algorithm 1), averaged over the global batch.
 
-        Returns the loss and scalars to log. The images of `batch` have any resolution from this
-        stage's upwards; `key` is the step's, so noise is a function of (seed, step, row).
+        The images of `batch` have any resolution from this stage's upwards; `key` is the step's,
+        so noise is a function of (seed, step, row).
         """
         return self.loss_of(params, self.noised(batch, key), key)
 
@@ -104,21 +105,18 @@ class Stage:
 
     def loss_of(
         self, params: Params, noised: NoisedBatch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of a batch or of some of its rows, averaged over them, and scalars to log.
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss of a batch or of some of its rows, averaged over them.
 
         `noised` comes from `self.noised` with the same `key`, this step's.
         """
         logsnr = self.schedule(noised.t)
         xt = gaussian.diffuse(noised.x0, logsnr, noised.eps)
         *_, dropout_key = jax.random.split(key, 5)  # the others are those of `noised`
+        if self.config.network.dropout_rate == 0:
+            dropout_key = None
         output = self.network.apply(
-            params,
-            xt,
-            logsnr,
-            noised.cond,
-            dropout_key=dropout_key if self.config.network.dropout_rate > 0 else None,
-            rows=noised.rows,
+            params, xt, logsnr, noised.cond, dropout_key=dropout_key, rows=noised.rows
         )
         per_example = self._losses(output, xt, logsnr, noised)
         means = {name: jnp.mean(values) for name, values in per_example.items()}
@@ -140,6 +138,7 @@ class Stage:
         if diffusion.loss == "simple":
             return {"loss": simple}
         num_timesteps = self.config.schedule.num_timesteps
+        last_times = np.asarray([2.0, 1.0, 0.0]) / num_timesteps
         kind = "learned" if diffusion.variance == "learned" else "small"
         prediction = self._prediction(output, xt, logsnr)
         if diffusion.loss == "hybrid":
@@ -153,9 +152,7 @@ class Stage:
             log_variance=samplers.make_log_variance(kind),
             # Half a step of margin: t is a multiple of 1 / T up to rounding.
             is_first=noised.t < 1.5 / num_timesteps,
-            min_logvar=bound.second_step_logvar(
-                self.schedule, np.asarray([2.0, 1.0, 0.0]) / num_timesteps
-            ),
+            min_logvar=bound.second_step_logvar(self.schedule, last_times),
         )
         vlb = num_timesteps * term
         loss = vlb if diffusion.loss == "vlb" else simple + diffusion.vlb_weight * vlb
@@ -230,17 +227,15 @@ class Stage:
         """One image per key, [B, H, W, C] float32: in [-1, 1] if the sampler clips.
 
         Args:
-          params: the network's parameters (the EMA, usually).
           keys: [B] typed PRNG keys. An image depends on its own key alone.
           label: [B] class labels.
-          low_res: [B, h, w, C] images to enlarge, clean unless `low_res_is_noisy`.
+          low_res: [B, h, w, C] images to enlarge, clean unless `low_res_is_noisy`, that is from a
+            chain truncated at `aug_level`.
           aug_level: strength of the conditioning augmentation, scalar; may be traced.
-          low_res_is_noisy: `low_res` comes from a chain truncated at `aug_level`.
           stop_t: where to stop this stage's own chain; the image is then noisy. May be traced.
           sampler: overrides the stage's own sampler.
         """
-        config = self.config
-        sampler = sampler or config.sampler
+        config, sampler = self.config, sampler or self.config.sampler
         xt_keys, step_keys, low_res_keys = (samplers.fold_in_each(keys, n) for n in range(3))
         cond = self._conditioning(low_res_keys, label, low_res, aug_level, low_res_is_noisy)
         image_shape = (config.resolution, config.resolution, config.channels)
@@ -279,13 +274,12 @@ class Stage:
         low_res = None if self.augment is None else self.low_res_from(image)
         cond = self._conditioning(samplers.fold_in_each(keys, 0), label, low_res, aug_level)
         plain = dataclasses.replace(sampler, guidance_scale=1.0, threshold="static")
+        log_variance = samplers.make_log_variance(sampler.variance, sampler.variance_interpolation)
         return bound.bits_per_dim(
             self.denoise_fn(params, cond, plain),
             self.target_from(image),
             samplers.fold_in_each(keys, 1),
             schedule=self.schedule,
             times=self.time_grid(sampler),
-            log_variance=samplers.make_log_variance(
-                sampler.variance, sampler.variance_interpolation
-            ),
+            log_variance=log_variance,
         )

@@ -19,7 +19,7 @@ from cascaded_diffusion.runtime.run_data import RunData, check_run_data, trained
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
+    from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages
     from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 
 
@@ -118,7 +118,7 @@ def check_same_run_classes(folders: Sequence[RunFolder]) -> None:
 def shown_images(folder: RunFolder, *, data_path: str | None) -> LabelledImages:
     """Twenty held-out real images of a run, spread over the classes, for a cascade's picture."""
     from cascaded_diffusion.data.sources import spread_examples
-    from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
+    from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages
 
     config = folder.read_config()
     name = config.data.eval_split

@@ -10,20 +10,15 @@ seed); it is trained once per run folder and kept there as plain arrays.
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import numpy as np
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8
-from cascaded_diffusion.evaluation.features.classifier_training import (
-    NUM_TURNS,
-    ROTATION,
-    LabelledImages,
-    Task,
-    train_classifier,
-)
+from cascaded_diffusion.evaluation.features import classifier_training as training
+from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages, Task
 from cascaded_diffusion.evaluation.features.extractor import Features, extract_in_batches
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import sha256_of_arrays, write_npz_whole
@@ -58,9 +53,8 @@ class Classifier:
 
     def __call__(self, images: np.ndarray) -> Features:
         features = self._outputs(images)
-        if self.task.network == ROTATION:
-            return dataclasses.replace(features, logits=None)
-        return features
+        is_rotation = self.task.network == training.ROTATION
+        return dataclasses.replace(features, logits=None) if is_rotation else features
 
     def predictions(self, images: np.ndarray) -> np.ndarray:
         """int [n]: each image's likeliest class, or how often it was turned by 90 degrees."""
@@ -86,13 +80,9 @@ def _fingerprint(task: Task, train: LabelledImages) -> str:
     about = f"{_RECIPE} {task.network} {task.seed} {train.images.shape}"
     digest = hashlib.sha256(about.encode())
     digest.update(np.ascontiguousarray(train.images).tobytes())
-    if task.network != ROTATION:
+    if task.network != training.ROTATION:
         digest.update(np.ascontiguousarray(train.labels).tobytes())
     return digest.hexdigest()
-
-
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    return sha256_of_arrays(arrays)[:16]
 
 
 def _stored(
@@ -106,7 +96,7 @@ def _stored(
     about, digest = (str(arrays.pop(name, "")) for name in ("fingerprint", "digest"))
     if about != fingerprint:
         raise ValueError("made from other data or settings")
-    if digest != _digest(arrays):
+    if digest != sha256_of_arrays(arrays)[:16]:
         raise ValueError("its arrays have changed")
     expected = networks.flatten_params(
         jax.eval_shape(lambda: networks.init_classifier(task.module, jax.random.key(0), shape))
@@ -140,15 +130,17 @@ def load_or_train(
             variables = _stored(path, task, fingerprint, train.images.shape)
         except ValueError as e:
             say(f"{path}: {e}; training the classifier again")
-    if variables is None:
+    known = variables is not None
+    if not known:
         label = f"{task.network} classifier of the real images"
-        variables = train_classifier(task, train, label=label)
-        arrays = networks.flatten_params(variables)
-        about = {"fingerprint": fingerprint, "digest": _digest(arrays)}
-        write_npz_whole(path, {**about, **arrays})
-    classifier = Classifier(task, variables, _digest(networks.flatten_params(variables)))
+        variables = training.train_classifier(task, train, label=label)
+    arrays = networks.flatten_params(variables)
+    digest = sha256_of_arrays(arrays)[:16]
+    if not known:
+        write_npz_whole(path, {"fingerprint": fingerprint, "digest": digest, **arrays})
+    classifier = Classifier(task, variables, digest)
     tests = [(held_out.images, held_out.labels)]
-    if task.network == ROTATION:
-        tests = [(np.rot90(held_out.images, k, (1, 2)), k) for k in range(NUM_TURNS)]
+    if task.network == training.ROTATION:
+        tests = [(np.rot90(held_out.images, k, (1, 2)), k) for k in range(training.NUM_TURNS)]
     right = [(classifier.predictions(images) == labels).mean() for images, labels in tests]
     return dataclasses.replace(classifier, accuracy=float(np.mean(right)))

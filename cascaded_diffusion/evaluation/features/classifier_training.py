@@ -208,13 +208,8 @@ def train_classifier(
             x = turned(x, labels)
 
         def loss_of(params: Params) -> tuple[jax.Array, networks.Variables]:
-            (_, logits), updated = module.apply(
-                {**variables, "params": params},
-                x,
-                train=True,
-                rngs={"dropout": dropout_key},
-                mutable=["batch_stats"],
-            )
+            how = dict(train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"])
+            (_, logits), updated = module.apply({**variables, "params": params}, x, **how)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean(), updated
 
@@ -237,8 +232,6 @@ def train_classifier(
         if (step + 1) % 50 == 0 or step + 1 == total:
             progress.update(step + 1, loss=f"{float(loss):.3f}")
     progress.close()
-    if not np.isfinite(float(loss)):
-        raise UserError(
-            f"{label}: its loss is {float(loss)} after {total} steps, expected a number"
-        )
+    if not np.isfinite(last := float(loss)):
+        raise UserError(f"{label}: its loss is {last} after {total} steps, expected a number")
     return jax.device_get(variables)

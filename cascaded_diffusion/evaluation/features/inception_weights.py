@@ -24,12 +24,8 @@ from cascaded_diffusion.evaluation.features.torch_file import read_tensors
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.paths import check_local_path
 from cascaded_diffusion.files.whole import sha256_of, write_npz_whole, write_whole
+from cascaded_diffusion.networks import inception
 from cascaded_diffusion.networks.classifier import flatten_params, unflatten_params
-from cascaded_diffusion.networks.inception import (
-    checkpoint_tensors,
-    kernel_shapes,
-    params_from_checkpoint,
-)
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -112,12 +108,12 @@ def _converted(path: pathlib.Path, digest: str) -> InceptionWeights:
         check_tensors(tensors)
     except ValueError as e:
         raise UserError(f"{_FLAG}={path}: not the weights of FID's Inception: {e}") from e
-    return InceptionWeights(params_from_checkpoint(tensors), digest)
+    return InceptionWeights(inception.params_from_checkpoint(tensors), digest)
 
 
 def check_tensors(tensors: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError, which names the first tensor that is not as the network's should be."""
-    expected = checkpoint_tensors()
+    expected = inception.checkpoint_tensors()
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise ValueError(f"{name} is missing")
@@ -176,7 +172,7 @@ def _read_converted(path: pathlib.Path) -> InceptionWeights:
         raise ValueError("its arrays have changed since it was written, or it is another file")
     shapes = {name: array.shape for name, array in arrays.items() if array.dtype == np.float32}
     expected = {}
-    for layer, shape in kernel_shapes().items():
+    for layer, shape in inception.kernel_shapes().items():
         expected |= {f"{layer}/kernel": shape, f"{layer}/bias": shape[-1:]}
     if shapes != expected or not all(np.isfinite(a).all() for a in arrays.values()):
         raise ValueError("not the converted weights of FID's Inception")

@@ -11,10 +11,9 @@ def checked_features(features: npt.ArrayLike, *, name: str, at_least: int = 0) -
     `at_least` rows, for which the metric is not defined.
     """
     features = np.asarray(features)
-    if features.ndim != 2 or features.shape[1] == 0:
-        raise ValueError(
-            f"{name} have shape {list(features.shape)}, expected [n, F]: one row per image"
-        )
+    shape = list(features.shape)
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(f"{name} have shape {shape}, expected [n, F]: one row per image")
     if len(features) < at_least:
         raise ValueError(f"at least {at_least} {name} are needed, got {len(features)}")
     if not np.isfinite(features).all():

@@ -125,12 +125,8 @@ def frechet_terms(a: FeatureStatistics | Moments, b: FeatureStatistics | Moments
     difference = a.mean - b.mean
     mean_term = float(difference @ difference)
     covariance_term = float(np.trace(a.covariance) + np.trace(b.covariance) - 2 * trace_of_root)
-    return FrechetTerms(
-        distance=max(mean_term + covariance_term, 0.0),
-        mean_term=mean_term,
-        covariance_term=covariance_term,
-        clipped=min(clipped_a, clipped_b),
-    )
+    distance = max(mean_term + covariance_term, 0.0)
+    return FrechetTerms(distance, mean_term, covariance_term, min(clipped_a, clipped_b))
 
 
 def frechet_distance(a: FeatureStatistics | Moments, b: FeatureStatistics | Moments) -> float:

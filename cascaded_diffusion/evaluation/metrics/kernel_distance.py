@@ -64,10 +64,7 @@ def kernel_distance(
         return squared_discrepancy(real, generated), 0.0
     rng = np.random.default_rng(seed)
     values = [
-        squared_discrepancy(
-            real[rng.choice(len(real), size, replace=False)],
-            generated[rng.choice(len(generated), size, replace=False)],
-        )
+        squared_discrepancy(*(rng.choice(x, size, replace=False) for x in (real, generated)))
         for _ in range(num_subsets)
     ]
     return float(np.mean(values)), float(np.std(values))

@@ -35,9 +35,8 @@ class _Points:
     """A set of features as distinct points [u, F] float64, with their multiplicities and |x|^2."""
 
     def __init__(self, features: np.ndarray):
-        self.features, self.counts = np.unique(
-            features.astype(np.float64), axis=0, return_counts=True
-        )
+        features = features.astype(np.float64)
+        self.features, self.counts = np.unique(features, axis=0, return_counts=True)
         self.squares = np.einsum("uf,uf->u", self.features, self.features)
 
 

@@ -12,25 +12,16 @@ from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.config.run_checks import check_devices
 from cascaded_diffusion.config.schema import CascadeSection
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
+from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.real_images import shrunk
 from cascaded_diffusion.evaluation.samples.sample_request import SampleRequest
-from cascaded_diffusion.evaluation.samples.sample_store import (
-    Arrays,
-    DamagedBatchError,
-    SampleStore,
-)
+from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.trained import TrainedStage, load_trained
+from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import pictures
-from cascaded_diffusion.runtime.mesh import (
-    broadcast_from_process_0,
-    build_mesh,
-    check_shared,
-    fail_on_all_processes,
-    raise_on_all_processes,
-)
+from cascaded_diffusion.runtime.mesh import fail_on_all_processes
 
 # The samples of the picture are among this many first ones.
 _SHOWN = 2000
@@ -51,28 +42,21 @@ def sample_cascade(
     """Makes samples and writes them to the request's folder; resumes what an earlier call left.
 
     Every process of a job calls this. The batches are divided among the processes, each of which
-    samples on its own devices; process 0 writes the files.
+    samples on its own devices; process 0 writes the files and returns their names. `real` returns
+    the real images of the picture, which has none by default. `mesh` is of this process's devices,
+    by default the config's over all of them.
 
-    Args:
-      request: what to make.
-      real: returns the real images of the picture; by default it has none.
-      mesh: of this process's devices; by default the config's over all of them.
-
-    Returns:
-      The names of the files; in the other processes none.
-
-    Raises:
-      UserError: a checkpoint, the output or the devices do not allow it, the processes see
-        different things, or a sample is not finite.
+    Raises UserError if a checkpoint, the output or the devices do not allow it, the processes see
+    different things, or a sample is not finite.
     """
     section, output = request.config.cascade, request.output
     if mesh is None:
         check_devices(request.config, jax.local_device_count())
-        mesh = build_mesh(request.config.mesh, jax.local_devices())
+        mesh = mesh_lib.build_mesh(request.config.mesh, jax.local_devices())
     with fail_on_all_processes():
         real_images = None if real is None else real()
         trained = [load_trained(folder, mesh) for folder in request.folders]
-    check_shared(output.path, "output")
+    mesh_lib.check_shared(output.path, "output")
     not_run = [None] * request.first
     stages = [*not_run, *(t.stage for t in trained)]
     params = [*not_run, *(t.params for t in trained)]
@@ -93,7 +77,7 @@ def sample_cascade(
             batch_size=min(section.batch_size, section.num_samples),
         )
     with fail_on_all_processes():
-        if broadcast_from_process_0([store.number]) != [store.number]:
+        if mesh_lib.broadcast_from_process_0([store.number]) != [store.number]:
             raise UserError(
                 f"--workdir={request.workdir}: the processes found other checkpoints, labels or"
                 " images when they started; run the same command again"
@@ -129,10 +113,7 @@ def _cannot_write(request: SampleRequest, e: OSError) -> UserError:
 
 
 def _fill(
-    request: SampleRequest,
-    store: SampleStore,
-    make: Callable[[np.ndarray], Arrays],
-    num_devices: int,
+    request: SampleRequest, store: SampleStore, make: generate.BatchMaker, num_devices: int
 ) -> None:
     """Fills the store together with the other processes. If one of them fails, all raise."""
     error = None
@@ -157,7 +138,7 @@ def _fill(
     # This may take hours, and no collective would wait so long.
     while store.missing() and not store.failed.exists():
         time.sleep(_POLL_SECS)
-    raise_on_all_processes(error)
+    mesh_lib.raise_on_all_processes(error)
 
 
 def _print_work(trained: Sequence[TrainedStage], store: SampleStore) -> None:
@@ -193,7 +174,7 @@ def _write_files(request: SampleRequest, store: SampleStore) -> list[str]:
 
 def _picture(
     request: SampleRequest,
-    samples: Arrays,
+    samples: generate.Arrays,
     trained: Sequence[TrainedStage],
     real: LabelledImages | None,
     mesh: Mesh,
@@ -225,27 +206,22 @@ def _real_rows(
 ) -> _Rows:
     size = trained[-1].stage.config.resolution
     rows = [(f"real, {size} px", shrunk(real, size).images)]
+    count = len(real.images)
+    padded = np.resize(np.arange(count), -(-count // mesh.size) * mesh.size)
     above = zip(trained[1:], section.samplers[1:], section.aug_levels, strict=True)
     for t, sampler, level in above:
         low = t.stage.config.low_res_resolution
         low_res = shrunk(real, low)
         how = dict(sampler=sampler, seed=section.seed, mesh=mesh)
         enlarge = generate.make_enlarger(t.stage, low_res, **how)
-        (enlarged,) = generate.generate(
-            lambda x, rows, enlarge=enlarge, level=level: [enlarge(x[0], rows, level)],
-            [t.params],
-            num_samples=len(real.images),
-            batch_size=-(-len(real.images) // mesh.size) * mesh.size,
-            label=f"enlarging real {low} px images",
-        )
+        print(f"enlarging {count} real {low} px images", flush=True)
+        enlarged = mesh_lib.host_array(enlarge(t.params, padded, level))[:count]
         caption = f"real {low} px images enlarged by {t.stage.config.name}, aug_level {level:g}"
         rows += [(f"real, {low} px", low_res.images), (caption, enlarged)]
     return rows
 
 
-def _sampled_rows(
-    request: SampleRequest, images: Sequence[np.ndarray], chosen: np.ndarray
-) -> _Rows:
+def _sampled_rows(request: SampleRequest, images: list[np.ndarray], chosen: np.ndarray) -> _Rows:
     section, rows = request.config.cascade, []
     mode = "truncated" if section.truncated else "non-truncated"
     for i, (stage, stage_images) in enumerate(zip(request.stages, images, strict=True)):

@@ -17,7 +17,7 @@ from cascaded_diffusion.cascade.cascade import Cascade, keys_for
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import SamplerConfig
-from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
+from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages
 from cascaded_diffusion.evaluation.samples.sample_store import Arrays, SampleStore
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.progress import Progress
@@ -25,6 +25,8 @@ from cascaded_diffusion.types import Params
 
 # (parameters per stage, global sample indices [B]) -> images uint8 [B, H, W, C] per stage.
 BatchSampler = Callable[[Sequence[Params], np.ndarray], Sequence[jax.Array]]
+# Global sample indices [b] -> the arrays of a batch.
+BatchMaker = Callable[[np.ndarray], Arrays]
 # (the stage's parameters, global sample indices [B], aug_level) -> images uint8 [B, H, W, C].
 Enlarger = Callable[[Params, np.ndarray, float], jax.Array]
 
@@ -35,35 +37,27 @@ def labels_of(indices: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def generate(
-    sample_batch: BatchSampler,
-    params: Sequence[Params],
-    *,
-    num_samples: int,
-    batch_size: int,
-    label: str,
+    sample: BatchSampler, params: Sequence[Params], *, num_samples: int, batch_size: int, label: str
 ) -> list[np.ndarray]:
     """All samples in memory, uint8 [num_samples, H, W, C] per stage.
 
-    Raises:
-      ValueError: a sample is not finite.
+    Raises ValueError if one is not finite.
     """
     progress = Progress(num_samples, unit="samples", label=label)
     made = []
     for start in range(0, num_samples, batch_size):
-        images = sample_batch(params, np.arange(start, start + batch_size) % num_samples)
+        images = sample(params, np.arange(start, start + batch_size) % num_samples)
         made.append([mesh_lib.host_array(x)[: num_samples - start] for x in images])
         progress.update(min(start + batch_size, num_samples))
     progress.close()
     return [np.concatenate(batches) for batches in zip(*made, strict=True)]
 
 
-def cascade_maker(
-    sample_batch: BatchSampler, params: Sequence[Params], labels: np.ndarray
-) -> Callable[[np.ndarray], Arrays]:
+def cascade_maker(sample: BatchSampler, params: Sequence[Params], labels: np.ndarray) -> BatchMaker:
     """A function for `fill`: indices -> `images_0`, ... and `labels`, those [m] given in turn."""
 
     def make(indices: np.ndarray) -> Arrays:
-        images = sample_batch(params, indices)
+        images = sample(params, indices)
         arrays = {f"images_{i}": np.asarray(x) for i, x in enumerate(images)}
         return {**arrays, "labels": labels[indices % len(labels)].astype(np.int64)}
 
@@ -72,7 +66,7 @@ def cascade_maker(
 
 def fill(
     store: SampleStore,
-    make: Callable[[np.ndarray], Arrays],
+    make: BatchMaker,
     *,
     label: str,
     devices: int = 1,
@@ -81,9 +75,8 @@ def fill(
 ) -> None:
     """Makes those batches that a store lacks and that are this process's: every P-th one.
 
-    `make` is: global sample indices [b] -> the arrays of a batch, and fails if a sample is not
-    finite. Batches are filled up to one size, a multiple of the number of devices, so that only
-    one shape is compiled.
+    They are filled up to one size, a multiple of the number of devices, so that only one shape is
+    compiled. `make` fails if a sample is not finite.
     """
     missing = set(store.missing())
     mine = {i: store.rows(i) for i in range(process_index, store.num_batches, process_count)}
@@ -113,19 +106,14 @@ def make_cascade_sampler(
 ) -> BatchSampler:
     """A sampler of a cascade's stages from `first` on; those below are not run and may be None.
 
-    Given the stored samples of the stage below `first`, it makes what the whole cascade makes of
-    them without truncation.
+    There is a level per enlargement, including those below `first`. The samples have the `labels`
+    [m] in turn, by default every class in turn.
 
-    Args:
-      cascade: the stages.
-      aug_levels: one per enlargement, including those below `first`.
-      seed: of the samples' keys.
-      mesh: the device mesh.
-      labels: [m] the samples' labels, in turn; by default every class in turn.
-      below: uint8 [n, h, w, C]: row i is the low-res image of sample i. Required if `first` > 0.
-      first: the place in the cascade of the first stage to run.
-      keep_first_stages: keep what all but the last stage made of each batch, and use it when the
-        same batch is asked for. Only the last stage's parameters may then change.
+    If `first` > 0, row i of `below`, uint8 [n, h, w, C], is the low-res image of sample i. From the
+    stored samples of the stage below, it makes what the whole cascade makes without truncation.
+
+    With `keep_first_stages`, what all but the last stage made of each batch is kept and used when
+    the same batch is asked for. Only the last stage's parameters may then change.
     """
     key = jax.random.key(seed)
     num_classes = cascade.stages[-1].config.num_classes

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from cascaded_diffusion.cascade.pixels import area_downsample, float_from_uint8, uint8_from_float
-from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
+from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages
 
 _CHUNK = 500
 

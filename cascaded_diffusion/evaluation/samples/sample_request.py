@@ -102,10 +102,8 @@ def read_labels(
     """The labels that `--labels` lists, int32 [m], and the names of those given by name.
 
     `text` is numbers or names between commas, or the path of a .txt, .npz or .npy file. The run
-    in `folder` knows the names of its classes.
-
-    Raises:
-      UserError: the text or file is not understood, or an item is no class.
+    in `folder` knows the names of its classes. Raises UserError if the text or file is not
+    understood, or an item is no class.
     """
     is_array = text.lower().endswith((".npz", ".npy"))
     items = _array(text) if is_array else _items(text)

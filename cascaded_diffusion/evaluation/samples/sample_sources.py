@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import CascadeSection, SamplerConfig, to_dict
-from cascaded_diffusion.evaluation.features.classifier_extractor import LabelledImages
+from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
 from cascaded_diffusion.evaluation.samples.sample_store import Arrays
@@ -139,10 +139,8 @@ class StageSampling:
         if not below:
             return self._source(kind, make, None)
         name = f"{kind}:{'; '.join(t.identity for t in below)}"
-        how_below = {
-            "samplers": [to_dict(s) for s in samplers[:-1]],
-            "aug_levels": list(aug_levels[:-1]),
-        }
+        lower_samplers = [to_dict(s) for s in samplers[:-1]]
+        how_below = {"samplers": lower_samplers, "aug_levels": list(aug_levels[:-1])}
         return self._source(name, make, aug_levels[-1], below=how_below, truncated=truncated)
 
     def at_levels(self, split: RealSplit, *, num_images: int) -> LevelSource:

@@ -51,12 +51,7 @@ class SampleStore:
     """
 
     def __init__(
-        self,
-        parent: pathlib.Path,
-        identity: Mapping[str, Any],
-        *,
-        num_samples: int,
-        batch_size: int,
+        self, parent: pathlib.Path, identity: dict[str, Any], *, num_samples: int, batch_size: int
     ):
         whole = {**identity, "num_samples": num_samples, "batch_size": batch_size}
         text = json.dumps(whole, sort_keys=True).encode()
@@ -78,11 +73,9 @@ class SampleStore:
         return [i for i in range(self.num_batches) if not self._path(i).exists()]
 
     def write(self, batch: int, arrays: Arrays) -> None:
-        """Stores a batch.
+        """Stores a batch. Raises ValueError for a wrong number of samples.
 
-        Raises:
-          ValueError: the number of samples is wrong.
-          UserError: the folder was moved or removed meanwhile. It is not made again.
+        If the folder was moved or removed meanwhile, it is not made again: raises UserError.
         """
         if not self._folder.is_dir():
             raise UserError(
@@ -96,11 +89,7 @@ class SampleStore:
         write_npz_whole(self._path(batch), arrays)
 
     def batches(self) -> Iterator[Arrays]:
-        """All batches in order.
-
-        Raises:
-          DamagedBatchError: one is missing or damaged.
-        """
+        """All batches in order. Raises DamagedBatchError if one is missing or damaged."""
         for path in map(self._path, range(self.num_batches)):
             try:
                 # Checksums are compared: a bit that has flipped is noticed.

@@ -79,10 +79,7 @@ def save_sample_batches(
     """Writes an ADM-style file from batches, of which it holds only one at a time.
 
     `shape` is (n, H, W, C) of all images. `batches_of` returns the batches (images, labels) in
-    order each time it is called.
-
-    Raises:
-      ValueError: there are more or fewer images than `shape` says.
+    order each time it is called. Raises ValueError if there are more or fewer images.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     arrays = ((shape, "|u1"), (shape[:1], "<i8"))
@@ -123,11 +120,8 @@ def stored_samples(path: pathlib.Path, provenance: Mapping[str, Any]) -> np.ndar
 def open_images(path: str, *, flag: str, at_least: int = 2) -> StoredImages:
     """Opens an ADM-style `.npz` (`arr_0` uint8 NHWC, `arr_1` labels if any) or a folder of PNGs.
 
-    Prints on stderr how many images there are and which files were passed over.
-
-    Raises:
-      UserError: it is neither, or does not hold at least `at_least` uint8 images of one size (a
-        folder: two).
+    Prints on stderr how many images there are and which files were passed over. Raises UserError
+    if it is neither, or has fewer than `at_least` (a folder: two) uint8 images of one size.
     """
     rest = ""
     if check_local_path(path, f"--{flag}").is_dir():
@@ -191,19 +185,16 @@ def check_labels(labels: np.ndarray, num_classes: int, name: str, reason: str = 
 def load_samples(path: str, stage: StageConfig, *, low_res: bool = False) -> StoredImages:
     """Opens `--samples`, which a stage can have made, or `--low_res_samples` for it to enlarge.
 
-    Raises:
-      UserError: they cannot be read, or are of another size or kind.
+    Raises UserError if they cannot be read, or are of another size or kind.
     """
     flag, verb, size = "samples", "makes", stage.resolution
     if low_res:
         flag, verb, size = "low_res_samples", "enlarges", stage.low_res_resolution
     stored = open_images(path, flag=flag)
     given, shape = f"--{flag}={path}", tuple(stored.images.shape[1:])
-    expected = (size, size, stage.channels)
-    if shape != expected:
-        raise UserError(
-            f"{given}: images of {shape}, expected {expected}, as {stage.name!r} {verb}"
-        )
+    wanted = (size, size, stage.channels)
+    if shape != wanted:
+        raise UserError(f"{given}: images of {shape}, expected {wanted}, as {stage.name!r} {verb}")
     if stage.num_classes and stored.labels is None:
         raise UserError(
             f"{given}: no labels; {stage.name!r} has {stage.num_classes} classes, so that an .npz"
