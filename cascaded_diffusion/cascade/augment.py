@@ -101,7 +101,7 @@ class NoAugment:
         return Damage()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class BlurAugment(NoAugment):
     """Blur of some training examples, eq. (2); nothing when sampling."""
 

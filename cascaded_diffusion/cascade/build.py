@@ -39,8 +39,7 @@ def build_augment(config: StageConfig) -> Augment | None:
     if augment.name == "none":
         return NoAugment()
     if augment.name == "blur":
-        kernel_size, sigmas = augment.blur_kernel_size, augment.blur_sigmas
-        return BlurAugment(kernel_size=kernel_size, sigmas=sigmas, prob=augment.blur_prob)
+        return BlurAugment(augment.blur_kernel_size, augment.blur_sigmas, augment.blur_prob)
     return GaussianAugment(
         schedule=build_schedule(low_res_schedule, config.low_res_resolution),
         num_timesteps=low_res_schedule.discrete_timesteps,

@@ -17,7 +17,7 @@ from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.networks.unet import Network
 from cascaded_diffusion.types import Batch, Conditioning, DenoiseFn, Params, Prediction, Schedule
 
-Metrics = dict[str, jax.Array]  # scalars to log
+Loss = tuple[jax.Array, dict[str, jax.Array]]  # the loss, and scalars to log by name
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +74,7 @@ class Stage:
         """The same stage, whose network is computed as `execution` says."""
         return dataclasses.replace(self, network=self.network.with_execution(execution))
 
-    def loss(self, params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(self, params: Params, batch: Batch, key: jax.Array) -> Loss:
         """The training loss (paper, algorithm 1), averaged over the global batch.
 
         The images of `batch` have any resolution from this stage's upwards; `key` is the step's,
@@ -103,9 +103,7 @@ class Stage:
             cond = augment.condition(low_res, damage, label=label)
         return NoisedBatch(x0=x0, eps=eps, t=t, cond=cond, rows=jnp.arange(batch_size))
 
-    def loss_of(
-        self, params: Params, noised: NoisedBatch, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def loss_of(self, params: Params, noised: NoisedBatch, key: jax.Array) -> Loss:
         """The loss of a batch or of some of its rows, averaged over them.
 
         `noised` comes from `self.noised` with the same `key`, this step's.
@@ -127,14 +125,8 @@ class Stage:
     ) -> dict[str, jax.Array]:
         """The loss and, if it has several, its parts, per example: name -> [B]."""
         diffusion, x0 = self.config.diffusion, noised.x0
-        simple = losses.simple_loss(
-            output[..., : x0.shape[-1]],
-            x0,
-            logsnr,
-            noised.eps,
-            parameterization=diffusion.parameterization,
-            weighting=diffusion.weighting,
-        )
+        how = dict(parameterization=diffusion.parameterization, weighting=diffusion.weighting)
+        simple = losses.simple_loss(output[..., : x0.shape[-1]], x0, logsnr, noised.eps, **how)
         if diffusion.loss == "simple":
             return {"loss": simple}
         num_timesteps = self.config.schedule.num_timesteps
@@ -185,11 +177,9 @@ class Stage:
 
     def time_grid(self, sampler: SamplerConfig) -> np.ndarray:
         """The times that a sampler visits, [num_steps + 1] from 1 down to 0."""
+        steps = self.config.schedule.discrete_timesteps
         return grids.time_grid(
-            sampler.grid,
-            sampler.num_steps,
-            schedule=self.schedule,
-            discrete_timesteps=self.config.schedule.discrete_timesteps,
+            sampler.grid, sampler.num_steps, schedule=self.schedule, discrete_timesteps=steps
         )
 
     def evaluations(self, sampler: SamplerConfig, *, stop_t: float = 0.0) -> int:

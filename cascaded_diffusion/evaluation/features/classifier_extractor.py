@@ -31,10 +31,7 @@ _BATCH = 500
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A trained classifier as a feature extractor: uint8 images [n, H, W, C] -> `Features`.
-
-    Logits are over the data's classes; a network that tells rotations returns none.
-    """
+    """A trained classifier: uint8 images [n, H, W, C] -> `Features`; rotations have no logits."""
 
     task: Task
     variables: networks.Variables

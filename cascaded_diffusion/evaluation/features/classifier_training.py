@@ -130,9 +130,8 @@ def turned(images: jax.Array, turns: jax.Array) -> jax.Array:
 
 def _optimizer(recipe: Recipe, total: int, steps_per_epoch: float) -> optax.GradientTransformation:
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total // 2)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0 if warmup else recipe.learning_rate, recipe.learning_rate, warmup, total
-    )
+    peak = recipe.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, total)
     if recipe.optimizer == "adamw":
         return optax.adamw(schedule, weight_decay=recipe.weight_decay)
     decay = optax.add_decayed_weights(

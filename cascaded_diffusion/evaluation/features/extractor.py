@@ -25,8 +25,7 @@ def extract_in_batches(
 ) -> Features:
     """The features of images [n, H, W, C], of which `program` takes exactly `size` at a time.
 
-    The last batch is filled up to one shape, and the surplus is dropped. `size` is a multiple of
-    the devices.
+    `size` is a multiple of the devices. What fills the last batch up is dropped again.
     """
     parts = []
     for start in range(0, len(images), size):

@@ -64,10 +64,7 @@ def at_inception_size(images: jax.Array, mode: str) -> jax.Array:
 
 
 def check_precision(program: str) -> None:
-    """Raises RuntimeError unless all convolutions and products are at the highest precision.
-
-    `program` is StableHLO text. A user cannot repair this.
-    """
+    """Raises RuntimeError unless all products of a StableHLO text are at the highest precision."""
     operations = re.findall(r"stablehlo\.(?:convolution|dot_general).*", program)
     low = [line for line in operations if line.count("HIGHEST") < 2]
     if low or not operations:
@@ -81,8 +78,7 @@ def check_precision(program: str) -> None:
 class InceptionExtractor:
     """uint8 images [n, H, W, 1 or 3] of any n -> `Features`, batch by batch.
 
-    The logits lack the last layer's bias, as in published inception scores. `resize` is "legacy"
-    or "clean".
+    The logits lack the last layer's bias, as in published scores. `resize` is of `RESIZES`.
     """
 
     weights: InceptionWeights
@@ -90,9 +86,7 @@ class InceptionExtractor:
     mesh: Mesh
     batch_size: int = 64
     name: str = "inception"
-    _programs: dict[tuple[int, ...], jax.stages.Compiled] = dataclasses.field(
-        default_factory=dict, repr=False
-    )
+    _programs: dict[tuple[int, ...], jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
     @property
     def identity(self) -> str:

@@ -75,6 +75,12 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Te
     return tensor
 
 
+# The items that an opcode takes from the stack: so many, or (None) all since the last mark.
+_TAKEN = {
+    "TUPLE": None, "SETITEMS": None, "APPENDS": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3,
+    "SETITEM": 2, "APPEND": 1, "REDUCE": 2, "BINPERSID": 1, "BUILD": 1, "STOP": 1,
+}  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 # The only names that a state dict refers to, and what they stand for here.
 _NAMES = {
     "torch FloatStorage": np.dtype("<f4"),
@@ -111,17 +117,17 @@ def _evaluated(stream: BinaryIO) -> Any:
     for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if number >= _MAX_OPCODES:
             raise ValueError(f"more than {_MAX_OPCODES} opcodes, which no state dict needs")
+        if (count := _TAKEN.get(opcode.name, 0)) is None:
+            items, stack = stack, outer.pop()
+        else:
+            items = [stack.pop() for _ in range(count)][::-1]
         match opcode.name:
-            case "PROTO":
+            case "PROTO" | "BUILD":  # which sets attributes of the dict: versions of modules
                 pass
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE":
                 stack.append(argument)
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "EMPTY_TUPLE":
-                stack.append(())
+            case name if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
             case "GLOBAL" if argument not in _NAMES:
                 raise ValueError(
                     f"the name {argument[:80]!r}, which no state dict of tensors needs"
@@ -139,35 +145,21 @@ def _evaluated(stream: BinaryIO) -> Any:
             case "MARK":
                 outer.append(stack)
                 stack = []
-            case "TUPLE":
-                items, stack = stack, outer.pop()
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(items))
-            case "SETITEMS":
-                items, stack = stack, outer.pop()
+            case "SETITEMS" | "SETITEM":
                 _fill(stack[-1], items)
-            case "APPENDS":
-                items, stack = stack, outer.pop()
+            case "APPENDS" | "APPEND":
                 stack[-1].extend(items)
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                size = int(opcode.name.removeprefix("TUPLE"))
-                stack[-size:] = [tuple(stack[-size:])]
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _fill(stack[-1], [key, value])
-            case "APPEND":
-                item = stack.pop()
-                stack[-1].append(item)
             case "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
+                function, arguments = items
                 if function is not _tensor and (function is not dict or arguments != ()):
                     raise ValueError("a call of something that no state dict calls")
                 stack.append(function(*arguments))
             case "BINPERSID":
-                stack.append(_storage(stack.pop()))
-            case "BUILD":
-                stack.pop()  # attributes of the dict: versions of modules
+                stack.append(_storage(*items))
             case "STOP":
-                return stack.pop()
+                return items[0]
             case name:
                 raise ValueError(f"the opcode {name}, which no state dict needs")
     raise ValueError("it ends in the middle")

@@ -44,19 +44,14 @@ class ScoreStatistics:
 
     @classmethod
     def of(
-        cls,
-        logits: npt.ArrayLike,
-        indices: npt.ArrayLike,
-        *,
-        num_samples: int,
-        num_splits: int = 10,
+        cls, logits: npt.ArrayLike, indices: np.ndarray, *, num_samples: int, num_splits: int = 10
     ) -> ScoreStatistics:
         """Statistics of logits [m, K], of any float type, of the samples `indices` [m] of all N.
 
         Raises ValueError for fewer samples than splits; logits or indices of another shape; logits
         that are not finite; an index outside of [0, num_samples) or given twice.
         """
-        logits, indices = checked_features(logits, name="logits"), np.asarray(indices)
+        logits = checked_features(logits, name="logits")
         if not 1 <= num_splits <= num_samples:
             raise ValueError(
                 f"{num_samples} samples leave some of {num_splits} splits without any: "
@@ -68,10 +63,10 @@ class ScoreStatistics:
                 f"expected one integer for each of {len(logits)} rows of logits"
             )
         indices = indices.astype(np.int64)
-        if len(indices) and not 0 <= indices.min() <= indices.max() < num_samples:
+        low, high = (indices.min(), indices.max()) if len(indices) else (0, 0)
+        if not 0 <= low <= high < num_samples:
             raise ValueError(
-                f"indices run from {indices.min()} to {indices.max()}, "
-                f"expected them in [0, {num_samples})"
+                f"indices run from {low} to {high}, expected them in [0, {num_samples})"
             )
         if len(np.unique(indices)) < len(indices):
             raise ValueError("an index is there twice: each sample counts once")
@@ -109,10 +104,10 @@ class ScoreStatistics:
         Raises ValueError if samples are missing, or some were counted twice.
         """
         bounds = np.arange(len(self.counts) + 1) * self.num_samples // len(self.counts)
-        if not np.array_equal(self.counts, np.diff(bounds)):
+        if (counts := self.counts.tolist()) != (expected := np.diff(bounds).tolist()):
             raise ValueError(
-                f"splits have {self.counts.tolist()} samples, expected {np.diff(bounds).tolist()}: "
-                "each of all samples must be counted once"
+                f"splits have {counts} samples, expected {expected}: each of all samples must be"
+                " counted once"
             )
         entropies = special.entr(self.totals / self.counts[:, None]).sum(1)
         scores = np.exp(self.negative_entropies / self.counts + entropies)

@@ -73,12 +73,7 @@ def precision_recall(
 
 
 class _Pairs:
-    """Squared distances from some rows of `a` to all of `b`, eq. (4), and bounds on their error.
-
-    Attributes:
-      lower: [rows, b], not above the squared distance.
-      upper: [rows, b], not below it.
-    """
+    """Bounds `lower` and `upper` [rows, b] of squared distances from rows of a to b, eq. (4)."""
 
     def __init__(self, a: _Points, b: _Points, rows: slice):
         self._a, self._b = a.features[rows], b.features

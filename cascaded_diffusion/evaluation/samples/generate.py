@@ -39,10 +39,7 @@ def labels_of(indices: np.ndarray, num_classes: int) -> np.ndarray:
 def generate(
     sample: BatchSampler, params: Sequence[Params], *, num_samples: int, batch_size: int, label: str
 ) -> list[np.ndarray]:
-    """All samples in memory, uint8 [num_samples, H, W, C] per stage.
-
-    Raises ValueError if one is not finite.
-    """
+    """All samples, uint8 [num_samples, H, W, C] per stage. Raises ValueError unless finite."""
     progress = Progress(num_samples, unit="samples", label=label)
     made = []
     for start in range(0, num_samples, batch_size):

@@ -28,8 +28,7 @@ class RealSplit:
 
     def rows(self, rows: Sequence[int], resolution: int) -> LabelledImages:
         """Chosen images at a resolution."""
-        starts = range(0, len(rows), _CHUNK)
-        parts = [shrunk(self.raw(rows[i : i + _CHUNK]), resolution) for i in starts]
+        parts = list(self.chunks(resolution, rows))
         return LabelledImages(
             np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts])
         )
@@ -38,16 +37,16 @@ class RealSplit:
         """All images at a resolution, in memory."""
         return self.rows(range(self.size), resolution)
 
-    def chunks(self, resolution: int) -> Iterator[LabelledImages]:
-        """All images at a resolution, in order."""
-        for i in range(0, self.size, _CHUNK):
-            yield self.rows(range(i, min(i + _CHUNK, self.size)), resolution)
+    def chunks(
+        self, resolution: int, rows: Sequence[int] | None = None
+    ) -> Iterator[LabelledImages]:
+        """All images, or chosen ones, at a resolution, in order."""
+        rows = range(self.size) if rows is None else rows
+        for i in range(0, len(rows), _CHUNK):
+            yield shrunk(self.raw(rows[i : i + _CHUNK]), resolution)
 
     def spread(self, count: int, resolution: int) -> LabelledImages:
-        """`count` images spread over the split, which may be sorted by class.
-
-        If there are fewer, all are repeated in turn.
-        """
+        """`count` images spread over a split sorted by class, or if it has fewer, all in turn."""
         rows = np.arange(count)
         rows = rows % self.size if count > self.size else rows * self.size // count
         return self.rows(rows, resolution)

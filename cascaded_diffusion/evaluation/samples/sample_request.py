@@ -1,7 +1,4 @@
-"""A request for samples: the stages, images, labels and number of samples.
-
-People give labels by numbers, by names of classes, or as a file of either.
-"""
+"""A request for samples: the stages, images, labels and number of samples."""
 
 import dataclasses
 import hashlib

@@ -19,12 +19,14 @@ from cascaded_diffusion.config.schema import CascadeSection, SamplerConfig, to_d
 from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.real_images import RealSplit
-from cascaded_diffusion.evaluation.samples.sample_store import Arrays
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages
 from cascaded_diffusion.evaluation.trained import TrainedStage, load_trained
 from cascaded_diffusion.runtime.mesh import host_array
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
+
+# (the stage's parameters, global sample indices [b]) -> the arrays of a batch.
+Maker = Callable[[Params, np.ndarray], generate.Arrays]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,7 @@ class SampleSource:
 
     # Everything that the samples depend on besides the stage's parameters and the seed.
     record: dict[str, Any]
-    # (the stage's parameters, global sample indices [b]) -> the arrays of a batch.
-    make: Callable[[Params, np.ndarray], Arrays]
+    make: Maker
     about: str  # for people
     # Further fields of a record, which are not compared.
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -127,7 +128,7 @@ class StageSampling:
             keep_first_stages=kind == "samples",
         )
 
-        def make(params: Params, indices: np.ndarray) -> Arrays:
+        def make(params: Params, indices: np.ndarray) -> generate.Arrays:
             *lower, images = sample([*(t.params for t in below), params], indices)
             labels = generate.labels_of(indices, self.stage.config.num_classes)
             arrays = {"images": host_array(images), "labels": labels.astype(np.int64)}
@@ -141,7 +142,8 @@ class StageSampling:
         name = f"{kind}:{'; '.join(t.identity for t in below)}"
         lower_samplers = [to_dict(s) for s in samplers[:-1]]
         how_below = {"samplers": lower_samplers, "aug_levels": list(aug_levels[:-1])}
-        return self._source(name, make, aug_levels[-1], below=how_below, truncated=truncated)
+        of_cascade = {"low_res_sampler": how_below, "truncated": truncated}
+        return self._source(name, make, aug_levels[-1], **of_cascade)
 
     def at_levels(self, split: RealSplit, *, num_images: int) -> LevelSource:
         """Enlargements of at least `num_images` real images, with the same noise at every level."""
@@ -160,7 +162,7 @@ class StageSampling:
     def _enlargements(self, name: str, low_res: LabelledImages) -> SampleSource:
         enlarge = self._enlarger(low_res)
 
-        def make(params: Params, indices: np.ndarray) -> Arrays:
+        def make(params: Params, indices: np.ndarray) -> generate.Arrays:
             return {
                 "images": host_array(enlarge(params, indices, self.aug_level)),
                 "labels": low_res.labels[indices].astype(np.int64),
@@ -170,19 +172,14 @@ class StageSampling:
         return self._source(name, make, self.aug_level)
 
     def _source(
-        self,
-        low_res: str,
-        make: Callable[[Params, np.ndarray], Arrays],
-        aug_level: float | None,
-        *,
-        below: dict[str, Any] | None = None,
-        truncated: bool = False,
+        self, low_res: str, make: Maker, aug_level: float | None, **of_cascade: Any
     ) -> SampleSource:
         record = {
             "low_res": low_res,
-            "low_res_sampler": below,
+            "low_res_sampler": None,
             "aug_level": aug_level if self.stage.config.has_aug_level else None,
-            "truncated": truncated,
+            "truncated": False,
             "sampler": to_dict(self.sampler),
+            **of_cascade,
         }
         return SampleSource(record=record, make=make, about=low_res.partition(":")[0])

@@ -43,11 +43,8 @@ class SampleStore:
     """The batches of one set of samples.
 
     Its folder in `parent` is named by the digest of its identity, which is everything that the
-    samples depend on, for JSON.
-
-    Attributes:
-      number: a hash of the identity.
-      failed: a file by which a process tells the others that it gives up.
+    samples depend on, for JSON; `number` is a hash of it, too. By the file `failed` a process tells
+    the others that it gives up.
     """
 
     def __init__(

@@ -21,7 +21,6 @@ from cascaded_diffusion.files.whole import write_npz_whole
 
 _DIGEST_BATCH = 1000
 _MAX_PROVENANCE_BYTES = 1 << 24
-_INT64_MAX = np.iinfo(np.int64).max
 
 # uint8 images [n, H, W, C], in memory or read on demand.
 Images = np.ndarray | PngFolder
@@ -104,10 +103,7 @@ def save_sample_batches(
 
 
 def stored_samples(path: pathlib.Path, provenance: Mapping[str, Any]) -> np.ndarray | None:
-    """The images of a file of `save_samples`.
-
-    None if there is no such file, it is damaged, or its samples have another origin.
-    """
+    """The images of a `save_samples` file; None if it is missing, damaged or of another origin."""
     try:
         about = read_arrays(path, ("provenance",), max_bytes=_MAX_PROVENANCE_BYTES)
         if json.loads(str(about["provenance"])) == provenance:
@@ -155,7 +151,7 @@ def _read_npz(path: str, flag: str, at_least: int) -> StoredImages:
         raise UserError(f"--{flag}={path}: {len(images)} images, expected at least {at_least}")
     if labels is not None:
         integers = np.issubdtype(labels.dtype, np.integer)
-        if labels.shape != (len(images),) or not integers or labels.max() > _INT64_MAX:
+        if labels.shape != (len(images),) or not integers or labels.max() > np.iinfo(np.int64).max:
             raise UserError(
                 f"--{flag}={path}: arr_1 is {labels.dtype} {labels.shape}, expected {len(images)}"
                 " integer labels"
