@@ -16,9 +16,6 @@ At high resolutions the damage is a Gaussian blur of some training examples, wit
 and a standard deviation in pixels, and none when sampling (section 3.1):
 
     (2)  w_k ~ exp(-k^2 / (2 sigma^2)),  |k| <= (size - 1) / 2,   sigma ~ U[lowest, highest]
-
-`condition` turns an input image into a `Conditioning`, in training and in sampling: it rounds
-to the pixel values that a stored image would have, then damages. The network enlarges.
 """
 
 import dataclasses
@@ -64,7 +61,7 @@ def gaussian_weights(sigma: jax.Array, size: int) -> jax.Array:
 def condition(
     low_res: jax.Array, damage: Damage, *, label: jax.Array | None, already_noisy: bool = False
 ) -> Conditioning:
-    """What the network is conditioned on, in training and in sampling.
+    """What the network is conditioned on, in training and in sampling: rounded, then damaged.
 
     `low_res` [B, h, w, C] is clean, or `already_noisy` at `damage.aug_level`, from a truncated
     chain; a stage without `aug_level` then raises ValueError. `label` is [B].
@@ -86,18 +83,14 @@ def condition(
 class NoAugment:
     """The clean low-res image, and no `aug_level` input (the paper's ablation)."""
 
-    has_aug_level = False
-
     def for_training(self, key: jax.Array, shape: tuple[int, ...]) -> Damage:
         """The damage of a training batch of low-res images of `shape` [B, h, w, C]."""
-        del key, shape
         return Damage()
 
     def for_sampling(
         self, keys: jax.Array, shape: tuple[int, ...], aug_level: jax.Array | float | None
     ) -> Damage:
         """The damage when sampling, with one key per image, [B]; the level is a scalar."""
-        del keys, shape, aug_level
         return Damage()
 
 
@@ -124,8 +117,6 @@ class GaussianAugment:
     schedule: Schedule  # the forward process of the stage that makes the low-res images
     num_timesteps: int | None  # its discrete steps; None if it is continuous
     max_level: float  # S, the largest strength in training
-
-    has_aug_level = True
 
     def for_training(self, key: jax.Array, shape: tuple[int, ...]) -> Damage:
         level_key, noise_key = jax.random.split(key)

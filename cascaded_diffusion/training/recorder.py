@@ -62,7 +62,7 @@ class GridSampler:
         if stage.augment is not None:
             low_res = np.asarray(stage.low_res_from(float_from_uint8(examples["image"])))
             label = examples["label"] if num_classes else None
-            level = config.eval.aug_level if stage.augment.has_aug_level else None
+            level = config.eval.aug_level if stage.config.has_aug_level else None
         self._given = {"label": label, "low_res": low_res}
 
         def sample(

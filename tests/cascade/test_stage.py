@@ -67,7 +67,7 @@ class _Replayed:
     """The stage's augmentation, whose damage when sampling is what training drew."""
 
     def __init__(self, augment):
-        self._augment, self.has_aug_level = augment, augment.has_aug_level
+        self._augment = augment
 
     def for_training(self, key, shape):
         self.damage = self._augment.for_training(key, shape)

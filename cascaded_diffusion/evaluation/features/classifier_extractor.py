@@ -3,8 +3,8 @@
 It serves data on which Inception's features mean little. Its Fréchet distance is called
 `fd_classifier` (with the networks of CAS `fd_resnet` and `fd_resnet50`; with a network that tells
 by how much an image was turned, and needs no labels, `fd_rotation`). It can be compared between
-checkpoints of one run, and with nothing else. The classifier is a function of (data, resolution,
-seed); it is trained once per run folder and kept there as plain arrays.
+checkpoints of one run, and with nothing else. The classifier, a function of (data, resolution,
+seed), is trained once per run folder and kept there.
 """
 
 import dataclasses

@@ -49,13 +49,11 @@ def load_weights(
 ) -> InceptionWeights:
     """Inception's weights from a file, the cache, or the net.
 
-    `path` is the public .pth file, one with the same tensors, or an .npz that this function has
-    kept; by default the cached conversion of the public file is read, else a download. With
-    `allow_other`, a file that is not the public one is accepted. The cache is a folder in
-    CASCADED_DIFFUSION_CACHE, else in the home folder.
+    `path` is the public .pth file, one with the same tensors (if `allow_other`), or an .npz that
+    this function has kept; by default the cached conversion of the public file is read, else a
+    download. The cache is a folder in CASCADED_DIFFUSION_CACHE, else in the home folder.
 
-    Raises UserError if the file is missing or damaged, holds something else, or is not the public
-    one.
+    Raises UserError if the file is missing, damaged, something else, or not the public one.
     """
     if cache is None:
         root = os.environ.get(_CACHE_VARIABLE)

@@ -103,12 +103,6 @@ def _storage(reference: Any) -> _Storage:
     return _Storage(key, dtype, count)
 
 
-def _fill(target: Any, items: list[Any]) -> None:
-    if not isinstance(target, dict) or not all(isinstance(k, str) for k in items[::2]):
-        raise ValueError("items of something that is no dict of names")
-    target.update(zip(items[::2], items[1::2], strict=True))
-
-
 def _evaluated(stream: BinaryIO) -> Any:
     """The value of one pickle. Raises ValueError for whatever a state dict does not have."""
     stack: list[Any] = []
@@ -148,7 +142,10 @@ def _evaluated(stream: BinaryIO) -> Any:
             case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(items))
             case "SETITEMS" | "SETITEM":
-                _fill(stack[-1], items)
+                target, names = stack[-1], items[::2]
+                if not isinstance(target, dict) or not all(isinstance(x, str) for x in names):
+                    raise ValueError("items of something that is no dict of names")
+                target.update(zip(names, items[1::2], strict=True))
             case "APPENDS" | "APPEND":
                 stack[-1].extend(items)
             case "REDUCE":

@@ -11,9 +11,8 @@ eigenvalues of (F_1^T F_2)(F_1^T F_2)^T, so that
 
     (2)  tr((C_1 C_2)^(1/2)) = sum_j s_j(F_1^T F_2),   s_j: singular values
 
-needs no general matrix square root, whose results can be complex or worse. The square roots of
-the eigenvalues of F_1^T C_2 F_1 have the same sum, but a zero that rounding turns into e counts
-sqrt(e) there, and with fewer examples than features there are many zeros. In (2) it counts e.
+needs no general matrix square root, whose results can be complex or worse. With fewer examples
+than features, many eigenvalues are zero; what rounding turns into e counts e in (2), not sqrt(e).
 
 Statistics are merged about the mean (Chan, Golub & LeVeque 1983). For parts a, b and
 M = sum (x - mu)(x - mu)^T over a part,
@@ -106,9 +105,8 @@ class FrechetTerms:
     distance: float  # eq. (1), the squared distance, as FID reports it; not below 0
     mean_term: float  # |mu_1 - mu_2|^2
     covariance_term: float  # tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^(1/2))
-    # The most negative eigenvalue of either covariance over its largest one, or 0. It counts as
-    # zero, as does every eigenvalue up to twice its size. Rounding makes about -1e-16 in float64,
-    # and -1e-7 in a reference that was stored in float32.
+    # The most negative eigenvalue of either covariance over its largest one, or 0. Rounding makes
+    # about -1e-16 in float64, and -1e-7 in a reference that was stored in float32.
     clipped: float
 
 

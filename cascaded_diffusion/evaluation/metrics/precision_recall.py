@@ -45,9 +45,8 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Eqs. (2) and (3) of features [m, F] and [n, F], each in [0, 1].
 
-    k is `num_neighbours`. `block` rows of the distance matrix are held at a time; it does not
-    change the result. Memory is needed for a few times block * max(m, n) numbers, besides the
-    features in float64.
+    k is `num_neighbours`. `block`, the rows of the distance matrix that are held at a time, does
+    not change the result; besides the features, a few times block * max(m, n) numbers are held.
 
     Raises ValueError for no more than k examples on one side, different feature sizes, numbers
     that are not finite, or k or block below 1.

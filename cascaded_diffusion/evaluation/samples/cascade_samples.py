@@ -118,14 +118,8 @@ def _fill(
     """Fills the store together with the other processes. If one of them fails, all raise."""
     error = None
     try:
-        generate.fill(
-            store,
-            make,
-            label="cascade" if request.low_res is None else "enlarging",
-            devices=num_devices,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        label = "cascade" if request.low_res is None else "enlarging"
+        generate.fill(store, make, label=label, devices=num_devices)
     except ValueError as e:
         error = UserError(
             f"{e}: lower config.cascade.samplers.N.guidance_scale, or set its threshold"

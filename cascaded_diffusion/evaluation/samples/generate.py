@@ -61,24 +61,16 @@ def cascade_maker(sample: BatchSampler, params: Sequence[Params], labels: np.nda
     return make
 
 
-def fill(
-    store: SampleStore,
-    make: BatchMaker,
-    *,
-    label: str,
-    devices: int = 1,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> None:
+def fill(store: SampleStore, make: BatchMaker, *, label: str, devices: int = 1) -> None:
     """Makes those batches that a store lacks and that are this process's: every P-th one.
 
     They are filled up to one size, a multiple of the number of devices, so that only one shape is
     compiled. `make` fails if a sample is not finite.
     """
-    missing = set(store.missing())
-    mine = {i: store.rows(i) for i in range(process_index, store.num_batches, process_count)}
+    missing, process = set(store.missing()), jax.process_index()
+    mine = {i: store.rows(i) for i in range(process, store.num_batches, jax.process_count())}
     done = sum(len(rows) for batch, rows in mine.items() if batch not in missing)
-    total, silent = sum(map(len, mine.values())), process_index > 0
+    total, silent = sum(map(len, mine.values())), process > 0
     progress = Progress(total, unit="samples", label=label, initial=done, silent=silent)
     size = -(-store.batch_size // devices) * devices
     for batch in sorted(missing & mine.keys()):

@@ -37,8 +37,7 @@ class SampleSource:
     record: dict[str, Any]
     make: Maker
     about: str  # for people
-    # Further fields of a record, which are not compared.
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # for records, not compared
 
     @property
     def kind(self) -> str:
@@ -68,8 +67,7 @@ class StageSampling:
     def alone(self, split: RealSplit) -> SampleSource:
         """Samples of a base model, or enlargements of real images spread over a split.
 
-        If the split has too few images, each is enlarged several times with other noise, and
-        `about` and `notes` say so.
+        Of too few images, each is enlarged several times with other noise, as `about` says.
         """
         if self.stage.config.kind == "base":
             return self.of_stages([], [self.sampler], [], truncated=False, kind="none")

@@ -1,5 +1,6 @@
 """Samples are made once each, however often the job is killed."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -117,15 +118,10 @@ def test_progress_counts_samples_that_are_kept(tmp_path, monkeypatch):
         made.append(indices)
         return [np.zeros((len(indices), 2, 2, 1), np.uint8)]
 
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     for process in range(2):
-        fill(
-            store,
-            generate.cascade_maker(sample, [], np.asarray([7, 3])),
-            devices=4,
-            label="",
-            process_index=process,
-            process_count=2,
-        )
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        fill(store, generate.cascade_maker(sample, [], np.asarray([7, 3])), devices=4, label="")
     assert seen == [(0, 13), 5, 10, 13, (0, 10), 5, 10]
     assert {len(indices) for indices in made} == {8}
     labels = np.concatenate([b["labels"] for b in store.batches()])
