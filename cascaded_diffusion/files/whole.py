@@ -7,7 +7,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -21,15 +21,16 @@ def naming_path(path: pathlib.Path) -> Iterator[None]:
         raise OSError(e.errno, f"cannot be written ({e.strerror or e})", str(path)) from e
 
 
-def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file so that readers see all of it or nothing."""
+@contextlib.contextmanager
+def whole_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A file to write, of which readers see all or nothing: it appears at the end of the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         naming_path(path),
         tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f,
     ):
         try:
-            f.write(data)
+            yield f
             f.flush()
             os.fsync(f.fileno())
             os.chmod(f.name, 0o644)
@@ -37,6 +38,12 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
         except BaseException:
             os.unlink(f.name)
             raise
+
+
+def write_whole(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file so that readers see all of it or nothing."""
+    with whole_file(path) as f:
+        f.write(data)
 
 
 def write_npz_whole(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:

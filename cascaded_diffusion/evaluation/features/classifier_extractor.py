@@ -117,9 +117,7 @@ def load_or_train(
 
     A file that was made from other images, another seed or another recipe, or that cannot be read,
     is replaced, and `say` is told why. The labels of `train` do not matter to the network
-    "rotation"; `held_out` images measure the accuracy.
-
-    Raises UserError for training images of a single class, or fewer of them than devices.
+    "rotation"; `held_out` images measure the accuracy. Raises UserError as `train_classifier`.
     """
     fingerprint, variables = _fingerprint(task, train), None
     if path.exists():

@@ -166,7 +166,6 @@ def train_classifier(
     """Trains a network and returns its variables, on the host. Rotations need no labels.
 
     By default the number of epochs and the batch size are the recipe's. `label` is for messages.
-
     Raises UserError if the images are all of one class, or fewer than the devices, or if the loss
     is not finite in the end.
     """

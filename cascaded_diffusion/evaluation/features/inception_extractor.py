@@ -128,10 +128,8 @@ def load_inception(
 ) -> InceptionExtractor:
     """The extractor of FID, by default on all devices of this process.
 
-    `weights` is the path of a file, by default the cached ones, else a download. Weights other
-    than the public ones are accepted if `allow_other_weights`.
-
-    Raises UserError if the weights cannot be loaded, see `inception_weights.load_weights`.
+    `weights` is the path of a file, by default the cached ones, else a download; it may be another
+    than the public one if `allow_other_weights`. Raises UserError as `load_weights`.
     """
     if mesh is None:
         mesh = mesh_lib.build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))

@@ -91,12 +91,9 @@ class ScoreStatistics:
                     f"statistics of {mine} and of {theirs} {what} cannot be merged: "
                     "they are not of the same set"
                 )
-        return ScoreStatistics(
-            self.num_samples,
-            self.counts + other.counts,
-            self.totals + other.totals,
-            self.negative_entropies + other.negative_entropies,
-        )
+        names = ("counts", "totals", "negative_entropies")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return dataclasses.replace(self, **sums)
 
     def score(self) -> tuple[float, float]:
         """Eqs. (1) and (2): mean and standard deviation over the splits, from 1 to K.

@@ -50,9 +50,8 @@ def kernel_distance(
     """Mean and standard deviation (divisor `num_subsets`) of eq. (2) over random subsets.
 
     The features are of any float type. The `subset_size` examples of a subset are drawn without
-    replacement; if the smaller set has fewer, all of it is taken.
-
-    Raises ValueError as `squared_discrepancy`, and for num_subsets < 1 or subset_size < 2.
+    replacement; if the smaller set has fewer, all of it is taken. Raises ValueError as
+    `squared_discrepancy`, and for num_subsets < 1 or subset_size < 2.
     """
     real, generated = checked_pair(real, generated, at_least=2)
     if num_subsets < 1 or subset_size < 2:

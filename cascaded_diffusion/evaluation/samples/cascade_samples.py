@@ -1,6 +1,7 @@
 """Sampling a cascade into a folder, with a picture, together with the other processes of a job."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -109,7 +110,8 @@ def sample_cascade(
 
 
 def _cannot_write(request: SampleRequest, e: OSError) -> UserError:
-    return UserError(f"--output={request.output.path}: cannot be written ({e.strerror or e})")
+    reason = os.strerror(e.errno) if e.errno else e  # `strerror` may say already what failed
+    return UserError(f"--output={request.output.path}: cannot be written ({reason})")
 
 
 def _fill(

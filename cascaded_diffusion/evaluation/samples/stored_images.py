@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import sys
 import zipfile
@@ -17,7 +16,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.image_files import PngFolder
 from cascaded_diffusion.files.npz_archive import layout_hint, read_arrays
 from cascaded_diffusion.files.paths import check_local_path
-from cascaded_diffusion.files.whole import write_npz_whole
+from cascaded_diffusion.files.whole import whole_file, write_npz_whole
 
 _DIGEST_BATCH = 1000
 _MAX_PROVENANCE_BYTES = 1 << 24
@@ -80,26 +79,19 @@ def save_sample_batches(
     `shape` is (n, H, W, C) of all images. `batches_of` returns the batches (images, labels) in
     order each time it is called. Raises ValueError if there are more or fewer images.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     arrays = ((shape, "|u1"), (shape[:1], "<i8"))
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            for which, (array_shape, dtype) in enumerate(arrays):
-                with archive.open(f"arr_{which}.npy", "w", force_zip64=True) as f:
-                    header = {"descr": dtype, "fortran_order": False, "shape": array_shape}
-                    np.lib.format.write_array_header_1_0(f, header)
-                    count = 0
-                    for batch in batches_of():
-                        rows = np.ascontiguousarray(batch[which], dtype)
-                        f.write(rows.tobytes())
-                        count += len(rows)
-                if count != shape[0]:
-                    raise ValueError(f"{count} samples, expected {shape[0]}")
-        with temporary.open("rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for which, (array_shape, dtype) in enumerate(arrays):
+            with archive.open(f"arr_{which}.npy", "w", force_zip64=True) as f:
+                header = {"descr": dtype, "fortran_order": False, "shape": array_shape}
+                np.lib.format.write_array_header_1_0(f, header)
+                count = 0
+                for batch in batches_of():
+                    rows = np.ascontiguousarray(batch[which], dtype)
+                    f.write(rows.tobytes())
+                    count += len(rows)
+            if count != shape[0]:
+                raise ValueError(f"{count} samples, expected {shape[0]}")
 
 
 def stored_samples(path: pathlib.Path, provenance: Mapping[str, Any]) -> np.ndarray | None:
