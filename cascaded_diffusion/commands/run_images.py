@@ -20,7 +20,7 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages
-    from cascaded_diffusion.evaluation.samples.real_images import RealSplit
+    from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit
 
 
 def define_data_path(fv: flags.FlagValues) -> None:
@@ -89,7 +89,7 @@ def real_splits(
 def real_split(config: RunConfig, split: str, source: Source) -> RealSplit:
     """A split of a run's data set, for `evaluation`."""
     from cascaded_diffusion.data.sources import examples
-    from cascaded_diffusion.evaluation.samples.real_images import RealSplit
+    from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit
 
     data = config.data
     first = "" if data.resize == "area" else f"{data.resize} to {data.resolution} px, "

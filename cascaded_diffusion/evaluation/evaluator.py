@@ -19,7 +19,7 @@ from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
 from cascaded_diffusion.evaluation.measure import Measurement
 from cascaded_diffusion.evaluation.reference import Reference
-from cascaded_diffusion.evaluation.samples.real_images import RealSplit
+from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit
 from cascaded_diffusion.evaluation.samples.stored_images import Images, check_labels
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder

@@ -21,8 +21,7 @@ from cascaded_diffusion.evaluation.evaluator import Evaluation, default_mesh, ev
 from cascaded_diffusion.evaluation.final import measure_final
 from cascaded_diffusion.evaluation.reference import Reference
 from cascaded_diffusion.evaluation.samples.generate import put_batch
-from cascaded_diffusion.evaluation.samples.real_images import RealSplit
-from cascaded_diffusion.evaluation.samples.sample_sources import StageSampling
+from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit, StageSampling
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages
 from cascaded_diffusion.evaluation.score import RunScorer

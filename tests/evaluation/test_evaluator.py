@@ -15,7 +15,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import evaluator as lib
 from cascaded_diffusion.evaluation.features.classifier_training import RECIPES
 from cascaded_diffusion.evaluation.jobs import bits_per_dim
-from cascaded_diffusion.evaluation.samples.real_images import RealSplit
+from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit
 from cascaded_diffusion.evaluation.sweep import Sweep
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime.mesh import build_mesh

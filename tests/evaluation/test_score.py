@@ -17,8 +17,7 @@ from cascaded_diffusion.evaluation import score
 from cascaded_diffusion.evaluation.evaluator import build_evaluator
 from cascaded_diffusion.evaluation.final import measure_final
 from cascaded_diffusion.evaluation.samples import generate
-from cascaded_diffusion.evaluation.samples.real_images import RealSplit
-from cascaded_diffusion.evaluation.samples.sample_sources import StageSampling
+from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit, StageSampling
 from cascaded_diffusion.evaluation.samples.stored_images import open_images, save_samples
 from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.files.json_files import read_lines

@@ -123,7 +123,6 @@ def load_inception(
     *,
     resize: str,
     mesh: Mesh | None = None,
-    batch_size: int = 64,
     allow_other_weights: bool = False,
 ) -> InceptionExtractor:
     """The extractor of FID, by default on all devices of this process.
@@ -134,4 +133,4 @@ def load_inception(
     if mesh is None:
         mesh = mesh_lib.build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     loaded = load_weights(weights, allow_other=allow_other_weights)
-    return InceptionExtractor(loaded, resize, mesh, batch_size)
+    return InceptionExtractor(loaded, resize, mesh)

@@ -47,7 +47,6 @@ def precision_recall(
 
     k is `num_neighbours`. `block`, the rows of the distance matrix that are held at a time, does
     not change the result; besides the features, a few times block * max(m, n) numbers are held.
-
     Raises ValueError for no more than k examples on one side, different feature sizes, numbers
     that are not finite, or k or block below 1.
     """

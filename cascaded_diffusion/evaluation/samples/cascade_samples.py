@@ -15,8 +15,8 @@ from cascaded_diffusion.config.schema import CascadeSection
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages
 from cascaded_diffusion.evaluation.samples import generate
-from cascaded_diffusion.evaluation.samples.real_images import shrunk
 from cascaded_diffusion.evaluation.samples.sample_request import SampleRequest
+from cascaded_diffusion.evaluation.samples.sample_sources import shrunk
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.trained import TrainedStage, load_trained

@@ -96,10 +96,9 @@ def make_cascade_sampler(
     """A sampler of a cascade's stages from `first` on; those below are not run and may be None.
 
     There is a level per enlargement, including those below `first`. The samples have the `labels`
-    [m] in turn, by default every class in turn.
-
-    If `first` > 0, row i of `below`, uint8 [n, h, w, C], is the low-res image of sample i. From the
-    stored samples of the stage below, it makes what the whole cascade makes without truncation.
+    [m] in turn, by default every class in turn. If `first` > 0, row i of `below`, uint8
+    [n, h, w, C], is the low-res image of sample i; with the stored samples of the stage below, the
+    samples are those of the whole cascade without truncation.
 
     With `keep_first_stages`, what all but the last stage made of each batch is kept and used when
     the same batch is asked for. Only the last stage's parameters may then change.

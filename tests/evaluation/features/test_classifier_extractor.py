@@ -15,7 +15,7 @@ from cascaded_diffusion.evaluation.features.classifier_training import (
     Task,
     turned,
 )
-from cascaded_diffusion.evaluation.samples.real_images import shrunk
+from cascaded_diffusion.evaluation.samples.sample_sources import shrunk
 from cascaded_diffusion.runtime.mesh import build_mesh
 
 
