@@ -77,15 +77,8 @@ def vlb_term(
 ) -> jax.Array:
     """One term of eq. (1) per example, in bits per dimension: [B].
 
-    Args:
-      prediction: the network's, at xt.
-      x0: [B, H, W, C], pixel values.
-      xt: [B, H, W, C].
-      logsnr_s: [B], where the step ends.
-      logsnr_t: [B], where it begins.
-      log_variance: of the reverse step.
-      is_first: [B] whether the step ends at t = 0.
-      min_logvar: from `second_step_logvar`.
+    `x0` [B, H, W, C] are pixel values. The step leads from `logsnr_t` to `logsnr_s`, both [B];
+    `is_first` [B] says whether it ends at t = 0. `min_logvar` is from `second_step_logvar`.
     """
     s, t = gaussian.broadcast_right(logsnr_s, xt), gaussian.broadcast_right(logsnr_t, xt)
     logvar_q, _ = gaussian.step_logvars(s, t, min_logvar)
@@ -118,13 +111,8 @@ def bits_per_dim(
 ) -> jax.Array:
     """Eq. (1) and (2) in full, one draw of noise per step: [B] bits per dimension.
 
-    Args:
-      denoise: the network, neither guided nor thresholded beyond the range of pixels.
-      x0: [B, H, W, C] pixel values in [-1, 1].
-      keys: [B] typed PRNG keys.
-      schedule: the process.
-      times: [T + 1] the chain's times, descending from 1 to 0.
-      log_variance: of its reverse steps.
+    `denoise` is neither guided nor thresholded beyond the range of pixels. `x0` [B, H, W, C] are
+    pixel values in [-1, 1], `keys` [B] typed PRNG keys, and `times` [T + 1] descend from 1 to 0.
     """
     batch = x0.shape[0]
     min_logvar = second_step_logvar(schedule, times)

@@ -84,10 +84,7 @@ def predict_eps_from_v(xt: jax.Array, logsnr: jax.Array, v: jax.Array) -> jax.Ar
 _READERS = {
     "eps": lambda xt, logsnr, eps: (predict_x0_from_eps(xt, logsnr, eps), eps),
     "x0": lambda xt, logsnr, x0: (x0, predict_eps_from_x0(xt, logsnr, x0)),
-    "v": lambda xt, logsnr, v: (
-        predict_x0_from_v(xt, logsnr, v),
-        predict_eps_from_v(xt, logsnr, v),
-    ),
+    "v": lambda *args: (predict_x0_from_v(*args), predict_eps_from_v(*args)),
 }
 PARAMETERIZATIONS = tuple(_READERS)
 
@@ -95,14 +92,10 @@ PARAMETERIZATIONS = tuple(_READERS)
 def prediction_from_output(
     output: jax.Array, xt: jax.Array, logsnr: jax.Array, *, parameterization: str
 ) -> Prediction:
-    """Reads a network's output as `eps`, `x0` or `v`.
+    """Reads a network's output for `xt` [B, H, W, C] at `logsnr` [B] as `eps`, `x0` or `v`.
 
-    Args:
-      output: [B, H, W, C], or [B, H, W, 2C] if a learned variance follows the image, as numbers
-        from about -1 to 1 that stand for the fraction of eq. (7).
-      xt: [B, H, W, C], the network's input.
-      logsnr: [B], its noise level.
-      parameterization: one of `PARAMETERIZATIONS`.
+    `output` is [B, H, W, C], or [B, H, W, 2C] if a learned variance follows the image, as numbers
+    from about -1 to 1 that stand for the fraction of eq. (7).
     """
     channels = xt.shape[-1]
     x0, eps = _READERS[parameterization](xt, logsnr, output[..., :channels])

@@ -16,18 +16,10 @@ import numpy as np
 
 from cascaded_diffusion.types import Schedule
 
-
-def _uniform(u: np.ndarray, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
-    del schedule, knots
-    return 1 - u
+GRIDS = ("uniform", "quadratic", "logsnr")
 
 
-def _quadratic(u: np.ndarray, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
-    del schedule, knots
-    return (1 - u) ** 2
-
-
-def _logsnr(u: np.ndarray, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
+def _even_in_logsnr(u: np.ndarray, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
     with jax.ensure_compile_time_eval():
         logsnr = np.asarray(schedule(knots), np.float64)
     # np.interp needs an ascending abscissa. Equal values, where a schedule is cut, would map a
@@ -54,24 +46,19 @@ def _knots(discrete_timesteps: int | None) -> np.ndarray:
     return np.concatenate([[0.0], near, 1 - near[-2::-1], [1.0]])
 
 
-GRIDS = {"uniform": _uniform, "quadratic": _quadratic, "logsnr": _logsnr}
-
-
 def time_grid(
     grid: str, num_steps: int, *, schedule: Schedule, discrete_timesteps: int | None
 ) -> np.ndarray:
     """The times of a chain, float32 [num_steps + 1], strictly descending from 1 to 0.
 
-    Args:
-      grid: one of `GRIDS`.
-      num_steps: N.
-      schedule: the process.
-      discrete_timesteps: T if only the times i / T exist, else None.
-
-    Raises:
-      ValueError: more steps than there are times.
+    `grid` is one of `GRIDS`; `discrete_timesteps` is T if only the times i / T exist, else None.
+    Raises ValueError if there are more steps than times.
     """
-    times = GRIDS[grid](np.arange(num_steps + 1) / num_steps, schedule, _knots(discrete_timesteps))
+    u = np.arange(num_steps + 1) / num_steps
+    if grid == "logsnr":
+        times = _even_in_logsnr(u, schedule, _knots(discrete_timesteps))
+    else:
+        times = 1 - u if grid == "uniform" else (1 - u) ** 2
     if discrete_timesteps is None:
         return times.astype(np.float32)
     if num_steps > discrete_timesteps:

@@ -34,13 +34,9 @@ def classifier_free(
     x0 is mixed alongside eps rather than derived from it: both are linear in the network's
     output, so the two agree without a division by alpha.
 
-    Args:
-      conditional: the network with its label.
-      unconditional: the network with the dropped label. It does not run where there is no
-        guidance: with scale 1, or outside the range.
-      scale: of eq. (1).
-      logsnr_range: guide from the first to the second of these levels; None for all. Every
-        image of a batch must then have the same level, as in all samplers.
+    With a `logsnr_range`, only levels from its first to its second are guided; every image of a
+    batch must then have the same level, as in all samplers. Where there is no guidance, outside
+    the range or with scale 1, the `unconditional` network does not run.
     """
     if scale == 1.0:
         return conditional
@@ -79,10 +75,7 @@ def dynamic_threshold(x0: jax.Array, percentile: float) -> jax.Array:
 def with_threshold(denoise: DenoiseFn, kind: str, percentile: float | None = None) -> DenoiseFn:
     """`denoise` with its x0 thresholded, and eps made to agree with it.
 
-    Args:
-      denoise: the network, guided or not.
-      kind: "none", "static" or "dynamic".
-      percentile: for "dynamic", in (0, 1].
+    `kind` is one of `THRESHOLDS`; "dynamic" needs the `percentile`, in (0, 1].
     """
     if kind == "none":
         return denoise

@@ -48,21 +48,9 @@ _LOG_ERROR_RATIO: dict[str, Weighting] = {
 
 
 def uniform_t(
-    key: jax.Array,
-    shape: tuple[int, ...],
-    *,
-    num_timesteps: int | None,
-    max_t: float = 1.0,
+    key: jax.Array, shape: tuple[int, ...], *, num_timesteps: int | None, max_t: float = 1.0
 ) -> jax.Array:
-    """Uniform diffusion times.
-
-    Args:
-      key: a typed PRNG key.
-      shape: the shape of the result.
-      num_timesteps: T, giving multiples of 1/T in [1/T, max_t]; None for the
-        continuous interval (0, max_t].
-      max_t: the largest time.
-    """
+    """Uniform diffusion times in (0, max_t]; with `num_timesteps` = T, multiples of 1/T."""
     if num_timesteps is None:
         return max_t * (1.0 - jax.random.uniform(key, shape))
     last = math.floor(max_t * num_timesteps + 1e-6)

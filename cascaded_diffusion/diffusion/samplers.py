@@ -67,11 +67,9 @@ LogVariance = Callable[..., jax.Array]
 
 
 def make_log_variance(kind: str, interpolation: float | None = None) -> LogVariance:
-    """The variance of an ancestral step.
+    """The variance of an ancestral step, one of `VARIANCES`; "learned" is gaussian eq. (7).
 
-    Args:
-      kind: one of `VARIANCES`; "learned" is gaussian eq. (7).
-      interpolation: for "interpolated": 0 is small, 1 is large (log-linear; Imagen's gamma).
+    An `interpolation` of 0 is small, 1 is large (log-linear; Imagen's gamma).
     """
     fixed = {"small": 0.0, "large": 1.0, "interpolated": interpolation, "learned": None}[kind]
 
@@ -203,18 +201,12 @@ def sample(
 ) -> jax.Array:
     """Runs the reverse chain from t = 1 to t = stop_t as one compiled loop.
 
-    Args:
-      denoise: the network, with everything but (xt, logsnr) closed over.
-      xt: [B, H, W, C] noise at t = 1.
-      keys: [B] typed PRNG keys, one per image.
-      schedule: the process to sample.
-      step: from `make_step`.
-      times: [num_steps + 1] descending from 1 to 0, from `grids.time_grid`.
-      stop_t: where to stop, in [0, 1); scalar, traced or not.
+    It begins with noise `xt` [B, H, W, C], takes a typed PRNG key of `keys` [B] per image, and
+    visits `times` [num_steps + 1], which descend from 1 to 0. `stop_t`, in [0, 1), is a scalar,
+    traced or not.
 
-    Returns:
-      [B, H, W, C] at noise level `stop_t`; at 0 the clean image rather than the slightly noisy
-      x at the schedule's highest logsnr.
+    Returns [B, H, W, C] at noise level `stop_t`; at 0 the clean image rather than the slightly
+    noisy x at the schedule's highest logsnr.
     """
     stop_t = jnp.asarray(stop_t, jnp.float32)
     times = jnp.asarray(times, jnp.float32)

@@ -47,6 +47,7 @@ import numpy as np
 from cascaded_diffusion.types import Schedule
 
 LOGSNR_MIN, LOGSNR_MAX = -20.0, 20.0
+MAX_BETA = 0.999
 
 
 def make_cosine_schedule(
@@ -54,10 +55,8 @@ def make_cosine_schedule(
 ) -> Schedule:
     """The cosine schedule in continuous time, eq. (6), cut to [logsnr_min, logsnr_max].
 
-    Args:
-      offset: `o` of eq. (4); keeps the first steps from being vanishingly small.
-      logsnr_min: where the curve is cut at the noise end (t = 1 is -infinity).
-      logsnr_max: where it is cut at the image end (t = 0 is +infinity).
+    The `offset` o of eq. (4) keeps the first steps from being vanishingly small. Uncut, the curve
+    goes from +infinity at t = 0 to -infinity at t = 1.
     """
     a0 = math.pi / 2 * offset / (1 + offset)
 
@@ -75,7 +74,7 @@ def make_cosine_schedule(
     return logsnr_from_t
 
 
-def make_linear_schedule(*, first_beta: float, last_beta: float) -> Schedule:
+def make_linear_schedule(first_beta: float, last_beta: float) -> Schedule:
     """The linear schedule in continuous time, eq. (8), cut at `LOGSNR_MAX`."""
 
     def logsnr_from_t(t: jax.Array) -> jax.Array:
@@ -95,43 +94,35 @@ def make_shifted_cosine_schedule(*, resolution: int, reference_resolution: int) 
     return lambda t: plain(t) + shift
 
 
-def cosine_betas(num_timesteps: int, *, offset: float, max_beta: float = 0.999) -> np.ndarray:
+def cosine_betas(num_timesteps: int, offset: float) -> np.ndarray:
     """Eq. (5): [T] float64."""
     t = np.arange(num_timesteps + 1) / num_timesteps
     f = np.cos(math.pi / 2 * (t + offset) / (1 + offset)) ** 2
-    return np.minimum(1 - f[1:] / f[:-1], max_beta)
+    return np.minimum(1 - f[1:] / f[:-1], MAX_BETA)
 
 
-def linear_betas(num_timesteps: int, *, first_beta: float, last_beta: float) -> np.ndarray:
-    """Eq. (7): [T] float64.
-
-    Raises:
-      ValueError: so few steps that a beta would not be below 1.
-    """
+def linear_betas(num_timesteps: int, first_beta: float, last_beta: float) -> np.ndarray:
+    """Eq. (7): [T] float64. Raises ValueError for so few steps that a beta would reach 1."""
     betas = np.linspace(first_beta, last_beta, num_timesteps) * 1000 / num_timesteps
     if betas.max() >= 1:
         raise ValueError(f"a beta of {betas.max():.3g} with {num_timesteps} steps")
     return betas
 
 
-def betas_of(schedule: Schedule, num_timesteps: int, *, max_beta: float = 0.999) -> np.ndarray:
+def betas_of(schedule: Schedule, num_timesteps: int) -> np.ndarray:
     """The betas of any schedule read at t = i / T: [T] float64."""
     with jax.ensure_compile_time_eval():
         logsnr = np.asarray(schedule(jnp.arange(num_timesteps + 1) / num_timesteps), np.float64)
     log_abar = -np.logaddexp(0.0, -logsnr)
-    return np.minimum(-np.expm1(np.diff(log_abar)), max_beta)
+    return np.minimum(-np.expm1(np.diff(log_abar)), MAX_BETA)
 
 
 def make_table_schedule(betas: np.ndarray, *, between_steps: bool) -> Schedule:
-    """The schedule of T given betas [T], eq. (3).
+    """The schedule of T given betas, float64 [T], eq. (3).
 
-    Args:
-      betas: float64, from the first step to the last.
-      between_steps: whether a time between two steps has a level between theirs (alpha^2 is
-        interpolated) or the level of the nearest step.
-
-    Raises:
-      ValueError: neighbouring steps have the same level.
+    A time between two steps has the level of the nearest step, or with `between_steps` one
+    between theirs: alpha^2 is interpolated. Raises ValueError if neighbouring steps have the same
+    level.
     """
     num_timesteps = len(betas)
     abar = np.concatenate([[1.0], np.cumprod(1.0 - betas)])
@@ -172,26 +163,19 @@ def make_schedule(
     linear_beta_range: tuple[float, ...] | None = None,
     reference_resolution: int | None = None,
 ) -> Schedule:
-    """The schedule `name`, one of `SCHEDULES`.
+    """The schedule `name`, one of `SCHEDULES`, of T steps or, without any, in continuous time.
 
-    Args:
-      name: "cosine", "linear" or "shifted_cosine".
-      resolution: the images', for "shifted_cosine".
-      num_timesteps: T, or None for continuous time.
-      between_steps: whether the levels between T steps are used too.
-      cosine_offset: for "cosine".
-      linear_beta_range: for "linear": the first and last beta of 1000 steps.
-      reference_resolution: for "shifted_cosine".
+    "cosine" needs its offset, "linear" the first and the last beta of 1000 steps, and
+    "shifted_cosine" the images' resolution and that of the reference.
     """
     if name == "linear":
-        first, last = linear_beta_range
         if num_timesteps is None:
-            return make_linear_schedule(first_beta=first, last_beta=last)
-        betas = linear_betas(num_timesteps, first_beta=first, last_beta=last)
+            return make_linear_schedule(*linear_beta_range)
+        betas = linear_betas(num_timesteps, *linear_beta_range)
     elif name == "cosine":
         if num_timesteps is None:
             return make_cosine_schedule(offset=cosine_offset)
-        betas = cosine_betas(num_timesteps, offset=cosine_offset)
+        betas = cosine_betas(num_timesteps, cosine_offset)
     else:
         shifted = make_shifted_cosine_schedule(
             resolution=resolution, reference_resolution=reference_resolution

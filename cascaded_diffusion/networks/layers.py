@@ -140,22 +140,15 @@ class ResBlock(nn.Module):
     [B, H, W, C], [B, E] -> [B, H, W, features]; `resample` halves H and W ("down", 2x2
     averages) or doubles them ("up", nearest neighbour), on both branches and before the first
     convolution (Brock et al. 2019).
-
-    Attributes:
-      features: channels of the output.
-      dropout_rate: dropout before the second convolution.
-      scale_shift: whether the embedding scales and shifts the second norm ("adaptive group
-        normalization", Dhariwal & Nichol 2021) or is added before it (Ho et al. 2020, SR3).
-      resample: None, "down" or "up".
-      project_skip: whether the skip branch has a 1x1 convolution even if the number of channels
-        stays the same.
-      dtype: dtype of the computation.
     """
 
     features: int
-    dropout_rate: float = 0.0
+    dropout_rate: float = 0.0  # before the second convolution
+    # Whether the embedding scales and shifts the second norm ("adaptive group normalization",
+    # Dhariwal & Nichol 2021) or is added before it (Ho et al. 2020, SR3).
     scale_shift: bool = True
     resample: str | None = None
+    # Whether the skip branch has a 1x1 convolution even if the number of channels stays the same.
     project_skip: bool = False
     dtype: jnp.dtype = jnp.float32
 

@@ -77,17 +77,9 @@ def _affine(
 def normalize(
     x: jax.Array, scale: jax.Array, shift: jax.Array, groups: int, swish: bool
 ) -> jax.Array:
-    """Eqs. (1) to (3).
+    """Eqs. (1) to (3) for `x` [B, H, W, C], in its dtype; computed in float32.
 
-    Args:
-      x: [B, H, W, C].
-      scale: [B, C] float32.
-      shift: [B, C] float32.
-      groups: a divisor of C.
-      swish: whether (3) is swish.
-
-    Returns:
-      [B, H, W, C], in the dtype of `x`; computed in float32.
+    `scale` and `shift` are [B, C] float32, and `groups` divides C.
     """
     return _forward(x, scale, shift, groups, swish)[0]
 

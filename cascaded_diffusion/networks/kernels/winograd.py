@@ -67,11 +67,7 @@ _MIN_SIZE = 8
 def direct(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """[B, H, W, C] and [3, 3, C, K] -> [B, H, W, K], padding 1, by XLA."""
     return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        ((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
@@ -139,12 +135,7 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A 3x3 convolution of stride 1 and padding 1: on a CPU by (1) to (3), else `direct`.
 
-    Args:
-      x: [B, H, W, C] float32, H and W multiples of 4.
-      kernel: [3, 3, C, K] float32.
-
-    Returns:
-      [B, H, W, K] float32.
+    [B, H, W, C] and [3, 3, C, K] -> [B, H, W, K], all float32; H and W are multiples of 4.
     """
     return for_platform(cpu=_filtered, default=direct)(x, kernel)
 
