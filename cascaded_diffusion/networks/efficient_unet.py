@@ -32,11 +32,7 @@ class EfficientUNet(ConditionalNetwork):
 
     @nn.compact
     def __call__(
-        self,
-        xt: jax.Array,
-        logsnr: jax.Array,
-        cond: Conditioning,
-        rows: jax.Array | None = None,
+        self, xt: jax.Array, logsnr: jax.Array, cond: Conditioning, rows: jax.Array | None = None
     ) -> jax.Array:
         if self.resample != "conv" or self.patch_size != 1:
             raise ValueError('the efficient U-Net needs resample "conv" and patch_size 1')

@@ -28,11 +28,7 @@ class UNet(ConditionalNetwork):
 
     @nn.compact
     def __call__(
-        self,
-        xt: jax.Array,
-        logsnr: jax.Array,
-        cond: Conditioning,
-        rows: jax.Array | None = None,
+        self, xt: jax.Array, logsnr: jax.Array, cond: Conditioning, rows: jax.Array | None = None
     ) -> jax.Array:
         h, embedding = self.prepare(xt, logsnr, cond)  # [B, H, W, C or 2C], [B, E]
 

@@ -36,16 +36,11 @@ def on_topology(
     flops_per_image: float,
     compile_step: bool,
 ) -> dict[str, Any]:
-    """The cost of a config's training on a slice.
+    """The cost of a config's training on a slice, by the TPU's compiler too if `compile_step`.
 
-    Where `mesh.fsdp` is None, the smallest one that fits is chosen.
-
-    Args:
-      config: the config of the run.
-      topology: the slice.
-      efficiency: the share of the peak FLOP/s that is assumed to be reached.
-      flops_per_image: FLOPs of one forward pass; a multiply-add is two.
-      compile_step: compile the step with the TPU's compiler, too.
+    Where `mesh.fsdp` is None, the smallest one that fits is chosen. `efficiency` is the share of
+    the peak FLOP/s that is assumed to be reached, and `flops_per_image` are those of one forward
+    pass; a multiply-add is two.
     """
     memory_bytes = topology.accelerator.memory_bytes
     used = None

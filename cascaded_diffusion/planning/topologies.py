@@ -34,8 +34,7 @@ class Topology:
 def parse_topology(text: str) -> Topology:
     """Reads a topology such as `v5e:16x16`, `v5p:4x4x8` or `h100:8`.
 
-    Raises:
-      UserError: the accelerator is unknown, or does not come in this shape.
+    Raises UserError if the accelerator is unknown, or does not come in this shape.
     """
     kind, _, shape = text.partition(":")
     expected = "expected KIND:SHAPE, as v5e:16x16, v5p:4x4x8 or h100:8"

@@ -16,21 +16,18 @@ PerDevice = Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How to compute a network over many devices and within their memory.
+    """How to compute a network over many devices and within their memory."""
 
-    Attributes:
-      gather: called on the parameters of each block right before the block uses them, so that
-        parameters which are split over devices are whole only that long.
-      constrain_sharding: called on each feature map [B, H, W, C]; constrains how it is sharded.
-      per_device: divides among devices what XLA cannot, which is splash attention. None where
-        devices may not divide the examples, as in sampling; then splash attention is not used.
-      remat_sizes: sizes of the feature maps whose blocks keep only their inputs and are
-        computed again in the backward pass; None for all blocks.
-    """
-
+    # Called on the parameters of each block right before the block uses them, so that parameters
+    # which are split over devices are whole only that long.
     gather: Gather | None = None
+    # Called on each feature map [B, H, W, C]; constrains how it is sharded.
     constrain_sharding: Callable[[jax.Array], jax.Array] | None = None
+    # Divides among devices what XLA cannot, which is splash attention. None where devices may not
+    # divide the examples, as in sampling; then splash attention is not used.
     per_device: PerDevice | None = None
+    # Sizes of the feature maps whose blocks keep only their inputs and are computed again in the
+    # backward pass; None for all blocks.
     remat_sizes: tuple[int, ...] | None = ()
 
     def rematerializes(self, size: int) -> bool:
