@@ -97,7 +97,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def global_batch(local: Any, mesh: Mesh) -> Any:
     """Joins every process's rows (its `batch_share`) to one sharded array, leaf by leaf."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
+    _, count = batch_share(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(
+            sharding, x, (len(x) * count, *x.shape[1:])
+        ),
+        local,
+    )
 
 
 @contextlib.contextmanager
