@@ -50,12 +50,17 @@ class ConditionalNetwork(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The joined image [B, H, W, C or 2C] and the embedding [B, E].
 
-        Raises:
-          ValueError: an input is missing, superfluous or of the wrong shape.
+        Raises ValueError if an input is missing, superfluous or of the wrong shape.
         """
         check_shape(xt, "B H W C", "xt")
         check_shape(logsnr, "B", "logsnr", B=xt.shape[0])
-        return self._join(xt, cond), self._embed(logsnr, cond)
+        if (cond.low_res is None) != (self.upsample is None):
+            raise ValueError("low_res must be given to super-resolution networks, and only to them")
+        if cond.low_res is not None:
+            check_shape(cond.low_res, "B h w C", "low_res", B=xt.shape[0], C=xt.shape[-1])
+            enlarged = self.upsample(cond.low_res, xt.shape[1:3])
+            xt = jnp.concatenate([xt, enlarged], axis=-1)
+        return xt, self._embed(logsnr, cond)
 
     def res_block(
         self,
@@ -100,38 +105,23 @@ class ConditionalNetwork(nn.Module):
         # Outermost, so that gathered parameters are not kept for the backward pass either.
         return nn.remat(block) if self.execution.rematerializes(size) else block
 
-    def _join(self, xt: jax.Array, cond: Conditioning) -> jax.Array:
-        if (cond.low_res is None) != (self.upsample is None):
-            raise ValueError("low_res must be given to super-resolution networks, and only to them")
-        if cond.low_res is None:
-            return xt
-        check_shape(cond.low_res, "B h w C", "low_res", B=xt.shape[0], C=xt.shape[-1])
-        enlarged = self.upsample(cond.low_res, xt.shape[1:3])
-        return jnp.concatenate([xt, enlarged], axis=-1)
-
     def _embed(self, logsnr: jax.Array, cond: Conditioning) -> jax.Array:
         size = 4 * self.channels
-        noise_input = embeddings.NOISE_INPUTS[self.noise_input](logsnr)
-        embedding = embeddings.ScalarEmbedding(size, self.channels, self.dtype, name="noise_level")(
-            noise_input
-        )
+
+        def embedded(x: jax.Array, name: str) -> jax.Array:
+            return embeddings.ScalarEmbedding(size, self.channels, self.dtype, name=name)(x)
+
+        embedding = embedded(embeddings.NOISE_INPUTS[self.noise_input](logsnr), "noise_level")
         if (cond.label is None) != (self.num_classes == 0):
             raise ValueError("label must be given to class-conditional networks, and only to them")
         if cond.label is not None:
             check_shape(cond.label, "B", "label", B=logsnr.shape[0])
-            table = nn.Embed(
-                self.num_classes + 1,
-                size,
-                embedding_init=initializers.embedding_normal,
-                dtype=self.dtype,
-                name="label",
-            )
-            embedding += table(cond.label)
+            init, classes = initializers.embedding_normal, self.num_classes + 1
+            embed = nn.Embed(classes, size, self.dtype, embedding_init=init, name="label")
+            embedding += embed(cond.label)
         if (cond.aug_level is None) == self.aug_level_input:
             raise ValueError("aug_level must be given where aug_level_input is set, and only there")
         if cond.aug_level is not None:
             check_shape(cond.aug_level, "B", "aug_level", B=logsnr.shape[0])
-            embedding += embeddings.ScalarEmbedding(
-                size, self.channels, self.dtype, name="aug_level"
-            )(cond.aug_level)
+            embedding += embedded(cond.aug_level, "aug_level")
         return embedding

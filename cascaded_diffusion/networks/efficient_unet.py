@@ -40,9 +40,8 @@ class EfficientUNet(ConditionalNetwork):
 
         def blocks(h: jax.Array, features: int, count: int, name: str) -> jax.Array:
             for i in range(count):
-                h = self.res_block(
-                    h, embedding, rows, features, f"{name}_block{i}", project_skip=True
-                )
+                block_name = f"{name}_block{i}"
+                h = self.res_block(h, embedding, rows, features, block_name, project_skip=True)
             if h.shape[1] not in self.attention_resolutions:
                 return h
             return self.attention_block(h, f"{name}_attention")

@@ -53,11 +53,9 @@ def drawn_together(init: Callable[[], Params], key: jax.Array) -> Params:
     """Calls `init()` with all of its parameters taken from one draw of `key`."""
 
     def taking(take: _Take) -> Params:
-        def run() -> Params:
-            _take.set(take)
-            return init()
-
-        return contextvars.copy_context().run(run)
+        context = contextvars.copy_context()
+        context.run(_take.set, take)
+        return context.run(init)
 
     shapes: list[Sequence[int]] = []
 

@@ -96,11 +96,6 @@ class Network:
         """The same network, computed as `execution` says."""
         return Network(module=self.module.clone(execution=execution))
 
-    @property
-    def execution(self) -> Execution:
-        """How the network is computed."""
-        return self.module.execution
-
     def apply(
         self,
         params: Params,
@@ -116,24 +111,18 @@ class Network:
         Without a `dropout_key` there is no dropout. With one, an example's mask is a function
         of the example's number, `rows` [B], by default 0 .. B - 1.
         """
-        if self.execution.gather is not None:
-            # Blocks gather their own parameters. The last convolution is computed in float32.
+        gather = self.module.execution.gather
+        if gather is not None:
+            # Residual and attention blocks, which have a conv0 or a qkv, gather their own
+            # parameters. The last convolution is computed in float32.
             params = {
                 name: part
-                if _is_block(part)
-                else self.execution.gather(
-                    part, (name,), None if name == "conv_out" else self.module.dtype
-                )
+                if "conv0" in part or "qkv" in part
+                else gather(part, (name,), None if name == "conv_out" else self.module.dtype)
                 for name, part in params.items()
             }
-        rngs = {} if dropout_key is None else {"dropout": dropout_key}
-        if dropout_key is not None and rows is None:
-            rows = jnp.arange(xt.shape[0])
-        return self.module.apply(
-            {"params": params}, xt, logsnr, cond, None if dropout_key is None else rows, rngs=rngs
-        )
-
-
-def _is_block(part: Params) -> bool:
-    """Whether parameters are those of a `layers.ResBlock` or a `layers.AttentionBlock`."""
-    return "conv0" in part or "qkv" in part
+        if dropout_key is None:
+            return self.module.apply({"params": params}, xt, logsnr, cond)
+        rows = jnp.arange(xt.shape[0]) if rows is None else rows
+        rngs = {"dropout": dropout_key}
+        return self.module.apply({"params": params}, xt, logsnr, cond, rows, rngs=rngs)

@@ -107,10 +107,9 @@ def _spread(dy: jax.Array) -> jax.Array:
     """A dy A^T: [B, H, W, K] -> [36, tiles, K]."""
     b, h, w, k = dy.shape
     dy = dy.reshape(b, h // _OUTPUTS, _OUTPUTS, w // _OUTPUTS, _OUTPUTS, k)
-    columns = (
-        _weighted(A_T.T, [dy[:, :, i, :, j] for j in range(_OUTPUTS)], 0) for i in range(_OUTPUTS)
-    )
-    return _weighted(A_T.T, list(columns), 0).reshape(_NUMBERS**2, -1, k)
+    outputs = range(_OUTPUTS)
+    columns = [_weighted(A_T.T, [dy[:, :, i, :, j] for j in outputs], 0) for i in outputs]
+    return _weighted(A_T.T, columns, 0).reshape(_NUMBERS**2, -1, k)
 
 
 def _filtered(x: jax.Array, kernel: jax.Array) -> jax.Array:
