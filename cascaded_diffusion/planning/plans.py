@@ -76,19 +76,18 @@ def summed(name: str, plans: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def table(plans: Sequence[dict[str, Any]]) -> str:
     """One row per quantity, one column per stage."""
-    rows = [[title] + [_cell(plan, key, form) for plan in plans] for key, title, form in _COLUMNS]
+
+    def cell(plan: dict[str, Any], key: str, form: str) -> str:
+        if key not in plan:
+            return ""
+        return form.format(plan[key] / _UNITS[key] if key in _UNITS else plan[key])
+
+    rows = [[title] + [cell(plan, key, form) for plan in plans] for key, title, form in _COLUMNS]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([title.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
         for title, *cells in rows
     )
-
-
-def _cell(plan: dict[str, Any], key: str, form: str) -> str:
-    if key not in plan:
-        return ""
-    value = plan[key]
-    return form.format(value / _UNITS[key] if key in _UNITS else value)
 
 
 def described(plan: dict[str, Any]) -> str:

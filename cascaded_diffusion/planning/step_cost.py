@@ -1,6 +1,6 @@
 """What a training step costs on a slice of accelerators: `plan --topology=v5e:16x16`.
 
-Without the compiler, memory comes from `step_memory`, collectives from the formula of
+Without the compiler, memory comes from `fit.step_memory`, collectives from the formula of
 `collectives`, and time from the maker's peak and an assumed efficiency. With the compiler (the
 [tpu] extra), the TPU's own compiler says how much memory it gives the step.
 """
@@ -19,7 +19,6 @@ from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.networks.kernels.platforms import traced_for
 from cascaded_diffusion.planning import collectives, fit
-from cascaded_diffusion.planning.step_memory import abstract_state, fits, step_memory
 from cascaded_diffusion.planning.topologies import Topology
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.training import step
@@ -66,19 +65,16 @@ def _estimated(
     check_devices(config, topology.num_devices)
     train, accelerator = config.train, topology.accelerator
     parts = train.accumulation_steps or 1
-    memory = step_memory(config, topology.num_devices)
+    memory = fit.step_memory(config, topology.num_devices)
     model_flops = 3 * flops_per_image * train.batch_size
     peak = topology.num_devices * accelerator.peak_flops
     # Computing the blocks again is a fourth forward pass, which does not count as model FLOPs.
     again = 4 / 3 if train.remat else 1.0
     step_secs = again * model_flops / (peak * efficiency)
-    state, mesh = abstract_state(config, topology.num_devices)
+    state, mesh = fit.abstract_state(config, topology.num_devices)
+    remat, dtype = train.remat == "everything", config.stage.network.dtype
     traffic = collectives.of_training_step(
-        state.params,
-        mesh,
-        parts=parts,
-        dtype=config.stage.network.dtype,
-        remat=train.remat == "everything",
+        state.params, mesh, parts=parts, dtype=dtype, remat=remat
     )
     sent = sum(t.bytes * (2 if kind == "all-reduce" else 1) for kind, t in traffic.items())
     total_secs = step_secs * train.train_steps
@@ -100,7 +96,7 @@ def _estimated(
         "collective_secs": sent / accelerator.link_bandwidth,
         "days": total_secs / 86400,
         "chip_hours": total_secs / 3600 * topology.num_devices,
-        "fits": fits(memory.total, accelerator.memory_bytes),
+        "fits": fit.fits(memory.total, accelerator.memory_bytes),
     }
 
 
@@ -144,7 +140,7 @@ def _compiled(config: RunConfig, topology: Topology) -> dict[str, Any]:
         - memory.alias_size_in_bytes
     )
     return {
-        "fits": fits(used, topology.accelerator.memory_bytes),
+        "fits": fit.fits(used, topology.accelerator.memory_bytes),
         "compile_secs": time.monotonic() - start,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,

@@ -12,7 +12,7 @@ from cascaded_diffusion import plan
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.stage_cost import stage_cost
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.planning import fit, plans, step_memory
+from cascaded_diffusion.planning import fit, plans
 from tests.tiny import ROOT, config_values, tiny_base
 
 
@@ -126,7 +126,7 @@ def test_the_smallest_division_that_fits_is_taken():
     # Most of it is state.
     wide = {"stage__network__channels": 64, "train__batch_size": 8}
     config = tiny_base(mesh__fsdp=None, **wide)
-    whole = step_memory.step_memory(config, 8).total
+    whole = fit.step_memory(config, 8).total
     fsdps, lines = [], []
     for memory in (100 * whole, 1.1 * whole, 0.9 * whole, 0.6 * whole):
         found, line = fit.choose_fsdp(config, 8, memory)
@@ -153,7 +153,7 @@ def test_the_smallest_division_that_fits_is_taken():
 
 def test_a_batch_that_cannot_fit_names_the_keys_and_one_that_may_is_warned_of():
     config = tiny_base(train__batch_size=64)
-    memory = step_memory.step_memory(config, 1)
+    memory = fit.step_memory(config, 1)
     state, activations = memory.state, memory.activations
     assert fit.check_memory(config, 1, 1e12) is None
     assert fit.check_memory(config, 1, 1.1 * (state + 2 * activations)) is None
@@ -174,7 +174,7 @@ def test_arithmetic_counts_nearly_what_tracing_counts(name):
     found, cost = plans.stage_plan(config, config.stage.sampler), stage_cost(config.stage)
     assert cost.parameters == pytest.approx(found["parameters"], rel=0.2)
     assert cost.flops == pytest.approx(found["flops_per_image"], rel=0.2)
-    kept = step_memory.kept_bytes(config.stage, ())
+    kept = fit.kept_bytes(config.stage, ())
     assert 0.5 < 4 * cost.kept_values / kept < 2
 
 
