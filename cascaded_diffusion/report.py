@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     root = pathlib.Path(fv.workdir)
     output = pathlib.Path(fv.output) if fv.output else root / "report.html"
     # It draws plots, which the other binaries do without.
-    from cascaded_diffusion.reporting.write_report import runs_in, write_report
+    from cascaded_diffusion.reporting.report import runs_in, write_report
 
     runs = runs_in(root)
     check_writable(output.parent, "output" if fv.output else "workdir")

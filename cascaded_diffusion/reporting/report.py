@@ -1,37 +1,104 @@
-"""The report's sections on one run, read from its folder."""
+"""The page of a run, or of all the runs of a cascade, read from their folders."""
 
 import bisect
 import collections
-import json
+import datetime
+import itertools
 import math
 import pathlib
+import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from xml.etree.ElementTree import Element
 
 from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import read_lines
+from cascaded_diffusion.files.json_files import read_lines, read_record
+from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.reporting.page import (
     element,
     key_values,
+    page,
     picture,
     picture_file,
     quiet,
     table,
 )
 from cascaded_diffusion.runtime.pictures import line_plot
-from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 Record = Mapping[str, Any]
 
+_PACKAGES = ("cascaded_diffusion", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # The scalars of training that are plotted, and whether on a log scale.
 _CURVES = {"loss": True, "grad_norm": True, "images_per_sec": False}
 _MAX_POINTS = 2000
 
 
-def run_parts(folder: RunFolder) -> list[Element]:
+def write_report(output: pathlib.Path, root: pathlib.Path, runs: Sequence[RunFolder]) -> None:
+    """Writes the page of `runs`, which `runs_in(root)` found, to a file."""
+    parts = [*_about(), *_cascade_parts(CascadeFolder(root))]
+    for run in runs:
+        parts += _run_parts(run)
+    title = f"{root.resolve().name}: {', '.join(r.read_config().stage.name for r in runs)}"
+    # Names that are not UTF-8 are shown with escapes.
+    write_whole(output, page(title, parts).encode(errors="backslashreplace"))
+
+
+def runs_in(root: pathlib.Path) -> list[RunFolder]:
+    """The run in a folder, or those in its folders, in order of resolution.
+
+    Raises UserError if there is none.
+    """
+    if RunFolder(root).exists():
+        return [RunFolder(root)]
+    children = sorted(root.iterdir()) if root.is_dir() else []
+    folders = [RunFolder(p) for p in children if p.is_dir() and RunFolder(p).exists()]
+    if not folders:
+        raise UserError(
+            f"--workdir={root}: no run there, nor in a folder in it; expected a folder that"
+            " `python -m cascaded_diffusion.main --workdir=...` has written"
+        )
+    return sorted(folders, key=lambda f: (f.read_config().stage.resolution, f.path.name))
+
+
+def _about() -> list[Element]:
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    versions = {"written": now, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return [element("h2", "About this page"), key_values(versions)]
+
+
+def _cascade_parts(runs: CascadeFolder) -> list[Element]:
+    """What a folder of runs has besides the runs: samples, sweeps, the chosen cascade."""
+    parts = []
+    samples = runs.path / "samples" / "samples.png"
+    if samples.exists():
+        caption = "Real images, their enlargement, and the cascade's samples"
+        parts += [element("h2", "Samples of the cascade"), picture_file(samples, caption)]
+    if runs.cascade_path.exists():
+        caption = "cascade.json, as a sweep wrote it"
+        parts += [element("h2", "The cascade"), key_values(runs.read_cascade(), caption=caption)]
+    for path in sorted(runs.sweep.glob("*.jsonl")):
+        title = f"Sweep of {path.stem}"
+        parts.append(element("h2", title))
+        if (plot := path.with_suffix(".png")).exists():
+            parts.append(picture_file(plot, title))
+        records = read_lines(path)
+        hidden = ("stages", "samplers", "reference", "features")
+        columns = [key for key in dict.fromkeys(itertools.chain(*records)) if key not in hidden]
+        rows = [[record.get(column) for column in columns] for record in records]
+        parts.append(table(columns, rows) if rows else element("p", "No setting was scored yet."))
+    return parts
+
+
+def _run_parts(folder: RunFolder) -> list[Element]:
     """The run's state, curves, scores, final numbers, health and config."""
     config = folder.read_config()
     stage, data = config.stage, config.data
@@ -162,9 +229,8 @@ def _best(folder: RunFolder) -> Record | None:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(path.read_bytes())
-        return values if isinstance(values, dict) else None
-    except (OSError, ValueError, RecursionError):
+        return read_record(path, {})
+    except UserError:
         return None
 
 
