@@ -94,7 +94,7 @@ def described(plan: dict[str, Any]) -> str:
     """The lines about a stage on its topology."""
     on = plan["on_topology"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in on["mesh"].items())
-    compiled = on.get("compiled")
+    compiled = on.get("compiled", {})
     sent = ", ".join(
         f"{kind} {t['count']} of {t['bytes'] / 1e9:.3g} GB" for kind, t in on["collectives"].items()
     )
@@ -107,14 +107,14 @@ def described(plan: dict[str, Any]) -> str:
         f" {on['state_bytes_per_device'] / 1e9:.2f}, activations and gathered parameters"
         f" {on['activation_bytes_per_device'] / 1e9:.2f}",
     ]
-    if compiled is not None and "used_bytes" in compiled:
+    if "used_bytes" in compiled:
         lines.append(
             f"  by the TPU compiler  {compiled['used_bytes'] / 1e9:.2f} GB: arguments"
             f" {compiled['argument_bytes'] / 1e9:.2f}, temporaries"
             f" {compiled['temporary_bytes'] / 1e9:.2f}; compiled in"
             f" {compiled['compile_secs']:.0f} s"
         )
-    elif compiled is not None:
+    elif compiled:
         lines.append(f"  by the TPU compiler  {compiled['problem']}")
     lines += [
         f"  collectives a step   {sent or 'none'}",

@@ -42,7 +42,6 @@ def on_topology(
     pass; a multiply-add is two.
     """
     memory_bytes = topology.accelerator.memory_bytes
-    used = None
     # This process would trace programs for the CPU. Those for the TPU have fused attention,
     # which the estimates for GPUs leave out.
     with traced_for("tpu"):
@@ -53,8 +52,9 @@ def on_topology(
             line = f"{config.stage.name}: compiling for {topology.name} ..."
             print(line, file=sys.stderr, flush=True)
             found["compiled"] = _compiled(config, topology)
-            found["fits"], used = found["compiled"]["fits"], found["compiled"].get("used_bytes")
+            found["fits"] = found["compiled"]["fits"]
         if not found["fits"]:
+            used = found.get("compiled", {}).get("used_bytes")
             found["advice"] = fit.advice(config, topology.num_devices, memory_bytes, used)
     return found
 
