@@ -11,11 +11,10 @@ import os
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.accelerators import ACCELERATORS, Accelerator
 
-# The number of dimensions of a slice, and the most chips along one of them.
-_TPU_DIMENSIONS = {"v4": (3, 16), "v5e": (2, 16), "v5p": (3, 28), "v6e": (2, 16)}
+# The number of dimensions of a slice, the most chips along one of them, and the units per chip in
+# the name of the slice's type: cores, on chips that have two.
+_TPUS = {"v4": (3, 16, 2), "v5e": (2, 16, 1), "v5p": (3, 28, 2), "v6e": (2, 16, 1)}
 _MOST_GPUS = 16_384
-# What the name of a slice's type counts per chip: cores, on chips that have two.
-_TYPE_UNITS = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Topology:
 
     @property
     def is_tpu(self) -> bool:
-        return self.accelerator.name in _TPU_DIMENSIONS
+        return self.accelerator.name in _TPUS
 
 
 def parse_topology(text: str) -> Topology:
@@ -47,7 +46,7 @@ def parse_topology(text: str) -> Topology:
     if not all(s.isascii() and s.isdecimal() and len(s) < 10 and int(s) > 0 for s in sizes):
         raise UserError(f"--topology={text}: {shape!r} is not a shape; {expected}")
     numbers = [int(s) for s in sizes]
-    dimensions, longest = _TPU_DIMENSIONS.get(kind, (1, _MOST_GPUS))
+    dimensions, longest, _ = _TPUS.get(kind, (1, _MOST_GPUS, 1))
     if len(numbers) != dimensions or max(numbers) > longest:
         raise UserError(
             f"--topology={text}: {kind} comes in shapes of {dimensions} number(s), of at most"
@@ -59,10 +58,11 @@ def parse_topology(text: str) -> Topology:
 def set_up_tpu_compiler(topology: Topology) -> None:
     """Lets libtpu work without a TPU. Call it before JAX is imported."""
     kind = topology.accelerator.name
+    *_, units = _TPUS[kind]
     os.environ.update(
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE=f"{kind}-{_TYPE_UNITS[kind] * topology.num_devices}",
+        TPU_ACCELERATOR_TYPE=f"{kind}-{units * topology.num_devices}",
         TPU_WORKER_HOSTNAMES="localhost",
         # No TPU is held, so another process that compiles, or has crashed, need not be awaited.
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",

@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
+from jax.typing import DTypeLike
+
+from cascaded_diffusion.types import Params
 
 # (parameters of a part of the network, their path, dtype of the computation or None)
 # -> the parameters as the computation needs them.
-Gather = Callable[[Any, tuple[str, ...], Any], Any]
+Gather = Callable[[Params, tuple[str, ...], DTypeLike | None], Params]
 
 # A function of arrays [B, ...] -> the same, applied by each device to its own examples.
 PerDevice = Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
