@@ -173,7 +173,7 @@ def our_model(config: RunConfig, folder: pathlib.Path) -> tuple[pathlib.Path, in
     import jax
 
     from cascaded_diffusion.cascade.build import build_stage
-    from cascaded_diffusion.networks.embeddings import cosine_time
+    from cascaded_diffusion.networks.conditioning import cosine_time
     from cascaded_diffusion.networks.flops import count_flops
 
     stage = build_stage(config.stage)

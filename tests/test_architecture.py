@@ -16,7 +16,7 @@ from cascaded_diffusion.diffusion.guidance import THRESHOLDS
 from cascaded_diffusion.diffusion.losses import WEIGHTINGS
 from cascaded_diffusion.diffusion.samplers import SAMPLERS, VARIANCES
 from cascaded_diffusion.diffusion.schedules import SCHEDULES
-from cascaded_diffusion.networks.embeddings import NOISE_INPUTS
+from cascaded_diffusion.networks.conditioning import NOISE_INPUTS
 from cascaded_diffusion.networks.unet import NETWORKS
 from tests.tiny import ROOT
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cascaded_diffusion.networks import embeddings, layers
+from cascaded_diffusion.networks import conditioning, layers
 from cascaded_diffusion.networks.unet import NETWORKS, Network
 from cascaded_diffusion.types import Conditioning
 
@@ -183,9 +183,9 @@ def test_space_to_depth_is_inverted_and_keeps_neighbours_together():
 def test_noise_input_is_the_time_of_the_plain_cosine_schedule_or_alpha():
     t = np.linspace(0.01, 0.99, 50)
     logsnr = jnp.asarray(-2 * np.log(np.tan(np.pi / 2 * t)))
-    np.testing.assert_allclose(embeddings.NOISE_INPUTS["cosine_time"](logsnr), t, atol=1e-6)
+    np.testing.assert_allclose(conditioning.NOISE_INPUTS["cosine_time"](logsnr), t, atol=1e-6)
     alpha = np.cos(np.pi / 2 * t)
-    np.testing.assert_allclose(embeddings.NOISE_INPUTS["noise_level"](logsnr), alpha, atol=1e-6)
+    np.testing.assert_allclose(conditioning.NOISE_INPUTS["noise_level"](logsnr), alpha, atol=1e-6)
 
 
 def test_the_network_is_told_of_the_noise_by_the_input_it_names():
