@@ -1,9 +1,7 @@
 """Which checkpoint is best, and whether to stop: pure functions of the records.
 
 The records are the lines of `eval/results.jsonl`, whoever wrote them and however often evaluation
-was interrupted. Only records that measured the same thing are compared: they have the same metric,
-number of samples, reference, features, conditioning and sampler. A checkpoint that failed (value
-null) is never the best.
+was interrupted. A checkpoint that failed (value null) is never the best.
 """
 
 import itertools
@@ -13,33 +11,22 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
-# The fields, besides the metric, in which two records must agree to be compared.
-COMPARABLE = (
-    "num_samples",
-    "reference",
-    "features",
-    "low_res",
-    "low_res_sampler",
-    "aug_level",
-    "truncated",
-    "sampler",
-    "seed",
-)
-
 
 def series(
     records: Sequence[Record], metric: str, like: Record, ema_decays: Sequence[float]
 ) -> list[Record]:
-    """The records of `metric` comparable to `like`, one per step and EMA, in that order."""
-    found: dict[tuple[int, float], Record] = {}
-    for record in records:
-        if (
-            record.get("metric") == metric
-            and record.get("ema_decay") in ema_decays
-            and all(record.get(key) == like.get(key) for key in COMPARABLE)
-        ):
-            # If a step was trained again after damage, its last score holds.
-            found[record["step"], record["ema_decay"]] = record
+    """The records of `metric` with all fields of `like`, one per step and EMA, in that order.
+
+    `like` says what was measured: samples, reference, features, conditioning, sampler and seed.
+    """
+    wanted = {**like, "metric": metric}.items()
+    # If a step was trained again after damage, its last score holds.
+    found = {
+        (record["step"], record["ema_decay"]): record
+        for record in records
+        if record.get("ema_decay") in ema_decays
+        and all(record.get(key) == value for key, value in wanted)
+    }
     return [found[key] for key in sorted(found)]
 
 
@@ -67,8 +54,7 @@ def should_stop(comparable: Sequence[Record], patience_evals: int) -> bool:
             lowest, without_better = value, 0
         else:
             without_better += 1
-        if without_better >= patience_evals and (
-            lowest < math.inf or without_better > patience_evals
-        ):
+        # Before the first finite score, one more is waited for.
+        if without_better >= patience_evals + (lowest == math.inf):
             return True
     return False

@@ -22,8 +22,8 @@ import numpy as np
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import health
 from cascaded_diffusion.evaluation.evaluator import Evaluator
+from cascaded_diffusion.evaluation.samples import sample_sources
 from cascaded_diffusion.evaluation.samples.generate import fill
-from cascaded_diffusion.evaluation.samples.sample_sources import LevelSource, SampleSource
 from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.score import measure_store, save_grid
@@ -32,44 +32,33 @@ from cascaded_diffusion.files.json_files import read_json, write_json
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
-# Levels are spread from 0 to the highest one that the stage was trained for.
-_NUM_LEVELS = 6
-
 
 def measure_final(
     folder: RunFolder,
     trained: TrainedStage,
     evaluator: Evaluator,
-    source: SampleSource,
-    *,
-    num_samples: int,
-    seed: int,
+    sampling: sample_sources.StageSampling,
+    source: sample_sources.SampleSource,
+    levels: sample_sources.LevelSource | None,
     batch_size: int,
-    levels: LevelSource | None,
 ) -> dict[str, Any]:
     """Makes and measures the samples of a run's chosen checkpoint; resumes an earlier call.
 
-    `evaluator` has the references "train" and "val". `levels` makes samples at any level of
-    conditioning augmentation; it is None for a stage without a level. Returns the content of
-    final_<source>.json.
+    `evaluator` has the references "train" and "val". `source` and `levels`, of a stage with a level
+    of conditioning augmentation, are of `sampling`. Returns the content of final_<source>.json.
     """
     stage, path = trained.stage.config, folder.eval / f"final_{source.kind}.json"
+    num_samples, references = sampling.num_samples, evaluator.references.items()
+    identity = {**source.record, "seed": sampling.seed, "weights": trained.identity}
     about = {
         "stage": stage.name,
         "step": trained.chosen.step,
         "ema_decay": trained.chosen.ema_decay,
-        "weights": trained.identity,
         "num_samples": num_samples,
-        **source.record,
-        "seed": seed,
+        **identity,
         "features": evaluator.extractor.identity,
-        "references": {
-            role: {"name": r.name, **vars(r.fingerprint)}
-            for role, r in evaluator.references.items()
-        },
+        "references": {role: {"name": r.name, **vars(r.fingerprint)} for role, r in references},
     }
-    identity = {**source.record, "seed": seed, "weights": trained.identity}
     store = SampleStore(folder.samples, identity, num_samples=num_samples, batch_size=batch_size)
     if (known := _stored(path, about)) is not None:
         store.remove()
@@ -79,7 +68,7 @@ def measure_final(
     measurement, errors = measure_store(evaluator, store, stage.num_classes)
     metrics = {
         f"{metric}_{role}": value
-        for role, reference in evaluator.references.items()
+        for role, reference in references
         for metric, value in measurement.distances(reference).items()
     }
     condition: dict[str, Any] = {}
@@ -89,14 +78,15 @@ def measure_final(
         psnr = health.psnr
         condition["psnr_low_res"] = {"mean": psnr(errors.mean()), "min": psnr(errors.max())}
     if levels is not None:
-        spread = np.linspace(0.0, stage.augment.max_level, _NUM_LEVELS).round(6).tolist()
+        spread = np.linspace(0.0, stage.augment.max_level, 6).round(6).tolist()
         condition["aug_response"] = health.response(levels, trained.params, spread)
+    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     record = {
         **about,
         **source.notes,
         "metrics": metrics | measurement.own(),
         "health": condition,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **packages},
     }
     # The numbers of an earlier call must not stand beside these samples.
     path.unlink(missing_ok=True)

@@ -34,10 +34,6 @@ from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 from cascaded_diffusion.types import Params
 
-_POLL_SECS = 5.0
-# The number of images whose enlargements show how a stage responds to its level.
-_LEVEL_IMAGES = 64
-
 
 def score_checkpoints(
     folder: RunFolder,
@@ -78,12 +74,11 @@ def score_checkpoints(
                 scored = scorer.score_new_checkpoints()
                 if ended:
                     break
-                time.sleep(_POLL_SECS)
+                time.sleep(5.0)
         best = folder.best()
         if best is None:
-            raise UserError(
-                f"--workdir={folder.path}: no checkpoint could be scored, see {folder.results_path}"
-            )
+            see = f"see {folder.results_path}"
+            raise UserError(f"--workdir={folder.path}: no checkpoint could be scored, {see}")
         if not scored:
             scorer.say_best(best)
         return best
@@ -96,11 +91,7 @@ def measure_samples(
     *,
     num_samples: int | None = None,
 ) -> dict[str, Any]:
-    """Measures stored samples as the run's own are measured; returns a record and stores none.
-
-    `samples` are from `stored_images.load_samples`; only the first `num_samples` are measured if
-    it is given.
-    """
+    """Measures the first of `load_samples`, by default all, as the run's own; stores no record."""
     config = folder.read_config()
     count = num_samples or len(samples)
     evaluation.check_count(count, config)
@@ -131,16 +122,15 @@ def final_numbers(
     `below` are the runs of the stages below; `cascade` says how they and this run are sampled, by
     default every stage as its own config says. `low_res_samples`, from
     `settings.open_low_res_samples`, are enlarged instead of real images. The number of samples is
-    `config.eval.final_num_samples` by default.
-
-    Returns the content of RUN/eval/final_<source>.json. Raises UserError if a sample is not
-    finite.
+    `config.eval.final_num_samples` by default. Returns the content of
+    RUN/eval/final_<source>.json. Raises UserError if a sample is not finite.
     """
     config = folder.read_config()
     count = num_samples or config.eval.final_num_samples
     evaluation.check_count(count, config)
     mesh, held_out = default_mesh(cascade or config), evaluation.splits["val"]
     section = None if cascade is None else cascade.cascade
+    settings = section or config.eval
     with evaluation.evaluator(folder, config, mesh, ("train", "val")) as evaluator:
         trained = load_trained(folder, mesh)
         sampling = StageSampling(
@@ -148,7 +138,7 @@ def final_numbers(
             sampler=config.stage.sampler if section is None else section.samplers[-1],
             aug_level=config.eval.aug_level,
             num_samples=count,
-            seed=(section or config.eval).seed,
+            seed=settings.seed,
             mesh=mesh,
         )
         if below:
@@ -159,18 +149,10 @@ def final_numbers(
             source = sampling.alone(held_out)
         levels = None
         if config.stage.has_aug_level:
-            num_images = min(_LEVEL_IMAGES, config.eval.batch_size)
-            levels = sampling.at_levels(held_out, num_images=num_images)
+            levels = sampling.at_levels(held_out, num_images=min(64, config.eval.batch_size))
         try:
             record = measure_final(
-                folder,
-                trained,
-                evaluator,
-                source,
-                num_samples=count,
-                seed=sampling.seed,
-                batch_size=(section or config.eval).batch_size,
-                levels=levels,
+                folder, trained, evaluator, sampling, source, levels, settings.batch_size
             )
         except (ValueError, DamagedBatchError) as e:  # a sample that is not finite, for one
             raise UserError(f"`evaluate final`: {e}") from e
@@ -189,9 +171,7 @@ def bits_per_dim(
 
     There is one draw of noise per step and image. By default, all images of the split are taken,
     and all steps of the stage's process. Returns the record, which is appended to the results.
-
-    Raises:
-      UserError: a single image, or a bound that is not finite.
+    Raises UserError for a single image, or a bound that is not finite.
     """
     config = folder.read_config()
     settings, count = config.eval, min(len(split), num_images or len(split))
@@ -200,9 +180,9 @@ def bits_per_dim(
     chain = bound_chain(config.stage, num_steps)
     # Spread over the split, which may be sorted by class.
     images = split.raw([i * len(split) // count for i in range(count)])
-    mesh = default_mesh(config)
+    mesh, level, key = default_mesh(config), settings.aug_level, jax.random.key(settings.seed)
     trained = load_trained(folder, mesh)
-    stage, key = trained.stage, jax.random.key(settings.seed)
+    stage = trained.stage
     print(f"{trained.name}: the bound of {chain.num_steps} steps, variance {chain.variance}")
 
     @jax.jit
@@ -210,12 +190,7 @@ def bits_per_dim(
         params: Params, keys: jax.Array, image: jax.Array, label: jax.Array | None
     ) -> jax.Array:
         return stage.bits_per_dim(
-            params,
-            keys,
-            float_from_uint8(image),
-            label=label,
-            aug_level=settings.aug_level,
-            sampler=chain,
+            params, keys, float_from_uint8(image), label=label, aug_level=level, sampler=chain
         )
 
     progress = Progress(count, unit="images", label=f"bits/dim of {trained.name}")
@@ -233,11 +208,8 @@ def bits_per_dim(
         progress.update(min(count, start + settings.batch_size))
     progress.close()
     bits = np.concatenate(values).astype(np.float64)
-    if not np.isfinite(bits).all():
-        raise UserError(
-            f"bits/dim of {trained.name}: not finite for {np.sum(~np.isfinite(bits))} of {count}"
-            " images"
-        )
+    if infinite := np.sum(~np.isfinite(bits)):
+        raise UserError(f"bits/dim of {trained.name}: not finite for {infinite} of {count} images")
     record = {
         **dataclasses.asdict(trained.chosen),
         "metric": "bits_per_dim",
@@ -245,7 +217,7 @@ def bits_per_dim(
         "standard_error": float(bits.std(ddof=1) / np.sqrt(count)),
         "num_images": count,
         "reference": f"{config.data.name}:{split.split}:{stage.config.resolution}px",
-        "aug_level": settings.aug_level if stage.config.has_aug_level else None,
+        "aug_level": level if stage.config.has_aug_level else None,
         "chain": to_dict(chain),
         "seed": settings.seed,
     }
@@ -296,10 +268,7 @@ def write_references(
 ) -> Mapping[str, Reference]:
     """Makes those reference statistics of a run that its folder does not hold yet, by role."""
     with evaluation.evaluator(folder, config, default_mesh(config), roles) as evaluator:
-        pass
-    for role, reference in evaluator.references.items():
-        print(
-            f"{folder.eval}/reference_{role}.npz: {reference.name}, {evaluator.extractor.identity}",
-            flush=True,
-        )
-    return evaluator.references
+        for role, reference in evaluator.references.items():
+            path = folder.eval / f"reference_{role}.npz"
+            print(f"{path}: {reference.name}, {evaluator.extractor.identity}", flush=True)
+        return evaluator.references

@@ -26,8 +26,6 @@ from cascaded_diffusion.runtime.metric_writer import ScoreCurves
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
 
-_GRID_COLUMNS, _GRID_ROWS = 20, 5
-
 
 @dataclasses.dataclass(frozen=True)
 class _Weights:
@@ -75,11 +73,9 @@ class RunScorer:
 
     def say_best(self, best: Mapping[str, Any]) -> None:
         """Prints which checkpoint is the best so far."""
-        print(
-            f"{self.config.stage.name}: best is step {best['step']}, EMA"
-            f" {best['ema_decay']:g} ({best['metric']} {best['value']:.3f})",
-            flush=True,
-        )
+        which = f"step {best['step']}, EMA {best['ema_decay']:g}"
+        score = f"{best['metric']} {best['value']:.3f}"
+        print(f"{self.config.stage.name}: best is {which} ({score})", flush=True)
 
     def close(self) -> None:
         """Closes the file of the curves."""
@@ -121,20 +117,17 @@ class RunScorer:
 
     def _score_ema(self, weights: _Weights) -> str:
         missing = [s for s in self.sources if not self._recorded(weights, s, self._metric)]
+        settings = self.config.eval
+        sizes = {"num_samples": settings.num_samples, "batch_size": settings.batch_size}
         params: Params | None = None
         for source in missing:
-            identity = {"weights": weights.digest, "ema": weights.ema_decay}
-            store = SampleStore(
-                self.folder.samples,
-                {**source.record, "seed": self.config.eval.seed, **identity},
-                num_samples=self.config.eval.num_samples,
-                batch_size=self.config.eval.batch_size,
-            )
+            of_weights = {"weights": weights.digest, "ema": weights.ema_decay}
+            identity = {**source.record, "seed": settings.seed, **of_weights}
+            store = SampleStore(self.folder.samples, identity, **sizes)
             try:
                 if params is None:
-                    params = checkpoint.load_ema_params(
-                        self.folder, weights.step, weights.ema_decay, self._abstract_params
-                    )
+                    which = (weights.step, weights.ema_decay)
+                    params = checkpoint.load_ema_params(self.folder, *which, self._abstract_params)
                 try:
                     values = self._score_source(weights, source, params, store)
                 except DamagedBatchError:  # what was damaged is made again
@@ -145,12 +138,9 @@ class RunScorer:
                 if isinstance(e, OSError):  # a full disk, say: not the checkpoint's fault
                     raise UserError(f"{self.folder.eval}: {e}; run the same command again") from e
                 print(f"{self.config.stage.name} step {weights.step}: failed ({e})", flush=True)
-                self._record(weights, source, self._metric, None, failed=str(e))
+                self._record(weights, source, {self._metric: None}, failed=str(e))
                 continue
-            # The metric that marks a source as done comes last. If this process ends before it,
-            # no other metric is lost or recorded twice.
-            for metric in sorted(values, key=lambda name: name == self._metric):
-                self._record(weights, source, metric, values[metric])
+            self._record(weights, source, values)
             store.remove()
         return "scored" if missing else "known"
 
@@ -162,28 +152,26 @@ class RunScorer:
         return any((r["step"], r.get("weights")) == wanted for r in comparable)
 
     def _record(
-        self,
-        weights: _Weights,
-        source: SampleSource,
-        metric: str,
-        value: float | None,
-        **extra: Any,
+        self, weights: _Weights, source: SampleSource, values: dict[str, float | None], **extra: str
     ) -> None:
-        if self._recorded(weights, source, metric):
-            return
-        self.folder.check_held()
-        record = {
-            "step": weights.step,
-            "ema_decay": weights.ema_decay,
-            "metric": metric,
-            "value": value,
-            "weights": weights.digest,
-            **self._identity(source),
-            **source.notes,
-            **extra,
-        }
-        append_line(self.folder.results_path, record)
-        self._curves.add(record)
+        # The metric that marks a source as done comes last. If this process ends before it, no
+        # other metric is lost or recorded twice.
+        for metric in sorted(values, key=lambda name: name == self._metric):
+            if self._recorded(weights, source, metric):
+                continue
+            self.folder.check_held()
+            record = {
+                "step": weights.step,
+                "ema_decay": weights.ema_decay,
+                "metric": metric,
+                "value": values[metric],
+                "weights": weights.digest,
+                **self._identity(source),
+                **source.notes,
+                **extra,
+            }
+            append_line(self.folder.results_path, record)
+            self._curves.add(record)
 
     def _score_source(
         self, weights: _Weights, source: SampleSource, params: Params, store: SampleStore
@@ -202,11 +190,9 @@ class RunScorer:
 
     def _decide(self) -> Mapping[str, Any] | None:
         """Writes best.json, and EARLY_STOP if patience has run out, from the stored records."""
+        settings, like = self.config.eval, self._identity(self.sources[0])
         comparable = early_stopping.series(
-            self.folder.scores(),
-            self._metric,
-            self._identity(self.sources[0]),
-            self.config.eval.ema_decays,
+            self.folder.scores(), self._metric, like, settings.ema_decays
         )
         # The trainer keeps the best and the latest ones; a checkpoint that it removed before it
         # had a score cannot be chosen.
@@ -214,9 +200,9 @@ class RunScorer:
         best = early_stopping.best_record([r for r in comparable if r["step"] in on_disk])
         if best is not None:
             write_json(self.folder.best_path, best)
-        patience = self.config.eval.patience_evals
-        if early_stopping.should_stop(early_stopping.lowest_per_step(comparable), patience):
-            self.folder.ask_to_stop(patience)
+        of_steps = early_stopping.lowest_per_step(comparable)
+        if early_stopping.should_stop(of_steps, settings.patience_evals):
+            self.folder.ask_to_stop(settings.patience_evals)
         return best
 
 
@@ -234,5 +220,5 @@ def measure_store(
 
 def save_grid(path: pathlib.Path, store: SampleStore) -> None:
     """Writes a picture of the first samples of a store."""
-    images = store.first(_GRID_COLUMNS * _GRID_ROWS)["images"]
-    pictures.save_png(path, pictures.grid(images, columns=_GRID_COLUMNS), scale=2)
+    images = store.first(100)["images"]
+    pictures.save_png(path, pictures.grid(images, columns=20), scale=2)

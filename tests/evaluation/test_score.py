@@ -291,16 +291,8 @@ def _final(folder, mesh, *, num_samples=30, below=(), held_out=HELD_OUT):
         samplers = [*(t.stage.config.sampler for t in below), config.stage.sampler]
         source = sampling.of_stages(below, samplers, [0.2], truncated=True, kind="cascade")
     evaluator = build_evaluator(config, folder, Extractor(), {"train": HELD_OUT, "val": HELD_OUT})
-    return measure_final(
-        folder,
-        trained,
-        evaluator,
-        source,
-        num_samples=num_samples,
-        seed=config.eval.seed,
-        batch_size=16,
-        levels=sampling.at_levels(HELD_OUT, num_images=8),
-    )
+    levels = sampling.at_levels(HELD_OUT, num_images=8)
+    return measure_final(folder, trained, evaluator, sampling, source, levels, batch_size=16)
 
 
 def test_final_numbers_are_one_table_one_json_and_the_samples(clean):
