@@ -28,15 +28,11 @@ def main(argv: Sequence[str]) -> int:
     config_flags.define_config(fv, argv, "the stage's config file, e.g. configs/sr64.py")
     flags.DEFINE_list("splits", None, "by default train_split and eval_split", flag_values=fv)
     flags.DEFINE_integer("workers", os.cpu_count(), "processes", lower_bound=1, flag_values=fv)
-    flags.DEFINE_enum(
-        "encoding", "raw", ["raw", "png"], "of pixels: raw reads faster, png is smaller",
-        flag_values=fv,
-    )  # fmt: skip
+    text = "of pixels: raw reads faster, png is smaller"
+    flags.DEFINE_enum("encoding", "raw", ["raw", "png"], text, flag_values=fv)
     flags.DEFINE_bool("dry_run", False, "print size and time, write nothing", flag_values=fv)
-    flags.DEFINE_bool(
-        "verify", False, "compare shards, and what they were made of, with their SHA-256",
-        flag_values=fv,
-    )  # fmt: skip
+    text = "compare shards, and what they were made of, with their SHA-256"
+    flags.DEFINE_bool("verify", False, text, flag_values=fv)
     config_flags.parse(fv, argv, __doc__)
     flag_checks.require(fv, "config")
     config = run_config_from(config_flags.config_values(fv, argv))
@@ -51,10 +47,8 @@ def main(argv: Sequence[str]) -> int:
 
     from cascaded_diffusion.data.write_prepared import prepare_splits, verify_splits
 
-    if fv.verify:
-        work = verify_splits
-    else:
-        work = functools.partial(prepare_splits, encoding=fv.encoding, dry_run=fv.dry_run)
+    prepare = functools.partial(prepare_splits, encoding=fv.encoding, dry_run=fv.dry_run)
+    work = verify_splits if fv.verify else prepare
     work(config.data, config.stage, fv.splits, workers=fv.workers, progress=Progress)
     return 0
 

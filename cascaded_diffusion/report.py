@@ -20,9 +20,8 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code; raises UserError for bad input."""
     fv = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "a run, or a folder of runs", flag_values=fv)
-    flags.DEFINE_string(
-        "output", None, "file to write; default: WORKDIR/report.html", flag_values=fv
-    )
+    text = "file to write; default: WORKDIR/report.html"
+    flags.DEFINE_string("output", None, text, flag_values=fv)
     config_flags.parse(fv, argv, __doc__)
     flag_checks.require(fv, "workdir")
     flag_checks.check_paths(fv, "workdir", "output")

@@ -76,22 +76,15 @@ DenoiseFn = Callable[[jax.Array, jax.Array], Prediction]
 
 
 def check_shape(x: jax.Array, spec: str, name: str, **sizes: int) -> None:
-    """Raises ValueError unless `x` has the shape that `spec` describes.
+    """Raises ValueError, which calls `x` `name`, unless its shape is that of `spec`.
 
-    Args:
-      x: an array, or a tracer: the check runs while tracing and costs nothing.
-      spec: space-separated dimension names, for example `"B H W C"`.
-      name: the name of `x` in the message.
-      **sizes: required sizes of named dimensions; the others are free.
+    `spec` names the dimensions, for example `"B H W C"`; `sizes` are those required, by name. For
+    a tracer, the check runs while tracing and costs nothing.
     """
     dims = spec.split()
-    expected = tuple(sizes.get(dim) for dim in dims)
     fits = len(x.shape) == len(dims) and all(
-        want is None or got == want for got, want in zip(x.shape, expected, strict=True)
+        got == sizes.get(dim, got) for got, dim in zip(x.shape, dims, strict=True)
     )
     if not fits:
-        wanted = ", ".join(
-            dim if size is None else f"{dim}={size}"
-            for dim, size in zip(dims, expected, strict=True)
-        )
+        wanted = ", ".join(f"{dim}={sizes[dim]}" if dim in sizes else dim for dim in dims)
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({wanted})")

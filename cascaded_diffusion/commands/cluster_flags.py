@@ -16,26 +16,17 @@ from cascaded_diffusion.runtime.meeting import meet
 
 def define_cluster(fv: flags.FlagValues) -> None:
     """Adds the flags that name the processes of one job."""
-    flags.DEFINE_enum(
-        "distributed",
-        "auto",
-        MODES,
+    text = (
         "how to find the processes of the job: auto (from the environment of Slurm or a TPU),"
-        " slurm, tpu (from the metadata server), none",
-        flag_values=fv,
+        " slurm, tpu (from the metadata server), none"
     )
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, instead of --distributed", flag_values=fv
-    )
+    flags.DEFINE_enum("distributed", "auto", MODES, text, flag_values=fv)
+    text = "HOST:PORT of process 0, instead of --distributed"
+    flags.DEFINE_string("coordinator", None, text, flag_values=fv)
     flags.DEFINE_integer("num_processes", None, "number of processes of the job", flag_values=fv)
     flags.DEFINE_integer("process_id", None, "index of this process, from 0", flag_values=fv)
-    flags.DEFINE_float(
-        "coordinator_timeout_secs",
-        300.0,
-        "how long to wait for the other processes",
-        lower_bound=0.1,
-        flag_values=fv,
-    )
+    name, text = "coordinator_timeout_secs", "how long to wait for the other processes"
+    flags.DEFINE_float(name, 300.0, text, lower_bound=0.1, flag_values=fv)
 
 
 def join_cluster(

@@ -144,9 +144,8 @@ def cascade_config(fv: flags.FlagValues, argv: Sequence[str], runs: CascadeFolde
     if fv["config"].value is not None:
         values = config_values(fv, argv)
         if "stage" in values:
-            raise UserError(
-                f"--config={config_argument(argv)}: the config of a stage, expected a cascade's"
-            )
+            given = config_argument(argv)
+            raise UserError(f"--config={given}: the config of a stage, expected a cascade's")
         return cascade_config_from(values)
     if not runs.cascade_path.exists():
         raise UserError(

@@ -57,9 +57,8 @@ def report_data(
 
     parts, measured = measure_parts(source, _say)
     parts["copy to the device"] = 1000 * _put_secs(seen["image"]) / len(seen["image"])
-    rate, first_secs = _measure_loader(
-        functools.partial(iterate, stream, source, data, start_step=0), loader_secs
-    )
+    read = functools.partial(iterate, stream, source, data, start_step=0)
+    rate, first_secs = _measure_loader(read, loader_secs)
     how = f"{data.read_threads} threads"
     if data.read_workers:
         how = f"{data.read_workers} processes of {how}"
@@ -101,9 +100,8 @@ def _print_counts(source: Source) -> None:
     counts, of = class_counts(source, max_examples=_MAX_LABELS_READ, say=progress.update)
     progress.close()
     of_what = "" if of == len(source) else f" of {of:,} examples spread over the set"
-    _say(
-        f"{source.num_classes} classes, {counts.min():,} to {counts.max():,} images each{of_what}:"
-    )
+    each = f"{counts.min():,} to {counts.max():,} images each"
+    _say(f"{source.num_classes} classes, {each}{of_what}:")
     names = list(map(printable, source.class_names))
     for k, name in enumerate(names[:_MAX_CLASSES_LISTED]):
         _say(f"  {k:4d}  {counts[k]:9,}  {name}")

@@ -79,8 +79,7 @@ def define_evaluate(argv: Sequence[str]) -> flags.FlagValues:
 def split_mode(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """The mode that stands before the flags, if one does, and the arguments without it.
 
-    Raises:
-      UserError: the first argument is neither a mode nor a flag.
+    Raises UserError if the first argument is neither a mode nor a flag.
     """
     if len(argv) < 2 or argv[1].startswith("-"):
         return None, list(argv)
@@ -90,11 +89,7 @@ def split_mode(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def check_mode(fv: flags.FlagValues, argv: Sequence[str], mode: str | None) -> str:
-    """The mode: the one given, else the one that the flags imply.
-
-    Raises:
-      UserError: a flag does not belong to it.
-    """
+    """The mode: the one given, else implied by the flags. UserError if a flag is not its own."""
     known = {*MODES, *itertools.chain(*MODES.values())}
     given = {name for name in known.intersection(fv) if fv[name].value not in (None, False, [])}
     what = "--workdir alone" if mode is None and given.isdisjoint(MODES) else None

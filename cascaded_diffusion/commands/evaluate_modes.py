@@ -17,11 +17,7 @@ from cascaded_diffusion.commands.evaluate_samples import (
 )
 from cascaded_diffusion.commands.flag_checks import numbers_in, require
 from cascaded_diffusion.commands.overrides import refuse_overrides
-from cascaded_diffusion.commands.run_images import (
-    check_same_run_classes,
-    open_splits,
-    real_split,
-)
+from cascaded_diffusion.commands.run_images import check_same_run_classes, open_splits, real_split
 from cascaded_diffusion.config.run_checks import check_chain
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
 from cascaded_diffusion.errors import UserError
@@ -103,16 +99,14 @@ def _bits_per_dim(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) ->
     bound_chain(config.stage, num_steps)
     jax_setup.set_up_jax()
     name = fv.bits_per_dim
+    splits = [name, config.data.train_split]
     try:
-        sources = open_splits(
-            folder, config, [name, config.data.train_split], data_path=fv.data_path
-        )
+        sources = open_splits(folder, config, splits, data_path=fv.data_path)
     except UserError as e:
         raise UserError(f"--bits_per_dim={name}: {e}") from e
     split = real_split(config, name, sources[name])
-    return print_record(
-        library.bits_per_dim(folder, split, num_images=fv.num_images, num_steps=num_steps)
-    )
+    record = library.bits_per_dim(folder, split, num_images=fv.num_images, num_steps=num_steps)
+    return print_record(record)
 
 
 def _final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
@@ -149,12 +143,7 @@ def _final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     folder.check_writable()
     evaluation = open_evaluation(fv, folder, config, count)
     record = library.final_numbers(
-        folder,
-        evaluation,
-        cascade=cascade,
-        below=below,
-        low_res_samples=stored,
-        num_samples=count,
+        folder, evaluation, cascade=cascade, below=below, low_res_samples=stored, num_samples=count
     )
     return print_record({"stage": record["stage"], **record["metrics"]})
 
@@ -165,9 +154,8 @@ def _sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     section = config.cascade
     name = fv.stage or section.stages[-1]
     if name not in section.stages:
-        raise UserError(
-            f"--stage={name}: expected one of config.cascade.stages, {', '.join(section.stages)}"
-        )
+        known = ", ".join(section.stages)
+        raise UserError(f"--stage={name}: expected one of config.cascade.stages, {known}")
     index = section.stages.index(name)
     all_folders = runs.stage_folders(section)
     folders = all_folders[: index + 1]

@@ -92,8 +92,5 @@ def cas_mode(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> int:
     samples = load_samples(fv.samples, config.stage)
     jax_setup.set_up_jax()
     splits = real_splits(folder, config, data_path=fv.data_path)
-    return print_record(
-        library.classification_accuracy(
-            folder, splits, samples, network=fv.network, epochs=fv.epochs
-        )
-    )
+    settings = dict(network=fv.network, epochs=fv.epochs)
+    return print_record(library.classification_accuracy(folder, splits, samples, **settings))

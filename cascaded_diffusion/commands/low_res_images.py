@@ -17,9 +17,7 @@ def read_low_res(
     """The images of --low_res, of one of the sizes that the cascade enlarges.
 
     Returns names for the PNG files of their enlargements as well, if their own files have names.
-
-    Raises:
-      UserError: they cannot be read, or are of another size or kind.
+    Raises UserError if they cannot be read, or are of another size or kind.
     """
     # Imported here: decoding takes OpenCV, which need not be there without images.
     from cascaded_diffusion.data.given_images import fitted, output_names, read_given_images
@@ -50,12 +48,9 @@ def read_low_res(
             for i, x in enumerate(stored.images)
         ]
         return StoredImages(path, np.stack(images), stored.labels), None
+    most = last.data.max_pixels or MAX_PIXELS
     given = read_given_images(
-        path,
-        channels=channels,
-        sizes=sizes,
-        resize_to=resize_to,
-        max_pixels=last.data.max_pixels or MAX_PIXELS,
+        path, channels=channels, sizes=sizes, resize_to=resize_to, max_pixels=most
     )
     rest = f" ({given.passed_over})" if given.passed_over else ""
     for note in (f"low_res: {len(given.images)} images{rest}", *given.notes):

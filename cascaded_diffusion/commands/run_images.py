@@ -33,12 +33,9 @@ def define_data_path(fv: flags.FlagValues) -> None:
 
 
 def with_absolute_paths(config: RunConfig, data_path: str | None = None) -> RunConfig:
-    """A config whose paths mean the same in every working directory.
+    """A config with absolute paths, `data_path` in place of `config.data.path` if given.
 
-    A `data_path` replaces `config.data.path`.
-
-    Raises:
-      UserError: there is a `data_path`, but the images come with the package.
+    Raises UserError if there is a `data_path`, but the images come with the package.
     """
     data = config.data
     if data_path is not None and data.name in BUILTIN_DATA:
@@ -57,11 +54,8 @@ def open_splits(
     """Opens splits of a run's data set by their names, which may repeat.
 
     `config` is the run's, or the one that it resumes with; `data_path` is where the images are
-    now, from `--data_path`.
-
-    Raises:
-      UserError: they cannot be read, the splits differ in classes, or they are not the images
-        that the run was trained on.
+    now, from `--data_path`. Raises UserError if they cannot be read, the splits differ in
+    classes, or they are not the images that the run was trained on.
     """
     from cascaded_diffusion.data.sources import load_splits
 

@@ -52,8 +52,7 @@ def define_inputs(fv: flags.FlagValues) -> None:
 def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> SampleRequest:
     """Reads and checks everything that the command line says. Writes nothing.
 
-    Raises:
-      UserError: flags do not go together, or something is missing.
+    Raises UserError if flags do not go together, or something is missing.
     """
     check_paths(fv, "workdir", "output", "low_res", "data_path")
     enlarging = fv.low_res is not None

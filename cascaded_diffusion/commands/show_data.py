@@ -27,14 +27,10 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_bool("show", False, "write the picture and print what is there", flag_values=fv)
     flags.DEFINE_string("split", None, "which split; train_split of the config", flag_values=fv)
     flags.DEFINE_string("output", "data.png", "the picture to write", flag_values=fv)
-    flags.DEFINE_integer(
-        "images", 8, "how many images in the picture", lower_bound=1, upper_bound=64,
-        flag_values=fv,
-    )  # fmt: skip
-    flags.DEFINE_float(
-        "secs", 10.0, "how long to measure the loader", lower_bound=0.1, upper_bound=3600.0,
-        flag_values=fv,
-    )  # fmt: skip
+    bounds = dict(lower_bound=1, upper_bound=64)
+    flags.DEFINE_integer("images", 8, "how many in the picture", flag_values=fv, **bounds)
+    bounds = dict(lower_bound=0.1, upper_bound=3600.0)
+    flags.DEFINE_float("secs", 10.0, "how long to measure the loader", flag_values=fv, **bounds)
     config_flags.parse(fv, argv, __doc__)
     flag_checks.require(fv, "config")
     if not fv.show:
@@ -49,11 +45,6 @@ def main(argv: Sequence[str]) -> int:
 
     from cascaded_diffusion.commands.data_report import report_data
 
-    report_data(
-        config,
-        fv.split or config.data.train_split,
-        picture=output,
-        num_images=fv.images,
-        loader_secs=fv.secs,
-    )
+    split = fv.split or config.data.train_split
+    report_data(config, split, picture=output, num_images=fv.images, loader_secs=fv.secs)
     return 0

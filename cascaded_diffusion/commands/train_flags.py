@@ -10,21 +10,12 @@ from cascaded_diffusion.errors import UserError
 
 def define(fv: flags.FlagValues) -> None:
     """Adds the flags of `main` besides --config."""
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "folder of the run, made if missing; default: RUN/<name of the stage>",
-        flag_values=fv,
-    )
-    flags.DEFINE_string(
-        "profile_steps", None, "FIRST:LAST, the steps to write a trace of", flag_values=fv
-    )
-    flags.DEFINE_bool(
-        "start_over",
-        False,
-        "begin at step 0 where a run is in --workdir but none of its checkpoints is intact",
-        flag_values=fv,
-    )
+    text = "folder of the run, made if missing; default: RUN/<name of the stage>"
+    flags.DEFINE_string("workdir", None, text, flag_values=fv)
+    text = "FIRST:LAST, the steps to write a trace of"
+    flags.DEFINE_string("profile_steps", None, text, flag_values=fv)
+    text = "begin at step 0 where a run is in --workdir but none of its checkpoints is intact"
+    flags.DEFINE_bool("start_over", False, text, flag_values=fv)
     run_images.define_data_path(fv)
     cluster_flags.define_cluster(fv)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from cascaded_diffusion.config.convert import fail
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.errors import UserError
 
@@ -64,12 +65,8 @@ def check_classes(
     check_same_classes(sides)
     for split, names in class_names.items():
         if len(names) != stage.num_classes:
-            expected = (
-                f"{len(names)}, as {config.name!r} has in {split!r}, or 0 for a model"
-                if names
-                else "0, a model"
-            )
-            raise UserError(
-                f"config.stage.num_classes = {stage.num_classes}: expected {expected} without"
-                " classes"
-            )
+            expected = "0, a model without classes"
+            if names:
+                own = f"{len(names)}, as {config.name!r} has in {split!r}"
+                expected = f"{own}, or 0 for a model without classes"
+            fail("stage.num_classes", stage.num_classes, expected)

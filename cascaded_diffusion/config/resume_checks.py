@@ -31,13 +31,9 @@ _FREE_TO_CHANGE = (
 
 
 def check_resume(old: RunConfig, new: RunConfig, workdir: str) -> list[str]:
-    """Compares the config of a run folder with the one it is to be resumed with.
+    """One line for every key that changed, and may, since the run in a folder was started.
 
-    Returns:
-      One line for every key that changed and may.
-
-    Raises:
-      UserError: a key changed that decides what the run computes.
+    Raises UserError if a key changed that decides what the run computes.
     """
     old_flat, new_flat = flattened(dataclasses.asdict(old)), flattened(dataclasses.asdict(new))
     changed = [key for key in new_flat if old_flat.get(key) != new_flat[key]]
