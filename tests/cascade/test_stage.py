@@ -14,7 +14,7 @@ from cascaded_diffusion.diffusion.samplers import fold_in_each
 from cascaded_diffusion.networks.unet import Network
 from cascaded_diffusion.types import Batch
 from tests.networks.test_unet import random_params
-from tests.tiny import tiny_base, tiny_sr
+from tests.tiny import smallest_base, smallest_sr
 
 
 class Recorder:
@@ -35,7 +35,7 @@ def _stage(config):
 
 @pytest.fixture(scope="module")
 def stages():
-    return _stage(tiny_base()), _stage(tiny_sr())
+    return _stage(smallest_base()), _stage(smallest_sr())
 
 
 def _batch(resolution=32):
@@ -60,7 +60,7 @@ def _sr_with(augment):
     overrides = dict(_AUGMENTS[augment])
     if augment != "gaussian":
         overrides |= {"stage__low_res_schedule": None, "eval__aug_level": 0.0}
-    return build_stage(tiny_sr(stage__diffusion__label_dropout_prob=0.0, **overrides).stage)
+    return build_stage(smallest_sr(stage__diffusion__label_dropout_prob=0.0, **overrides).stage)
 
 
 class _Replayed:
@@ -124,7 +124,7 @@ def test_blur_is_for_training_alone():
 
 def test_low_res_input_is_the_base_models_target():
     # One operator makes the base model's targets and the low-res inputs.
-    base, sr = build_stage(tiny_base().stage), build_stage(tiny_sr().stage)
+    base, sr = build_stage(smallest_base().stage), build_stage(smallest_sr().stage)
     batch = _batch()
     np.testing.assert_array_equal(base.target_from(batch.image), sr.low_res_from(batch.image))
     recorder = Recorder()
@@ -139,7 +139,7 @@ def test_low_res_input_is_the_base_models_target():
 
 def test_labels_are_dropped_as_often_as_configured():
     recorder = Recorder()
-    stage = build_stage(tiny_base(stage__diffusion__label_dropout_prob=0.25).stage)
+    stage = build_stage(smallest_base(stage__diffusion__label_dropout_prob=0.25).stage)
     stage = dataclasses.replace(stage, network=recorder)
     batch = Batch(image=jnp.zeros((2000, 16, 16, 1)), label=jnp.full(2000, 3))
     stage.loss({}, batch, jax.random.key(0))
@@ -150,7 +150,7 @@ def test_labels_are_dropped_as_often_as_configured():
 
 def test_loss_is_the_error_of_the_configured_target():
     # The recorder answers zero; the nearest pixel value to grey is 1/255 above it.
-    stage = build_stage(tiny_base(stage__diffusion__parameterization="x0").stage)
+    stage = build_stage(smallest_base(stage__diffusion__parameterization="x0").stage)
     stage = dataclasses.replace(stage, network=Recorder())
     batch = Batch(image=jnp.zeros((4, 32, 32, 1)), label=jnp.arange(4))
     loss, metrics = stage.loss({}, batch, jax.random.key(0))
@@ -176,7 +176,7 @@ class LearnedVariance:
 
 @pytest.mark.parametrize("kind", ["hybrid", "vlb"])
 def test_hybrid_loss_is_the_simple_one_and_a_thousandth_of_the_bound(kind):
-    config = tiny_base(
+    config = smallest_base(
         **_DISCRETE,
         stage__diffusion__loss=kind,
         stage__diffusion__vlb_weight=0.001 if kind == "hybrid" else None,
@@ -200,7 +200,7 @@ def test_hybrid_loss_is_the_simple_one_and_a_thousandth_of_the_bound(kind):
 
 
 def test_the_real_network_learns_a_variance_and_samples_with_it():
-    config = tiny_base(
+    config = smallest_base(
         **_DISCRETE,
         stage__diffusion__loss="hybrid",
         stage__diffusion__vlb_weight=0.001,
@@ -294,7 +294,7 @@ def test_given_images_replace_the_first_stages(stages):
 
 
 def test_network_is_a_pair_of_pure_functions():
-    stage = build_stage(tiny_base().stage)
+    stage = build_stage(smallest_base().stage)
     assert isinstance(stage.network, Network)
     a, b = (jax.jit(stage.init)(jax.random.key(0)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -302,8 +302,8 @@ def test_network_is_a_pair_of_pure_functions():
 
 def _cascade3(truncated):
     """8 -> 16 -> 32 px, the middle stage with and the last without a level."""
-    base = tiny_base(stage__resolution=8, data__resolution=32).stage
-    middle = tiny_sr(
+    base = smallest_base(stage__resolution=8, data__resolution=32).stage
+    middle = smallest_sr(
         stage__resolution=16,
         stage__low_res_resolution=8,
         stage__network__patch_size=2,
@@ -347,7 +347,7 @@ class Optimal:
 
 
 def test_truncated_input_has_the_distribution_of_noised_true_images():
-    base, sr = build_stage(tiny_base().stage), build_stage(tiny_sr().stage)
+    base, sr = build_stage(smallest_base().stage), build_stage(smallest_sr().stage)
     recorder = Recorder()
     stages = [
         dataclasses.replace(base, network=Optimal()),

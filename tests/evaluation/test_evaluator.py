@@ -161,7 +161,7 @@ def test_what_no_metric_can_be_of_is_refused(tmp_path):
         bits_per_dim(folder, _split(SOURCE, size=1))
 
 
-def test_photos_without_classes_are_trained_on_and_scored(tmp_path, monkeypatch, capsys):
+def test_photos_without_classes_are_trained_on_and_scored(tmp_path, monkeypatch, capsys, one_layer):
     """The recipe of the README, in small."""
     monkeypatch.setitem(RECIPES, "rotation", dataclasses.replace(RECIPES["rotation"], epochs=2))
     monkeypatch.chdir(ROOT)
