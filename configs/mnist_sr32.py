@@ -21,9 +21,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.stage.diffusion.label_dropout_prob = 0.1
     config.stage.sampler.update(num_steps=8, guidance_scale=1.0)
     if variant != "smoke":
-        config.train.update(train_steps=700, warmup_steps=70)
-        config.train.update(log_every_steps=17, sample_every_steps=350)
-        config.checkpoint.save_every_steps = 350
+        config.train.update(train_steps=700, warmup_steps=70, log_every_steps=17)
+        config.train.sample_every_steps = config.checkpoint.save_every_steps = 350
     if variant != "no_augment":  # the paper's ablation
         config.stage.augment = dict(name="gaussian", max_level=1.0)
         config.stage.low_res_schedule = config.stage.schedule  # that of base16

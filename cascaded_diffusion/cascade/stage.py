@@ -1,9 +1,8 @@
 """A stage: one diffusion model of the cascade, as pure functions of its parameters."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,7 @@ class Stage:
         """The clean low-res input [B, h, w, C] from data: the target of the stage below."""
         return quantized(area_downsample(image, self.config.low_res_resolution))
 
-    def with_execution(self, execution: Execution) -> Stage:
+    def with_execution(self, execution: Execution) -> Self:
         """The same stage, whose network is computed as `execution` says."""
         return dataclasses.replace(self, network=self.network.with_execution(execution))
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
+from cascaded_diffusion.commands import run_images
 from cascaded_diffusion.commands.config_flags import cascade_config
 from cascaded_diffusion.commands.flag_checks import check_paths
-from cascaded_diffusion.commands.low_res_images import read_low_res
 from cascaded_diffusion.commands.overrides import overrides_in, with_overrides
-from cascaded_diffusion.commands.run_images import check_same_run_classes, define_data_path
 from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
 from cascaded_diffusion.config.stage_checks import check_level, check_sampler
@@ -46,7 +45,7 @@ def define_inputs(fv: flags.FlagValues) -> None:
         flags.DEFINE_integer(name, None, text, lower_bound=1, flag_values=fv)
     png = "write every image as a PNG file too, below OUTPUT/png"
     flags.DEFINE_bool("png", False, png, flag_values=fv)
-    define_data_path(fv)
+    run_images.define_data_path(fv)
 
 
 def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> SampleRequest:
@@ -75,11 +74,13 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> SampleRequest:
     count, first, low_res, png_names = section.num_samples, 0, None, None
     if enlarging:
         sizes = [None if c is None else c.stage.low_res_resolution for c in configs]
-        low_res, png_names = read_low_res(fv, [s for s in sizes if s is not None], configs[-1])
+        low_res, png_names = run_images.read_low_res(
+            fv, [s for s in sizes if s is not None], configs[-1]
+        )
         first, count = sizes.index(low_res.images.shape[1]), len(low_res.images)
     for folder in folders[first:]:
         folder.chosen()
-    check_same_run_classes(folders[first:])
+    run_images.check_same_run_classes(folders[first:])
     labels, class_names = _labels(fv, folders[-1], configs[-1], low_res)
     if fv.per_class is not None:
         labels = np.asarray(list(dict.fromkeys(labels.tolist())), np.int32)

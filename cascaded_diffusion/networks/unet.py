@@ -1,8 +1,7 @@
 """The U-Net: the base model, and with a low-res input, the super-resolution model."""
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import flax.linen as nn
 import jax
@@ -92,7 +91,7 @@ class Network:
             lambda: self.module.init(key, xt, logsnr, cond)["params"], key
         )
 
-    def with_execution(self, execution: Execution) -> Network:
+    def with_execution(self, execution: Execution) -> Self:
         """The same network, computed as `execution` says."""
         return Network(module=self.module.clone(execution=execution))
 

@@ -13,9 +13,8 @@ batch, and b bytes per number of the computation:
 The formula leaves out what feature maps that are split over `tensor` send.
 """
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ class Traffic:
     count: int = 0
     bytes: int = 0
 
-    def plus(self, count: int, size: int) -> Traffic:
+    def plus(self, count: int, size: int) -> Self:
         return Traffic(self.count + count, self.bytes + size)
 
 

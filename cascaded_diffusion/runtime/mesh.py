@@ -4,8 +4,6 @@ The mesh has the axes `data`, `fsdp` and `tensor`. A batch is split over the fir
 `sharding` says what else is split, and how.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pathlib
@@ -14,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -178,7 +176,7 @@ class DeviceBatches:
     def _read(self) -> Any:
         return global_batch(next(self._batches), self._mesh)
 
-    def __iter__(self) -> DeviceBatches:
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Any:

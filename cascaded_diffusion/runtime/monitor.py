@@ -1,11 +1,10 @@
 """What JAX does behind a run: programs compiled, memory used, traces of a few steps."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 import resource
 import time
+from typing import Self
 
 import jax
 
@@ -31,7 +30,7 @@ class CompileWatch:
     def __init__(self) -> None:
         self._count, self._secs = 0, 0.0
 
-    def __enter__(self) -> CompileWatch:
+    def __enter__(self) -> Self:
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
         return self
 

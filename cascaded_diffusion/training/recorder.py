@@ -1,11 +1,10 @@
 """What training shows and keeps of its steps: metrics, rates, sample grids, checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time
 from collections.abc import Iterator
+from typing import Self
 
 import jax
 import numpy as np
@@ -117,7 +116,7 @@ class Recorder:
         self._compiles = monitor.CompileWatch()
         self._pending: tuple[int, Metrics] | None = None
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Self:
         self._compiles.__enter__()
         return self
 

@@ -25,10 +25,9 @@ small difference of large numbers if the means are large against the spread.
 All computations are in float64 on the host.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +57,7 @@ class FeatureStatistics:
     outer: np.ndarray  # [F, F], the sum of outer products of the features less their mean
 
     @classmethod
-    def of(cls, features: npt.ArrayLike) -> FeatureStatistics:
+    def of(cls, features: npt.ArrayLike) -> Self:
         """Statistics of features [n, F] of any n, also 0, as by `checked_features`."""
         features = checked_features(features, name="features")
         size = features.shape[1]
@@ -70,7 +69,7 @@ class FeatureStatistics:
             statistics += cls(len(block), total, block.T @ block)
         return statistics
 
-    def __add__(self, other: FeatureStatistics) -> FeatureStatistics:
+    def __add__(self, other: Self) -> Self:
         """Eq. (3). Raises ValueError for features of different sizes."""
         _check_sizes(len(self.total), len(other.total))
         # An empty part has no mean.

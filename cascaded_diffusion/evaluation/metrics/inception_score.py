@@ -18,9 +18,8 @@ the N samples, beside its standard deviation (divisor S); it depends on both S a
 as in the authors' own code. All computations are in float64 on the host.
 """
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +44,7 @@ class ScoreStatistics:
     @classmethod
     def of(
         cls, logits: npt.ArrayLike, indices: np.ndarray, *, num_samples: int, num_splits: int = 10
-    ) -> ScoreStatistics:
+    ) -> Self:
         """Statistics of logits [m, K], of any float type, of the samples `indices` [m] of all N.
 
         Raises ValueError for fewer samples than splits; logits or indices of another shape; logits
@@ -82,7 +81,7 @@ class ScoreStatistics:
             negative_entropies[split] = (p * log_p).sum()
         return cls(num_samples, counts, totals, negative_entropies)
 
-    def __add__(self, other: ScoreStatistics) -> ScoreStatistics:
+    def __add__(self, other: Self) -> Self:
         """The statistics of both parts, which must be of the same set and share no sample."""
         shapes = [(x.num_samples, *x.totals.shape) for x in (self, other)]
         for what, mine, theirs in zip(("samples", "splits", "classes"), *shapes, strict=True):

@@ -1,8 +1,7 @@
 """Mean and standard deviation of each colour channel, from sums that are streamed."""
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import numpy as np
 
@@ -16,12 +15,12 @@ class PixelStatistics:
     squares: np.ndarray
 
     @classmethod
-    def of(cls, images: np.ndarray) -> PixelStatistics:
+    def of(cls, images: np.ndarray) -> Self:
         """The sums of uint8 images [n, H, W, C]."""
         pixels = images.reshape(-1, images.shape[-1]).astype(np.float64)
         return cls(len(pixels), pixels.sum(0), np.square(pixels).sum(0))
 
-    def __add__(self, other: PixelStatistics) -> PixelStatistics:
+    def __add__(self, other: Self) -> Self:
         return PixelStatistics(
             self.count + other.count, self.total + other.total, self.squares + other.squares
         )
