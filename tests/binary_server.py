@@ -4,7 +4,7 @@
 
 Each line of stdin is a command, `["evaluate", "--workdir=..."]`. Each line of stdout is the
 answer: its exit code, and what it wrote to the descriptors 1 and 2. With `one_layer`, networks
-are the quick ones of `tests.one_layer`.
+are those of `tests.one_layer`.
 """
 
 import importlib
@@ -60,9 +60,9 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["one_layer"]:
-        from tests.one_layer import quick_binaries
+        from tests.one_layer import in_place_of_the_unet
 
-        with quick_binaries():
+        with in_place_of_the_unet():
             main()
     else:
         main()

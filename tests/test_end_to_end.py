@@ -90,7 +90,7 @@ def test_evaluation_scores_every_checkpoint_and_picks_one(runs):
         assert best["metric"] == "fd_classifier_40"
         assert list((root / stage / "eval").glob("events.out.tfevents.*"))
         assert list((root / stage / "eval").glob("step_30_*.png"))
-    assert re.search(r"recognises 9[4-8]\.", out["eval_sr"])
+    assert "recognises 97." in out["eval_sr"] or "recognises 98." in out["eval_sr"]
 
 
 def test_the_cascade_is_sampled_truncated_or_not_and_measured(runs):
