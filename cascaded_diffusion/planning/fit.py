@@ -78,12 +78,7 @@ def abstract_state(
     plain = dataclasses.replace(
         config.train, batch_size=1, accumulation_steps=None, remat=None, remat_resolutions=None
     )
-    shapes = _state_shapes(config.stage, plain)
-    shardings = sharding.state_shardings(shapes, mesh)
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-    return state, mesh
+    return sharding.with_shardings(_state_shapes(config.stage, plain), mesh), mesh
 
 
 @functools.cache

@@ -98,6 +98,15 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(stored, abstract_state)
 
 
+def with_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+    """A tree of shapes, each with the sharding by which it is stored."""
+    return jax.tree.map(
+        lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split),
+        abstract_state,
+        state_shardings(abstract_state, mesh),
+    )
+
+
 def make_gather(params: Any, mesh: Mesh) -> Callable[[Any, tuple[str, ...], Any], Any] | None:
     """Returns `gather(part, path, dtype)`, or None if the mesh splits no parameters.
 

@@ -73,11 +73,7 @@ TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metri
 
 def abstract_state(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainState:
     """The state's shapes, dtypes and shardings, without allocating it."""
-    shapes = jax.eval_shape(make_init(stage, config))
-    shardings = sharding.state_shardings(shapes, mesh)
-    return jax.tree.map(
-        lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shapes, shardings
-    )
+    return sharding.with_shardings(jax.eval_shape(make_init(stage, config)), mesh)
 
 
 def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
