@@ -98,12 +98,8 @@ def build_extractor(
     if features == "inception":
         return load_inception(resize=config.eval.resize)
     real, others = train.whole(stage.resolution), held_out.whole(stage.resolution)
-    task = Task(
-        network="small" if features == "classifier" else features,
-        num_classes=stage.num_classes,
-        seed=config.eval.seed,
-        mesh=mesh,
-    )
+    network = "small" if features == "classifier" else features
+    task = Task(network=network, num_classes=stage.num_classes, seed=config.eval.seed, mesh=mesh)
     classifier = load_or_train(folder.eval / f"{features}.npz", task, real, others, say=say)
     if features == ROTATION:
         does, doubtful = "tells the rotation of", classifier.accuracy < 0.4
@@ -166,10 +162,8 @@ def run_reference(
             return stored
         say(f"{path}: {why}; it is made anew")
     batches = (chunk.images for chunk in split.chunks(stage.resolution))
-    label = f"reference, {split.data}:{split.split}"
-    reference = reference_lib.measure_reference(
-        batches, extractor, num_images=len(split), label=label, **origin
-    )
+    how = dict(num_images=len(split), label=f"reference, {split.data}:{split.split}", **origin)
+    reference = reference_lib.measure_reference(batches, extractor, **how)
     reference_lib.save_reference(path, reference)
     return reference
 

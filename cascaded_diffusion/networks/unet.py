@@ -1,6 +1,7 @@
 """The U-Net: the base model, and with a low-res input, the super-resolution model."""
 
 import dataclasses
+from functools import partial
 from typing import Self
 
 import flax.linen as nn
@@ -85,11 +86,11 @@ class Network:
 
     module: nn.Module
 
+    @partial(jax.jit, static_argnums=0)  # so that a network is traced once for all that ask
     def init(self, key: jax.Array, xt: jax.Array, logsnr: jax.Array, cond: Conditioning) -> Params:
         """Fresh float32 parameters. Only the shapes of the inputs matter."""
-        return initializers.drawn_together(
-            lambda: self.module.init(key, xt, logsnr, cond)["params"], key
-        )
+        init = partial(self.module.init, key, xt, logsnr, cond)
+        return initializers.drawn_together(lambda: init()["params"], key)
 
     def with_execution(self, execution: Execution) -> Self:
         """The same network, computed as `execution` says."""
