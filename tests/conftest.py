@@ -1,5 +1,6 @@
 """Settings for all tests: eight simulated devices, programs that compile fast and are kept."""
 
+import gc
 import os
 import pathlib
 
@@ -14,6 +15,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 # Test processes share what they compile: reading a program back takes a few milliseconds.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Imports and traced programs are millions of objects that stay; looking through them for
+# garbage at Python's own pace takes a tenth of the time.
+gc.set_threshold(50_000, 20, 20)
 
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
@@ -37,6 +42,11 @@ _LONGEST_FIRST = (
 def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # What was imported and collected stays.
 
 
 @pytest.fixture(scope="module")
