@@ -114,6 +114,7 @@ def _by_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _forward(q, k, v)[0]
 
 
+@partial(jax.jit, inline=True)
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     heads, c = q.shape[2:]
     # 1/sqrt(C) is applied to float32 numbers: in bfloat16, q would be rounded once more.
@@ -126,6 +127,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple
     return y, (q, k, v, weights, total, y)
 
 
+@partial(jax.jit, inline=True)
 def _backward(
     saved: tuple[jax.Array, ...], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -84,6 +84,7 @@ def normalize(
     return _forward(x, scale, shift, groups, swish)[0]
 
 
+@partial(jax.jit, static_argnums=(3, 4), inline=True)
 def _forward(
     x: jax.Array, scale: jax.Array, shift: jax.Array, groups: int, swish: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -92,6 +93,7 @@ def _forward(
     return (nn.swish(u) if swish else u).astype(x.dtype), (x, scale, shift, mean, sd)
 
 
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _backward(
     groups: int, swish: bool, saved: tuple[jax.Array, ...], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
