@@ -8,7 +8,6 @@ import pytest
 
 from cascaded_diffusion import plan
 from cascaded_diffusion.networks.flops import count_flops
-from cascaded_diffusion.planning import plans
 from tests.tiny import ROOT
 
 
@@ -57,8 +56,7 @@ def test_a_cascade_is_the_sum_of_its_stages(capsys):
     assert some["stages"][0]["calls_per_sample"] == 15
 
 
-def test_a_truncated_chain_is_counted_as_far_as_it_runs(capsys, monkeypatch):
-    monkeypatch.setattr(plans, "count_flops", lambda *_: 1.0)
+def test_a_truncated_chain_is_counted_as_far_as_it_runs(capsys):
     found = _plan(capsys, "cascade64")
     # Stopped at step 501 of 4000.
     assert [s["calls_per_sample"] for s in found["stages"]] == [3499, 4000]

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.run_checks import check_devices
@@ -67,13 +68,10 @@ def _state_shapes(stage: StageConfig, train: TrainConfig) -> TrainState:
     return jax.eval_shape(step.make_init(build_stage(stage), train))
 
 
-def abstract_state(
-    config: RunConfig, num_devices: int
-) -> tuple[TrainState, jax.sharding.AbstractMesh]:
+def abstract_state(config: RunConfig, num_devices: int) -> tuple[TrainState, AbstractMesh]:
     """The shapes of the trainer's state with their shardings, and the mesh without devices."""
     shape = _mesh_shape(config, num_devices)
-    kinds = (jax.sharding.AxisType.Auto,) * len(shape)
-    mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=kinds)
+    mesh = AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 3)
     # The shapes do not depend on these keys, so that one trace serves all of their values.
     plain = dataclasses.replace(
         config.train, batch_size=1, accumulation_steps=None, remat=None, remat_resolutions=None
@@ -85,17 +83,15 @@ def abstract_state(
 def kept_bytes(stage_config: StageConfig, remat_sizes: tuple[int, ...] | None) -> int:
     """The bytes that a step keeps of one image for its backward pass."""
     execution = Execution(per_device=lambda function: function, remat_sizes=remat_sizes)
-    stage = build_stage(stage_config).with_execution(execution)
+    stage = build_stage(stage_config)
     params = jax.eval_shape(stage.init, jax.random.key(0))
     inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=1))
-
-    def kept(params: Any, xt: Any, logsnr: Any, cond: Any) -> Any:
-        return jax.vjp(lambda p: stage.network.apply(p, xt, logsnr, cond), params)[1]
-
+    apply = stage.with_execution(execution).network.apply
+    kept = jax.eval_shape(lambda p, *x: jax.vjp(lambda p: apply(p, *x), p)[1], params, *inputs)
     # The parameters are kept, too, as they are stored: the state has counted them.
-    shapes = {x.shape for x in jax.tree.leaves(params)}
-    leaves = jax.tree.leaves(jax.eval_shape(kept, params, *inputs))
-    return sum(x.size * x.dtype.itemsize for x in leaves if x.shape not in shapes or x.ndim < 2)
+    stored = {x.shape for x in jax.tree.leaves(params)}
+    leaves = [x for x in jax.tree.leaves(kept) if x.shape not in stored or x.ndim < 2]
+    return sum(x.size * x.dtype.itemsize for x in leaves)
 
 
 def step_memory(config: RunConfig, num_devices: int) -> StepMemory:

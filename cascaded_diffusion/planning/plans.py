@@ -4,13 +4,14 @@ FLOPs are those of convolutions and matrix products; a multiply-add is two. Trai
 as three forward passes, without rematerialization.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from cascaded_diffusion.cascade.build import build_stage
-from cascaded_diffusion.config.schema import CascadeSection, RunConfig, SamplerConfig
+from cascaded_diffusion.config.schema import CascadeSection, RunConfig, SamplerConfig, StageConfig
 from cascaded_diffusion.networks.flops import count_flops
 
 _COLUMNS = (
@@ -28,17 +29,20 @@ _COLUMNS = (
 _UNITS = {"state_bytes": 1e9, "flops_per_image": 1e9, "flops_per_sample": 1e12}
 
 
+@functools.cache
+def _network_cost(config: StageConfig) -> tuple[int, int]:
+    stage = build_stage(config)
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=1))
+    parameters = int(sum(leaf.size for leaf in jax.tree.leaves(params)))
+    return parameters, count_flops(stage.network.apply, params, *inputs)
+
+
 def stage_plan(config: RunConfig, sampler: SamplerConfig, *, stop_t: float = 0.0) -> dict[str, Any]:
     """The costs of one stage, sampled by `sampler` from t = 1 to `stop_t`."""
-    stage, train = build_stage(config.stage), config.train
-    params = jax.eval_shape(stage.init, jax.random.key(0))
-    parameters = int(sum(leaf.size for leaf in jax.tree.leaves(params)))
-    inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=1))
-    flops = count_flops(stage.network.apply, params, *inputs)
-    evaluations = stage.evaluations(sampler, stop_t=stop_t)
+    train, (parameters, flops) = config.train, _network_cost(config.stage)
+    evaluations = build_stage(config.stage).evaluations(sampler, stop_t=stop_t)
     images = train.batch_size * train.train_steps
-    # The parameters, their EMAs and Adam's two moments, in float32.
-    copies = 1 + len(train.ema_decays) + 2
     return {
         "name": config.stage.name,
         "resolution": config.stage.resolution,
@@ -50,7 +54,8 @@ def stage_plan(config: RunConfig, sampler: SamplerConfig, *, stop_t: float = 0.0
         "flops_per_sample": flops * evaluations,
         "training_images": images,
         "training_flops": 3 * flops * images,
-        "state_bytes": 4 * copies * parameters,
+        # Parameters, Adam's two moments and the EMAs, in float32.
+        "state_bytes": 4 * (3 + len(train.ema_decays)) * parameters,
     }
 
 
