@@ -1,6 +1,7 @@
 """Builds stages from their configs: the one place that knows the names and their meaning."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from cascaded_diffusion.networks.unet import NETWORKS, Network
 from cascaded_diffusion.types import Schedule
 
 
+@functools.cache  # so that equal configs make equal stages, which share their compiled programs
 def build_schedule(config: ScheduleConfig, resolution: int) -> Schedule:
     """A section's schedule. Raises UserError if two of its steps have the same noise level."""
     try:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import lru_cache, partial
 
 import jax
 
@@ -12,9 +12,18 @@ from cascaded_diffusion.diffusion.samplers import fold_in_each
 from cascaded_diffusion.types import Params
 
 
+@jax.jit
 def keys_for(key: jax.Array, indices: jax.Array) -> jax.Array:
     """One key per sample, which depends on the sample's global index alone: [B] -> [B] keys."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+
+
+@lru_cache(maxsize=32)
+def sampling_program(
+    stage: Stage, sampler: SamplerConfig, low_res_is_noisy: bool
+) -> Callable[..., jax.Array]:
+    """`stage.sample`, compiled once for all parameters and levels, and for all equal stages."""
+    return jax.jit(partial(stage.sample, sampler=sampler, low_res_is_noisy=low_res_is_noisy))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,16 +44,6 @@ class Cascade:
         there = 0 <= index < len(self.stages) - 1 and self.stages[index] is not None
         return self.truncated and there and self.stages[index + 1].config.has_aug_level
 
-    @cached_property
-    def _programs(self) -> dict[int, Callable[..., jax.Array]]:
-        """The program of each stage by its place, for all parameters and levels."""
-        stages = enumerate(zip(self.stages, self.samplers, strict=True))
-        return {
-            i: jax.jit(partial(stage.sample, sampler=s, low_res_is_noisy=self._truncates(i - 1)))
-            for i, (stage, s) in stages
-            if stage is not None
-        }
-
     def sample(
         self,
         params: Sequence[Params | None],
@@ -62,9 +61,9 @@ class Cascade:
         images = list(given)
         for i in range(len(images), len(self.stages)):
             images.append(
-                self._programs[i](
+                sampling_program(self.stages[i], self.samplers[i], self._truncates(i - 1))(
                     params[i],
-                    fold_in_each(keys, i),  # every stage draws from its own branch
+                    jax.jit(fold_in_each)(keys, i),  # every stage draws from its own branch
                     label=label,
                     low_res=images[-1] if i > 0 else None,
                     aug_level=aug_levels[i - 1] if i > 0 else None,

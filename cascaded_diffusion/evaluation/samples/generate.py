@@ -6,14 +6,13 @@ number of devices; the image is the same up to float rounding.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cascaded_diffusion.cascade.cascade import Cascade, keys_for
+from cascaded_diffusion.cascade.cascade import Cascade, keys_for, sampling_program
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import SamplerConfig
@@ -133,15 +132,15 @@ def make_enlarger(
 
     It is compiled once for all levels, which a stage without a level ignores.
     """
-    key = jax.random.key(seed)
-    sample = jax.jit(partial(stage.sample, sampler=sampler))
+    key, sample = jax.random.key(seed), sampling_program(stage, sampler, False)
 
     def enlarge(params: Params, indices: np.ndarray, aug_level: float) -> jax.Array:
         rows = indices % len(low_res.images)
         label = put_batch(low_res.labels[rows], mesh) if stage.config.num_classes else None
         keys = keys_for(key, put_batch(indices, mesh))
         given = float_from_uint8(put_batch(low_res.images[rows], mesh))
-        images = sample(params, keys, label=label, low_res=given, aug_level=aug_level)
+        # With the arguments of a cascade, whose program it is then.
+        images = sample(params, keys, label=label, low_res=given, aug_level=aug_level, stop_t=0.0)
         return _checked_uint8(images, stage.config.name)
 
     return enlarge

@@ -47,10 +47,8 @@ class RealSplit:
 
     def rows(self, rows: Sequence[int], resolution: int) -> LabelledImages:
         """Chosen images at a resolution."""
-        parts = list(self.chunks(resolution, rows))
-        return LabelledImages(
-            np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts])
-        )
+        parts = [(part.images, part.labels) for part in self.chunks(resolution, rows)]
+        return LabelledImages(*map(np.concatenate, zip(*parts, strict=True)))
 
     def whole(self, resolution: int) -> LabelledImages:
         """All images at a resolution, in memory."""
