@@ -15,6 +15,7 @@ Both are products with one matrix per axis. The network's input is (x - 128) / 1
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -68,10 +69,8 @@ def check_precision(program: str) -> None:
     operations = re.findall(r"stablehlo\.(?:convolution|dot_general).*", program)
     low = [line for line in operations if line.count("HIGHEST") < 2]
     if low or not operations:
-        raise RuntimeError(
-            f"{len(low)} of {len(operations)} products of the Inception program are not at the"
-            " highest precision"
-        )
+        found = f"{len(low)} of {len(operations)} products of the Inception program"
+        raise RuntimeError(f"{found} are not at the highest precision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,7 @@ class InceptionExtractor:
     mesh: Mesh
     batch_size: int = 64
     name: str = "inception"
-    _programs: dict[tuple[int, ...], jax.stages.Compiled] = dataclasses.field(default_factory=dict)
+    _resizes: dict[tuple[int, ...], jax.stages.Compiled] = dataclasses.field(default_factory=dict)
 
     @property
     def identity(self) -> str:
@@ -94,26 +93,36 @@ class InceptionExtractor:
         return f"inception-2015-12-05:{self.resize}:{self.weights.sha256[:12]}"
 
     def __call__(self, images: np.ndarray) -> Features:
-        size = -(-self.batch_size // self.mesh.size) * self.mesh.size
-        shape = (size, *images.shape[1:])
-        if shape not in self._programs:
-            self._programs[shape] = self._compiled(shape)
-        program = partial(self._programs[shape], self._params)
-        return extract_in_batches(images, size, self.mesh, program)
+        shape = (self._size, *images.shape[1:])
+        if shape not in self._resizes:
+            self._resizes[shape] = self._compiled(self._resized, shape, jnp.uint8)
+        resize, network = self._resizes[shape], partial(self._network, self._variables)
+        return extract_in_batches(images, self._size, self.mesh, lambda x: network(resize(x)))
+
+    @property
+    def _size(self) -> int:
+        return -(-self.batch_size // self.mesh.size) * self.mesh.size
 
     @functools.cached_property
-    def _params(self) -> Params:
-        return jax.device_put(dict(self.weights.params), mesh_lib.replicated(self.mesh))
+    def _variables(self) -> Params:
+        variables = {"params": dict(self.weights.params)}
+        return jax.device_put(variables, mesh_lib.replicated(self.mesh))
 
-    def _compiled(self, shape: tuple[int, ...]) -> jax.stages.Compiled:
+    def _resized(self, images: jax.Array) -> jax.Array:
+        return (at_inception_size(images, self.resize) - 128.0) / 128.0
+
+    @functools.cached_property
+    def _network(self) -> jax.stages.Compiled:
+        # A program of its own, so that the cache of programs has it for images of every size.
+        shape = (self._size, IMAGE_SIZE, IMAGE_SIZE, 3)
+        return self._compiled(Inception().apply, shape, jnp.float32, self._variables)
+
+    def _compiled(
+        self, f: Callable, shape: tuple[int, ...], dtype: jnp.dtype, *variables: Params
+    ) -> jax.stages.Compiled:
         split = mesh_lib.batch_sharding(self.mesh)
-
-        def extract(params: Params, images: jax.Array) -> tuple[jax.Array, ...]:
-            x = (at_inception_size(images, self.resize) - 128.0) / 128.0
-            return Inception().apply({"params": params}, x)
-
-        abstract = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)
-        lowered = jax.jit(extract, out_shardings=split).lower(self._params, abstract)
+        batch = jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+        lowered = jax.jit(f, out_shardings=split).lower(*variables, batch)
         check_precision(lowered.as_text())
         return lowered.compile()
 
