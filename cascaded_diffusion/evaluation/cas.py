@@ -38,11 +38,9 @@ def cas_record(
     or a label is no class.
     """
     generated = train["generated"]
-    if generated.images.shape[1:] != test.images.shape[1:]:
-        raise UserError(
-            f"--samples: images of {generated.images.shape[1:]}, expected"
-            f" {test.images.shape[1:]}, as the real ones are"
-        )
+    size, wanted = (x.images.shape[1:] for x in (generated, test))
+    if size != wanted:
+        raise UserError(f"--samples: images of {size}, expected {wanted}, as the real ones are")
     epochs = classifier_training.RECIPES[task.network].epochs if epochs is None else epochs
     fewest = min(len(images.labels) for images in train.values())
     batch_size = classifier_training.batch_size_for(task, fewest)
@@ -92,14 +90,10 @@ def classification_accuracy(
     """
     config = folder.read_config()
     stage, data = config.stage, config.data
-    task = Task(
-        # ResNet-50, as published, from this resolution on; below, a small ResNet.
-        network=network or ("resnet50" if stage.resolution >= 64 else "resnet"),
-        num_classes=stage.num_classes,
-        seed=config.eval.seed,
-        mesh=default_mesh(config),
-        flip=data.random_flip,
-    )
+    # ResNet-50, as published, from this resolution on; below, a small ResNet.
+    network = network or ("resnet50" if stage.resolution >= 64 else "resnet")
+    how = dict(seed=config.eval.seed, mesh=default_mesh(config), flip=data.random_flip)
+    task = Task(network=network, num_classes=stage.num_classes, **how)
     with folder.writer_lock("eval"):
         train = {
             "generated": LabelledImages(samples.images, samples.labels.astype("int32")),

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,7 +55,7 @@ def test_a_classifier_needs_two_classes(num_classes, features):
 def _extractor(folder, train, held_out, **overrides):
     config = tiny_base(**overrides)
     said = []
-    mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    mesh = build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1), jax.devices()[:1])
     how = dict(load_inception=None, say=said.append)
     found = lib.build_extractor(config, RunFolder(folder), train, held_out, mesh, **how)
     return config, found, said

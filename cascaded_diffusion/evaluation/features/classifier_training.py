@@ -9,7 +9,7 @@ shifted, cropped, flipped and turned is a function of (seed, step, row).
 """
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,7 @@ RECIPES: dict[str, Recipe] = {
 # The network whose classes are rotations, by 0, 90, 180 and 270 degrees.
 ROTATION, NUM_TURNS = "rotation", 4
 RECIPES[ROTATION] = RECIPES["small"]  # the same network
+_State = tuple[networks.Variables, optax.OptState]
 # A share of the image's size: 2 px of 32.
 _SHIFT_FRACTION = 1 / 16
 _SMALLEST_AREA, _ASPECTS = 0.08, (3 / 4, 4 / 3)
@@ -128,8 +129,7 @@ def turned(images: jax.Array, turns: jax.Array) -> jax.Array:
     return jax.vmap(lambda image, k: jax.lax.switch(k, ways, image))(images, turns)
 
 
-def _optimizer(recipe: Recipe, total: int, steps_per_epoch: float) -> optax.GradientTransformation:
-    warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total // 2)
+def _optimizer(recipe: Recipe, total: int, warmup: int) -> optax.GradientTransformation:
     peak = recipe.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, total)
     if recipe.optimizer == "adamw":
@@ -148,11 +148,49 @@ def batch_size_for(task: Task, num_images: int) -> int:
     devices = task.mesh.size
     size = min(RECIPES[task.network].batch_size, num_images) // devices * devices
     if not size:
-        raise UserError(
-            f"a classifier of {num_images} training images: expected at least {devices}, one for"
-            " each device"
-        )
+        wanted = f"expected at least {devices}, one for each device"
+        raise UserError(f"a classifier of {num_images} training images: {wanted}")
     return size
+
+
+@cache
+def _programs(
+    task: Task, recipe: Recipe, shape: tuple[int, ...], batch_size: int, total: int, warmup: int
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+    """Initialization and step, compiled once for all seeds and images of a shape."""
+    module, everywhere = task.module, mesh_lib.replicated(task.mesh)
+    optimizer = _optimizer(recipe, total, warmup)
+
+    @partial(jax.jit, out_shardings=everywhere)
+    def init(key: jax.Array) -> _State:
+        variables = networks.init_classifier(module, key, (1, *shape))
+        return variables, optimizer.init(variables["params"])
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
+    def train_step(
+        state: _State, images: jax.Array, labels: jax.Array | None, key: jax.Array, step: jax.Array
+    ) -> tuple[_State, jax.Array]:
+        variables, opt_state = state
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
+        keys = jax.vmap(partial(jax.random.fold_in, augment_key))(jnp.arange(batch_size))
+        x = _augmented(float_from_uint8(images), keys, crop=recipe.crop, flip=task.flip)
+        if labels is None:
+            turn_key = jax.random.fold_in(augment_key, batch_size)
+            labels = jax.random.randint(turn_key, (batch_size,), 0, NUM_TURNS)
+            x = turned(x, labels)
+
+        def loss_of(params: Params) -> tuple[jax.Array, networks.Variables]:
+            how = dict(train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"])
+            (_, logits), updated = module.apply({**variables, "params": params}, x, **how)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), updated
+
+        (loss, updated), grads = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
+        updates, opt_state = optimizer.update(grads, opt_state, variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        return ({**variables, **updated, "params": params}, opt_state), loss
+
+    return init, train_step
 
 
 def train_classifier(
@@ -171,52 +209,17 @@ def train_classifier(
     """
     images, labels = train.images, None if task.network == ROTATION else train.labels
     if labels is not None and len(np.unique(labels)) < 2:
-        raise UserError(
-            f"{label}: all {len(labels)} training images are of one class, expected at least 2"
-            " classes to tell apart"
-        )
-    recipe, module = RECIPES[task.network], task.module
+        found = f"all {len(labels)} training images are of one class"
+        raise UserError(f"{label}: {found}, expected at least 2 classes to tell apart")
+    recipe, split = RECIPES[task.network], mesh_lib.batch_sharding(task.mesh)
     init_key, order_key, run_key = jax.random.split(jax.random.key(task.seed), 3)
-    if batch_size is None:
-        batch_size = batch_size_for(task, len(images))
+    batch_size = batch_size or batch_size_for(task, len(images))
     per_epoch = len(images) // batch_size
     total = recipe.epochs * per_epoch if train_steps is None else train_steps
-    optimizer = _optimizer(recipe, total, per_epoch)
-    everywhere, split = mesh_lib.replicated(task.mesh), mesh_lib.batch_sharding(task.mesh)
-
-    @partial(jax.jit, out_shardings=everywhere)
-    def init(key: jax.Array) -> tuple[networks.Variables, optax.OptState]:
-        variables = networks.init_classifier(module, key, images.shape)
-        return variables, optimizer.init(variables["params"])
-
-    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=everywhere)
-    def train_step(
-        variables: networks.Variables,
-        opt_state: optax.OptState,
-        images: jax.Array,
-        labels: jax.Array | None,
-        step: jax.Array,
-    ) -> tuple[networks.Variables, optax.OptState, jax.Array]:
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(run_key, step))
-        keys = jax.vmap(partial(jax.random.fold_in, augment_key))(jnp.arange(batch_size))
-        x = _augmented(float_from_uint8(images), keys, crop=recipe.crop, flip=task.flip)
-        if labels is None:
-            turn_key = jax.random.fold_in(augment_key, batch_size)
-            labels = jax.random.randint(turn_key, (batch_size,), 0, NUM_TURNS)
-            x = turned(x, labels)
-
-        def loss_of(params: Params) -> tuple[jax.Array, networks.Variables]:
-            how = dict(train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"])
-            (_, logits), updated = module.apply({**variables, "params": params}, x, **how)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), updated
-
-        (loss, updated), grads = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
-        updates, opt_state = optimizer.update(grads, opt_state, variables["params"])
-        params = optax.apply_updates(variables["params"], updates)
-        return {**variables, **updated, "params": params}, opt_state, loss
-
-    variables, opt_state = init(init_key)
+    warmup = min(round(recipe.warmup_epochs * per_epoch), total // 2)
+    settings = (recipe, images.shape[1:], batch_size, total, warmup)
+    init, train_step = _programs(dataclasses.replace(task, seed=0), *settings)
+    state = init(init_key)
     progress = Progress(total, unit="steps", label=label)
     for step in range(total):
         epoch, i = divmod(step, per_epoch)
@@ -226,10 +229,10 @@ def train_classifier(
         rows = order[i * batch_size : (i + 1) * batch_size]
         own = None if labels is None else labels[rows].astype(np.int32)
         batch = jax.device_put((np.asarray(images[rows]), own), split)
-        variables, opt_state, loss = train_step(variables, opt_state, *batch, step)
+        state, loss = train_step(state, *batch, run_key, step)
         if (step + 1) % 50 == 0 or step + 1 == total:
             progress.update(step + 1, loss=f"{float(loss):.3f}")
     progress.close()
     if not np.isfinite(last := float(loss)):
         raise UserError(f"{label}: its loss is {last} after {total} steps, expected a number")
-    return jax.device_get(variables)
+    return jax.device_get(state[0])
