@@ -1,6 +1,6 @@
 """Scores a run's checkpoints again and again, each time killed at a random moment.
 
-    python -m tests.evaluation.killed_job RUN NUM_KILLS
+    python -m tests.evaluation.killed_job RUN NUM_KILLS [RUN NUM_KILLS ...]
 
 A script of its own: it forks, which wants a process whose JAX has not begun to work.
 The samples are a function of (step, index) that takes no network; all else, the
@@ -97,4 +97,5 @@ def main(path, num_kills):
 
 if __name__ == "__main__":
     with in_place_of_the_unet():
-        main(sys.argv[1], int(sys.argv[2]))
+        for path, num_kills in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+            main(path, int(num_kills))

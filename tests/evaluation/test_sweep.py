@@ -16,10 +16,9 @@ from cascaded_diffusion.evaluation.settings import make_settings, with_setting
 from cascaded_diffusion.evaluation.sweep import Sweep, best_setting
 from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.files.npz_archive import read_arrays
-from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.evaluation.stubs import Evaluator
-from tests.tiny import config_values, smallest_base, smallest_sr
+from tests.tiny import config_values, smallest_base, smallest_sr, two_devices
 from tests.training.test_training import _train
 
 pytestmark = pytest.mark.usefixtures("one_layer")
@@ -29,7 +28,7 @@ METRIC = "fd_stub_20"
 
 @pytest.fixture(scope="module")
 def mesh():
-    return build_mesh(smallest_base().mesh)
+    return two_devices()
 
 
 @pytest.fixture(scope="module")
