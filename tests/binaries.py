@@ -37,17 +37,18 @@ def command(binary, *flags):
 class Binaries:
     """Runs commands in one process, and in a new one only where a command has ended it."""
 
-    def __init__(self, *, one_layer=False):
-        self._command = [sys.executable, "-m", "tests.binary_server"]
-        self._command += ["one_layer"] if one_layer else []  # the network of `tests.one_layer`
+    def __init__(self):
         self._process = None
 
-    def run(self, binary, *flags, timeout=600):
-        """What `subprocess.run` of the command returns, with text."""
+    def run(self, binary, *flags, one_layer=True, timeout=600):
+        """What `subprocess.run` of the command returns, with text.
+
+        With `one_layer`, the command's network is that of `tests.one_layer`.
+        """
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = subprocess.Popen(
-                self._command,
+                [sys.executable, "-m", "tests.binary_server"],
                 cwd=ROOT,
                 env=environment(),
                 stdin=subprocess.PIPE,
@@ -56,7 +57,7 @@ class Binaries:
             )
         watchdog = threading.Timer(timeout, self._process.kill)
         watchdog.start()
-        print(json.dumps([binary, *flags]), file=self._process.stdin, flush=True)
+        print(json.dumps([one_layer, binary, *flags]), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         watchdog.cancel()
         assert answer, f"{binary} ended the process, or took more than {timeout} s"

@@ -1,12 +1,13 @@
 """Runs one binary after another in one process; see `tests.binaries`.
 
-    python -m tests.binary_server [one_layer]
+    python -m tests.binary_server
 
-Each line of stdin is a command, `["evaluate", "--workdir=..."]`. Each line of stdout is the
-answer: its exit code, and what it wrote to the descriptors 1 and 2. With `one_layer`, networks
-are those of `tests.one_layer`.
+Each line of stdin is a command, `[true, "evaluate", "--workdir=..."]`; true says that the network
+is that of `tests.one_layer`. Each line of stdout is the answer: the exit code, and what the command
+wrote to the descriptors 1 and 2.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -51,18 +52,16 @@ def _captured(binary, flags):
 
 
 def main():
+    from tests.one_layer import in_place_of_the_unet
+
     # Descriptor 1 is another file while a command runs.
     with os.fdopen(os.dup(1), "w") as answers:
         for line in sys.stdin:
-            binary, *flags = json.loads(line)
-            print(json.dumps(_captured(binary, flags)), file=answers, flush=True)
+            one_layer, binary, *flags = json.loads(line)
+            with in_place_of_the_unet() if one_layer else contextlib.nullcontext():
+                answer = _captured(binary, flags)
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["one_layer"]:
-        from tests.one_layer import in_place_of_the_unet
-
-        with in_place_of_the_unet():
-            main()
-    else:
-        main()
+    main()

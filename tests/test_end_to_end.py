@@ -6,15 +6,23 @@ Most have one layer; those of photos are U-Nets.
 import functools
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from cascaded_diffusion.config.schema import MeshConfig
+from cascaded_diffusion.data.arrays import load_mnist
+from cascaded_diffusion.evaluation.features.classifier_extractor import load_or_train
+from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages, Task
+from cascaded_diffusion.evaluation.samples.sample_sources import shrunk
+from cascaded_diffusion.runtime.mesh import build_mesh
 from tests.binaries import TINY_NETWORK, Binaries, command, environment
 from tests.data.photos import photo, write_tree
 from tests.tiny import ROOT
@@ -25,18 +33,19 @@ METRICS = {
 }
 
 
-BINARIES, WITH_UNET = Binaries(one_layer=True), Binaries()
+BINARIES = Binaries()
+# Of 40 samples, the last batch is not full.
+SMALLER_BATCHES = "--config.cascade.batch_size=12"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _end_of_the_process():
     yield
     BINARIES.close()
-    WITH_UNET.close()
 
 
-def _run(binary, *flags, code=0, binaries=BINARIES):
-    result = binaries.run(binary, *flags)
+def _run(binary, *flags, code=0, one_layer=True):
+    result = BINARIES.run(binary, *flags, one_layer=one_layer)
     assert result.returncode == code, result.stdout[-2000:] + result.stderr[-4000:]
     assert "Traceback" not in result.stderr
     assert "Warning" not in result.stderr, result.stderr
@@ -54,6 +63,12 @@ def runs(tmp_path_factory):
     out["eval_base"] = _run("evaluate", f"--workdir={root}/base16")
     out["eval_sr"] = _run("evaluate", f"--workdir={root}/sr32", f"--low_res_run={root}/base16")
     return root, out
+
+
+def _share_classifier(root, run):
+    """Spares a run the training of a classifier of 16 px, which is that of base16."""
+    (run / "eval").mkdir(parents=True)
+    shutil.copy(root / "base16" / "eval" / "classifier.npz", run / "eval")
 
 
 def test_training_leaves_a_whole_run_folder(runs):
@@ -93,12 +108,30 @@ def test_evaluation_scores_every_checkpoint_and_picks_one(runs):
     assert "recognises 97." in out["eval_sr"] or "recognises 98." in out["eval_sr"]
 
 
+@pytest.mark.parametrize(("stage", "resolution"), [("base16", 16), ("sr32", 32)])
+def test_the_classifier_of_a_run_recognises_real_digits(runs, stage, resolution):
+    root, _ = runs
+    train, held_out = (
+        shrunk(LabelledImages(*load_mnist(split)), resolution) for split in ("train", "test")
+    )
+    said, mesh = [], build_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    task = Task(network="small", num_classes=10, seed=0, mesh=mesh)
+    path = root / stage / "eval" / "classifier.npz"
+    found = load_or_train(path, task, train, held_out, say=said.append)
+    assert found.accuracy >= 0.97
+    features = found(held_out.images)
+    assert (features.pooled.shape, features.logits.shape) == ((1000, 64), (1000, 10))
+    assert (features.logits.argmax(-1) == held_out.labels).mean() == found.accuracy
+    assert (found.name, found.identity) == ("classifier", f"classifier:{found.digest}")
+    assert said == []  # the images and the seed are the run's
+
+
 def test_the_cascade_is_sampled_truncated_or_not_and_measured(runs):
     root, _ = runs
     images, cascade = {}, "--config=configs/mnist_cascade32.py:smoke"
     for name, flags in {
         "whole": [],
-        "batches": ["--config.cascade.batch_size=16"],
+        "batches": [SMALLER_BATCHES],
         "truncated": ["--config.cascade.truncated=True", "--config.cascade.aug_levels=(0.3,)"],
     }.items():
         _run(
@@ -149,6 +182,7 @@ def test_the_cascade_is_sampled_truncated_or_not_and_measured(runs):
 
 def test_three_stages_are_chained_and_searched_from_config_alone(runs):
     root, _ = runs
+    _share_classifier(root, root / "sr16")
     for stage in ("base8", "sr16"):
         _run("main", f"--config=configs/mnist_{stage}.py:smoke", f"--workdir={root}/{stage}")
         _run("evaluate", f"--workdir={root}/{stage}")
@@ -198,6 +232,7 @@ def test_sigterm_saves_and_exits_with_75_and_the_same_command_goes_on(tmp_path):
         "--config=configs/mnist_base16.py:smoke",
         f"--workdir={tmp_path}/run",
         "--config.train.train_steps=100000",
+        "--config.train.lr_decay=none",  # the same program for any number of steps
         "--config.train.warmup_steps=3",
         "--config.train.sample_every_steps=None",
         "--config.checkpoint.save_every_steps=100000",
@@ -214,9 +249,7 @@ def test_sigterm_saves_and_exits_with_75_and_the_same_command_goes_on(tmp_path):
             time.sleep(0.1)
 
         # A second trainer on the same folder is refused and harms nothing.
-        second = subprocess.run(
-            command("main", *flags), cwd=ROOT, env=environment(), capture_output=True, text=True
-        )
+        second = BINARIES.run("main", *flags)
         assert second.returncode == 2
         assert f"another train process (pid {process.pid})" in second.stderr
 
@@ -232,9 +265,11 @@ def test_sigterm_saves_and_exits_with_75_and_the_same_command_goes_on(tmp_path):
     assert f"finished, {step + 2} steps" in again
 
 
-def test_an_evaluation_that_follows_the_run_ends_it(tmp_path):
+def test_an_evaluation_that_follows_the_run_ends_it(runs, tmp_path):
     # With no learning to speak of, a score that is no better than the last comes soon.
     run = f"--workdir={tmp_path}/run"
+    root, _ = runs
+    _share_classifier(root, tmp_path / "run")
     trainer = subprocess.Popen(
         command(
             "main",
@@ -272,7 +307,7 @@ def test_an_evaluation_that_follows_the_run_ends_it(tmp_path):
 
 
 def test_photos_from_a_folder_are_prepared_shown_and_trained_on(tmp_path):
-    with_unet = functools.partial(_run, binaries=WITH_UNET)
+    with_unet = functools.partial(_run, one_layer=False)
     write_tree(tmp_path / "photos", "train", per_class=20)
     write_tree(tmp_path / "photos", "test", per_class=14)
     flags = [
@@ -285,6 +320,7 @@ def test_photos_from_a_folder_are_prepared_shown_and_trained_on(tmp_path):
         "--config.eval.num_samples=30",
         "--config.eval.final_num_samples=30",
         "--config.train.train_steps=6",
+        "--config.train.lr_decay=none",  # the same program for any number of steps
         "--config.train.warmup_steps=1",
         "--config.train.log_every_steps=1",
         "--config.train.sample_every_steps=None",
@@ -357,7 +393,7 @@ def test_bad_data_ends_in_one_line(tmp_path, damage, flags, message):
 def test_samples_of_two_processes_and_of_a_killed_job_are_those_of_one(runs, tmp_path):
     root, _ = runs
     flags = ["--config=configs/mnist_cascade32.py:smoke", f"--workdir={root}"]
-    flags += ["--config.cascade.batch_size=8"]
+    flags.append(SMALLER_BATCHES)
 
     def samples(name):
         with np.load(tmp_path / name / "samples.npz") as stored:
@@ -375,7 +411,7 @@ def test_samples_of_two_processes_and_of_a_killed_job_are_those_of_one(runs, tmp
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "killed").rglob("000001.npz")) and time.monotonic() < deadline:
+    while not list((tmp_path / "killed").rglob("000000.npz")) and time.monotonic() < deadline:
         time.sleep(0.005)
     killed.kill()
     killed.wait()
@@ -400,7 +436,7 @@ def test_samples_of_two_processes_and_of_a_killed_job_are_those_of_one(runs, tmp
     ]
     texts = [p.communicate(timeout=200)[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], "".join(texts)
-    # The first writes; each has made a part, the first every other batch of five.
+    # The first writes; each has made a part, the first every other batch of four.
     assert "24/24 samples" in texts[0]
     found, found_labels = samples("two")
     np.testing.assert_array_equal(found_labels, labels)
