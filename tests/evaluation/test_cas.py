@@ -43,9 +43,7 @@ def _record(generated, devices=1):
 
 
 @pytest.fixture(autouse=True)
-def _small_batches_and_network(monkeypatch):
-    two_blocks = partial(ResNet, widths=(32, 64), num_blocks=(1, 1))
-    monkeypatch.setitem(CLASSIFIERS, "resnet", two_blocks)
+def _small_batches(monkeypatch):
     # A shift would move one class's bar to another's.
     recipe = dataclasses.replace(RECIPES["resnet"], batch_size=16)
     monkeypatch.setitem(RECIPES, "resnet", recipe)
@@ -67,7 +65,9 @@ def test_good_samples_teach_what_real_images_do_and_bad_ones_do_not():
     assert bad["generated"]["top1"] <= bad["generated"]["top5"]
 
 
-def test_one_device_and_eight_train_the_same():
+def test_one_device_and_eight_train_the_same(monkeypatch):
+    two_blocks = partial(ResNet, widths=(32, 64), num_blocks=(1, 1))
+    monkeypatch.setitem(CLASSIFIERS, "resnet", two_blocks)
     data, trained = _bars(48, 0), {}
     for devices in (1, 8):
         trained[devices] = train_classifier(_task(devices), data, train_steps=3)
