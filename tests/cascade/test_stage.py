@@ -14,7 +14,10 @@ from cascaded_diffusion.diffusion.samplers import fold_in_each
 from cascaded_diffusion.networks.unet import Network
 from cascaded_diffusion.types import Batch
 from tests.networks.test_unet import random_params
-from tests.tiny import smallest_base, smallest_sr
+from tests.tiny import smallest_base, smallest_efficient, smallest_sr
+
+# What is tested here surrounds a network; tests/networks are about real ones.
+pytestmark = pytest.mark.usefixtures("one_layer")
 
 
 class Recorder:
@@ -34,8 +37,10 @@ def _stage(config):
 
 
 @pytest.fixture(scope="module")
-def stages():
-    return _stage(smallest_base()), _stage(smallest_sr())
+def cascades(one_layer):
+    """By whether it is truncated: a cascade's sampling function and parameters."""
+    stages = _stage(smallest_base()), _stage(smallest_sr())
+    return {truncated: _cascade(stages, truncated) for truncated in (False, True)}
 
 
 def _batch(resolution=32):
@@ -86,6 +91,7 @@ def test_training_and_sampling_show_the_network_the_same_low_res_input(augment):
     stage = _sr_with(augment)
     recorder = Recorder()
     stage = dataclasses.replace(stage, network=recorder, augment=_Replayed(stage.augment))
+    sampler = dataclasses.replace(stage.config.sampler, num_steps=2)
     batch = _batch()
     stage.loss({}, batch, jax.random.key(3))
     trained = recorder.calls[-1][2]
@@ -96,7 +102,10 @@ def test_training_and_sampling_show_the_network_the_same_low_res_input(augment):
         recorder.calls.clear()
         keys = jax.random.split(jax.random.key(0), 8)
         with jax.disable_jit():
-            stage.sample({}, keys, label=batch.label, low_res=low_res, aug_level=0.3)
+            stage.sample(
+                {}, keys, label=batch.label, low_res=low_res, aug_level=0.3, sampler=sampler
+            )
+        assert recorder.calls
         for call in recorder.calls:
             sampled = call[2]
             np.testing.assert_array_equal(sampled.low_res, trained.low_res)
@@ -142,8 +151,13 @@ def test_labels_are_dropped_as_often_as_configured():
     stage = build_stage(smallest_base(stage__diffusion__label_dropout_prob=0.25).stage)
     stage = dataclasses.replace(stage, network=recorder)
     batch = Batch(image=jnp.zeros((2000, 16, 16, 1)), label=jnp.full(2000, 3))
-    stage.loss({}, batch, jax.random.key(0))
-    labels = np.asarray(recorder.calls[0][2].label)
+
+    @jax.jit
+    def shown(batch, key):
+        stage.loss({}, batch, key)
+        return recorder.calls[0][2].label
+
+    labels = np.asarray(shown(batch, jax.random.key(0)))
     assert set(labels.tolist()) == {3, 10}
     assert abs((labels == 10).mean() - 0.25) < 0.04
 
@@ -153,7 +167,7 @@ def test_loss_is_the_error_of_the_configured_target():
     stage = build_stage(smallest_base(stage__diffusion__parameterization="x0").stage)
     stage = dataclasses.replace(stage, network=Recorder())
     batch = Batch(image=jnp.zeros((4, 32, 32, 1)), label=jnp.arange(4))
-    loss, metrics = stage.loss({}, batch, jax.random.key(0))
+    loss, metrics = jax.jit(stage.loss)({}, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, 1 / 255**2, rtol=1e-4)
     assert metrics["loss"] == loss
 
@@ -200,8 +214,9 @@ def test_hybrid_loss_is_the_simple_one_and_a_thousandth_of_the_bound(kind):
 
 
 def test_the_real_network_learns_a_variance_and_samples_with_it():
-    config = smallest_base(
+    config = smallest_efficient(
         **_DISCRETE,
+        stage__network__attention_resolutions=(),
         stage__diffusion__loss="hybrid",
         stage__diffusion__vlb_weight=0.001,
         stage__sampler__name="ancestral",
@@ -235,8 +250,8 @@ def _cascade(stages, truncated):
 
 
 @pytest.mark.parametrize("truncated", [False, True])
-def test_images_do_not_depend_on_the_batch(stages, truncated):
-    sample, params = _cascade(stages, truncated)
+def test_images_do_not_depend_on_the_batch(cascades, truncated):
+    sample, params = cascades[truncated]
     key, labels = jax.random.key(7), jnp.arange(8) % 10
     whole = sample(params, keys_for(key, jnp.arange(8)), labels, [0.2])
     part = sample(params, keys_for(key, jnp.arange(4, 8)), labels[4:], [0.2])
@@ -246,7 +261,9 @@ def test_images_do_not_depend_on_the_batch(stages, truncated):
     assert np.abs(np.asarray(whole[1][0] - whole[1][1])).max() > 0.01
 
 
-def test_images_do_not_depend_on_the_devices(stages):
+def test_images_do_not_depend_on_the_devices():
+    # One of the networks is real: devices divide what its layers compute.
+    stages = _stage(smallest_efficient()), _stage(smallest_sr())
     sample, params = _cascade(stages, truncated=False)
     key, labels = jax.random.key(7), jnp.arange(8) % 10
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -261,18 +278,18 @@ def test_images_do_not_depend_on_the_devices(stages):
         np.testing.assert_allclose(a, b, atol=atol)
 
 
-def test_at_level_zero_truncated_and_non_truncated_are_the_same(stages):
+def test_at_level_zero_truncated_and_non_truncated_are_the_same(cascades):
     keys, labels = keys_for(jax.random.key(1), jnp.arange(4)), jnp.arange(4)
     images = []
     for truncated in (False, True):
-        sample, params = _cascade(stages, truncated)
+        sample, params = cascades[truncated]
         images.append(sample(params, keys, labels, [0.0]))
     for a, b in zip(*images, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_truncated_hands_on_a_noisy_image_and_levels_need_no_recompilation(stages):
-    sample, params = _cascade(stages, truncated=True)
+def test_truncated_hands_on_a_noisy_image_and_levels_need_no_recompilation(cascades):
+    sample, params = cascades[True]
     keys, labels = keys_for(jax.random.key(1), jnp.arange(4)), jnp.arange(4)
     clean = sample(params, keys, labels, [0.0])[0]
     distance = []
@@ -285,8 +302,8 @@ def test_truncated_hands_on_a_noisy_image_and_levels_need_no_recompilation(stage
     assert distance[0] > 0
 
 
-def test_given_images_replace_the_first_stages(stages):
-    sample, params = _cascade(stages, truncated=False)
+def test_given_images_replace_the_first_stages(cascades):
+    sample, params = cascades[False]
     keys, labels = keys_for(jax.random.key(1), jnp.arange(4)), jnp.arange(4)
     whole = sample(params, keys, labels, [0.2])
     resumed = sample([None, params[1]], keys, labels, [0.2], given=whole[:1])
@@ -317,17 +334,15 @@ def _cascade3(truncated):
 
 
 def test_three_stages_with_a_level_each():
-    params = None
+    cascades = {truncated: _cascade3(truncated) for truncated in (False, True)}
+    params = [
+        jax.tree.map(lambda x: 0.3 * x, random_params(s.init, seed=i))
+        for i, s in enumerate(cascades[False].stages)
+    ]
     images = {}
     for truncated, levels in ((False, (0.2, 0.0)), (True, (0.2, 0.0)), (False, (0.5, 0.0))):
-        cascade = _cascade3(truncated)
-        if params is None:
-            params = [
-                jax.tree.map(lambda x: 0.3 * x, random_params(s.init, seed=i))
-                for i, s in enumerate(cascade.stages)
-            ]
         keys, labels = keys_for(jax.random.key(1), jnp.arange(4)), jnp.arange(4)
-        images[truncated, levels] = cascade.sample(params, keys, labels, levels)
+        images[truncated, levels] = cascades[truncated].sample(params, keys, labels, levels)
     for made in images.values():
         assert [x.shape[1] for x in made] == [8, 16, 32]
     plain, cut, strong = images.values()
