@@ -43,21 +43,39 @@ def denoise(xt, logsnr):
     )
 
 
+# As many chains at a time, and as many steps in the longest grid, in most of the tests below.
+BATCH, LONGEST = 2048, 512
+
+
+def padded(times, num_steps):
+    """The grid with zeros behind it, as if it had `num_steps`: no chain gets to them.
+
+    Grids of one length have one program, and compiling takes longer than running it.
+    """
+    return np.pad(times, (0, num_steps + 1 - len(times)))
+
+
 @functools.cache
-def compiled(name, grid, num_steps):
-    times = time_grid(grid, num_steps, schedule=SCHEDULE, discrete_timesteps=None)
+def compiled(name):
     return jax.jit(
-        lambda xt, keys, stop_t: samplers.sample(
+        lambda xt, keys, times, stop_t: samplers.sample(
             denoise, xt, keys, schedule=SCHEDULE, step=STEPS[name], times=times, stop_t=stop_t
         )
     )
 
 
-def run(name, grid, num_steps, stop_t=0.0, *, batch):
+@functools.cache
+def drawn():
+    """Noise at t = 1, and the keys of its chains."""
+    noise_keys, keys = (jax.random.split(jax.random.key(seed), BATCH) for seed in (2, 3))
+    return samplers.normal_per_image(noise_keys, DATA.shape), keys
+
+
+def run(name, grid, num_steps, stop_t=0.0):
     """Noise at t = 1, and where it leads."""
-    noise_keys, keys = (jax.random.split(jax.random.key(seed), batch) for seed in (2, 3))
-    xt = samplers.normal_per_image(noise_keys, DATA.shape)
-    return xt, compiled(name, grid, num_steps)(xt, keys, stop_t)
+    xt, keys = drawn()
+    times = time_grid(grid, num_steps, schedule=SCHEDULE, discrete_timesteps=None)
+    return xt, compiled(name)(xt, keys, padded(times, LONGEST), float(stop_t))
 
 
 def assert_has_moments(samples, mean, covariance):
@@ -75,14 +93,14 @@ def assert_has_moments(samples, mean, covariance):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_fine_grid_reaches_the_true_mean_and_covariance(name):
-    _, samples = run(name, "uniform", 512, batch=2048)
+    _, samples = run(name, "uniform", LONGEST)
     assert_has_moments(samples, DATA.mean, DATA.covariance)
 
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("stop_t", [0.25, 0.31])  # on the grid, and off it
 def test_truncated_chain_has_the_marginal_of_the_forward_process(name, stop_t):
-    _, samples = run(name, "uniform", 256, stop_t, batch=2048)
+    _, samples = run(name, "uniform", 256, stop_t)
     assert_has_moments(samples, *DATA.marginal(SCHEDULE(stop_t)))
 
 
@@ -92,7 +110,7 @@ def test_error_against_the_exact_flow_falls_with_the_order_of_the_solver(name):
     for num_steps in (64, 128, 256):
         times = time_grid("logsnr", num_steps, schedule=SCHEDULE, discrete_timesteps=None)
         stop_t = times[num_steps // 2]
-        xt, samples = run(name, "logsnr", num_steps, stop_t, batch=256)
+        xt, samples = run(name, "logsnr", num_steps, stop_t)
         exact = DATA.flow(xt, SCHEDULE(1.0), SCHEDULE(stop_t))
         errors.append(np.sqrt(np.mean((np.asarray(samples) - exact) ** 2)))
     observed = np.log2(np.divide(errors[:-1], errors[1:]))
@@ -102,11 +120,37 @@ def test_error_against_the_exact_flow_falls_with_the_order_of_the_solver(name):
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
 def test_second_order_is_far_ahead_of_first_order_in_few_steps(name):
     def error(name):
-        xt, samples = run(name, "uniform", 20, 0.1, batch=256)
+        xt, samples = run(name, "uniform", 20, 0.1)
         exact = DATA.flow(xt, SCHEDULE(1.0), SCHEDULE(0.1))
         return np.sqrt(np.mean((np.asarray(samples) - exact) ** 2))
 
     assert error(name) < error("ddim eta 0") / 5
+
+
+@jax.jit
+def _sampled_with_fractions(logsnr, fraction, stop_t):
+    """Samples of independent pixels in four steps, from levels [4] with variances [4, D]."""
+    data = independent()
+
+    def informed(xt, logsnr_t):
+        prediction = data.denoise(xt, logsnr_t)
+        step = jnp.argmin(jnp.abs(logsnr - logsnr_t[0]))
+        return Prediction(
+            x0=prediction.x0,
+            eps=prediction.eps,
+            variance_fraction=jnp.broadcast_to(fraction[step].reshape(xt.shape[1:]), xt.shape),
+        )
+
+    keys = jax.random.split(jax.random.key(2), 16384)
+    return samplers.sample(
+        informed,
+        samplers.normal_per_image(keys, data.shape),
+        samplers.fold_in_each(keys, 99),
+        schedule=SCHEDULE,
+        step=STEPS["ancestral learned"],
+        times=uniform_times(4),
+        stop_t=stop_t,
+    )
 
 
 @pytest.mark.parametrize("stop_t", [0.3, 0.5])  # off the grid, and on it
@@ -124,35 +168,19 @@ def test_ancestral_steps_with_the_right_learned_variance_are_exact_in_four(stop_
     fraction = np.log(exact / small[:, None]) / np.log(large / small)[:, None]
     assert ((fraction > 0) & (fraction < 1)).all()
 
-    def informed(xt, logsnr_t):
-        prediction = data.denoise(xt, logsnr_t)
-        step = jnp.argmin(jnp.abs(jnp.asarray(logsnr[:-1]) - logsnr_t[0]))
-        row = jnp.asarray(fraction, jnp.float32)[step].reshape(xt.shape[1:])
-        return Prediction(
-            x0=prediction.x0,
-            eps=prediction.eps,
-            variance_fraction=jnp.broadcast_to(row, xt.shape),
-        )
-
-    keys = jax.random.split(jax.random.key(2), 16384)
-    samples = jax.jit(
-        lambda keys: samplers.sample(
-            informed,
-            samplers.normal_per_image(keys, data.shape),
-            jax.vmap(lambda key: jax.random.fold_in(key, 99))(keys),
-            schedule=SCHEDULE,
-            step=STEPS["ancestral learned"],
-            times=times,
-            stop_t=stop_t,
-        )
-    )(keys)
+    missing = 4 - len(fraction)  # of the grid's steps
+    samples = _sampled_with_fractions(
+        np.float32(np.pad(logsnr[:-1], (0, missing), constant_values=np.inf)),
+        np.float32(np.pad(fraction, ((0, missing), (0, 0)))),
+        stop_t,
+    )
     assert_has_moments(samples, *data.marginal(SCHEDULE(stop_t)))
 
 
 @pytest.mark.parametrize("stop_t", [0.0, 0.25, 0.31])
 def test_ddim_with_eta_one_is_ancestral_with_the_small_variance(stop_t):
-    _, ddim = run("ddim eta 1", "uniform", 20, stop_t, batch=64)
-    _, ancestral = run("ancestral small", "uniform", 20, stop_t, batch=64)
+    _, ddim = run("ddim eta 1", "uniform", 20, stop_t)
+    _, ancestral = run("ancestral small", "uniform", 20, stop_t)
     np.testing.assert_allclose(ddim, ancestral, atol=1e-5)
 
 
@@ -167,9 +195,9 @@ def test_interpolated_variance_ends_at_small_and_large():
     np.testing.assert_allclose(learned(prediction, s, t), 0.75 * small + 0.25 * large, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_a_step_of_no_length_changes_nothing(name):
-    # The cut ends of a schedule have such steps.
+@functools.cache
+def _steps_of_no_length():
+    """The image before a step of no length, and after that of each sampler: one program."""
     xt = samplers.normal_per_image(jax.random.split(jax.random.key(0), 3), DATA.shape)
     logsnr = jnp.full((3,), -20.0)
     at = samplers.Transition(
@@ -181,20 +209,33 @@ def test_a_step_of_no_length_changes_nothing(name):
         x0_before=jnp.zeros_like(xt),
         logsnr_before=logsnr,
     )
-    xs, _ = STEPS[name](denoise, at)
-    np.testing.assert_allclose(xs, xt, atol=1e-6)
+
+    @jax.jit
+    def after(**at):
+        transition = samplers.Transition(**at)
+        return {name: step(denoise, transition)[0] for name, step in STEPS.items()}
+
+    return xt, after(**vars(at))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_no_length_changes_nothing(name):
+    # The cut ends of a schedule have such steps.
+    xt, after = _steps_of_no_length()
+    np.testing.assert_allclose(after[name], xt, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_the_last_step_returns_the_denoised_image(name):
     # One step from pure noise: that knows nothing but the mean.
-    _, samples = run(name, "uniform", 1, batch=8)
+    _, samples = run(name, "uniform", 1)
     expected = np.broadcast_to(DATA.mean.reshape(DATA.shape), samples.shape)
     np.testing.assert_allclose(samples, expected, atol=3e-4)
 
 
-def spied(times, name="ddim eta 0", schedule=SCHEDULE):
-    """stop_t -> the noise levels that a chain asks its denoiser for."""
+@functools.cache
+def spying(name, schedule):
+    """A list, and a chain of one image that adds to it the levels it asks its denoiser for."""
     visited = []
 
     def spy(xt, logsnr):
@@ -202,7 +243,7 @@ def spied(times, name="ddim eta 0", schedule=SCHEDULE):
         return denoise(xt, logsnr)
 
     @jax.jit
-    def chain(stop_t):
+    def chain(times, stop_t):
         return samplers.sample(
             spy,
             jnp.zeros((1, *DATA.shape)),
@@ -213,9 +254,16 @@ def spied(times, name="ddim eta 0", schedule=SCHEDULE):
             stop_t=stop_t,
         )
 
+    return visited, chain
+
+
+def spied(times, name="ddim eta 0", schedule=SCHEDULE):
+    """stop_t -> the noise levels that a chain asks its denoiser for."""
+    visited, chain = spying(name, schedule)
+
     def levels_until(stop_t):
         visited.clear()
-        chain(stop_t)
+        chain(padded(times, 50), stop_t)
         jax.effects_barrier()
         return list(visited)
 
@@ -225,9 +273,10 @@ def spied(times, name="ddim eta 0", schedule=SCHEDULE):
 @pytest.mark.parametrize("num_steps", [7, 20])
 def test_truncation_visits_the_grid_above_stop_t(num_steps):
     grid = 1 - np.arange(num_steps) / num_steps
+    levels_of_grid = np.asarray(SCHEDULE(grid))
     visited = spied(uniform_times(num_steps))
     for stop_t in (0.0, 0.1, 0.3, 0.5, 0.7, 0.85):
-        expected = np.asarray(SCHEDULE(grid[grid > stop_t + 1e-6]))
+        expected = levels_of_grid[grid > stop_t + 1e-6]
         np.testing.assert_allclose(visited(stop_t), expected, atol=1e-3)
 
 
@@ -242,10 +291,9 @@ def test_every_step_of_a_discrete_model_is_visited_once():
         "cosine", resolution=4, num_timesteps=50, between_steps=False, cosine_offset=0.008
     )
     times = time_grid("uniform", 50, schedule=table, discrete_timesteps=50)
-    visited = spied(times, schedule=table)
+    visited, expected = spied(times, schedule=table), np.asarray(table(np.arange(50, 0, -1) / 50))
     for stop in (0, 1, 20):
-        got = visited(stop / 50)
-        np.testing.assert_array_equal(got, np.asarray(table(np.arange(50, stop, -1) / 50)))
+        np.testing.assert_array_equal(visited(stop / 50), expected[: 50 - stop])
 
 
 @pytest.mark.parametrize("name", ["ddim eta 0", "ancestral small", "dpmpp_2m", "heun"])
