@@ -9,10 +9,13 @@ noise levels as `logsnr` = log(alpha^2 / sigma^2).
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+from jax.typing import DTypeLike
 
-Params = dict
+Params = dict  # nested, of arrays or of their shapes
+Tree = TypeVar("Tree")  # a pytree; where it is returned, one of the same structure
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +76,13 @@ Schedule = Callable[[jax.Array], jax.Array]
 # (xt [B, H, W, C], logsnr [B]) -> Prediction. Parameters, conditioning and guidance are closed
 # over, so this is all that a sampler knows of a network.
 DenoiseFn = Callable[[jax.Array, jax.Array], Prediction]
+
+# (parameters of a part of the network, their path, dtype of the computation or None)
+# -> the parameters as the computation needs them.
+Gather = Callable[[Params, tuple[str, ...], DTypeLike | None], Params]
+
+# A function of arrays [B, ...] -> the same, applied by each device to its own examples.
+PerDevice = Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
 
 
 def check_shape(x: jax.Array, spec: str, name: str, **sizes: int) -> None:

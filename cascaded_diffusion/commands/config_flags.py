@@ -4,7 +4,6 @@ import contextlib
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -14,6 +13,7 @@ from cascaded_diffusion.commands.overrides import with_overrides, without_overri
 from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain, run_config_from
 from cascaded_diffusion.config.schema import CascadeConfig, CascadeSection, RunConfig
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.runtime.run_folder import CascadeFolder
 
 
@@ -78,7 +78,7 @@ def importing_from(config_arg: str | None) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def config_values(fv: flags.FlagValues, argv: Sequence[str]) -> dict[str, Any]:
+def config_values(fv: flags.FlagValues, argv: Sequence[str]) -> Record:
     """The config file's values with the overrides `--config.section.key=value` applied.
 
     Overrides are not read by ml_collections, which knows no type for a key whose value is None.
@@ -98,7 +98,7 @@ def config_path(argv: Sequence[str]) -> str:
     return (config_argument(argv) or "").partition(":")[0]
 
 
-def load_config_file(folder: pathlib.Path, name: str) -> dict[str, Any]:
+def load_config_file(folder: pathlib.Path, name: str) -> Record:
     """The values of another config file, `name.py` or `name.py:variant`, in `folder`."""
     fv = flags.FlagValues()
     argv = ["plan", f"--config={folder / name}"]

@@ -4,7 +4,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 from absl import flags
 
@@ -34,7 +33,7 @@ def open_evaluation(
     return library.Evaluation(splits, fv.allow_few_samples, inception_loader(fv))
 
 
-def print_record(record: Mapping[str, Any]) -> int:
+def print_record(record: Mapping[str, object]) -> int:
     """Prints a record as one JSON line. Returns the exit code."""
     print(json.dumps(record), flush=True)
     return 0

@@ -1,6 +1,6 @@
 """Checks of flag values that several binaries need."""
 
-from typing import Any
+from typing import TypeVar
 
 from absl import flags
 
@@ -9,9 +9,10 @@ from cascaded_diffusion.files.paths import check_local_path
 
 # No flag needs a larger number; most have tighter bounds.
 _MAX_NUMBER = 10**9
+Number = TypeVar("Number", int, float)
 
 
-def check_number(flag: str, value: Any) -> None:
+def check_number(flag: str, value: object) -> None:
     """Raises UserError if the number given with a flag is not finite or too large."""
     if isinstance(value, (int, float)) and not abs(value) <= _MAX_NUMBER:  # nan neither
         raise UserError(f"{flag}={value:.4g}: expected a number of at most {_MAX_NUMBER:.0e}")
@@ -33,7 +34,7 @@ def require(fv: flags.FlagValues, *names: str) -> None:
             raise UserError(f"--{name} is missing: {fv[name].help}")
 
 
-def numbers_in(fv: flags.FlagValues, name: str, kind: type) -> list[Any]:
+def numbers_in(fv: flags.FlagValues, name: str, kind: type[Number]) -> list[Number]:
     """The numbers of a list flag. Raises UserError if an item is not a number."""
     try:
         numbers = [kind(x) for x in fv[name].value]

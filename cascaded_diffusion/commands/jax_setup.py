@@ -9,7 +9,7 @@ import ctypes
 import os
 import pathlib
 import sys
-from typing import Any
+import types
 
 from absl import flags
 from absl import logging as absl_logging
@@ -58,7 +58,7 @@ def _keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def set_up_jax(cluster: Cluster | None = None, *, platform: str | None = None) -> Any:
+def set_up_jax(cluster: Cluster | None = None, *, platform: str | None = None) -> types.ModuleType:
     """Imports JAX with this project's settings and returns it.
 
     - On a CPU, XLA's slower convolution path is switched off. Steps run in the thread that calls
@@ -118,7 +118,7 @@ def set_up_jax(cluster: Cluster | None = None, *, platform: str | None = None) -
     return jax
 
 
-def _platforms_here(jax: Any) -> str:
+def _platforms_here(jax: types.ModuleType) -> str:
     """The platforms that JAX finds when it may choose, for an error message."""
     jax.config.update("jax_platforms", "")
     try:

@@ -7,9 +7,10 @@ from typing import Any
 from cascaded_diffusion.config.convert import takes_text
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import Record
 
 
-def with_overrides(values: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+def with_overrides(values: Record, argv: Sequence[str]) -> Record:
     """Returns a copy of the nested `values` with the overrides of the command line applied.
 
     A number in a path indexes a tuple: `--config.cascade.samplers.0.num_steps=50`.
@@ -58,7 +59,7 @@ def _entered(node: Any, section: str, arg: str) -> Any:
     return child
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str) -> object:
     """Reads a Python literal, `nan`, `inf`, `true` or `false`; other text stays a string."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"

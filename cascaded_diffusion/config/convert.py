@@ -67,7 +67,7 @@ def _describe(hint: Any) -> str:
     return f"{text} or None" if optional else text
 
 
-def _convert_value(hint: Any, value: Any, key: str, expected: str = "") -> Any:
+def _convert_value(hint: Any, value: object, key: str, expected: str = "") -> Any:
     """`value` as the type `hint`, or UserError. Nothing is silently rounded or cast."""
     expected = expected or _describe(hint)
     hint, optional = _split_optional(hint)
@@ -111,12 +111,12 @@ def _check_text(key: str, text: str) -> None:
         fail(key, text, f"text of at most {_MAX_TEXT} bytes, without NUL characters")
 
 
-def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
+def _check_bounds(value: object, metadata: Mapping[str, float], key: str) -> None:
     if isinstance(value, tuple):
         for i, item in enumerate(value):
             _check_bounds(item, metadata, f"{key}[{i}]")
         return
-    if value is None:
+    if not isinstance(value, int | float):
         return
     if isinstance(value, float) and not math.isfinite(value):
         fail(key, value, "a finite number")
@@ -126,7 +126,7 @@ def _check_bounds(value: Any, metadata: Mapping[str, Any], key: str) -> None:
         fail(key, value, f"a value above {metadata['above']}, at most {metadata['maximum']}")
 
 
-def convert(cls: type[T], values: Any, prefix: str = "") -> T:
+def convert(cls: type[T], values: object, prefix: str = "") -> T:
     """`values` (nested mappings) as the config dataclass `cls`; UserError for what is wrong."""
     if not isinstance(values, Mapping):
         fail(prefix.rstrip("."), values, f"a section with the keys of {cls.__name__}")
@@ -148,7 +148,7 @@ def convert(cls: type[T], values: Any, prefix: str = "") -> T:
     return cls(**converted)
 
 
-def takes_text(cls: type[Any], path: typing.Sequence[str]) -> tuple[bool, bool]:
+def takes_text(cls: type, path: typing.Sequence[str]) -> tuple[bool, bool]:
     """Whether the key to which `path` leads from a config dataclass is text, and may be None.
 
     A number in the path is an index into a tuple. A path that leads to no key is not text.
@@ -164,10 +164,10 @@ def takes_text(cls: type[Any], path: typing.Sequence[str]) -> tuple[bool, bool]:
     return hint is str or typing.get_origin(hint) is typing.Literal, optional
 
 
-def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested mappings as one: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
-    flat = {}
+    flat: dict[str, object] = {}
     for key, value in values.items():
-        nested = isinstance(value, Mapping)
-        flat.update(flattened(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+        name = f"{prefix}{key}"
+        flat |= flattened(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat

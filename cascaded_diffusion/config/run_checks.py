@@ -1,9 +1,8 @@
 """Which values of a config go together: across sections and stages, with a run, with devices."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from cascaded_diffusion.config.convert import convert, fail, fail_at
 from cascaded_diffusion.config.schema import (
@@ -27,7 +26,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.paths import check_local_path
 
 
-def run_config_from(values: Mapping[str, Any]) -> RunConfig:
+def run_config_from(values: object) -> RunConfig:
     """A checked `RunConfig` from a ConfigDict's plain dicts or from parsed JSON.
 
     Raises UserError if a key is unknown or missing, a value has the wrong type or is out of
@@ -219,7 +218,7 @@ def evaluation_mesh(config: RunConfig | CascadeConfig, num_devices: int) -> Mesh
     return MeshConfig(data=-1, fsdp=1, tensor=None)
 
 
-def cascade_config_from(values: Mapping[str, Any]) -> CascadeConfig:
+def cascade_config_from(values: object) -> CascadeConfig:
     """A checked `CascadeConfig`. Raises UserError like `run_config_from`."""
     config = convert(CascadeConfig, values)
     refuse, cascade = partial(fail_at, config), config.cascade

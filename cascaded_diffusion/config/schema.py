@@ -11,6 +11,8 @@ import dataclasses
 import json
 from typing import Any, Literal
 
+from cascaded_diffusion.files.json_files import Record
+
 # Far above what anybody means, and below what breaks JAX, NumPy or a machine. `stage_checks` bounds
 # what several values make together.
 MAX_SIZE = 16_384  # pixels of an image's side
@@ -280,7 +282,7 @@ def ema_name(decay: float) -> str:
     return f"decay_{decay}".replace(".", "_")
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> Record:
     """A config dataclass as the nested dicts and lists that its JSON would give back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

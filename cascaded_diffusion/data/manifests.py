@@ -185,7 +185,7 @@ _KEYS = {
 }
 
 
-def digest_of_json(value: Any) -> str:
+def digest_of_json(value: object) -> str:
     """SHA-256 of a JSON value, with its keys in order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

@@ -11,7 +11,7 @@ import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.sharedctypes import Synchronized
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import manifests, workers
@@ -170,7 +170,7 @@ def finished_shard(plan: Plan, number: int) -> manifests.Report | None:
     path, num_classes = plan.shard_path(number), len(plan.source.class_names)
     try:
         report = read_json(plan.report_path(number), remedy="")
-        if manifests.problem_of(report, manifests.Report) is not None:
+        if not _is_report(report):
             return None
         expected = {
             "file": path.name,
@@ -184,6 +184,10 @@ def finished_shard(plan: Plan, number: int) -> manifests.Report | None:
         return report if same and len(report["class_counts"]) == num_classes else None
     except (OSError, UserError):
         return None
+
+
+def _is_report(value: object) -> TypeGuard[manifests.Report]:
+    return manifests.problem_of(value, manifests.Report) is None
 
 
 def in_processes(

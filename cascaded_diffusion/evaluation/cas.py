@@ -5,7 +5,6 @@ detail or variety teach it less than as many steps on real images teach the same
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from cascaded_diffusion.evaluation.features import classifier_training
 from cascaded_diffusion.evaluation.features.classifier_extractor import Classifier
 from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages, Task
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, check_labels
-from cascaded_diffusion.files.json_files import append_line
+from cascaded_diffusion.files.json_files import Record, append_line
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
@@ -30,7 +29,7 @@ def accuracy_of(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float, n
 
 def cas_record(
     task: Task, train: Mapping[str, LabelledImages], test: LabelledImages, *, epochs: int | None
-) -> dict[str, Any]:
+) -> Record:
     """CAS of the samples train["generated"], beside that of the real images train["real"].
 
     `epochs` are over the generated samples; None stands for the recipe's number. `test` are real
@@ -80,7 +79,7 @@ def classification_accuracy(
     *,
     network: str | None = None,
     epochs: int | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """The classification accuracy score of stored samples, appended to RUN/eval/cas.jsonl.
 
     `splits` are the run's real images by role, "train" and "val"; `samples` are from

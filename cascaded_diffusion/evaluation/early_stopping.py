@@ -6,10 +6,9 @@ was interrupted. A checkpoint that failed (value null) is never the best.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-Record = Mapping[str, Any]
+from cascaded_diffusion.files.json_files import Record
 
 
 def series(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from typing import Any
 
 from cascaded_diffusion.config.run_checks import check_sample_count
 from cascaded_diffusion.errors import UserError
@@ -12,6 +11,7 @@ from cascaded_diffusion.evaluation.features.extractor import Features
 from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
 from cascaded_diffusion.evaluation.reference import Reference
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, open_images
+from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.files.npz_archive import array_names
 
 
@@ -23,7 +23,7 @@ def measure_files(
     resize: str | None = None,
     allow_few_samples: bool = False,
     inception: InceptionLoader = load_inception,
-) -> dict[str, Any]:
+) -> Record:
     """Measures the first samples, by default all, against images or statistics.
 
     `samples` are from `stored_images.open_images`; `reference` is the path of an `.npz` or of a

@@ -12,10 +12,8 @@ over-fits.
 import json
 import pathlib
 import platform
-from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +26,7 @@ from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.score import measure_store, save_grid
 from cascaded_diffusion.evaluation.trained import TrainedStage
-from cascaded_diffusion.files.json_files import read_json, write_json
+from cascaded_diffusion.files.json_files import Record, read_record, write_json
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -41,7 +39,7 @@ def measure_final(
     source: sample_sources.SampleSource,
     levels: sample_sources.LevelSource | None,
     batch_size: int,
-) -> dict[str, Any]:
+) -> Record:
     """Makes and measures the samples of a run's chosen checkpoint; resumes an earlier call.
 
     `evaluator` has the references "train" and "val". `source` and `levels`, of a stage with a level
@@ -71,7 +69,7 @@ def measure_final(
         for role, reference in references
         for metric, value in measurement.distances(reference).items()
     }
-    condition: dict[str, Any] = {}
+    condition: Record = {}
     if (real := evaluator.references["train"].pixels) is not None:
         condition |= health.drift(measurement.sums.pixels, real)
     if errors is not None:
@@ -103,18 +101,18 @@ def measure_final(
     return record
 
 
-def _stored(path: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
+def _stored(path: pathlib.Path, about: Record) -> Record | None:
     """The stored numbers, if they are of exactly the same samples and references."""
     try:
-        record = read_json(path, remedy="measure anew")
+        record = read_record(path, {})
     except UserError:
         return None
     wanted = json.loads(json.dumps(about))
-    same = isinstance(record, dict) and wanted.items() <= record.items()
+    same = wanted.items() <= record.items()
     return record if same and path.with_suffix(".npz").exists() else None
 
 
-def _table(record: Mapping[str, Any]) -> str:
+def _table(record: Record) -> str:
     num_real = record.get("num_real_low_res", record["num_samples"])
     of_how_many = f" ({num_real} images)" if num_real < record["num_samples"] else ""
     lines = [

@@ -8,7 +8,6 @@ r"""Measures of a super-resolution stage's health besides distances between feat
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -43,7 +42,9 @@ def drift(samples: PixelStatistics, real: PixelStatistics) -> dict[str, list[flo
     }
 
 
-def response(source: LevelSource, params: Params, aug_levels: Sequence[float]) -> dict[str, Any]:
+def response(
+    source: LevelSource, params: Params, aug_levels: Sequence[float]
+) -> dict[str, list[float]]:
     """How a stage responds to the level of its conditioning augmentation, the lowest level first.
 
     A network that ignores its level keeps equally much of the input at all of them: `psnr_low_res`

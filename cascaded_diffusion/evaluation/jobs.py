@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +27,7 @@ from cascaded_diffusion.evaluation.score import RunScorer
 from cascaded_diffusion.evaluation.settings import Setting, bound_chain, with_setting
 from cascaded_diffusion.evaluation.sweep import Sweep, best_setting
 from cascaded_diffusion.evaluation.trained import load_trained
-from cascaded_diffusion.files.json_files import append_line, write_json
+from cascaded_diffusion.files.json_files import Record, append_line, write_json
 from cascaded_diffusion.files.paths import held_lock
 from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
@@ -42,7 +41,7 @@ def score_checkpoints(
     below: Sequence[RunFolder] = (),
     low_res_samples: StoredImages | None = None,
     follow: bool = False,
-) -> Mapping[str, Any]:
+) -> Record:
     """Scores a run's checkpoints that have no score yet; returns the record of the best one.
 
     The enlargements of the samples of `below`, the runs of the stages below (see
@@ -90,7 +89,7 @@ def measure_samples(
     samples: StoredImages,
     *,
     num_samples: int | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Measures the first of `load_samples`, by default all, as the run's own; stores no record."""
     config = folder.read_config()
     count = num_samples or len(samples)
@@ -116,7 +115,7 @@ def final_numbers(
     below: Sequence[RunFolder] = (),
     low_res_samples: StoredImages | None = None,
     num_samples: int | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Measures a run's chosen checkpoint, or a whole cascade, against both splits.
 
     `below` are the runs of the stages below; `cascade` says how they and this run are sampled, by
@@ -166,7 +165,7 @@ def bits_per_dim(
     *,
     num_images: int | None = None,
     num_steps: int | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """The variational bound of the chosen checkpoint, its mean over real images.
 
     There is one draw of noise per step and image. By default, all images of the split are taken,

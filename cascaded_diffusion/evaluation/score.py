@@ -2,9 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -19,7 +18,7 @@ from cascaded_diffusion.evaluation.samples.generate import fill
 from cascaded_diffusion.evaluation.samples.sample_sources import SampleSource
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
 from cascaded_diffusion.evaluation.trained import abstract_params, checkpoint_digest
-from cascaded_diffusion.files.json_files import append_line, write_json
+from cascaded_diffusion.files.json_files import Record, append_line, write_json
 from cascaded_diffusion.runtime import checkpoint, pictures
 from cascaded_diffusion.runtime.manifest import finished_steps, is_finished, pinned
 from cascaded_diffusion.runtime.metric_writer import ScoreCurves
@@ -71,7 +70,7 @@ class RunScorer:
             self.say_best(best)
         return scored
 
-    def say_best(self, best: Mapping[str, Any]) -> None:
+    def say_best(self, best: Record) -> None:
         """Prints which checkpoint is the best so far."""
         which = f"step {best['step']}, EMA {best['ema_decay']:g}"
         score = f"{best['metric']} {best['value']:.3f}"
@@ -81,7 +80,7 @@ class RunScorer:
         """Closes the file of the curves."""
         self._curves.close()
 
-    def _identity(self, source: SampleSource) -> dict[str, Any]:
+    def _identity(self, source: SampleSource) -> Record:
         """The part of a record that says what was measured, without the step."""
         return {
             "num_samples": self.config.eval.num_samples,
@@ -188,7 +187,7 @@ class RunScorer:
         print(f"{self.config.stage.name} {about}: {', '.join(shown)}", flush=True)
         return values
 
-    def _decide(self) -> Mapping[str, Any] | None:
+    def _decide(self) -> Record | None:
         """Writes best.json, and EARLY_STOP if patience has run out, from the stored records."""
         settings, like = self.config.eval, self._identity(self.sources[0])
         comparable = early_stopping.series(

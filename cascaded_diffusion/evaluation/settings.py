@@ -14,6 +14,7 @@ from cascaded_diffusion.config.run_checks import cascade_config_from, check_chai
 from cascaded_diffusion.config.schema import CascadeConfig, CascadeSection, RunConfig, StageConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, load_samples
+from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
@@ -28,7 +29,7 @@ class Setting:
     aug_level: float | None
     truncated: bool
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Record:
         """The cells of a table's row by column, which plots use as well."""
         return {
             "aug_level": self.aug_level,

@@ -12,8 +12,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -27,7 +26,7 @@ from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.stored_images import save_samples, stored_samples
 from cascaded_diffusion.evaluation.settings import Setting, first_stages, with_setting
 from cascaded_diffusion.evaluation.trained import TrainedStage
-from cascaded_diffusion.files.json_files import append_line, read_lines
+from cascaded_diffusion.files.json_files import Record, append_line, read_lines
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.pictures import line_plot
 
@@ -59,7 +58,7 @@ class Sweep:
         self._cascade = functools.cache(self._make_cascade)
         self._samples_below = functools.cache(self._read_or_make_below)
 
-    def run(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
+    def run(self, settings: Sequence[Setting]) -> list[Record]:
         """Scores settings without a score, writes table and plot; returns a record per setting."""
         rows, path = [], self.folder / f"{self._name}.jsonl"
         for i, setting in enumerate(settings, start=1):
@@ -88,14 +87,14 @@ class Sweep:
         chosen = with_setting(self.section, self._index, setting)
         return dataclasses.replace(chosen, truncated=setting.truncated)
 
-    def _score(self, setting: Setting, label: str) -> dict[str, Any]:
+    def _score(self, setting: Setting, label: str) -> Record:
         # A truncated chain stops below at the setting's own level, so it is sampled as a whole.
         truncates = setting.truncated and self._stage.config.has_aug_level
-        stored = {}
+        below, first = None, 0
         if self._index > 0 and not truncates:
-            stored = dict(below=self._samples_below(setting.truncated), first=self._index)
+            below, first = self._samples_below(setting.truncated), self._index
         try:
-            images = self._sample(self._chain(setting), label, **stored)
+            images = self._sample(self._chain(setting), label, below, first)
         except ValueError as e:  # only this setting's samples are not finite
             return {self.metric: None, "failed": str(e)}
         labels = evaluated_labels(self._labels, self._stage.config.num_classes)
@@ -113,7 +112,7 @@ class Sweep:
             save_samples(path, images, self._labels, provenance=provenance)
         return images
 
-    def _origin(self, chain: CascadeSection) -> dict[str, Any]:
+    def _origin(self, chain: CascadeSection) -> Record:
         """What the samples of the first stages depend on besides the seed."""
         return {
             "stages": [t.identity for t in self.trained[: len(chain.samplers)]],
@@ -126,22 +125,24 @@ class Sweep:
         stages = [t.stage for t in self.trained[: len(samplers)]]
         return Cascade(stages=stages, samplers=samplers, truncated=truncated)
 
-    def _sample(self, chain: CascadeSection, label: str, **stored: Any) -> np.ndarray:
+    def _sample(
+        self, chain: CascadeSection, label: str, below: np.ndarray | None = None, first: int = 0
+    ) -> np.ndarray:
         """Samples of the last of the first stages, uint8 [n, H, W, C]."""
         cascade = self._cascade(chain.samplers, chain.truncated)
         sampler = generate.make_cascade_sampler(
-            cascade, chain.aug_levels, seed=chain.seed, mesh=self.mesh, **stored
+            cascade, chain.aug_levels, seed=chain.seed, mesh=self.mesh, below=below, first=first
         )
         params = [t.params for t in self.trained[: len(chain.samplers)]]
         sizes = {"num_samples": chain.num_samples, "batch_size": chain.batch_size}
         return generate.generate(sampler, params, **sizes, label=label)[-1]
 
-    def _table(self, settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> str:
+    def _table(self, settings: Sequence[Setting], rows: Sequence[Record]) -> str:
         """Markdown with the deciding metric first, then the others of the first good row."""
         good = list(next((r for r in rows if r[self.metric] is not None), {self.metric: None}))
         metrics = [m for m in good[good.index(self.metric) :] if "_std_" not in m]
         columns = [*settings[0].describe(), "evaluations", *metrics]
-        cells: list[list[Any]] = [columns]
+        cells: list[list[object]] = [[*columns]]
         for setting, row in _best_first(settings, rows, self.metric):
             shown = [_shown(row, metric) for metric in metrics]
             evaluations = self._stage.evaluations(setting.sampler)
@@ -161,7 +162,7 @@ class Sweep:
         ]
         return "\n".join(lines)
 
-    def _write_plot(self, settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]]) -> None:
+    def _write_plot(self, settings: Sequence[Setting], rows: Sequence[Record]) -> None:
         """The first number that varies along x, one line for every combination of the rest."""
         described = [s.describe() for s in settings]
         varies = [key for key in described[0] if len({d[key] for d in described}) > 1]
@@ -180,22 +181,20 @@ class Sweep:
 
 
 def _best_first(
-    settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]], metric: str
-) -> list[tuple[Setting, Mapping[str, Any]]]:
+    settings: Sequence[Setting], rows: Sequence[Record], metric: str
+) -> list[tuple[Setting, Record]]:
     return sorted(
         zip(settings, rows, strict=True),
         key=lambda x: math.inf if x[1][metric] is None else x[1][metric],
     )
 
 
-def _shown(row: Mapping[str, Any], metric: str) -> str:
+def _shown(row: Record, metric: str) -> str:
     value = row.get(metric)
     return f"{value:.3f}" if value is not None else f"failed ({row['failed']})"
 
 
-def best_setting(
-    settings: Sequence[Setting], rows: Sequence[Mapping[str, Any]], metric: str
-) -> Setting:
+def best_setting(settings: Sequence[Setting], rows: Sequence[Record], metric: str) -> Setting:
     """The setting with the lowest metric; the first of equals. Raises UserError if all failed."""
     setting, row = _best_first(settings, rows, metric)[0]
     if row[metric] is None:

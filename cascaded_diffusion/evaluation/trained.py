@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -63,7 +62,7 @@ def checkpoint_digest(folder: RunFolder, config: StageConfig, step: int) -> str:
     return digest.hexdigest()[:12]
 
 
-def abstract_params(stage: Stage, mesh: Mesh) -> Any:
+def abstract_params(stage: Stage, mesh: Mesh) -> Params:
     """Shapes of a stage's parameters, replicated on every device."""
     shapes, sharding = jax.eval_shape(stage.init, jax.random.key(0)), mesh_lib.replicated(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)

@@ -4,18 +4,23 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.whole import naming_path, write_whole
 
+# A JSON object. Who indexes into it knows what is there, or had its `Types` checked.
+Record = dict[str, Any]
+# What values of a record must be, by name, as `isinstance` takes it.
+Types = Mapping[str, type | tuple[type, ...]]
 
-def write_json(path: pathlib.Path, value: Any, *, indent: int | None = 2) -> None:
+
+def write_json(path: pathlib.Path, value: object, *, indent: int | None = 2) -> None:
     """Writes a JSON file whole."""
     write_whole(path, json.dumps(value, indent=indent).encode() + b"\n")
 
 
-def read_json(path: pathlib.Path, *, remedy: str) -> Any:
+def read_json(path: pathlib.Path, *, remedy: str) -> object:
     """Reads a JSON file. Raises UserError, which ends with `remedy`, if it cannot be read."""
     try:
         return json.loads(path.read_bytes())
@@ -26,11 +31,11 @@ def read_json(path: pathlib.Path, *, remedy: str) -> Any:
 
 def read_record(
     path: pathlib.Path,
-    types: Mapping[str, Any],
+    types: Types,
     *,
     otherwise: str = "not what this program writes",
     remedy: str = "remove it",
-) -> dict[str, Any]:
+) -> Record:
     """Reads a JSON file of one object that has values of the given types.
 
     Raises UserError, which ends with `remedy`, if it cannot be read or is `otherwise`.
@@ -41,7 +46,7 @@ def read_record(
     return record
 
 
-def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+def append_line(path: pathlib.Path, record: Mapping[str, object]) -> None:
     """Appends one JSON line durably, in a single write; ends a line that a crash cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming_path(path), path.open("a+b") as f:
@@ -56,11 +61,8 @@ def append_line(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 
 
 def read_lines(
-    path: pathlib.Path,
-    types: Mapping[str, Any] | None = None,
-    *,
-    say: Callable[[str], None] | None = None,
-) -> list[dict[str, Any]]:
+    path: pathlib.Path, types: Types | None = None, *, say: Callable[[str], None] | None = None
+) -> list[Record]:
     """The JSON objects of a file, one per line, that have values of the given types.
 
     Other lines, which a crash may have spoiled, are skipped, and `say` is told of them. Raises
@@ -77,7 +79,7 @@ def read_lines(
     return kept
 
 
-def _is_record(value: Any, types: Mapping[str, Any]) -> bool:
+def _is_record(value: object, types: Types) -> TypeGuard[Record]:
     # True is not a number.
     return isinstance(value, dict) and all(
         isinstance(value.get(name), kind) and not isinstance(value.get(name), bool)
@@ -85,7 +87,7 @@ def _is_record(value: Any, types: Mapping[str, Any]) -> bool:
     )
 
 
-def _parsed(line: bytes) -> Any:
+def _parsed(line: bytes) -> object:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):

@@ -7,7 +7,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
         f.write(data)
 
 
-def write_npz_whole(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+def write_npz_whole(path: pathlib.Path, arrays: Mapping[str, np.typing.ArrayLike]) -> None:
     """Writes arrays as an uncompressed `.npz`, as `write_whole` does."""
     data = io.BytesIO()
     np.savez(data, **arrays)

@@ -7,15 +7,16 @@ a small one. Batch statistics are those of the global batch, on any number of de
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cascaded_diffusion.types import Params
+
 # {"params": ..., "batch_stats": ...}; the latter only with batch normalization.
-Variables = dict[str, Any]
+Variables = dict[str, Params]
 Module = nn.Module
 
 # Nested variables as {"params/layer/kernel": array}, for files of plain tensors, and back.

@@ -22,7 +22,6 @@ With either, a network does not depend on the schedule that trains or samples it
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -123,7 +122,7 @@ class ConditionalNetwork(nn.Module):
         rows: jax.Array | None,
         features: int,
         name: str,
-        **settings: Any,
+        **settings: str | bool,
     ) -> jax.Array:
         """A residual block, computed as `execution` says; `settings` of `layers.ResBlock`."""
         block = self._block(layers.ResBlock, name, h.shape[1])(

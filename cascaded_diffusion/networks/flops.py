@@ -7,7 +7,6 @@ its own, the general one counts: its shortcuts save time, not FLOPs.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.extend.core import Jaxpr, jaxprs_in_params
@@ -15,7 +14,7 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from cascaded_diffusion.networks.kernels.platforms import traced_for
 
 
-def count_flops(function: Callable[..., Any], *args: Any) -> int:
+def count_flops(function: Callable[..., object], *args: object) -> int:
     """FLOPs of one call of `function`, traced with arrays or their shapes."""
     with traced_for("tpu"):  # which has no shortcuts
         return 2 * _multiply_adds(jax.make_jaxpr(function)(*args).jaxpr)

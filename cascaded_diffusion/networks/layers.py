@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from cascaded_diffusion.networks import initializers
 from cascaded_diffusion.networks.kernels import winograd
 from cascaded_diffusion.networks.kernels.attention import attention
-from cascaded_diffusion.networks.kernels.execution import PerDevice
 from cascaded_diffusion.networks.kernels.norms import GroupNorm
 from cascaded_diffusion.networks.kernels.sums import add_to_pixels, multiply_pixels
+from cascaded_diffusion.types import PerDevice
 
 
 def space_to_depth(x: jax.Array, patch: int) -> jax.Array:

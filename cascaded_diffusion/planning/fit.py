@@ -10,8 +10,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from cascaded_diffusion.runtime import sharding
 from cascaded_diffusion.runtime.accelerators import accelerator_of
 from cascaded_diffusion.training import step
 from cascaded_diffusion.training.step import TrainState
+from cascaded_diffusion.types import Conditioning, Params
 
 # The share of a device's memory that a program can use; the runtime needs the rest. The
 # compiler of a v5e gives a program 15.75 of 16 GiB.
@@ -234,13 +234,13 @@ def advice(
     return None
 
 
-def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], RunConfig]]:
+def _changes(config: RunConfig) -> Iterator[tuple[dict[str, int | str], RunConfig]]:
     """Yields changes that need less memory, those that cost the least time first."""
     train, mesh = config.train, config.mesh
     fsdps = [mesh.fsdp_size * 2**i for i in range(7) if mesh.fsdp_size * 2**i <= _MAX_FSDP]
     remats = [None] if train.remat == "everything" else [None, "everything"]
     for parts, remat, fsdp in itertools.product((1, 2, 4, 8, 16), remats, fsdps):
-        changes: dict[str, Any] = {}
+        changes: dict[str, int | str] = {}
         changed = train
         if fsdp != mesh.fsdp_size:
             changes["mesh.fsdp"] = fsdp

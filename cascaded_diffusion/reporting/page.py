@@ -4,7 +4,6 @@ import base64
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -45,7 +44,7 @@ def quiet(text: str) -> Element:
     return element("p", text, **{"class": "quiet"})
 
 
-def _cell(value: Any) -> Element:
+def _cell(value: object) -> Element:
     """A cell of a table: numbers are shortened and set to the right, None is a dash."""
     if isinstance(value, float):
         text = f"{value:.6g}" if math.isfinite(value) else str(value)
@@ -55,7 +54,9 @@ def _cell(value: Any) -> Element:
     return element("td", text, **({"class": "number"} if number else {}))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = "") -> Element:
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str = ""
+) -> Element:
     """A table of text and numbers."""
     return element(
         "table",
@@ -65,7 +66,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str
     )
 
 
-def key_values(values: Mapping[str, Any], *, caption: str = "") -> Element:
+def key_values(values: Mapping[str, object], *, caption: str = "") -> Element:
     """A table of nested values, one row each, names joined by dots."""
     rows = [
         (name, [round(x, 6) if isinstance(x, float) else x for x in value])

@@ -8,14 +8,13 @@ import math
 import pathlib
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 from xml.etree.ElementTree import Element
 
 from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import read_lines, read_record
+from cascaded_diffusion.files.json_files import Record, read_lines, read_record
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.reporting.page import (
     element,
@@ -28,8 +27,6 @@ from cascaded_diffusion.reporting.page import (
 )
 from cascaded_diffusion.runtime.pictures import line_plot
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
-
-Record = Mapping[str, Any]
 
 _PACKAGES = ("cascaded_diffusion", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # The scalars of training that are plotted, and whether on a log scale.
@@ -157,7 +154,7 @@ def _state(folder: RunFolder, train_steps: int) -> str:
     return f"training or stopped, {at}"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -227,7 +224,7 @@ def _best(folder: RunFolder) -> Record | None:
         return None
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+def _read_json(path: pathlib.Path) -> Record | None:
     try:
         return read_record(path, {})
     except UserError:
@@ -261,7 +258,7 @@ def _final(folder: RunFolder) -> list[Element]:
     return parts or [quiet("No final numbers yet: `evaluate final` makes them.")]
 
 
-def _response(response: Mapping[str, Any]) -> list[Element]:
+def _response(response: Record) -> list[Element]:
     levels = response.get("aug_levels", [])
     columns = [name for name in response if name != "aug_levels"]
     rows = list(zip(levels, *(response[name] for name in columns), strict=False))

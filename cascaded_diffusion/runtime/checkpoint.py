@@ -15,7 +15,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,11 +25,13 @@ from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.runtime import manifest
 from cascaded_diffusion.runtime.mesh import broadcast_from_process_0, fail_on_all_processes
 from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.types import Params, Tree
 
 _ITEM = "state"
 # How tensorstore reports an error of the operating system, in the middle of a long line.
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 _MAX_REASON = 200
+_Leaf = jax.Array | jax.ShapeDtypeStruct
 
 
 def _reason(error: BaseException) -> str:
@@ -46,14 +47,14 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     return not (of_orbax and record.levelno >= logging.ERROR)
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: _Leaf) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _storable(tree: Any) -> Any:
+def _storable(tree: Tree) -> Tree:
     """Replaces typed PRNG keys, or their shapes, by the integers they consist of."""
 
-    def convert(leaf: Any) -> Any:
+    def convert(leaf: _Leaf) -> _Leaf:
         if not _is_key(leaf):
             return leaf
         if isinstance(leaf, jax.Array):
@@ -68,7 +69,7 @@ def _storable(tree: Any) -> Any:
 _Arrays = dict[str, tuple[tuple[int, ...], str]]
 
 
-def _described(tree: Any) -> _Arrays:
+def _described(tree: object) -> _Arrays:
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): (tuple(x.shape), str(x.dtype))
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -108,7 +109,7 @@ class CheckpointWriter:
             path = folder.checkpoints.absolute()
             self._manager = ocp.CheckpointManager(path, options=options, item_names=(_ITEM,))
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: object) -> None:
         """Starts to save; returns when the state is copied off the devices.
 
         Raises UserError if this save or an earlier one failed, or the run folder has disappeared.
@@ -206,7 +207,7 @@ class CheckpointWriter:
         """Steps that have a folder, ascending. They need not be intact."""
         return manifest.steps_on_disk(self._folder)
 
-    def restore_latest(self, abstract_state: Any, *, start_over: bool = False) -> Any | None:
+    def restore_latest(self, abstract_state: Tree, *, start_over: bool = False) -> Tree | None:
         """The newest intact state, or None if the run is to begin at step 0.
 
         `abstract_state` is a tree of `jax.ShapeDtypeStruct` with the wanted shardings, which need
@@ -237,7 +238,7 @@ class CheckpointWriter:
         )
 
 
-def _restore_args(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRestore:
+def _restore_args(abstract: object, *, partial: bool = False) -> ocp.args.PyTreeRestore:
     abstract = _storable(abstract)
     return ocp.args.PyTreeRestore(
         item=abstract,
@@ -246,10 +247,10 @@ def _restore_args(abstract: Any, *, partial: bool = False) -> ocp.args.PyTreeRes
     )
 
 
-def load_ema_params(folder: RunFolder, step: int, ema_decay: float, abstract_params: Any) -> Any:
+def load_ema_params(folder: RunFolder, step: int, ema_decay: float, shapes: Params) -> Params:
     """The EMA parameters of a checkpoint. Raises UserError if it is not there or not intact."""
     name = ema_name(ema_decay)
-    args = _restore_args({"ema_params": {name: abstract_params}}, partial=True)
+    args = _restore_args({"ema_params": {name: shapes}}, partial=True)
     path = folder.checkpoints / str(step)
     problem = manifest.damage(path) if path.is_dir() else "it is not there"
     if problem is not None:

@@ -17,10 +17,9 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import read_record, write_json
+from cascaded_diffusion.files.json_files import Record, read_record, write_json
 from cascaded_diffusion.files.whole import sha256_of
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -43,7 +42,7 @@ def write_manifest(folder: pathlib.Path, step: int) -> None:
     write_json(folder / MANIFEST, {"step": step, "sha256": _file_hashes(folder)}, indent=None)
 
 
-def _manifest(folder: pathlib.Path) -> dict[str, Any] | None:
+def _manifest(folder: pathlib.Path) -> Record | None:
     """A checkpoint's manifest, or None without one. Those of older versions lack the step."""
     try:
         return read_record(folder / MANIFEST, {"sha256": dict})

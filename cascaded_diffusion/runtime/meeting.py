@@ -14,9 +14,9 @@ import json
 import socket
 import time
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.runtime.cluster import Cluster
 
 _GREETING = "cascaded_diffusion cluster 1"
@@ -26,7 +26,7 @@ _RETRY_SECS = 0.2
 _GRACE_SECS = 5.0
 
 
-def meet(cluster: Cluster, facts: Mapping[str, Any], *, timeout_secs: float) -> None:
+def meet(cluster: Cluster, facts: Mapping[str, object], *, timeout_secs: float) -> None:
     """Returns when all processes have come to the coordinator and agree on the facts (JSON values).
 
     Raises UserError in every process that came if one is late or has other facts, and if the
@@ -44,10 +44,10 @@ def meet(cluster: Cluster, facts: Mapping[str, Any], *, timeout_secs: float) -> 
 
 
 async def _problem_of_all(
-    cluster: Cluster, facts: Mapping[str, Any], timeout_secs: float
+    cluster: Cluster, facts: Mapping[str, object], timeout_secs: float
 ) -> str | None:
     """Process 0: waits for the others and tells them what it returns."""
-    arrivals: asyncio.Queue[tuple[dict[str, Any], asyncio.StreamWriter]] = asyncio.Queue()
+    arrivals: asyncio.Queue[tuple[Record, asyncio.StreamWriter]] = asyncio.Queue()
 
     async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -108,7 +108,7 @@ def _line(**values: object) -> bytes:
     return json.dumps({"greeting": _GREETING, **values}).encode() + b"\n"
 
 
-def _message(text: bytes) -> dict[str, Any] | None:
+def _message(text: bytes) -> Record | None:
     types = {"process_id": int, "num_processes": int, "facts": dict}
     try:
         message = json.loads(text)
@@ -119,7 +119,7 @@ def _message(text: bytes) -> dict[str, Any] | None:
 
 
 def _problem_with(
-    message: Mapping[str, Any], cluster: Cluster, facts: Mapping[str, Any], came: Collection[int]
+    message: Record, cluster: Cluster, facts: Mapping[str, object], came: Collection[int]
 ) -> str | None:
     other, theirs = message["process_id"], message["facts"]
     if message["num_processes"] != cluster.num_processes:
@@ -143,7 +143,7 @@ def _problem_with(
     )
 
 
-def _answer_to(cluster: Cluster, facts: Mapping[str, Any], timeout_secs: float) -> str | None:
+def _answer_to(cluster: Cluster, facts: Mapping[str, object], timeout_secs: float) -> str | None:
     """The other processes: report to process 0, and return what it finds."""
     report = _line(process_id=cluster.process_id, num_processes=cluster.num_processes, facts=facts)
     deadline = time.monotonic() + timeout_secs

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Self
 
 import jax
 import numpy as np
@@ -92,7 +92,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA_AXES))
 
 
-def global_batch(local: Any, mesh: Mesh) -> Any:
+def global_batch(local: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Joins every process's rows (its `batch_share`) to one sharded array, leaf by leaf."""
     sharding = batch_sharding(mesh)
     _, count = batch_share(mesh)
@@ -168,18 +168,18 @@ class DeviceBatches:
     `next` waits is the time that the devices wait for data.
     """
 
-    def __init__(self, batches: Iterator[Any], mesh: Mesh, *, depth: int = 3):
+    def __init__(self, batches: Iterator[dict[str, np.ndarray]], mesh: Mesh, *, depth: int = 3):
         self._batches, self._mesh = batches, mesh
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="device batches")
         self._ahead = deque(self._reader.submit(self._read) for _ in range(depth))
 
-    def _read(self) -> Any:
+    def _read(self) -> dict[str, jax.Array]:
         return global_batch(next(self._batches), self._mesh)
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> dict[str, jax.Array]:
         batch = self._ahead.popleft().result()
         self._ahead.append(self._reader.submit(self._read))
         return batch

@@ -4,19 +4,19 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 from clu import parameter_overview
 from tensorboardX import SummaryWriter
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import append_line
+from cascaded_diffusion.files.json_files import Record, append_line
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.types import Params
 
 
-def print_parameter_overview(params: Any) -> None:
+def print_parameter_overview(params: Params) -> None:
     """A table of every parameter: path, shape, size. Takes arrays or their shapes."""
     print(parameter_overview.get_parameter_overview(params, include_stats=False), flush=True)
 
@@ -81,7 +81,7 @@ class ScoreCurves:
         for record in folder.scores(say=print):
             self.add(record)
 
-    def add(self, record: Mapping[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Adds a score: one curve per metric, low-res input and EMA."""
         if record.get("value") is None or "low_res" not in record:
             return

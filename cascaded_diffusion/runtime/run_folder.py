@@ -32,7 +32,6 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import CascadeSection, RunConfig, to_dict
@@ -41,8 +40,8 @@ from cascaded_diffusion.files import json_files
 from cascaded_diffusion.files.paths import check_writable, held_lock
 
 # What a record must have: best.json, a line of eval/results.jsonl.
-_CHOSEN = {"step": int, "ema_decay": (int, float)}
-_SCORE = {**_CHOSEN, "metric": str, "value": (int, float, type(None))}
+_CHOSEN: json_files.Types = {"step": int, "ema_decay": (int, float)}
+_SCORE: json_files.Types = {**_CHOSEN, "metric": str, "value": (int, float, type(None))}
 CONFIG_REMEDY = (
     "bring it back from a backup, or copy the file that the run's command writes into another"
     " --workdir"
@@ -111,7 +110,7 @@ class RunFolder:
         """Stores the resolved config."""
         json_files.write_json(self.config_path, to_dict(config))
 
-    def best(self) -> dict[str, Any] | None:
+    def best(self) -> json_files.Record | None:
         """The record of the checkpoint that evaluation chose, or None if it has chosen none."""
         if not self.best_path.exists():
             return None
@@ -131,11 +130,11 @@ class RunFolder:
             return None
         return None if best is None else best["step"]
 
-    def metrics(self, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    def metrics(self, *, say: Callable[[str], None] | None = None) -> list[json_files.Record]:
         """The lines of metrics.jsonl that have a `step`. `say` is told of other lines."""
         return json_files.read_lines(self.metrics_path, {"step": int}, say=say)
 
-    def scores(self, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    def scores(self, *, say: Callable[[str], None] | None = None) -> list[json_files.Record]:
         """The scores of checkpoints in eval/results.jsonl. `say` is told of other lines."""
         return json_files.read_lines(self.results_path, _SCORE, say=say)
 
@@ -216,7 +215,7 @@ class CascadeFolder:
                 )
         return folders
 
-    def read_cascade(self) -> dict[str, Any]:
+    def read_cascade(self) -> json_files.Record:
         """The cascade that a sweep wrote, as plain values, to be checked like a new one."""
         what, remedy = "not a cascade", "have `evaluate sweep --write_best` write it again"
         return json_files.read_record(self.cascade_path, {}, otherwise=what, remedy=remedy)

@@ -20,13 +20,17 @@ The network knows nothing of this: it calls what its `Execution` holds.
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
+from jax.typing import DTypeLike
 
 from cascaded_diffusion.runtime.mesh import DATA_AXES
+from cascaded_diffusion.types import Gather, Params, PerDevice, Tree
+
+AnyMesh = Mesh | AbstractMesh
 
 # An array with fewer elements is not worth splitting.
 MIN_SHARDED_SIZE = 4096
@@ -41,7 +45,7 @@ _TENSOR_RULES = (
 _WIDE = 0.5
 
 
-def _path(keys: Any) -> str:
+def _path(keys: KeyPath) -> str:
     """`params/down0_block0/conv0/kernel`."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
@@ -54,7 +58,7 @@ def _tensor_axis(path: str, shape: tuple[int, ...]) -> int | None:
 class _Rules:
     """The rules for one mesh and one tree of shapes, which decides which layers are wide."""
 
-    def __init__(self, tree: Any, mesh: Mesh):
+    def __init__(self, tree: object, mesh: AnyMesh):
         self._fsdp, self._tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
         widths = (
             leaf.shape[axis]
@@ -88,17 +92,17 @@ class _Rules:
         return PartitionSpec(*spec)
 
 
-def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+def state_shardings(abstract_state: Tree, mesh: AnyMesh) -> Tree:
     """A NamedSharding for every leaf of a tree of shapes (`jax.eval_shape`)."""
     rules = _Rules(abstract_state, mesh)
 
-    def stored(keys: Any, leaf: Any) -> NamedSharding:
+    def stored(keys: KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         return NamedSharding(mesh, rules.stored(_path(keys), leaf.shape))
 
     return jax.tree_util.tree_map_with_path(stored, abstract_state)
 
 
-def with_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+def with_shardings(abstract_state: Tree, mesh: AnyMesh) -> Tree:
     """A tree of shapes, each with the sharding by which it is stored."""
     return jax.tree.map(
         lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split),
@@ -107,7 +111,7 @@ def with_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     )
 
 
-def make_gather(params: Any, mesh: Mesh) -> Callable[[Any, tuple[str, ...], Any], Any] | None:
+def make_gather(params: Params, mesh: Mesh) -> Gather | None:
     """Returns `gather(part, path, dtype)`, or None if the mesh splits no parameters.
 
     `gather` takes the stored parameters of a part of the network, the part's path in the tree,
@@ -119,8 +123,8 @@ def make_gather(params: Any, mesh: Mesh) -> Callable[[Any, tuple[str, ...], Any]
         return None
     rules = _Rules(params, mesh)
 
-    def gather(part: Any, path: tuple[str, ...], dtype: Any) -> Any:
-        def gather_leaf(keys: Any, leaf: jax.Array) -> jax.Array:
+    def gather(part: Params, path: tuple[str, ...], dtype: DTypeLike | None) -> Params:
+        def gather_leaf(keys: KeyPath, leaf: jax.Array) -> jax.Array:
             where = "/".join((*path, _path(keys)))
             # Norms' scales and shifts are used in float32.
             wanted = leaf.dtype if dtype is None or leaf.ndim < 2 else dtype
@@ -133,7 +137,9 @@ def make_gather(params: Any, mesh: Mesh) -> Callable[[Any, tuple[str, ...], Any]
     return gather
 
 
-def _gathered(x: jax.Array, dtype: Any, stored: NamedSharding, computed: NamedSharding) -> Any:
+def _gathered(
+    x: jax.Array, dtype: DTypeLike, stored: NamedSharding, computed: NamedSharding
+) -> jax.Array:
     constrain = jax.lax.with_sharding_constraint
 
     @jax.custom_vjp
@@ -175,11 +181,11 @@ def make_sharding_constraint(
     return constrain
 
 
-def make_per_device(mesh: Mesh) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def make_per_device(mesh: Mesh) -> PerDevice:
     """Returns a transform of functions of arrays [B, ...]: each device applies the function to
     its own examples. On one device it returns the function itself."""
 
-    def divided(function: Callable[..., Any]) -> Callable[..., Any]:
+    def divided(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         if mesh.size == 1:
             return function
         spec = PartitionSpec(DATA_AXES)

@@ -1,8 +1,7 @@
 """The state of training, the optimizer, and one step of it as a program over the mesh."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding
-from cascaded_diffusion.types import Batch, Params
+from cascaded_diffusion.types import Batch, Params, Tree
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +67,7 @@ def build_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 Metrics = dict[str, jax.Array]
+Summed = tuple[Params, Metrics]
 TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
 
 
@@ -133,13 +133,13 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     stage = stage.with_execution(execution)
     grad_fn = jax.grad(stage.loss_of, has_aux=True)
 
-    def gradient(params: Params, noised: NoisedBatch, key: jax.Array) -> tuple[Params, Metrics]:
+    def gradient(params: Params, noised: NoisedBatch, key: jax.Array) -> Summed:
         if parts == 1:
             return grad_fn(params, noised, key)
         first_part = jax.tree.map(lambda x: x[: len(x) // parts], noised)
         shapes = jax.eval_shape(grad_fn, params, first_part, key)
 
-        def add(total: Any, part: NoisedBatch) -> tuple[Any, None]:
+        def add(total: Summed, part: NoisedBatch) -> tuple[Summed, None]:
             summed = jax.tree.map(jnp.add, total, grad_fn(params, part, key))
             return _stored(summed, mesh), None
 
@@ -177,7 +177,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     return train_step
 
 
-def _stored(tree: Any, mesh: Mesh) -> Any:
+def _stored(tree: Tree, mesh: Mesh) -> Tree:
     return jax.lax.with_sharding_constraint(tree, sharding.state_shardings(tree, mesh))
 
 
@@ -199,7 +199,7 @@ def compile_train_step(
     image_shape: tuple[int, int, int],
     *,
     low_res_shape: tuple[int, int, int] | None = None,
-    compiler_options: dict[str, Any] | None = None,
+    compiler_options: Mapping[str, float] | None = None,
 ) -> jax.stages.Compiled:
     """Compiles `make_train_step` for the shardings of a state, or its shapes, which it donates.
 

@@ -8,14 +8,15 @@ arrays and their digest.
 
 import dataclasses
 import hashlib
-import http.client
 import os
 import pathlib
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from typing import Any
+from http.client import HTTPException, HTTPMessage
+from typing import IO
+from urllib.request import Request
 
 import numpy as np
 
@@ -181,8 +182,8 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
     """Follows redirects, but not away from https."""
 
     def redirect_request(
-        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
-    ) -> Any:
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
         if not newurl.startswith("https://"):
             raise urllib.error.URLError(f"redirected to {newurl}, which is not https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -210,7 +211,7 @@ def download(
     try:
         with opener.open(url, timeout=_TIMEOUT_SECS) as response:
             data = response.read(num_bytes + 1)
-    except (OSError, http.client.HTTPException) as e:  # URLError and timeouts too
+    except (OSError, HTTPException) as e:  # URLError and timeouts too
         raise UserError(f"{url}: cannot be downloaded ({e}){remedy}") from e
     if len(data) > num_bytes:
         raise UserError(f"{url}: more than the {num_bytes} bytes expected{remedy}")

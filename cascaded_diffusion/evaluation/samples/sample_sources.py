@@ -8,7 +8,6 @@ record says which.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -21,6 +20,7 @@ from cascaded_diffusion.evaluation.features.classifier_training import LabelledI
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages
 from cascaded_diffusion.evaluation.trained import TrainedStage, load_trained
+from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.runtime.mesh import host_array
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
@@ -85,10 +85,10 @@ class SampleSource:
     """A way to make samples of one stage."""
 
     # Everything that the samples depend on besides the stage's parameters and the seed.
-    record: dict[str, Any]
+    record: Record
     make: Maker
     about: str  # for people
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # for records, not compared
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)  # for records, not compared
 
     @property
     def kind(self) -> str:
@@ -221,7 +221,7 @@ class StageSampling:
         return self._source(name, make, self.aug_level)
 
     def _source(
-        self, low_res: str, make: Maker, aug_level: float | None, **of_cascade: Any
+        self, low_res: str, make: Maker, aug_level: float | None, **of_cascade: object
     ) -> SampleSource:
         record = {
             "low_res": low_res,

@@ -12,12 +12,13 @@ import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import write_npz_whole, write_whole
 
@@ -30,7 +31,7 @@ class Unfinished(NamedTuple):
     """The unfinished store of a command with other settings: its identity and what it holds."""
 
     folder: pathlib.Path
-    settings: Mapping[str, Any]
+    settings: Record
     num_samples: int
     num_bytes: int
 
@@ -48,7 +49,7 @@ class SampleStore:
     """
 
     def __init__(
-        self, parent: pathlib.Path, identity: dict[str, Any], *, num_samples: int, batch_size: int
+        self, parent: pathlib.Path, identity: Record, *, num_samples: int, batch_size: int
     ):
         whole = {**identity, "num_samples": num_samples, "batch_size": batch_size}
         text = json.dumps(whole, sort_keys=True).encode()

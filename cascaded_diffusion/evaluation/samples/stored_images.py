@@ -7,7 +7,6 @@ import pathlib
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -57,7 +56,7 @@ def save_samples(
     images: np.ndarray,
     labels: np.ndarray,
     *,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, object] | None = None,
 ) -> None:
     """Writes an ADM-style file: `arr_0` uint8 NHWC, `arr_1` int64 labels.
 
@@ -94,7 +93,7 @@ def save_sample_batches(
                 raise ValueError(f"{count} samples, expected {shape[0]}")
 
 
-def stored_samples(path: pathlib.Path, provenance: Mapping[str, Any]) -> np.ndarray | None:
+def stored_samples(path: pathlib.Path, provenance: Mapping[str, object]) -> np.ndarray | None:
     """The images of a `save_samples` file; None if it is missing, damaged or of another origin."""
     try:
         about = read_arrays(path, ("provenance",), max_bytes=_MAX_PROVENANCE_BYTES)

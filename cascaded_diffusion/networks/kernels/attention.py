@@ -23,8 +23,8 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
-from cascaded_diffusion.networks.kernels.execution import PerDevice
 from cascaded_diffusion.networks.kernels.platforms import for_platform
+from cascaded_diffusion.types import PerDevice
 
 # cuDNN's fused attention takes heads of at most this many channels, a multiple of 8.
 _MAX_FLASH_CHANNELS = 128

@@ -4,16 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-from jax.typing import DTypeLike
 
-from cascaded_diffusion.types import Params
-
-# (parameters of a part of the network, their path, dtype of the computation or None)
-# -> the parameters as the computation needs them.
-Gather = Callable[[Params, tuple[str, ...], DTypeLike | None], Params]
-
-# A function of arrays [B, ...] -> the same, applied by each device to its own examples.
-PerDevice = Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
+from cascaded_diffusion.types import Gather, PerDevice
 
 
 @dataclasses.dataclass(frozen=True)
