@@ -61,6 +61,11 @@ class Stage:
         )
         return images(config.resolution), scalars, cond
 
+    def shapes(self) -> tuple[Params, jax.Array, jax.Array, Conditioning]:
+        """The shapes of what `network.apply` takes for one image: parameters, then inputs."""
+        params = jax.eval_shape(self.init, jax.random.key(0))
+        return params, *jax.eval_shape(lambda: self.example_inputs(batch_size=1))
+
     def target_from(self, image: jax.Array) -> jax.Array:
         """What this stage should generate, [B, H, W, C], from data of that size or larger."""
         return quantized(area_downsample(image, self.config.resolution))

@@ -39,7 +39,7 @@ def run_config_from(values: object) -> RunConfig:
     if data.resolution < stage.resolution:
         refuse("stage.resolution", f"at most config.data.resolution, which is {data.resolution}")
     _check_data(config)
-    _check_batch("train.batch_size", train.batch_size, config.mesh, train.accumulation_steps or 1)
+    _check_batch("train.batch_size", train.batch_size, config.mesh, train.parts)
     _check_remat(config)
     if not train.ema_decays:
         refuse("train.ema_decays", "at least one decay")
@@ -193,7 +193,7 @@ def check_devices(config: RunConfig | CascadeConfig, num_devices: int) -> None:
         product = "" if mesh.tensor_size == 1 or key == "tensor" else ", times config.mesh.tensor,"
         refuse(f"mesh.{key}", f"a divisor{product} of the {num_devices} devices found")
     if isinstance(config, RunConfig):
-        parts = config.train.accumulation_steps or 1
+        parts = config.train.parts
         _check_batch("train.batch_size", config.train.batch_size, mesh, parts, num_devices)
     else:
         _check_batch("cascade.batch_size", config.cascade.batch_size, mesh, 1, num_devices)

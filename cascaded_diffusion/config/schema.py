@@ -194,6 +194,11 @@ class TrainConfig:
     sample_every_steps: int | None = _range(1, _MAX_STEPS)
 
     @property
+    def parts(self) -> int:
+        """How many parts of a batch have their gradients summed up."""
+        return self.accumulation_steps or 1
+
+    @property
     def remat_sizes(self) -> tuple[int, ...] | None:
         """Sizes of the feature maps whose blocks `remat` computes again; None: of all."""
         return None if self.remat == "everything" else self.remat_resolutions or ()

@@ -14,6 +14,7 @@ worker processes read whole batches ahead of time, and never change the order.
 """
 
 import functools
+import operator
 from collections.abc import Iterator
 
 import grain
@@ -62,10 +63,6 @@ def _read_batch(
     return batch
 
 
-def _read_step_in_worker(step: int) -> dict[str, np.ndarray]:
-    return workers.given()[step]
-
-
 class Batches(Iterator[dict[str, np.ndarray]]):
     """A process's batches from a step on: `image`, `label`, and `low_res` if there is one.
 
@@ -81,7 +78,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             # The order and state of grain's own processes depend on their number, and they
             # leave shared memory behind.
             self._iterator = workers.in_order(
-                _read_step_in_worker, stream, num_workers=config.read_workers, start=start_step
+                operator.getitem, stream, num_workers=config.read_workers, start=start_step
             )
         else:
             threads = config.read_threads

@@ -96,12 +96,16 @@ class Plan:
         }
 
 
-def write_shard(number: int) -> manifests.Report:
+# What a worker process is given: the plan, and how many records are done.
+Given = tuple[Plan, Synchronized]
+
+
+def write_shard(given: Given, number: int) -> manifests.Report:
     """Writes a shard, in a worker process that was given the plan and a shared counter.
 
     Raises UserError if a record is corrupt, and the config says to fail.
     """
-    plan, counter = workers.given()
+    plan, counter = given
     source = plan.source
     labels: Counter[int] = Counter()
     skipped: list[manifests.Skipped] = []
@@ -144,9 +148,9 @@ def write_shard(number: int) -> manifests.Report:
     }
 
 
-def source_content(number: int) -> str:
+def source_content(given: Given, number: int) -> str:
     """The digest of what a shard is made of, as it is now; in a worker, as `write_shard`."""
-    plan, counter = workers.given()
+    plan, counter = given
     contents = hashlib.sha256()
     for index in _counted(plan.shards[number], counter):
         with contextlib.suppress(CorruptRecord):
@@ -191,21 +195,21 @@ def _is_report(value: object) -> TypeGuard[manifests.Report]:
 
 
 def in_processes(
-    function: Callable[[int], T],
+    function: Callable[[Given, int], T],
     plan: Plan,
     numbers: Sequence[int],
     num_workers: int,
     label: str,
     progress: workers.MakeProgress,
 ) -> Iterator[tuple[int, T]]:
-    """Calls `function(number)` for shards in worker processes. Yields numbers and results."""
+    """Calls `function(given, number)` for shards in worker processes. Yields numbers and results."""
     total = len(plan.source)
     before = total - sum(len(plan.shards[number]) for number in numbers)
     counter = multiprocessing.get_context("spawn").Value("q", 0)
     bar = progress(total, unit="images", label=label, initial=before)
     pool = workers.worker_pool(min(num_workers, max(1, len(numbers))), (plan, counter))
     try:
-        waiting = {pool.submit(function, number): number for number in numbers}
+        waiting = {pool.submit(workers.call, function, number): number for number in numbers}
         while waiting:
             finished, _ = concurrent.futures.wait(
                 waiting, timeout=_POLL_SECS, return_when=concurrent.futures.FIRST_COMPLETED

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from cascaded_diffusion.errors import UserError
 
 T = TypeVar("T")
+What = TypeVar("What")
 
 
 class NoProgress:
@@ -31,12 +32,12 @@ MakeProgress = Callable[..., NoProgress]
 _given: Any = None
 
 
-def given() -> Any:
-    """In a worker process, what `worker_pool` was called with."""
-    return _given
+def call(function: Callable[[Any, int], T], number: int) -> T:
+    """In a worker process, `function(what, number)` of what `worker_pool` was called with."""
+    return function(_given, number)
 
 
-def _start(what: Any) -> None:
+def _start(what: object) -> None:
     global _given
     _given = what
     # The main process handles Ctrl-C, and ends this one.
@@ -50,8 +51,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def worker_pool(num_workers: int, what: Any) -> concurrent.futures.ProcessPoolExecutor:
-    """Processes that share nothing with this one and end with it. `given()` is `what` there."""
+def worker_pool(num_workers: int, what: object) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that share nothing with this one and end with it. `call` knows `what` there."""
     return concurrent.futures.ProcessPoolExecutor(
         num_workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -61,18 +62,18 @@ def worker_pool(num_workers: int, what: Any) -> concurrent.futures.ProcessPoolEx
 
 
 def in_order(
-    function: Callable[[int], T], what: Any, *, num_workers: int, start: int
+    function: Callable[[What, int], T], what: What, *, num_workers: int, start: int
 ) -> Generator[T, None, None]:
-    """Calls `function(start)`, `function(start + 1)`, ... in worker processes, ahead of time.
+    """Calls `function(what, start)`, `function(what, start + 1)`, ... in worker processes, ahead.
 
-    The results come in that order, whichever is done first. `given()` is `what` in the workers.
-    `close` ends them, once they have finished what they have begun.
+    The results come in that order, whichever is done first. `close` ends the workers, once they
+    have finished what they have begun.
     """
     pool = worker_pool(num_workers, what)
     waiting: collections.deque[concurrent.futures.Future[T]] = collections.deque()
     try:
         for number in itertools.count(start):
-            waiting.append(pool.submit(function, number))
+            waiting.append(pool.submit(call, function, number))
             if len(waiting) > 2 * num_workers:
                 yield waiting.popleft().result()
     except concurrent.futures.process.BrokenProcessPool as e:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from cascaded_diffusion.runtime import sharding
 from cascaded_diffusion.runtime.accelerators import accelerator_of
 from cascaded_diffusion.training import step
 from cascaded_diffusion.training.step import TrainState
-from cascaded_diffusion.types import Conditioning, Params
 
 # The share of a device's memory that a program can use; the runtime needs the rest. The
 # compiler of a v5e gives a program 15.75 of 16 GiB.
@@ -100,7 +99,7 @@ def step_memory(config: RunConfig, num_devices: int) -> StepMemory:
     arrays = jax.tree.leaves(dataclasses.replace(state, key=None))
     state_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
     # With fewer examples than devices, one example is traced and its bytes are divided up.
-    parts = config.train.accumulation_steps or 1
+    parts = config.train.parts
     batch = config.train.batch_size / parts / (mesh.shape["data"] * mesh.shape["fsdp"])
     activations = kept_bytes(config.stage, config.train.remat_sizes) * max(1.0, batch)
     share = min(1.0, config.train.batch_size / parts / num_devices) if batch <= 1 else 1.0
@@ -117,7 +116,7 @@ def rough_step_memory(config: RunConfig, num_devices: int) -> StepMemory:
     """Estimates the same by arithmetic on the config, because tracing takes many seconds."""
     cost, train = stage_cost(config.stage), config.train
     shape = _mesh_shape(config, num_devices)
-    images = train.batch_size / (train.accumulation_steps or 1) / (shape["data"] * shape["fsdp"])
+    images = train.batch_size / train.parts / (shape["data"] * shape["fsdp"])
     state = 4 * (3 + len(train.ema_decays)) * cost.parameters / (shape["fsdp"] * shape["tensor"])
     width = 2 if config.stage.network.dtype == "bfloat16" else 4
     return StepMemory(state, width * cost.kept_values * images / shape["tensor"])
@@ -248,7 +247,7 @@ def _changes(config: RunConfig) -> Iterator[tuple[dict[str, int | str], RunConfi
             changes["train.remat"] = remat
             changed = dataclasses.replace(changed, remat=remat, remat_resolutions=None)
         if parts > 1:
-            total = parts * (train.accumulation_steps or 1)
+            total = parts * train.parts
             changes["train.accumulation_steps"] = total
             changed = dataclasses.replace(changed, accumulation_steps=total)
         if changes:

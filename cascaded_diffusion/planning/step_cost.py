@@ -64,7 +64,6 @@ def _estimated(
 ) -> dict[str, Any]:
     check_devices(config, topology.num_devices)
     train, accelerator = config.train, topology.accelerator
-    parts = train.accumulation_steps or 1
     memory = fit.step_memory(config, topology.num_devices)
     model_flops = 3 * flops_per_image * train.batch_size
     peak = topology.num_devices * accelerator.peak_flops
@@ -74,7 +73,7 @@ def _estimated(
     state, mesh = fit.abstract_state(config, topology.num_devices)
     remat, dtype = train.remat == "everything", config.stage.network.dtype
     traffic = collectives.of_training_step(
-        state.params, mesh, parts=parts, dtype=dtype, remat=remat
+        state.params, mesh, parts=train.parts, dtype=dtype, remat=remat
     )
     sent = sum(t.bytes * (2 if kind == "all-reduce" else 1) for kind, t in traffic.items())
     total_secs = step_secs * train.train_steps
@@ -84,7 +83,7 @@ def _estimated(
         "mesh": dict(mesh.shape),
         "batch_size": train.batch_size,
         "remat": train.remat,
-        "accumulation_steps": parts,
+        "accumulation_steps": train.parts,
         "state_bytes_per_device": memory.state,
         "activation_bytes_per_device": memory.activations,
         "memory_bytes": accelerator.memory_bytes,

@@ -95,8 +95,8 @@ def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
 
 def stage_for_sampling(stage: Stage, mesh: Mesh) -> Stage:
     """The stage as it samples, any number of images, from parameters stored as in training."""
-    params = jax.eval_shape(stage.init, jax.random.key(0))
-    return stage.with_execution(Execution(gather=sharding.make_gather(params, mesh)))
+    gather = sharding.make_gather(stage.shapes()[0], mesh)
+    return stage.with_execution(Execution(gather=gather))
 
 
 def _in_parts(noised: NoisedBatch, parts: int, mesh: Mesh) -> NoisedBatch:
@@ -120,8 +120,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     global batch; they do not depend on the number of parts.
     """
     optimizer = build_optimizer(config)
-    parts = config.accumulation_steps or 1
-    params = jax.eval_shape(stage.init, jax.random.key(0))
+    parts, params = config.parts, stage.shapes()[0]
     execution = Execution(
         gather=sharding.make_gather(params, mesh),
         constrain_sharding=sharding.make_sharding_constraint(
@@ -186,9 +185,7 @@ def flops_per_step(stage: Stage, batch_size: int) -> float:
 
     Convolutions and matrix products count; what rematerialization computes again does not.
     """
-    params = jax.eval_shape(stage.init, jax.random.key(0))
-    inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=1))
-    return 3.0 * batch_size * count_flops(stage.network.apply, params, *inputs)
+    return 3.0 * batch_size * count_flops(stage.network.apply, *stage.shapes())
 
 
 def compile_train_step(

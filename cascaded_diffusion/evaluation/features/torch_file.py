@@ -58,14 +58,18 @@ class _Tensor:
         return self.offset + math.prod(self.shape)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+def _integers(numbers: object) -> tuple[int, ...]:
+    if not isinstance(numbers, tuple) or not all(isinstance(x, int) for x in numbers):
+        raise ValueError("a tensor whose shape is no tuple of integers")
+    if len(numbers) > _MAX_DIMENSIONS or any(abs(x) >= 1 << 63 for x in numbers):
+        raise ValueError("a tensor whose shape is none that memory can hold")
+    return numbers
+
+
+def _tensor(storage: object, offset: object, shape: object, strides: object, *_: object) -> _Tensor:
     if not isinstance(storage, _Storage) or not isinstance(offset, int):
         raise ValueError("a tensor without a storage")
-    for numbers in (shape, strides):
-        if not isinstance(numbers, tuple) or not all(isinstance(x, int) for x in numbers):
-            raise ValueError("a tensor whose shape is no tuple of integers")
-        if len(numbers) > _MAX_DIMENSIONS or any(abs(x) >= 1 << 63 for x in numbers):
-            raise ValueError("a tensor whose shape is none that memory can hold")
+    shape, strides = _integers(shape), _integers(strides)
     tensor = _Tensor(storage, offset, shape)
     if min(offset, *shape, 0) < 0 or tensor.end > storage.count:
         raise ValueError(f"a tensor of {shape} lies outside of its storage")
@@ -90,7 +94,7 @@ _NAMES = {
 }
 
 
-def _storage(reference: Any) -> _Storage:
+def _storage(reference: object) -> _Storage:
     if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
         raise ValueError("a reference that is not to a storage")
     _, dtype, key, _, count, *view = reference
@@ -107,7 +111,7 @@ def _evaluated(stream: BinaryIO) -> Any:
     """The value of one pickle. Raises ValueError for whatever a state dict does not have."""
     stack: list[Any] = []
     outer: list[list[Any]] = []  # the stacks below each mark
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if number >= _MAX_OPCODES:
             raise ValueError(f"more than {_MAX_OPCODES} opcodes, which no state dict needs")
@@ -162,7 +166,7 @@ def _evaluated(stream: BinaryIO) -> Any:
     raise ValueError("it ends in the middle")
 
 
-def _checked(state: Any, file_bytes: int) -> Mapping[str, _Tensor]:
+def _checked(state: object, file_bytes: int) -> Mapping[str, _Tensor]:
     """The state dict; raises ValueError if a file of this size cannot hold it."""
     if not isinstance(state, Mapping) or not all(isinstance(x, _Tensor) for x in state.values()):
         raise ValueError("it holds something else than a dict of tensors")
