@@ -1,23 +1,20 @@
-"""The images of a run, checked to be those that it was trained on, and those of --low_res."""
+"""The images of a run, checked to be those that it was trained on."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 from absl import flags
 
 from cascaded_diffusion.config.class_names import check_same_classes
 from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
-from cascaded_diffusion.config.schema import MAX_PIXELS, RunConfig
+from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.data.records import DataMissing, Source
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, open_images
 from cascaded_diffusion.runtime.run_data import RunData, check_run_data, trained_classes
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -122,50 +119,3 @@ def shown_images(folder: RunFolder, *, data_path: str | None) -> LabelledImages:
     held_out = open_splits(folder, config, [name], data_path=data_path)[name]
     spread = spread_examples(held_out, rows=2, columns=10)
     return LabelledImages(spread["image"], spread["label"])
-
-
-def read_low_res(
-    fv: flags.FlagValues, sizes: Sequence[int], last: RunConfig
-) -> tuple[StoredImages, list[str] | None]:
-    """The images of --low_res, of one of the sizes that the cascade enlarges.
-
-    Returns names for the PNG files of their enlargements as well, if their own files have names.
-    Raises UserError if they cannot be read, or are of another size or kind.
-    """
-    # Imported here: decoding takes OpenCV, which need not be there without images.
-    from cascaded_diffusion.data.given_images import fitted, output_names, read_given_images
-
-    path, resize_to, channels = fv.low_res, fv.resize_low_res, last.stage.channels
-    if not sizes:
-        raise UserError(
-            f"--low_res={path}: the cascade is a base model alone, which enlarges nothing"
-        )
-    if resize_to is not None and resize_to not in sizes:
-        raise UserError(
-            f"--resize_low_res={resize_to}: expected {' or '.join(map(str, sizes))}, the sizes that"
-            " the cascade enlarges"
-        )
-    if channels not in (1, 3):
-        raise UserError(
-            f"--low_res={path}: the model's images have {channels} channels, not 1 or 3"
-        )
-    if path.endswith(".npz"):
-        stored = open_images(path, flag="low_res", at_least=1)
-        if stored.images.shape[-1] != channels:
-            raise UserError(
-                f"--low_res={path}: arr_0 is {tuple(stored.images.shape)}, expected {channels}"
-                f" channel{'s' * (channels != 1)}"
-            )
-        images = [
-            fitted(x, sizes=sizes, resize_to=resize_to, where=f"--low_res={path}: image {i}")
-            for i, x in enumerate(stored.images)
-        ]
-        return StoredImages(path, np.stack(images), stored.labels), None
-    most = last.data.max_pixels or MAX_PIXELS
-    given = read_given_images(
-        path, channels=channels, sizes=sizes, resize_to=resize_to, max_pixels=most
-    )
-    rest = f" ({given.passed_over})" if given.passed_over else ""
-    for note in (f"low_res: {len(given.images)} images{rest}", *given.notes):
-        print(note, file=sys.stderr, flush=True)
-    return StoredImages(path, given.images, None), output_names(given.names)

@@ -10,6 +10,7 @@ from absl import flags
 from cascaded_diffusion.commands import run_images
 from cascaded_diffusion.commands.config_flags import cascade_config
 from cascaded_diffusion.commands.flag_checks import check_paths
+from cascaded_diffusion.commands.low_res_images import read_low_res
 from cascaded_diffusion.commands.overrides import overrides_in, with_overrides
 from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig
@@ -74,9 +75,7 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> SampleRequest:
     count, first, low_res, png_names = section.num_samples, 0, None, None
     if enlarging:
         sizes = [None if c is None else c.stage.low_res_resolution for c in configs]
-        low_res, png_names = run_images.read_low_res(
-            fv, [s for s in sizes if s is not None], configs[-1]
-        )
+        low_res, png_names = read_low_res(fv, [s for s in sizes if s is not None], configs[-1])
         first, count = sizes.index(low_res.images.shape[1]), len(low_res.images)
     for folder in folders[first:]:
         folder.chosen()

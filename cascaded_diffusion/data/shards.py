@@ -202,7 +202,7 @@ def in_processes(
     label: str,
     progress: workers.MakeProgress,
 ) -> Iterator[tuple[int, T]]:
-    """Calls `function(given, number)` for shards in worker processes. Yields numbers and results."""
+    """Calls `function(given, number)` for shards in processes. Yields numbers and results."""
     total = len(plan.source)
     before = total - sum(len(plan.shards[number]) for number in numbers)
     counter = multiprocessing.get_context("spawn").Value("q", 0)

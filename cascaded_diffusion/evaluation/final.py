@@ -30,6 +30,8 @@ from cascaded_diffusion.files.json_files import Record, read_record, write_json
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
+_NUM_LEVELS = 6  # of conditioning augmentation, at which an enlargement's health is measured
+
 
 def measure_final(
     folder: RunFolder,
@@ -76,7 +78,7 @@ def measure_final(
         psnr = health.psnr
         condition["psnr_low_res"] = {"mean": psnr(errors.mean()), "min": psnr(errors.max())}
     if levels is not None:
-        spread = np.linspace(0.0, stage.augment.max_level, 6).round(6).tolist()
+        spread = np.linspace(0.0, stage.augment.max_level, _NUM_LEVELS).round(6).tolist()
         condition["aug_response"] = health.response(levels, trained.params, spread)
     packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     record = {

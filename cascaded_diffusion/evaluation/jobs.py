@@ -33,6 +33,9 @@ from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 from cascaded_diffusion.types import Params
 
+_POLL_SECS = 5.0  # between looks for new checkpoints
+_LEVEL_IMAGES = 64  # that are enlarged at every level
+
 
 def score_checkpoints(
     folder: RunFolder,
@@ -73,7 +76,7 @@ def score_checkpoints(
                 scored = scorer.score_new_checkpoints()
                 if ended:
                     break
-                time.sleep(5.0)
+                time.sleep(_POLL_SECS)
         best = folder.best()
         if best is None:
             see = f"see {folder.results_path}"
@@ -148,7 +151,9 @@ def final_numbers(
             source = sampling.alone(held_out)
         levels = None
         if config.stage.has_aug_level:
-            levels = sampling.at_levels(held_out, num_images=min(64, config.eval.batch_size))
+            levels = sampling.at_levels(
+                held_out, num_images=min(_LEVEL_IMAGES, config.eval.batch_size)
+            )
         try:
             record = measure_final(
                 folder, trained, evaluator, sampling, source, levels, settings.batch_size

@@ -25,6 +25,8 @@ from cascaded_diffusion.runtime.metric_writer import ScoreCurves
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
 
+_GRID_ROWS, _GRID_COLUMNS = 5, 20
+
 
 @dataclasses.dataclass(frozen=True)
 class _Weights:
@@ -219,5 +221,5 @@ def measure_store(
 
 def save_grid(path: pathlib.Path, store: SampleStore) -> None:
     """Writes a picture of the first samples of a store."""
-    images = store.first(100)["images"]
-    pictures.save_png(path, pictures.grid(images, columns=20), scale=2)
+    images = store.first(_GRID_ROWS * _GRID_COLUMNS)["images"]
+    pictures.save_png(path, pictures.grid(images, columns=_GRID_COLUMNS), scale=2)
