@@ -24,6 +24,7 @@ from cascaded_diffusion.files.json_files import read_json
 from cascaded_diffusion.files.whole import sha256_of
 
 T = TypeVar("T")
+Given = tuple["Plan", Synchronized]  # to a worker: the plan, and how many records are done
 
 _SHARD_BYTES = 128_000_000
 _MIN_SHARD_EXAMPLES = 256
@@ -94,10 +95,6 @@ class Plan:
             "converted": dict(sum((Counter(r["converted"]) for r in reports), Counter())),
             "shards": [{key: r[key] for key in manifests.Shard.__annotations__} for r in reports],
         }
-
-
-# What a worker process is given: the plan, and how many records are done.
-Given = tuple[Plan, Synchronized]
 
 
 def write_shard(given: Given, number: int) -> manifests.Report:

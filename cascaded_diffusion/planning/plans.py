@@ -6,7 +6,6 @@ as three forward passes, without rematerialization.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -59,7 +58,7 @@ def stage_plan(config: RunConfig, sampler: SamplerConfig, *, stop_t: float = 0.0
     }
 
 
-def cascade_plans(section: CascadeSection, configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
+def cascade_plans(section: CascadeSection, configs: Sequence[RunConfig]) -> list[Record]:
     """The costs of each stage of a cascade, with truncated chains counted as they run."""
     # A stage is stopped where the next one's augmentation begins, if that has a level.
     stops = [
@@ -72,17 +71,17 @@ def cascade_plans(section: CascadeSection, configs: Sequence[RunConfig]) -> list
     ]
 
 
-def summed(name: str, plans: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summed(name: str, plans: Sequence[Record]) -> Record:
     """The plan of a cascade: the sums of its stages' costs, and the stages."""
     costs = ("parameters", "flops_per_image", "calls_per_sample", "flops_per_sample")
     sums = {key: sum(stage[key] for stage in plans) for key in (*costs, "training_flops")}
     return {"name": name, **sums, "stages": list(plans)}
 
 
-def table(plans: Sequence[dict[str, Any]]) -> str:
+def table(plans: Sequence[Record]) -> str:
     """One row per quantity, one column per stage."""
 
-    def cell(plan: dict[str, Any], key: str, form: str) -> str:
+    def cell(plan: Record, key: str, form: str) -> str:
         if key not in plan:
             return ""
         return form.format(plan[key] / _UNITS[key] if key in _UNITS else plan[key])
@@ -95,7 +94,7 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def described(plan: dict[str, Any]) -> str:
+def described(plan: Record) -> str:
     """The lines about a stage on its topology."""
     on = plan["on_topology"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in on["mesh"].items())

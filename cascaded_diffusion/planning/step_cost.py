@@ -8,7 +8,6 @@ Without the compiler, memory comes from `fit.step_memory`, collectives from the 
 import dataclasses
 import sys
 import time
-from typing import Any
 
 import jax
 from jax.experimental import topologies as jax_topologies
@@ -17,6 +16,7 @@ from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.run_checks import check_devices
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.networks.kernels.platforms import traced_for
 from cascaded_diffusion.planning import collectives, fit
 from cascaded_diffusion.planning.topologies import Topology
@@ -34,7 +34,7 @@ def on_topology(
     efficiency: float,
     flops_per_image: float,
     compile_step: bool,
-) -> dict[str, Any]:
+) -> Record:
     """The cost of a config's training on a slice, by the TPU's compiler too if `compile_step`.
 
     Where `mesh.fsdp` is None, the smallest one that fits is chosen. `efficiency` is the share of
@@ -61,7 +61,7 @@ def on_topology(
 
 def _estimated(
     config: RunConfig, topology: Topology, efficiency: float, flops_per_image: float
-) -> dict[str, Any]:
+) -> Record:
     check_devices(config, topology.num_devices)
     train, accelerator = config.train, topology.accelerator
     memory = fit.step_memory(config, topology.num_devices)
@@ -99,7 +99,7 @@ def _estimated(
     }
 
 
-def _compiled(config: RunConfig, topology: Topology) -> dict[str, Any]:
+def _compiled(config: RunConfig, topology: Topology) -> Record:
     """Compiles the training step with the TPU's compiler and returns its bytes per device.
 
     Raises UserError if compilation fails for another reason than memory.

@@ -24,13 +24,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 
 from cascaded_diffusion.runtime.mesh import DATA_AXES
 from cascaded_diffusion.types import Gather, Params, PerDevice, Tree
-
-AnyMesh = Mesh | AbstractMesh
 
 # An array with fewer elements is not worth splitting.
 MIN_SHARDED_SIZE = 4096
@@ -45,7 +42,7 @@ _TENSOR_RULES = (
 _WIDE = 0.5
 
 
-def _path(keys: KeyPath) -> str:
+def _path(keys: jax.tree_util.KeyPath) -> str:
     """`params/down0_block0/conv0/kernel`."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
@@ -58,7 +55,7 @@ def _tensor_axis(path: str, shape: tuple[int, ...]) -> int | None:
 class _Rules:
     """The rules for one mesh and one tree of shapes, which decides which layers are wide."""
 
-    def __init__(self, tree: object, mesh: AnyMesh):
+    def __init__(self, tree: object, mesh: Mesh | AbstractMesh):
         self._fsdp, self._tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
         widths = (
             leaf.shape[axis]
@@ -92,17 +89,17 @@ class _Rules:
         return PartitionSpec(*spec)
 
 
-def state_shardings(abstract_state: Tree, mesh: AnyMesh) -> Tree:
+def state_shardings(abstract_state: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """A NamedSharding for every leaf of a tree of shapes (`jax.eval_shape`)."""
     rules = _Rules(abstract_state, mesh)
 
-    def stored(keys: KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def stored(keys: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         return NamedSharding(mesh, rules.stored(_path(keys), leaf.shape))
 
     return jax.tree_util.tree_map_with_path(stored, abstract_state)
 
 
-def with_shardings(abstract_state: Tree, mesh: AnyMesh) -> Tree:
+def with_shardings(abstract_state: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """A tree of shapes, each with the sharding by which it is stored."""
     return jax.tree.map(
         lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split),
@@ -124,7 +121,7 @@ def make_gather(params: Params, mesh: Mesh) -> Gather | None:
     rules = _Rules(params, mesh)
 
     def gather(part: Params, path: tuple[str, ...], dtype: DTypeLike | None) -> Params:
-        def gather_leaf(keys: KeyPath, leaf: jax.Array) -> jax.Array:
+        def gather_leaf(keys: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
             where = "/".join((*path, _path(keys)))
             # Norms' scales and shifts are used in float32.
             wanted = leaf.dtype if dtype is None or leaf.ndim < 2 else dtype
