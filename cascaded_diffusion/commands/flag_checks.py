@@ -40,9 +40,8 @@ def numbers_in(fv: flags.FlagValues, name: str, kind: type[Number]) -> list[Numb
         numbers = [kind(x) for x in fv[name].value]
     except ValueError as e:
         wanted = "integers" if kind is int else "numbers"
-        raise UserError(
-            f"--{name}={','.join(fv[name].value)}: expected {wanted} between commas"
-        ) from e
+        given = ",".join(fv[name].value)
+        raise UserError(f"--{name}={given}: expected {wanted} between commas") from e
     for number in numbers:
         check_number(f"--{name}", number)
     return numbers

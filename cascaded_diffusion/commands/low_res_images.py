@@ -23,36 +23,33 @@ def read_low_res(
     from cascaded_diffusion.data.given_images import fitted, output_names, read_given_images
 
     path, resize_to, channels = fv.low_res, fv.resize_low_res, last.stage.channels
+    given = f"--low_res={path}"
     if not sizes:
-        raise UserError(
-            f"--low_res={path}: the cascade is a base model alone, which enlarges nothing"
-        )
+        raise UserError(f"{given}: the cascade is a base model alone, which enlarges nothing")
     if resize_to is not None and resize_to not in sizes:
         raise UserError(
             f"--resize_low_res={resize_to}: expected {' or '.join(map(str, sizes))}, the sizes that"
             " the cascade enlarges"
         )
     if channels not in (1, 3):
-        raise UserError(
-            f"--low_res={path}: the model's images have {channels} channels, not 1 or 3"
-        )
+        raise UserError(f"{given}: the model's images have {channels} channels, not 1 or 3")
     if path.endswith(".npz"):
         stored = open_images(path, flag="low_res", at_least=1)
         if stored.images.shape[-1] != channels:
             raise UserError(
-                f"--low_res={path}: arr_0 is {tuple(stored.images.shape)}, expected {channels}"
+                f"{given}: arr_0 is {tuple(stored.images.shape)}, expected {channels}"
                 f" channel{'s' * (channels != 1)}"
             )
         images = [
-            fitted(x, sizes=sizes, resize_to=resize_to, where=f"--low_res={path}: image {i}")
+            fitted(x, sizes=sizes, resize_to=resize_to, where=f"{given}: image {i}")
             for i, x in enumerate(stored.images)
         ]
         return StoredImages(path, np.stack(images), stored.labels), None
     most = last.data.max_pixels or MAX_PIXELS
-    given = read_given_images(
+    read = read_given_images(
         path, channels=channels, sizes=sizes, resize_to=resize_to, max_pixels=most
     )
-    rest = f" ({given.passed_over})" if given.passed_over else ""
-    for note in (f"low_res: {len(given.images)} images{rest}", *given.notes):
+    rest = f" ({read.passed_over})" if read.passed_over else ""
+    for note in (f"low_res: {len(read.images)} images{rest}", *read.notes):
         print(note, file=sys.stderr, flush=True)
-    return StoredImages(path, given.images, None), output_names(given.names)
+    return StoredImages(path, read.images, None), output_names(read.names)

@@ -175,10 +175,8 @@ def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
             of_name = [os.path.basename(name).partition(b"_")[0] for name in names]
             class_names = sorted(set(of_name))
         if empty := sorted(set(class_names) - set(of_name)):
-            problem = (
-                f"class {os.fsdecode(empty[0])!r} has no images; remove the folder, or fill it"
-            )
-            raise UserError(f"{where}: {problem}")
+            bare = os.fsdecode(empty[0])
+            raise UserError(f"{where}: class {bare!r} has no images; remove the folder, or fill it")
         number = {name: i for i, name in enumerate(class_names)}
         labels = np.fromiter((number[name] for name in of_name), np.int32, len(names))
     chosen = part_of(names, split)

@@ -15,6 +15,7 @@ from typing import TypeGuard, TypeVar
 
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import manifests, workers
+from cascaded_diffusion.data.manifests import Manifest, Report
 from cascaded_diffusion.data.record_files import write_array_record
 from cascaded_diffusion.data.records import CorruptRecord, read_into
 from cascaded_diffusion.data.sized import encode_record
@@ -67,9 +68,7 @@ class Plan:
     def report_path(self, number: int) -> pathlib.Path:
         return self.folder / "reports" / f"{number:05d}.json"
 
-    def manifest(
-        self, reports: Sequence[manifests.Report], content_sample: str
-    ) -> manifests.Manifest:
+    def manifest(self, reports: Sequence[Report], content_sample: str) -> Manifest:
         """The manifest, from the reports of all shards."""
         source, skipped = self.source, [item for report in reports for item in report["skipped"]]
         identity = source.identity
@@ -97,7 +96,7 @@ class Plan:
         }
 
 
-def write_shard(given: Given, number: int) -> manifests.Report:
+def write_shard(given: Given, number: int) -> Report:
     """Writes a shard, in a worker process that was given the plan and a shared counter.
 
     Raises UserError if a record is corrupt, and the config says to fail.
@@ -163,7 +162,7 @@ def _counted(indices: range, counter: Synchronized[int]) -> Iterator[int]:
             counter.value += 1
 
 
-def finished_shard(plan: Plan, number: int) -> manifests.Report | None:
+def finished_shard(plan: Plan, number: int) -> Report | None:
     """The report of an undamaged shard that an earlier process finished by the same plan.
 
     None if anything is wrong with it: the shard is then made anew.
@@ -187,8 +186,8 @@ def finished_shard(plan: Plan, number: int) -> manifests.Report | None:
         return None
 
 
-def _is_report(value: object) -> TypeGuard[manifests.Report]:
-    return manifests.problem_of(value, manifests.Report) is None
+def _is_report(value: object) -> TypeGuard[Report]:
+    return manifests.problem_of(value, Report) is None
 
 
 def in_processes(

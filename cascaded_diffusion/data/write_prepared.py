@@ -178,9 +178,8 @@ def _write_shards(
     for report in reports.values():
         count_skipped(report)
     label = f"prepare {split}"
-    for number, report in shards.in_processes(
-        shards.write_shard, plan, missing, workers, label, progress
-    ):
+    made = shards.in_processes(shards.write_shard, plan, missing, workers, label, progress)
+    for number, report in made:
         count_skipped(report)
         # From here on the shard counts as done.
         write_json(plan.report_path(number), report, indent=None)
@@ -221,9 +220,8 @@ def _verify(
     manifests.check_source(manifest, plan.source.raw, folder)
     numbers = range(min(len(plan.shards), len(manifest["shards"])))
     label = f"verify the images of {name}"
-    for number, content in shards.in_processes(
-        shards.source_content, plan, numbers, workers, label, progress
-    ):
+    found = shards.in_processes(shards.source_content, plan, numbers, workers, label, progress)
+    for number, content in found:
         if content != manifest["shards"][number]["content"]:
             first, last = plan.shards[number][0], plan.shards[number][-1]
             raise UserError(

@@ -51,9 +51,8 @@ def measure_files(
         _print_missing_metrics(statistics, images)
     extractor = inception(resize=_chosen_resize(resize, reference, statistics))
     if statistics is not None:
-        reference_lib.check_reference(
-            statistics, reference, "reference", features=extractor.identity
-        )
+        identity = extractor.identity
+        reference_lib.check_reference(statistics, reference, "reference", features=identity)
         _check_features(reference, statistics, extractor(samples.images[:1]))
     if images is not None:
         measured = reference_lib.measure_stored(images, extractor)

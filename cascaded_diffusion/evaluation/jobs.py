@@ -151,9 +151,8 @@ def final_numbers(
             source = sampling.alone(held_out)
         levels = None
         if config.stage.has_aug_level:
-            levels = sampling.at_levels(
-                held_out, num_images=min(_LEVEL_IMAGES, config.eval.batch_size)
-            )
+            fewest = min(_LEVEL_IMAGES, config.eval.batch_size)
+            levels = sampling.at_levels(held_out, num_images=fewest)
         try:
             record = measure_final(
                 folder, trained, evaluator, sampling, source, levels, settings.batch_size

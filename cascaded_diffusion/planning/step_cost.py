@@ -152,9 +152,8 @@ def _tpu_devices(topology: Topology) -> list[jax.Device]:
     try:
         # A v4 chip's two cores are one device, as they are where JAX runs on the chip.
         options = {"chip_config_name": "megacore"} if topology.name.startswith("v4:") else {}
-        found = jax_topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, **options
-        )
+        name = topology.name
+        found = jax_topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as e:  # libtpu's errors have no type of their own
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(

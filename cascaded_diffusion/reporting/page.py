@@ -80,9 +80,8 @@ def key_values(values: Mapping[str, object], *, caption: str = "") -> Element:
 def picture(data: bytes, caption: str) -> Element:
     """An embedded PNG."""
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    return element(
-        "figure", element("img", alt=caption, src=source), element("figcaption", caption)
-    )
+    image = element("img", alt=caption, src=source)
+    return element("figure", image, element("figcaption", caption))
 
 
 def picture_file(path: pathlib.Path, caption: str) -> Element:

@@ -93,15 +93,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def global_batch(local: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Joins every process's rows (its `batch_share`) to one sharded array, leaf by leaf."""
-    sharding = batch_sharding(mesh)
-    _, count = batch_share(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(
-            sharding, x, (len(x) * count, *x.shape[1:])
-        ),
-        local,
-    )
+    """Joins every process's rows (its `batch_share`) to sharded arrays, by name."""
+    sharding, (_, count) = batch_sharding(mesh), batch_share(mesh)
+    joined = jax.make_array_from_process_local_data
+    return {k: joined(sharding, x, (len(x) * count, *x.shape[1:])) for k, x in local.items()}
 
 
 @contextlib.contextmanager

@@ -40,9 +40,8 @@ def check_folder(folder: RunFolder, config: RunConfig, data: RunData | None) -> 
         changed = check_resume(old, config, str(folder.path))
         changed += _stretched_schedule(old, config, folder)
     elif folder.has_checkpoints() or folder.saved_path.exists():
-        raise UserError(
-            f"{folder.config_path}: missing, though a run was begun here; {CONFIG_REMEDY}"
-        )
+        path = folder.config_path
+        raise UserError(f"{path}: missing, though a run was begun here; {CONFIG_REMEDY}")
     if data is not None:
         check_run_data(folder, data)
     return changed

@@ -123,9 +123,8 @@ def _fill(
         label = "cascade" if request.low_res is None else "enlarging"
         generate.fill(store, make, label=label, devices=num_devices)
     except ValueError as e:
-        error = UserError(
-            f"{e}: lower config.cascade.samplers.N.guidance_scale, or set its threshold"
-        )
+        remedy = "lower config.cascade.samplers.N.guidance_scale, or set its threshold"
+        error = UserError(f"{e}: {remedy}")
     except OSError as e:
         error = _cannot_write(request, e)
     if error is not None:

@@ -168,7 +168,6 @@ def _array(text: str) -> list[int | str]:
             f" arr_0) ({e})"
         ) from e
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not labels.size:
-        raise UserError(
-            f"--labels={path}: {labels.dtype} {labels.shape}, expected a list of integers"
-        )
+        found = f"{labels.dtype} {labels.shape}"
+        raise UserError(f"--labels={path}: {found}, expected a list of integers")
     return labels.tolist()
