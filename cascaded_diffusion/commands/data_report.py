@@ -126,9 +126,8 @@ def batch_picture(
     resolution = target.shape[1]
     rows = [(f"image, {resolution} px", target)]
     if stage.augment is not None:
-        low_res = (
-            float_from_uint8(batch["low_res"]) if "low_res" in batch else stage.low_res_from(images)
-        )
+        stored = batch.get("low_res")
+        low_res = stage.low_res_from(images) if stored is None else float_from_uint8(stored)
         rows.append((f"low-res input, {low_res.shape[1]} px", low_res))
         for caption, damage in _damages(config.augment, stage.augment, low_res.shape):
             rows.append((caption, condition(low_res, damage, label=None).low_res))

@@ -165,9 +165,8 @@ def _sweep(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     choices |= {flag: numbers_in(fv, flag, kind) for flag, kind in kinds.items()}
     words = [text.lower() for text in fv.truncated]
     if not set(words) <= {"true", "false"}:
-        raise UserError(
-            f"--truncated={','.join(fv.truncated)}: expected true, false, or both between commas"
-        )
+        given = ",".join(fv.truncated)
+        raise UserError(f"--truncated={given}: expected true, false, or both between commas")
     choices["truncated"] = [word == "true" for word in words]
     settings = checked_settings(config, index, [c.stage for c in configs], **choices)
     _check_trained(folders)

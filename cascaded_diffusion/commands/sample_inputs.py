@@ -168,10 +168,8 @@ def _labels(
     num_classes = run.stage.num_classes
     if not num_classes:
         for name in ("labels", "per_class"):
-            if fv[name].value is not None:
-                raise UserError(
-                    f"--{name}={fv[name].value}: {run.stage.name!r} was trained without classes"
-                )
+            if (given := fv[name].value) is not None:
+                raise UserError(f"--{name}={given}: {run.stage.name!r} was trained without classes")
         return np.zeros(1, np.int32), {}
     if fv.labels is not None:
         return read_labels(fv.labels, folder, num_classes)

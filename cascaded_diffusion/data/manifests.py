@@ -103,9 +103,8 @@ def problem_of(value: object, kind: Any, where: str = "it") -> str | None:
             return f"{where} is {_kind_of(value)}, expected an object"
         hints = typing.get_type_hints(kind)
         if unknown := sorted(value.keys() - hints.keys()) or sorted(hints.keys() - value.keys()):
-            return (
-                f"{where} {'lacks' if unknown[0] in hints else 'has an unknown'} {unknown[0]!r:.60}"
-            )
+            name = unknown[0]
+            return f"{where} {'lacks' if name in hints else 'has an unknown'} {name!r:.60}"
         parts = [(value[name], hint, repr(name)) for name, hint in hints.items()]
     elif origin is types.UnionType:
         problems = [problem_of(value, each, where) for each in inner]

@@ -122,10 +122,8 @@ class PreparedSource(Source):
     """Reads what `prepare` wrote in a folder."""
 
     def __init__(self, folder: pathlib.Path, manifest: manifests.Manifest, config: DataConfig):
-        manifest_path = folder / manifests.MANIFEST
-        remedy = (
-            f"remove {manifest_path} and prepare again by {records.PREPARE}: what is whole is kept"
-        )
+        about = folder / manifests.MANIFEST
+        remedy = f"remove {about} and prepare again by {records.PREPARE}: what is whole is kept"
         parts = []
         for shard in manifest["shards"]:
             path = folder / shard["file"]

@@ -146,9 +146,8 @@ class RunScorer:
         return "scored" if missing else "known"
 
     def _recorded(self, weights: _Weights, source: SampleSource, metric: str) -> bool:
-        comparable = early_stopping.series(
-            self.folder.scores(), metric, self._identity(source), [weights.ema_decay]
-        )
+        like, decays = self._identity(source), [weights.ema_decay]
+        comparable = early_stopping.series(self.folder.scores(), metric, like, decays)
         wanted = (weights.step, weights.digest)
         return any((r["step"], r.get("weights")) == wanted for r in comparable)
 
@@ -192,9 +191,8 @@ class RunScorer:
     def _decide(self) -> Record | None:
         """Writes best.json, and EARLY_STOP if patience has run out, from the stored records."""
         settings, like = self.config.eval, self._identity(self.sources[0])
-        comparable = early_stopping.series(
-            self.folder.scores(), self._metric, like, settings.ema_decays
-        )
+        scores, decays = self.folder.scores(), settings.ema_decays
+        comparable = early_stopping.series(scores, self._metric, like, decays)
         # The trainer keeps the best and the latest ones; a checkpoint that it removed before it
         # had a score cannot be chosen.
         on_disk = set(finished_steps(self.folder))

@@ -107,7 +107,6 @@ def page(title: str, parts: Sequence[Element]) -> str:
         element("style", _STYLE),
     )
     body = element("body", element("h1", title), element("nav", contents), *parts)
-    html = ElementTree.tostring(
-        element("html", head, body, lang="en"), encoding="unicode", method="html"
-    )
+    whole = element("html", head, body, lang="en")
+    html = ElementTree.tostring(whole, encoding="unicode", method="html")
     return f"<!doctype html>\n{html}\n"

@@ -300,8 +300,8 @@ def _bits(records: Sequence[Record]) -> list[Element]:
 
 
 def _samples(folder: RunFolder, best: Record | None) -> list[Element]:
-    grids = folder.eval.glob("step_*.png")
-    grids = sorted(grids, key=lambda p: (int(p.stem.split("_")[1]), p.name))
+    found = folder.eval.glob("step_*.png")
+    grids = sorted(found, key=lambda p: (int(p.stem.split("_")[1]), p.name))
     wanted = f"step_{best['step']}_" if best else ""
     chosen = [p for p in grids if p.name.startswith(wanted)] or grids[-1:]
     parts = [picture_file(p, p.stem.replace("_", " ")) for p in chosen[-4:]]

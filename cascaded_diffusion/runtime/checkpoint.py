@@ -228,9 +228,8 @@ class CheckpointWriter:
         try:
             stored = self._manager.restore(step, args=args)[_ITEM]
         except Exception as e:
-            raise UserError(
-                f"{self._folder.checkpoints}/{step}: cannot be restored ({_reason(e)})"
-            ) from e
+            path = self._folder.checkpoints / str(step)
+            raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
         return jax.tree.map(
             lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x,
             stored,

@@ -121,11 +121,10 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     """
     optimizer = build_optimizer(config)
     parts, params = config.parts, stage.shapes()[0]
+    constrain = sharding.make_sharding_constraint(mesh, batch_size=config.batch_size // parts)
     execution = Execution(
         gather=sharding.make_gather(params, mesh),
-        constrain_sharding=sharding.make_sharding_constraint(
-            mesh, batch_size=config.batch_size // parts
-        ),
+        constrain_sharding=constrain,
         per_device=sharding.make_per_device(mesh),
         remat_sizes=config.remat_sizes,
     )
