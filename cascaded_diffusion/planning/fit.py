@@ -83,12 +83,10 @@ def kept_bytes(stage_config: StageConfig, remat_sizes: tuple[int, ...] | None) -
     """The bytes that a step keeps of one image for its backward pass."""
     execution = Execution(per_device=lambda function: function, remat_sizes=remat_sizes)
     stage = build_stage(stage_config)
-    params = jax.eval_shape(stage.init, jax.random.key(0))
-    inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=1))
-    apply = stage.with_execution(execution).network.apply
-    kept = jax.eval_shape(lambda p, *x: jax.vjp(lambda p: apply(p, *x), p)[1], params, *inputs)
+    shapes, apply = stage.shapes(), stage.with_execution(execution).network.apply
+    kept = jax.eval_shape(lambda p, *x: jax.vjp(lambda p: apply(p, *x), p)[1], *shapes)
     # The parameters are kept, too, as they are stored: the state has counted them.
-    stored = {x.shape for x in jax.tree.leaves(params)}
+    stored = {x.shape for x in jax.tree.leaves(shapes[0])}
     leaves = [x for x in jax.tree.leaves(kept) if x.shape not in stored or x.ndim < 2]
     return sum(x.size * x.dtype.itemsize for x in leaves)
 

@@ -11,6 +11,7 @@ import jax
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.schema import CascadeSection, RunConfig, SamplerConfig, StageConfig
+from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.networks.flops import count_flops
 
 _COLUMNS = (
@@ -31,13 +32,12 @@ _UNITS = {"state_bytes": 1e9, "flops_per_image": 1e9, "flops_per_sample": 1e12}
 @functools.cache
 def _network_cost(config: StageConfig) -> tuple[int, int]:
     stage = build_stage(config)
-    params = jax.eval_shape(stage.init, jax.random.key(0))
-    inputs = jax.eval_shape(lambda: stage.example_inputs(batch_size=1))
-    parameters = int(sum(leaf.size for leaf in jax.tree.leaves(params)))
-    return parameters, count_flops(stage.network.apply, params, *inputs)
+    shapes = stage.shapes()
+    parameters = int(sum(leaf.size for leaf in jax.tree.leaves(shapes[0])))
+    return parameters, count_flops(stage.network.apply, *shapes)
 
 
-def stage_plan(config: RunConfig, sampler: SamplerConfig, *, stop_t: float = 0.0) -> dict[str, Any]:
+def stage_plan(config: RunConfig, sampler: SamplerConfig, *, stop_t: float = 0.0) -> Record:
     """The costs of one stage, sampled by `sampler` from t = 1 to `stop_t`."""
     train, (parameters, flops) = config.train, _network_cost(config.stage)
     evaluations = build_stage(config.stage).evaluations(sampler, stop_t=stop_t)
