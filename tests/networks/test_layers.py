@@ -1,6 +1,6 @@
 """The layers that a CPU computes in its own way, against the plain one."""
 
-from functools import partial
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,18 @@ def _qkv(shape, scale=1.0, dtype=jnp.float32):
     return [jnp.asarray(scale * draw(shape), jnp.float32).astype(dtype) for _ in range(4)]
 
 
+@cache
+def _with_gradients(f):
+    """(q, k, v, dy) -> what `f` makes of the first three, and their gradients: one program."""
+
+    @jax.jit
+    def run(q, k, v, dy):
+        y, back = jax.vjp(f, q, k, v)
+        return y, *back(dy)
+
+    return run
+
+
 def _plain(q, k, v):
     scores = np.einsum("bthc,bshc->bhts", q, k) / np.sqrt(q.shape[-1])
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -35,7 +47,7 @@ def _plain(q, k, v):
 def test_attention_is_the_softmax_of_the_scores(scale, atol):
     q, k, v, _ = _qkv((2, 12, 3, 8), scale)
     exact = _plain(*(np.asarray(x, np.float64) for x in (q, k, v)))
-    np.testing.assert_allclose(attention(q, k, v), exact, atol=atol)
+    np.testing.assert_allclose(jax.jit(attention)(q, k, v), exact, atol=atol)
 
 
 # 12 pixels are one short slice of a reduction, 96 are three.
@@ -44,7 +56,8 @@ def test_attention_is_the_softmax_of_the_scores(scale, atol):
 def test_the_gradient_of_attention_is_that_of_jax(pixels, scale, atol):
     q, k, v, dy = _qkv((2, pixels, 3, 8))
     q, k = scale * q, scale * k
-    ours, theirs = (jax.vjp(f, q, k, v)[1](dy) for f in (attention, jax.nn.dot_product_attention))
+    functions = attention, jax.nn.dot_product_attention
+    (_, *ours), (_, *theirs) = (_with_gradients(f)(q, k, v, dy) for f in functions)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=atol)
 
@@ -58,9 +71,7 @@ def _rms(x):
 def test_the_gradient_of_attention_in_bfloat16_sums_in_float32(channels):
     q, k, v, dy = _qkv((1, 256, 1, channels), dtype=jnp.bfloat16)
     ours = jax.vjp(attention, q, k, v)[1](dy)
-    exact = jax.vjp(attention, *(x.astype(jnp.float32) for x in (q, k, v)))[1](
-        dy.astype(jnp.float32)
-    )
+    _, *exact = _with_gradients(attention)(*(x.astype(jnp.float32) for x in (q, k, v, dy)))
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == jnp.bfloat16
         # Weights, scores' gradients and results are rounded to 8 bits, sums of them are not.
@@ -99,9 +110,9 @@ def test_a_1x1_convolution_is_a_dense_layer():
     ours, theirs = Conv1x1(5, jnp.float32), nn.Dense(5)
     params = theirs.init(jax.random.key(1), x)["params"] | {"bias": jnp.arange(5.0)}
     found, exact = (
-        jax.value_and_grad(lambda p, x, m=m: (m.apply({"params": p}, x) ** 2).sum(), (0, 1))(
-            params, x
-        )
+        jax.jit(
+            jax.value_and_grad(lambda p, x, m=m: (m.apply({"params": p}, x) ** 2).sum(), (0, 1))
+        )(params, x)
         for m in (ours, theirs)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, exact)
@@ -124,8 +135,9 @@ def test_the_gradient_of_a_product_of_pixels(channels, dtype, limit):
 
 
 def test_an_attention_block_has_the_parameters_it_always_had():
-    variables = AttentionBlock(num_heads=2).init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))
-    shapes = jax.tree.map(jnp.shape, variables["params"])
+    init, x = AttentionBlock(num_heads=2).init, jnp.zeros((1, 4, 4, 8))
+    variables = jax.eval_shape(init, jax.random.key(0), x)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, variables["params"])
     assert shapes == {
         "norm": {"scale": (8,), "bias": (8,)},
         "qkv": {"kernel": (8, 24), "bias": (24,)},
@@ -171,11 +183,6 @@ def test_a_shift_of_all_pixels_has_their_sum_as_gradient():
     np.testing.assert_allclose(dshift, np.asarray(dy, np.float64).sum((1, 2)), rtol=1e-5, atol=1e-6)
 
 
-def _with_gradients(f, q, k, v, dy):
-    y, back = jax.vjp(f, q, k, v)
-    return y, *back(dy)
-
-
 def _tpu_text(n, dtype, per_device):
     q = jnp.ones((2, n, 2, 64), dtype)
     with traced_for("tpu"):
@@ -210,8 +217,8 @@ def test_a_training_step_on_a_tpu_has_all_of_its_kernels():
 def test_splash_attention_is_attention(monkeypatch):
     monkeypatch.setattr(attention_lib, "_SPLASH_BLOCK", 128)  # two of them
     arrays = _qkv((2, 256, 2, 64))
-    ours = _with_gradients(partial(splash, interpret=True), *arrays)
-    theirs = _with_gradients(jax.nn.dot_product_attention, *arrays)
+    ours = _with_gradients(partial(splash, interpret=True))(*arrays)
+    theirs = _with_gradients(jax.nn.dot_product_attention)(*arrays)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -221,7 +228,7 @@ def test_splash_attention_of_each_devices_own_examples():
     arrays = _qkv((4, 128, 2, 64))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     divided = sharding.make_per_device(mesh)(partial(splash, interpret=True))
-    ours = jax.jit(partial(_with_gradients, divided))(*jax.device_put(tuple(arrays), rows))
-    theirs = _with_gradients(jax.nn.dot_product_attention, *arrays)
+    ours = _with_gradients(divided)(*jax.device_put(tuple(arrays), rows))
+    theirs = _with_gradients(jax.nn.dot_product_attention)(*arrays)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import flax.linen as nn
@@ -9,10 +10,15 @@ import pytest
 from cascaded_diffusion.networks import conditioning, layers
 from cascaded_diffusion.networks.unet import NETWORKS, Network
 from cascaded_diffusion.types import Conditioning
+from tests.one_layer import OneLayer
 
 
 def bilinear(x, size):
     return jax.image.resize(x, (x.shape[0], *size, x.shape[-1]), "bilinear")
+
+
+# Half as many blocks as `build` has of itself.
+ONE_LEVEL = {"channel_mults": (1,), "num_res_blocks": (1,)}
 
 
 def build(super_resolution=False, name="unet", **overrides):
@@ -27,7 +33,8 @@ def build(super_resolution=False, name="unet", **overrides):
         aug_level_input=super_resolution,
         upsample=bilinear if super_resolution else None,
     )
-    return Network(module=NETWORKS[name](**{**settings, **overrides}))
+    module = {**NETWORKS, "one_layer": OneLayer}[name]
+    return Network(module=module(**{**settings, **overrides}))
 
 
 def inputs(super_resolution=False, batch=2):
@@ -55,6 +62,20 @@ def random_params(init, *args, seed=1):
 
     shapes = jax.eval_shape(init, jax.random.key(0), *args)
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def compiled(name):
+    """A super-resolution network as one program, parameters and inputs for it."""
+    network, args = build(True, name=name), inputs(True)
+    return jax.jit(network.apply), random_params(network.init, *args), args
+
+
+@functools.cache
+def compiled_with_dropout():
+    """A network of one level that drops half of its numbers: likewise, with four examples."""
+    network, args = build(dropout_rate=0.5, **ONE_LEVEL), inputs(batch=4)
+    return jax.jit(network.apply), random_params(network.init, *args), args
 
 
 def outputs_of_blocks(network, params, args):
@@ -86,18 +107,27 @@ def outputs_of_blocks(network, params, args):
 def test_output_is_an_image_and_starts_at_zero(super_resolution, overrides):
     network = build(super_resolution, **overrides)
     args = inputs(super_resolution)
-    params = network.init(jax.random.key(0), *args)
-    out = network.apply(params, *args)
+
+    def arbitrary(next_fun, args, kwargs, context):
+        out = next_fun(*args, **kwargs)
+        if context.module.name != "norm_out":
+            return out
+        return np.random.default_rng(0).standard_normal(out.shape, np.float32)
+
+    @jax.jit
+    def start(key):
+        # The last convolution makes zeros of whatever it is shown. XLA compiles nothing before it.
+        with nn.intercept_methods(arbitrary):
+            return network.module.init_with_output(key, *args)[0]
+
+    out = start(jax.random.key(0))
     assert out.shape == (*args[0].shape[:-1], overrides.get("out_channels", 3))
     np.testing.assert_array_equal(out, 0.0)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_input_reaches_the_output(name):
-    network = build(super_resolution=True, name=name)
-    xt, logsnr, cond = inputs(super_resolution=True)
-    params = random_params(network.init, xt, logsnr, cond)
-    apply = jax.jit(network.apply)
+    apply, params, (xt, logsnr, cond) = compiled(name)
     reference = apply(params, xt, logsnr, cond)
     changed = {
         "xt": (xt + 0.1, logsnr, cond),
@@ -124,10 +154,7 @@ def test_every_input_reaches_the_output(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_examples_do_not_mix(name):
-    network = build(name=name)
-    xt, logsnr, cond = inputs(batch=3)
-    params = random_params(network.init, xt, logsnr, cond)
-    apply = jax.jit(network.apply)
+    apply, params, (xt, logsnr, cond) = compiled(name)
     reference = apply(params, xt, logsnr, cond)
     out = apply(params, xt.at[0].add(1.0), logsnr, cond)
     np.testing.assert_allclose(out[1:], reference[1:], atol=1e-5)
@@ -135,22 +162,18 @@ def test_examples_do_not_mix(name):
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters():
-    args = inputs(super_resolution=True)
-    params = random_params(build(True).init, *args)
-    low = build(True, dtype=jnp.bfloat16)
+    apply, params, args = compiled_with_dropout()  # without a key, there is none
+    low = build(dtype=jnp.bfloat16, **ONE_LEVEL)
     assert {
         x.dtype for x in jax.tree.leaves(jax.eval_shape(low.init, jax.random.key(0), *args))
     } == {jnp.dtype("float32")}
-    full, half = (jax.jit(network.apply)(params, *args) for network in (build(True), low))
+    full, half = (f(params, *args) for f in (apply, jax.jit(low.apply)))
     assert half.dtype == jnp.float32
     assert 0 < np.abs(full - half).max() < 0.1 * np.abs(full).max()
 
 
 def test_dropout_only_with_a_key():
-    network = build(dropout_rate=0.5)
-    args = inputs()
-    params = random_params(network.init, *args)
-    apply = jax.jit(network.apply)
+    apply, params, args = compiled_with_dropout()
     plain = apply(params, *args)
     np.testing.assert_array_equal(plain, apply(params, *args))
     a, b = (apply(params, *args, dropout_key=jax.random.key(k)) for k in (0, 1))
@@ -191,7 +214,7 @@ def test_noise_input_is_the_time_of_the_plain_cosine_schedule_or_alpha():
 def test_the_network_is_told_of_the_noise_by_the_input_it_names():
     # logsnr = 0 is the time 1/2 of the cosine schedule, and alpha = 1/2 is logsnr = -log 3.
     xt, _, cond = inputs()
-    time, level = build(), build(noise_input="noise_level")
+    time, level = build(name="one_layer"), build(name="one_layer", noise_input="noise_level")
     params = random_params(time.init, xt, jnp.zeros(2), cond)
     np.testing.assert_allclose(
         jax.jit(time.apply)(params, xt, jnp.zeros(2), cond),
@@ -227,16 +250,11 @@ def test_a_resampling_block_resamples_both_branches_before_the_first_convolution
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 8), np.float32))
     embedding = jnp.ones((2, 16))
     block = layers.ResBlock(8, resample=direction)
-    params = block.init(jax.random.key(1), x, embedding)
+    params = jax.jit(block.init)(jax.random.key(1), x, embedding)
+    apply = functools.partial(block.apply, capture_intermediates=True, mutable="intermediates")
+    out, state = jax.jit(apply)(params, x, embedding)
     # The last convolution starts at zero, so at first the skip branch is all there is.
-    np.testing.assert_allclose(block.apply(params, x, embedding), plain(x), rtol=1e-6)
-    _, state = block.apply(
-        params,
-        x,
-        embedding,
-        capture_intermediates=True,
-        mutable="intermediates",
-    )
+    np.testing.assert_allclose(out, plain(x), rtol=1e-6)
     captured = {k: v["__call__"][0] for k, v in state["intermediates"].items() if k != "__call__"}
     resampled = plain(captured["norm0"])
     conv0 = params["params"]["conv0"]
@@ -245,33 +263,32 @@ def test_a_resampling_block_resamples_both_branches_before_the_first_convolution
 
 
 @pytest.mark.parametrize(
-    ("name", "joined", "source"),
-    [("unet", "up1_block0", "down1_block0"), ("efficient_unet", "up0_block0", "down0_block0")],
+    ("name", "levels"),
+    # The deepest level of an Efficient U-Net has no skip.
+    [("unet", ONE_LEVEL), ("efficient_unet", {})],
 )
-def test_scaled_skips_are_divided_by_the_root_of_two(name, joined, source):
-    args = inputs()
-    options = dict(name=name, attention_resolutions=())
-    params = random_params(build(**options).init, *args)
-    results = []
-    for scale_skips in (False, True):
-        network = build(**options, scale_skips=scale_skips)
+def test_scaled_skips_are_divided_by_the_root_of_two(name, levels):
+    joined, source = "up0_block0", "down0_block0"
+    options = dict(name=name, attention_resolutions=(), **levels)
+    params = random_params(build(**options).init, *inputs())
 
-        def run(params, *args, network=network):
-            seen = {}
+    def run(scale_skips, *args):
+        seen = {}
 
-            def spy(next_fun, args, kwargs, context):
-                out = next_fun(*args, **kwargs)
-                if context.module.name in {joined, source}:
-                    seen[context.module.name] = (args[0], out)
-                return out
+        def spy(next_fun, args, kwargs, context):
+            out = next_fun(*args, **kwargs)
+            if context.module.name in {joined, source}:
+                seen[context.module.name] = (args[0], out)
+            return out
 
-            with nn.intercept_methods(spy):
-                return network.apply(params, *args), seen
+        with nn.intercept_methods(spy):
+            return build(**options, scale_skips=scale_skips).apply(*args), seen
 
-        out, seen = jax.jit(run)(params, *args)
+    # In one program, which computes only once what comes before the skip.
+    both = jax.jit(lambda *args: [run(scale_skips, *args) for scale_skips in (False, True)])
+    (plain, _), (scaled, _) = found = both(params, *inputs())
+    for (_, seen), scale in zip(found, (1.0, 2**-0.5), strict=True):
         _, skip = seen[source]
         together, _ = seen[joined]
-        scale = 2**-0.5 if scale_skips else 1.0
         np.testing.assert_allclose(together[..., -skip.shape[-1] :], scale * skip, rtol=1e-6)
-        results.append(out)
-    assert np.abs(results[0] - results[1]).max() > 1e-3
+    assert np.abs(plain - scaled).max() > 1e-3

@@ -8,7 +8,13 @@ import pytest
 from cascaded_diffusion.networks import initializers
 from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.networks.unet import NETWORKS
-from tests.networks.test_unet import build, inputs, random_params
+from tests.networks.test_unet import (
+    ONE_LEVEL,
+    build,
+    compiled_with_dropout,
+    inputs,
+    random_params,
+)
 
 
 def _gradient(network, args, params):
@@ -20,34 +26,48 @@ def _gradient(network, args, params):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_rematerialization_and_gathering_change_nothing(name):
-    network, args = build(True, name=name, dropout_rate=0.3), inputs(True)
-    params = random_params(network.init, *args)
-    gathered = []
+def _gathering(gathered, placed, remat_sizes):
+    """An execution that notes what is gathered and placed."""
 
     def gather(part, path, dtype):
         gathered.append(path)
         return jax.tree.map(lambda x: x * 1.0, part)
 
-    placed = []
+    return Execution(
+        gather=gather,
+        constrain_sharding=lambda h: placed.append(h.shape) or h,
+        remat_sizes=remat_sizes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "execution"),
+    [
+        ({"name": "unet", **ONE_LEVEL}, Execution(remat_sizes=(16,))),
+        # Some blocks are computed again and some are not; all gather.
+        ({"name": "efficient_unet"}, _gathering([], [], (8,))),
+    ],
+    ids=NETWORKS,
+)
+def test_rematerialization_and_gathering_change_nothing(options, execution):
+    network, args = build(True, dropout_rate=0.3, **options), inputs(True)
+    params = random_params(network.init, *args)
     expected = _gradient(network, args, params)
-    for execution in (
-        Execution(remat_sizes=(16, 8, 4)),
-        Execution(
-            gather=gather,
-            constrain_sharding=lambda h: placed.append(h.shape) or h,
-            remat_sizes=(8,),
-        ),
-    ):
-        found = _gradient(network.with_execution(execution), args, params)
-        # Dropout, too, is the same.
-        np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-            found[1],
-            expected[1],
-        )
+    found = _gradient(network.with_execution(execution), args, params)
+    # Dropout, too, is the same.
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found[1], expected[1]
+    )
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_parameters_are_gathered_and_feature_maps_of_all_sizes_placed(name):
+    network, args = build(True, name=name), inputs(True)
+    params = jax.eval_shape(network.init, jax.random.key(0), *args)
+    gathered, placed = [], []
+    ours = network.with_execution(_gathering(gathered, placed, (8,)))
+    jax.eval_shape(ours.apply, params, *args)
     assert {path[0] for path in gathered} == set(params)
     assert {shape[1] for shape in placed} >= {16, 8}
 
@@ -67,10 +87,8 @@ def test_rematerialized_blocks_keep_less():
 
 
 def test_dropout_is_a_function_of_the_row():
-    network, (xt, logsnr, cond) = build(dropout_rate=0.5), inputs(batch=4)
-    params = random_params(network.init, xt, logsnr, cond)
+    apply, params, (xt, logsnr, cond) = compiled_with_dropout()
     key = jax.random.key(5)
-    apply = jax.jit(network.apply)
     whole = apply(params, xt, logsnr, cond, dropout_key=key)
     rows = jnp.asarray([3, 1])
     part = apply(
@@ -82,13 +100,15 @@ def test_dropout_is_a_function_of_the_row():
         rows=rows,
     )
     np.testing.assert_allclose(part, whole[rows], atol=1e-5)
-    assert np.abs(whole - apply(params, xt, logsnr, cond)).max() > 1e-3
+    other = apply(params, xt, logsnr, cond, dropout_key=jax.random.key(6))
+    assert np.abs(whole - other).max() > 1e-3  # whatever is dropped differs
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_initial_parameters_have_the_spread_of_their_fan_in(name):
     network = build(True, name=name, channels=32, num_heads=1)
-    params = jax.jit(network.init)(jax.random.key(0), *inputs(True))
+    # NumPy's functions of JAX's arrays would be JAX's, which compiles them for each shape.
+    params = jax.tree.map(np.asarray, jax.jit(network.init)(jax.random.key(0), *inputs(True)))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
     zero, drawn = [], []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -109,7 +129,7 @@ def test_initial_parameters_have_the_spread_of_their_fan_in(name):
 
 
 def test_initial_parameters_are_a_function_of_the_key_alone():
-    network, args = build(channel_mults=(1,), num_res_blocks=(1,)), inputs()
+    network, args = build(name="one_layer"), inputs()
     first, again, other = (network.init(jax.random.key(k), *args) for k in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     # Operation by operation, not as one program, they are the same but for rounding.
