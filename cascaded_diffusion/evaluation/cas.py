@@ -52,9 +52,8 @@ def cas_record(
         if missing := task.num_classes - len(np.unique(images.labels)):
             of_how_many = f"{missing} of the {task.num_classes} classes"
             print(f"{label}: no training image of {of_how_many}", flush=True)
-        variables = classifier_training.train_classifier(
-            task, images, train_steps=steps, batch_size=batch_size, label=label
-        )
+        how = dict(train_steps=steps, batch_size=batch_size, label=label)
+        variables = classifier_training.train_classifier(task, images, **how)
         logits = Classifier(task, variables)(test.images).logits
         top1, top5, of_class[name] = accuracy_of(logits, test.labels)
         found[name] = {"top1": top1, "top5": top5, "num_images": len(images.labels)}

@@ -108,10 +108,8 @@ def build_extractor(
         most = np.bincount(others.labels).max() / len(others.labels)
         does, doubtful = "recognises", classifier.accuracy <= most
         guess = f"no more than the {100 * most:.1f} % of their most frequent class"
-    say(
-        f"{stage.name}: {features} at {stage.resolution} px {does} {100 * classifier.accuracy:.1f}"
-        f" % of the {len(others.labels)} held-out real images"
-    )
+    told = f"{does} {100 * classifier.accuracy:.1f} % of the {len(others.labels)}"
+    say(f"{stage.name}: {features} at {stage.resolution} px {told} held-out real images")
     if doubtful:
         say(
             f"{stage.name}: that is {guess}: the features are those of an all but untrained"

@@ -34,8 +34,7 @@ class TrainedStage:
     @property
     def name(self) -> str:
         """Name, step and EMA, for people."""
-        chosen = self.chosen
-        return f"{self.stage.config.name}@{chosen.step}, EMA {chosen.ema_decay:g}"
+        return f"{self.stage.config.name}@{self.chosen.step}, EMA {self.chosen.ema_decay:g}"
 
 
 def load_trained(folder: RunFolder, mesh: Mesh) -> TrainedStage:

@@ -139,7 +139,6 @@ def load_inception(
     `weights` is the path of a file, by default the cached ones, else a download; it may be another
     than the public one if `allow_other_weights`. Raises UserError as `load_weights`.
     """
-    if mesh is None:
-        mesh = mesh_lib.build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    mesh = mesh or mesh_lib.build_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     loaded = load_weights(weights, allow_other=allow_other_weights)
     return InceptionExtractor(loaded, resize, mesh)
