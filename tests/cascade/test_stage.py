@@ -36,10 +36,15 @@ def _stage(config):
     return stage, jax.tree.map(lambda x: 0.3 * x, random_params(stage.init))
 
 
+# Its norm is then over groups of three channels. Of 8 channels each would be a group, and the norm
+# would take away all that one layer knows of labels and levels.
+_GROUPS = {"stage__network__channels": 12}
+
+
 @pytest.fixture(scope="module")
 def cascades(one_layer):
     """By whether it is truncated: a cascade's sampling function and parameters."""
-    stages = _stage(smallest_base()), _stage(smallest_sr())
+    stages = _stage(smallest_base(**_GROUPS)), _stage(smallest_sr(**_GROUPS))
     return {truncated: _cascade(stages, truncated) for truncated in (False, True)}
 
 
@@ -263,7 +268,7 @@ def test_images_do_not_depend_on_the_batch(cascades, truncated):
 
 def test_images_do_not_depend_on_the_devices():
     # One of the networks is real: devices divide what its layers compute.
-    stages = _stage(smallest_efficient()), _stage(smallest_sr())
+    stages = _stage(smallest_efficient()), _stage(smallest_sr(**_GROUPS))
     sample, params = _cascade(stages, truncated=False)
     key, labels = jax.random.key(7), jnp.arange(8) % 10
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -319,11 +324,12 @@ def test_network_is_a_pair_of_pure_functions():
 
 def _cascade3(truncated):
     """8 -> 16 -> 32 px, the middle stage with and the last without a level."""
-    base = smallest_base(stage__resolution=8, data__resolution=32).stage
+    base = smallest_base(stage__resolution=8, data__resolution=32, **_GROUPS).stage
     middle = smallest_sr(
         stage__resolution=16,
         stage__low_res_resolution=8,
         stage__network__patch_size=2,
+        **_GROUPS,
     ).stage
     last = _sr_with("blur").config
     stages = [build_stage(config) for config in (base, middle, last)]

@@ -214,7 +214,9 @@ def test_noise_input_is_the_time_of_the_plain_cosine_schedule_or_alpha():
 def test_the_network_is_told_of_the_noise_by_the_input_it_names():
     # logsnr = 0 is the time 1/2 of the cosine schedule, and alpha = 1/2 is logsnr = -log 3.
     xt, _, cond = inputs()
-    time, level = build(name="one_layer"), build(name="one_layer", noise_input="noise_level")
+    # One layer's norm takes away a shift of every channel for itself, but not within groups.
+    options = {"name": "one_layer", "channels": 12}
+    time, level = build(**options), build(**options, noise_input="noise_level")
     params = random_params(time.init, xt, jnp.zeros(2), cond)
     np.testing.assert_allclose(
         jax.jit(time.apply)(params, xt, jnp.zeros(2), cond),
