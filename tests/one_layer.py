@@ -32,10 +32,10 @@ class OneLayer(ConditionalNetwork):
 
 
 @contextlib.contextmanager
-def in_place_of_the_unet():
-    """Stages that are built meanwhile have one layer where their configs say "unet"."""
+def in_place_of_the_unet(network=OneLayer):
+    """Stages that are built meanwhile have this network where their configs say "unet"."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(unet.NETWORKS, "unet", OneLayer)
+        patch.setitem(unet.NETWORKS, "unet", network)
         yield
 
 
