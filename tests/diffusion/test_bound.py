@@ -71,7 +71,8 @@ def test_normal_kl_is_the_textbooks():
 @pytest.mark.parametrize("logvar", LOGVARS)
 def test_discretized_likelihood_is_scipys_and_sums_to_one(logvar):
     mean = np.float32([-1.3, -1.0, -0.2, 0.0, 0.003, 0.999, 1.5])[:, None]
-    got = np.asarray(bound.discretized_log_likelihood(PIXELS, mean, logvar), np.float64)
+    likelihood = jax.jit(bound.discretized_log_likelihood)
+    got = np.asarray(likelihood(PIXELS, mean, logvar), np.float64)
     assert np.isfinite(got).all()  # far tails too
     np.testing.assert_allclose(
         got, exact_log_likelihood(PIXELS, mean, logvar), rtol=1e-5, atol=1e-5
@@ -92,10 +93,14 @@ def test_the_gradient_of_the_likelihood_is_finite_in_far_tails():
         assert np.isfinite(by_logvar).all()
 
 
+@functools.cache
+def _compiled_term(log_variance):
+    return jax.jit(functools.partial(bound.vlb_term, log_variance=log_variance))
+
+
 def _term(x0, xt, prediction, logsnr_s, logsnr_t, log_variance, is_first=False, cut=-30.0):
     full = functools.partial(jnp.full, x0.shape[:1])
-    vlb_term = jax.jit(functools.partial(bound.vlb_term, log_variance=log_variance))
-    return vlb_term(
+    return _compiled_term(log_variance)(
         prediction,
         x0,
         xt,
@@ -224,14 +229,15 @@ def test_bits_fall_with_more_steps_to_those_of_the_data_itself():
 def test_a_better_denoiser_needs_fewer_bits():
     x0, keys = draw(256)
 
-    def worse(amount):
+    @jax.jit
+    def needed(x0, keys, amount):
         def denoise(xt, logsnr):
             prediction = DATA.denoise(xt, logsnr)
             return dataclasses.replace(prediction, x0=prediction.x0 + amount)
 
-        return denoise
+        return bits(denoise, x0, keys, 32, LARGE).mean()
 
-    got = [float(bits(worse(amount), x0, keys, 32, LARGE).mean()) for amount in (0, 0.02, 0.1)]
+    got = [float(needed(x0, keys, amount)) for amount in (0.0, 0.02, 0.1)]
     assert got[0] < got[1] < got[2]
 
 
