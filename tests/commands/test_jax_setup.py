@@ -69,37 +69,44 @@ import json, os, resource
 import numpy as np
 from cascaded_diffusion.commands import jax_setup
 jax = jax_setup.set_up_jax(platform=os.environ.get("PROBED_PLATFORM"))
-faults = []
-for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    b"x" * (100 << 20)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-step = jax.jit(lambda x: jax.lax.fori_loop(0, 2000, lambda _, x: jax.numpy.sin(x @ x), x))
-ready = step(np.ones((128, 128), np.float32)).is_ready()
-x = np.linspace(-20, 20, 256, dtype=np.float32)
-values = {
-    name: [jax.jit(getattr(jax.numpy, name))(x).tolist(), getattr(np, name)(x).tolist()]
-    for name in ("arctan", "exp", "tanh", "sin", "cos", "expm1")
-}
-print(json.dumps(dict(
-    xla_flags=os.environ["XLA_FLAGS"],
-    page_faults=faults,
-    ready=ready,
-    values=values,
-    backend=jax.default_backend(),
-    platforms=jax.config.jax_platforms,
-    x64=jax.config.jax_enable_x64,
-    dtype=str(jax.numpy.arange(2.0).dtype),
-)))
+found = dict(xla_flags=os.environ["XLA_FLAGS"])
+if "memory" in os.environ["PROBED"]:
+    faults = found["page_faults"] = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        b"x" * (100 << 20)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+if "programs" in os.environ["PROBED"]:
+    step = jax.jit(lambda x: jax.lax.fori_loop(0, 2000, lambda _, x: jax.numpy.sin(x @ x), x))
+    found["ready"] = step(np.ones((128, 128), np.float32)).is_ready()
+    x = np.linspace(-20, 20, 256, dtype=np.float32)
+    found["values"] = {
+        name: [jax.jit(getattr(jax.numpy, name))(x).tolist(), getattr(np, name)(x).tolist()]
+        for name in ("arctan", "exp", "tanh", "sin", "cos", "expm1")
+    }
+    found["x64"] = jax.config.jax_enable_x64
+    found["dtype"] = str(jax.numpy.arange(2.0).dtype)
+found |= dict(backend=jax.default_backend(), platforms=jax.config.jax_platforms)
+print(json.dumps(found))
 """
 _OWN_FLAG = "--xla_cpu_experimental_ynn_fusion_type=dot"
 _OWN_TUNABLES = "glibc.malloc.mmap_max=65536"
-# One process for each environment; its tests look at one thing each.
+# One process for each environment; its tests look at one thing each. It probes what they ask for.
 _ENVIRONMENTS = {
-    "plain": {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"},
-    "tuned": {"XLA_FLAGS": _OWN_FLAG, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": _OWN_TUNABLES},
+    "plain": {
+        "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": "1",
+        "PROBED": "memory and programs",
+    },
+    "tuned": {
+        "XLA_FLAGS": _OWN_FLAG,
+        "JAX_PLATFORMS": "cpu",
+        "GLIBC_TUNABLES": _OWN_TUNABLES,
+        "PROBED": "memory",
+    },
     # A platform that is not there, or somebody else's.
-    "elsewhere": {"JAX_PLATFORMS": "tpu", "PROBED_PLATFORM": "cpu"},
+    "elsewhere": {"JAX_PLATFORMS": "tpu", "PROBED_PLATFORM": "cpu", "PROBED": ""},
 }
 
 
