@@ -25,17 +25,30 @@ from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # grain asks
 
-# Files with expensive fixtures start first, so that no process is left with one at the end.
+# Files of half a minute or more start first, the longest at the head, so that no process is left
+# with one at the end.
 _LONGEST_FIRST = (
     "test_end_to_end",
-    "test_score",
     "test_sharding",
-    "test_training",
-    "test_recovery",
-    "test_sample",
-    "test_sweep",
+    "test_stage",
+    "test_score",
+    "test_classifier_extractor",
+    "test_execution",
+    "test_unet",
+    "test_samplers",
+    "test_resume",
     "test_distributed",
+    "test_training",
+    "test_cas",
+    "test_inception_extractor",
+    "test_plans",
+    "test_sweep",
+    "test_recovery",
+    "test_layers",
     "test_jax_setup",
+    "test_sample",
+    "test_plan",
+    "test_norms",
 )
 
 
