@@ -17,13 +17,15 @@ from tests.networks.test_unet import (
 )
 
 
-def _gradient(network, args, params):
+def _gradients(networks, args, params):
+    """Loss and gradient of each; one program, which computes once what they have in common."""
     key = jax.random.key(3)
 
-    def loss(params):
+    def loss(params, network):
         return (network.apply(params, *args, dropout_key=key) ** 2).mean()
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    both = jax.jit(lambda params: [jax.value_and_grad(loss)(params, n) for n in networks])
+    return both(params)
 
 
 def _gathering(gathered, placed, remat_sizes):
@@ -52,8 +54,7 @@ def _gathering(gathered, placed, remat_sizes):
 def test_rematerialization_and_gathering_change_nothing(options, execution):
     network, args = build(True, dropout_rate=0.3, **options), inputs(True)
     params = random_params(network.init, *args)
-    expected = _gradient(network, args, params)
-    found = _gradient(network.with_execution(execution), args, params)
+    expected, found = _gradients([network, network.with_execution(execution)], args, params)
     # Dropout, too, is the same.
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     jax.tree.map(
