@@ -1,6 +1,5 @@
 import dataclasses
 import zipfile
-from functools import partial
 
 import jax
 import numpy as np
@@ -15,8 +14,8 @@ from cascaded_diffusion.evaluation.features.classifier_training import (
     Task,
     turned,
 )
-from cascaded_diffusion.networks.classifier import init_classifier
 from cascaded_diffusion.runtime.mesh import build_mesh
+from tests.evaluation.stubs import untrained_classifier
 
 
 def _task(network="small", num_classes=2, seed=0):
@@ -70,7 +69,7 @@ def _upright(seed, count=96):
     """Photos by daylight: bright at the top, noise over it."""
     rng = np.random.default_rng(seed)
     light = np.linspace(200, 0, 16)[None, :, None, None]
-    images = light + rng.integers(0, 56, (count, 16, 16, 3))
+    images = light + rng.integers(0, 56, (count, 16, 16, 1))
     return lib.LabelledImages(images.astype(np.uint8), np.zeros(count, np.int32))
 
 
@@ -108,7 +107,7 @@ def test_images_without_labels_are_told_apart_by_rotation(tmp_path):
 
 
 def test_rotations_of_symmetric_images_cannot_be_told(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 1), np.uint8)
     noise = np.maximum.reduce([np.rot90(noise, k, (1, 2)) for k in range(NUM_TURNS)])
     data = lib.LabelledImages(noise, np.zeros(64, np.int32))
     task = _task("rotation", num_classes=0)
@@ -126,12 +125,7 @@ def test_a_classifier_of_one_class_is_refused(tmp_path):
 
 
 def test_classes_without_images_count(tmp_path, monkeypatch):
-    def untrained(task, train, label):
-        init = partial(init_classifier, task.module, shape=train.images.shape)
-        shapes = jax.eval_shape(init, jax.random.key(0))
-        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-
-    monkeypatch.setattr(lib.training, "train_classifier", untrained)
+    monkeypatch.setattr(lib.training, "train_classifier", untrained_classifier)
     path, data, said = tmp_path / "classifier.npz", _small(0), []
 
     def load(num_classes):
