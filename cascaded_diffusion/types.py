@@ -21,52 +21,33 @@ Tree = TypeVar("Tree")  # a pytree; where it is returned, one of the same struct
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One global training batch.
+    """One global training batch. Images are float32 in [-1, 1]."""
 
-    Attributes:
-      image: [B, H, W, C] float32 in [-1, 1], at the data set's resolution.
-      label: [B] int32 class ids, or None for data without classes.
-      low_res: [B, h, w, C] float32 in [-1, 1] if the data has it stored; None if it is
-        derived from `image`.
-    """
-
-    image: jax.Array
-    label: jax.Array | None = None
-    low_res: jax.Array | None = None
+    image: jax.Array  # [B, H, W, C] at the data set's resolution
+    label: jax.Array | None = None  # [B] int32 class ids; None for data without classes
+    low_res: jax.Array | None = None  # [B, h, w, C] if it is stored; None: derived from `image`
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Everything a stage is conditioned on. Each field is optional.
+    """Everything a stage is conditioned on. Each field is optional."""
 
-    Attributes:
-      label: [B] int32 class ids; `num_classes` stands for "dropped".
-      low_res: [B, h, w, C] float32, already damaged by conditioning augmentation, at its own
-        resolution; the network enlarges it.
-      aug_level: [B] float32 in [0, 1], the strength of that damage.
-    """
-
-    label: jax.Array | None = None
+    label: jax.Array | None = None  # [B] int32 class ids; `num_classes` stands for "dropped"
+    # [B, h, w, C] float32, already damaged by conditioning augmentation; the network enlarges it.
     low_res: jax.Array | None = None
-    aug_level: jax.Array | None = None
+    aug_level: jax.Array | None = None  # [B] float32 in [0, 1], the strength of that damage
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A network's output in both of its useful forms.
+    """A network's output in both of its useful forms, [B, H, W, C] each."""
 
-    Attributes:
-      x0: [B, H, W, C] the predicted clean image.
-      eps: [B, H, W, C] the predicted noise, consistent with `x0` and `xt`.
-      variance_fraction: [B, H, W, C] where the log-variance of the reverse step lies between the
-        small (0) and the large one (1); None if it is not learned. Unlike a variance, a fraction
-        fits steps of any length.
-    """
-
-    x0: jax.Array
-    eps: jax.Array
+    x0: jax.Array  # the predicted clean image
+    eps: jax.Array  # the predicted noise, consistent with `x0` and `xt`
+    # Where the log-variance of the reverse step lies between the small (0) and the large one (1);
+    # None if it is not learned. Unlike a variance, a fraction fits steps of any length.
     variance_fraction: jax.Array | None = None
 
 

@@ -11,17 +11,11 @@ from cascaded_diffusion.config.schema import StageConfig
 
 @dataclasses.dataclass
 class StageCost:
-    """The cost of one image in one forward pass.
-
-    Attributes:
-      parameters: number of the network's parameters.
-      flops: of convolutions and matrix products; a multiply-add counts as two.
-      kept_values: numbers that are kept for the backward pass, without rematerialization.
-    """
+    """The cost of one image in one forward pass."""
 
     parameters: int = 0
-    flops: int = 0
-    kept_values: int = 0
+    flops: int = 0  # of convolutions and matrix products; a multiply-add counts as two
+    kept_values: int = 0  # for the backward pass, without rematerialization
 
     def _linear(self, inputs: int, outputs: int, places: int) -> None:
         self.parameters += inputs * outputs

@@ -119,23 +119,17 @@ class CorruptionGuard:
 
 
 class DataSet:
-    """What raw sources and sources have in common.
+    """What raw sources and sources have in common."""
 
-    Attributes:
-      class_names: in order of label; empty for data without classes.
-      identity: what the data set is, independent of its path: a digest of names and sizes, or
-        of the contents of data that is in memory anyway.
-      times: a digest of the modification times of its files, in whole seconds; "" where
-        `identity` covers the contents.
-      class_counts: int [K], the number of examples per class; None if only reading tells.
-      origin: what the records are read from, which knows how many there are and where.
-    """
-
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()  # in order of label; empty for data without classes
+    # What the data set is, independent of its path: a digest of names and sizes, or of the
+    # contents of data that is in memory anyway.
     identity: str
+    # A digest of its files' modification times, in whole seconds; "" where `identity` covers the
+    # contents.
     times: str = ""
-    class_counts: np.ndarray | None = None
-    origin: DataSet | Shards
+    class_counts: np.ndarray | None = None  # examples, int [K]; None if only reading tells
+    origin: DataSet | Shards  # what is read from, which knows how many records there are and where
 
     def __len__(self) -> int:
         return len(self.origin)
@@ -182,10 +176,8 @@ class RawSource(DataSet):
 class Source(DataSet):
     """What the loader and evaluation read: images of one size, with corrupt ones dealt with.
 
-    Attributes:
-      image_shape: (H, W, C).
-      low_res_shape: (h, w, C) where low-res images are stored, else None.
-      guard: applies the config's policy about corrupt records.
+    Images are (H, W, C) as `image_shape`, stored low-res ones as `low_res_shape`, which is None
+    without. The `guard` applies the config's policy about corrupt records.
     """
 
     def __init__(
