@@ -9,7 +9,7 @@ cosine schedule, Adam, EMA, checkpoints chosen by Fréchet distance.
 """
 
 from ml_collections import ConfigDict
-from sections import check_variant, classifier_eval, data_mesh, ddim, mnist, save_every
+from sections import check_variant, classifier_eval, data_mesh, ddim, mnist, train_for
 
 #              channels  train_steps  batch_size  num_samples
 _VARIANTS = {
@@ -63,17 +63,13 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.train = dict(
         seed=0,
         batch_size=batch_size,
-        train_steps=train_steps,
         learning_rate=2e-3,
         lr_decay="cosine",
-        warmup_steps=train_steps // 10,
         adam_b2=0.99,
         grad_clip_norm=1.0,
         ema_decays=(0.995,),
-        log_every_steps=max(1, train_steps // 40),
-        sample_every_steps=train_steps // 2,
     )
+    train_for(config, train_steps)
     config.eval = classifier_eval(num_samples, ema_decay=0.995, patience_evals=5)
     config.mesh = data_mesh()
-    config.checkpoint = save_every(train_steps // 2)
     return config

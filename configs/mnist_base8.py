@@ -7,7 +7,7 @@ It is mnist_base16 at half the size, trained for fewer steps.
 """
 
 from ml_collections import ConfigDict
-from sections import config_of
+from sections import config_of, train_for
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
@@ -15,7 +15,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.stage.update(name="base8", resolution=8)
     config.stage.network.patch_size = 1  # feature maps of 8 and 4 px, as in mnist_base16
     if variant is None:
-        config.train.update(train_steps=600, warmup_steps=60)
-        config.train.update(log_every_steps=15, sample_every_steps=300)
-        config.checkpoint.save_every_steps = 300
+        train_for(config, 600)
     return config

@@ -8,7 +8,7 @@ It is mnist_sr32 at half the size, trained for fewer steps.
 """
 
 from ml_collections import ConfigDict
-from sections import check_variant, config_of
+from sections import check_variant, config_of, train_for
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
@@ -18,7 +18,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.stage.network.patch_size = 2  # feature maps of 8 and 4 px, as in mnist_sr32
     config.eval.aug_level = 0.2
     if variant is None:
-        config.train.update(train_steps=600, warmup_steps=60)
-        config.train.update(log_every_steps=15, sample_every_steps=300)
-        config.checkpoint.save_every_steps = 300
+        train_for(config, 600)
     return config

@@ -9,7 +9,7 @@ conditioning augmentation amortized over a uniformly random level. All else is a
 """
 
 from ml_collections import ConfigDict
-from sections import check_variant, config_of
+from sections import check_variant, config_of, train_for
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
@@ -21,8 +21,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.stage.diffusion.label_dropout_prob = 0.1
     config.stage.sampler.update(num_steps=8, guidance_scale=1.0)
     if variant != "smoke":
-        config.train.update(train_steps=700, warmup_steps=70, log_every_steps=17)
-        config.train.sample_every_steps = config.checkpoint.save_every_steps = 350
+        train_for(config, 700)
     if variant != "no_augment":  # the paper's ablation
         config.stage.augment = dict(name="gaussian", max_level=1.0)
         config.stage.low_res_schedule = config.stage.schedule  # that of base16

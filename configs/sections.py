@@ -166,6 +166,13 @@ def fitting_mesh() -> Section:
     return dict(data=-1, fsdp=None)
 
 
+def train_for(config: ConfigDict, steps: int) -> None:
+    """Sets the steps of a small stage's training, which logs, samples and saves in proportion."""
+    config.train.update(train_steps=steps, warmup_steps=steps // 10)
+    config.train.update(log_every_steps=max(1, steps // 40), sample_every_steps=steps // 2)
+    config.checkpoint = save_every(steps // 2)
+
+
 def save_every(steps: int) -> Section:
     """`checkpoint`: every so many steps; the latest three and the best are kept."""
     return dict(save_every_steps=steps, max_to_keep=3)
