@@ -5,7 +5,7 @@ flipped. The paper takes the largest centred square (BigGAN's crop) and area ave
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import cv2
 import numpy as np
@@ -68,14 +68,9 @@ def area_resize(image: np.ndarray, resolution: int) -> np.ndarray:
     return _by_weights(image, resolution, area_weights)
 
 
-def bilinear_resize(image: np.ndarray, resolution: int) -> np.ndarray:
-    """Antialiased bilinear (`resize_weights`, eq. 2): float32 [H, W, C] -> square."""
-    return _by_weights(image, resolution, bilinear_weights)
-
-
 RESIZES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "area": area_resize,
-    "bilinear": bilinear_resize,
+    "bilinear": partial(_by_weights, weights=bilinear_weights),  # `resize_weights`, eq. 2
 }
 
 

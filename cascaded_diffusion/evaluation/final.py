@@ -17,7 +17,6 @@ from importlib.metadata import version
 
 import numpy as np
 
-from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import health
 from cascaded_diffusion.evaluation.evaluator import Evaluator
 from cascaded_diffusion.evaluation.samples import sample_sources
@@ -26,7 +25,7 @@ from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.score import measure_store, save_grid
 from cascaded_diffusion.evaluation.trained import TrainedStage
-from cascaded_diffusion.files.json_files import Record, read_record, write_json
+from cascaded_diffusion.files.json_files import Record, readable_record, write_json
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -105,12 +104,8 @@ def measure_final(
 
 def _stored(path: pathlib.Path, about: Record) -> Record | None:
     """The stored numbers, if they are of exactly the same samples and references."""
-    try:
-        record = read_record(path, {})
-    except UserError:
-        return None
-    wanted = json.loads(json.dumps(about))
-    same = wanted.items() <= record.items()
+    record, wanted = readable_record(path), json.loads(json.dumps(about))
+    same = record is not None and wanted.items() <= record.items()
     return record if same and path.with_suffix(".npz").exists() else None
 
 

@@ -46,6 +46,14 @@ def read_record(
     return record
 
 
+def readable_record(path: pathlib.Path, types: Types | None = None) -> Record | None:
+    """The record of a file, or None where `read_record` raises."""
+    try:
+        return read_record(path, types or {})
+    except UserError:
+        return None
+
+
 def append_line(path: pathlib.Path, record: Mapping[str, object]) -> None:
     """Appends one JSON line durably, in a single write; ends a line that a crash cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element
 
 from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import Record, read_lines, read_record
+from cascaded_diffusion.files.json_files import Record, read_lines, readable_record
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.reporting.page import (
     element,
@@ -147,7 +147,7 @@ def _state(folder: RunFolder, train_steps: int) -> str:
     step = max((record["step"] for record in folder.metrics(say=_warn)), default=0)
     at = f"at step {step} of {train_steps}"
     if folder.complete_path.exists():
-        reason = (_read_json(folder.complete_path) or {}).get("reason", "complete")
+        reason = (readable_record(folder.complete_path) or {}).get("reason", "complete")
         return "complete" if reason == "complete" else f"stopped early {at}, as evaluation asked"
     if folder.early_stop_path.exists():
         return f"asked to stop {at}"
@@ -224,17 +224,10 @@ def _best(folder: RunFolder) -> Record | None:
         return None
 
 
-def _read_json(path: pathlib.Path) -> Record | None:
-    try:
-        return read_record(path, {})
-    except UserError:
-        return None
-
-
 def _final(folder: RunFolder) -> list[Element]:
     parts = []
     for path in sorted(folder.eval.glob("final_*.json")):
-        record = _read_json(path)
+        record = readable_record(path)
         if record is None:
             parts.append(quiet(f"{path.name} cannot be read."))
             continue

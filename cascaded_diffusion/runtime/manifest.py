@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import Record, read_record, write_json
+from cascaded_diffusion.files.json_files import Record, readable_record, write_json
 from cascaded_diffusion.files.whole import sha256_of
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -44,10 +44,7 @@ def write_manifest(folder: pathlib.Path, step: int) -> None:
 
 def _manifest(folder: pathlib.Path) -> Record | None:
     """A checkpoint's manifest, or None without one. Those of older versions lack the step."""
-    try:
-        return read_record(folder / MANIFEST, {"sha256": dict})
-    except UserError:
-        return None
+    return readable_record(folder / MANIFEST, {"sha256": dict})
 
 
 def damage(folder: pathlib.Path) -> str | None:

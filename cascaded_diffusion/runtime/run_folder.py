@@ -169,10 +169,8 @@ class RunFolder:
     def _stop_patience(self) -> float | None:
         """The patience that EARLY_STOP states; None if evaluation did not write the file."""
         types = {"patience_evals": (int, float)}
-        try:
-            return json_files.read_record(self.early_stop_path, types)["patience_evals"]
-        except UserError:
-            return None
+        record = json_files.readable_record(self.early_stop_path, types)
+        return None if record is None else record["patience_evals"]
 
     def chosen(self) -> Chosen:
         """The checkpoint that evaluation chose. Raises UserError if none was chosen yet."""
