@@ -42,8 +42,7 @@ def main(argv: Sequence[str]) -> int:
     fv = flags.FlagValues()
     config_flags.define_config(fv, argv, "the stage's config file, e.g. configs/mnist_base16.py")
     train_flags.define(fv)
-    config_flags.parse(fv, argv, __doc__)
-    flag_checks.require(fv, "config")
+    config_flags.parse(fv, argv, __doc__, "config")
     config, notes = run_config_from(config_flags.config_values(fv, argv)), []
     if fv.workdir is None:
         fv.workdir = str(pathlib.Path("RUN") / config.stage.name)

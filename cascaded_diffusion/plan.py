@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from cascaded_diffusion.commands import config_flags, entry, flag_checks, jax_setup, plan_flags
+from cascaded_diffusion.commands import config_flags, entry, jax_setup, plan_flags
 from cascaded_diffusion.planning.topologies import set_up_tpu_compiler
 
 
@@ -31,8 +31,7 @@ def main(argv: Sequence[str]) -> int:
     fv = flags.FlagValues()
     config_flags.define_config(fv, argv, "a stage's or a cascade's config file")
     plan_flags.define(fv)
-    config_flags.parse(fv, argv, __doc__)
-    flag_checks.require(fv, "config")
+    config_flags.parse(fv, argv, __doc__, "config")
     topology, compile_step = plan_flags.topology(fv)
     section, configs = config_flags.stage_configs(fv, argv)
     if topology is not None and compile_step:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from absl import flags
 from absl import logging as absl_logging
 
-from cascaded_diffusion.commands import config_flags, entry, flag_checks
+from cascaded_diffusion.commands import config_flags, entry
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.progress import Progress
@@ -33,8 +33,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_bool("dry_run", False, "print size and time, write nothing", flag_values=fv)
     text = "compare shards, and what they were made of, with their SHA-256"
     flags.DEFINE_bool("verify", False, text, flag_values=fv)
-    config_flags.parse(fv, argv, __doc__)
-    flag_checks.require(fv, "config")
+    config_flags.parse(fv, argv, __doc__, "config")
     config = run_config_from(config_flags.config_values(fv, argv))
     if config.data.prepared_dir is None:
         raise UserError(

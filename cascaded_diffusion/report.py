@@ -22,8 +22,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("workdir", None, "a run, or a folder of runs", flag_values=fv)
     text = "file to write; default: WORKDIR/report.html"
     flags.DEFINE_string("output", None, text, flag_values=fv)
-    config_flags.parse(fv, argv, __doc__)
-    flag_checks.require(fv, "workdir")
+    config_flags.parse(fv, argv, __doc__, "workdir")
     flag_checks.check_paths(fv, "workdir", "output")
     root = pathlib.Path(fv.workdir)
     output = pathlib.Path(fv.output) if fv.output else root / "report.html"

@@ -46,7 +46,6 @@ import cascaded_diffusion as library
 from cascaded_diffusion.commands import entry, jax_setup
 from cascaded_diffusion.commands.cluster_flags import define_cluster, join_cluster
 from cascaded_diffusion.commands.config_flags import define_config, parse
-from cascaded_diffusion.commands.flag_checks import require
 from cascaded_diffusion.commands.run_images import shown_images
 from cascaded_diffusion.commands.sample_inputs import define_inputs, read_request
 
@@ -57,8 +56,7 @@ def main(argv: Sequence[str]) -> int:
     define_config(fv, argv, "the cascade's config file, e.g. configs/mnist_cascade32.py")
     define_inputs(fv)
     define_cluster(fv)
-    parse(fv, argv, __doc__)
-    require(fv, "workdir")
+    parse(fv, argv, __doc__, "workdir")
     request = read_request(fv, argv)
     cluster = join_cluster(fv, request.config, "workdir", "output")
     jax_setup.set_up_jax(cluster)

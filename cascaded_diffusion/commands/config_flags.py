@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from cascaded_diffusion.commands.flag_checks import check_number
+from cascaded_diffusion.commands.flag_checks import check_number, require
 from cascaded_diffusion.commands.overrides import with_overrides, without_overrides
 from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain, run_config_from
 from cascaded_diffusion.config.schema import CascadeConfig, CascadeSection, RunConfig
@@ -24,11 +24,11 @@ def define_config(fv: flags.FlagValues, argv: Sequence[str], help_text: str) -> 
     )
 
 
-def parse(fv: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
+def parse(fv: flags.FlagValues, argv: Sequence[str], usage: str, *required: str) -> None:
     """Parses `argv` strictly, but for the overrides of the config.
 
-    Raises UserError for an unknown flag, a stray argument, and a config file that is not there or
-    cannot be loaded.
+    Raises UserError for an unknown flag, a required one that is missing, a stray argument, and a
+    config file that is not there or cannot be loaded.
     """
     flags.DEFINE_bool("help", False, "show this help", flag_values=fv)
     config_arg = config_argument(argv)
@@ -51,6 +51,7 @@ def parse(fv: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
         raise UserError(f"{rest[1]!r} is not a flag: flags look like --name=value")
     for name in fv:
         check_number(f"--{name}", fv[name].value)
+    require(fv, *required)
 
 
 @contextlib.contextmanager

@@ -31,8 +31,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("images", 8, "how many in the picture", flag_values=fv, **bounds)
     bounds = dict(lower_bound=0.1, upper_bound=3600.0)
     flags.DEFINE_float("secs", 10.0, "how long to measure the loader", flag_values=fv, **bounds)
-    config_flags.parse(fv, argv, __doc__)
-    flag_checks.require(fv, "config")
+    config_flags.parse(fv, argv, __doc__, "config")
     if not fv.show:
         raise UserError("nothing to do: add --show")
     config = run_config_from(config_flags.config_values(fv, argv))

@@ -100,6 +100,21 @@ def first_stages(section: CascadeSection, count: int) -> CascadeSection:
     )
 
 
+def chain_of(runs: Sequence[RunConfig]) -> CascadeSection:
+    """A cascade of runs, each sampled as its own config says; the last one says how many."""
+    names, last = tuple(run.stage.name for run in runs), runs[-1].eval
+    return CascadeSection(
+        stages=names,
+        configs=names,
+        aug_levels=tuple(run.eval.aug_level for run in runs[1:]),
+        truncated=False,
+        samplers=tuple(run.stage.sampler for run in runs),
+        num_samples=last.num_samples,
+        batch_size=last.batch_size,
+        seed=last.seed,
+    )
+
+
 def checked_settings(
     config: CascadeConfig, index: int, stages: Sequence[StageConfig], **choices: Sequence[Any]
 ) -> list[Setting]:
@@ -173,19 +188,9 @@ def open_runs_below(paths: Sequence[str], config: RunConfig) -> list[RunFolder]:
             f"{given}: only for super-resolution stages; the run to score,"
             f" {config.stage.name!r}, is a base model"
         )
-    stages = [*(c.stage for c in configs), config.stage]
-    chain = CascadeSection(
-        stages=tuple(s.name for s in stages),
-        configs=("",) * len(stages),
-        aug_levels=(*(c.eval.aug_level for c in configs[1:]), config.eval.aug_level),
-        truncated=False,
-        samplers=tuple(s.sampler for s in stages),
-        num_samples=config.eval.num_samples,
-        batch_size=config.eval.batch_size,
-        seed=config.eval.seed,
-    )
+    chain = [*configs, config]
     try:
-        check_chain(chain, stages)
+        check_chain(chain_of(chain), [c.stage for c in chain])
     except UserError as e:
         raise UserError(f"{given}: {e}") from e
     for folder in folders:

@@ -11,6 +11,7 @@ import numpy as np
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, StageConfig, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, check_labels
+from cascaded_diffusion.evaluation.settings import chain_of
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.paths import check_local_path
 from cascaded_diffusion.runtime.run_data import trained_classes
@@ -76,21 +77,11 @@ def stage_as_cascade(run: RunConfig) -> dict[str, object]:
 
     A super-resolution stage stands on top of one that is not known, "given", whose images are.
     """
-    below = [] if run.stage.kind == "base" else ["given"]
-    names = [*below, run.stage.name]
-    return {
-        "cascade": {
-            "stages": names,
-            "configs": names,
-            "aug_levels": [run.eval.aug_level] * len(below),
-            "truncated": False,
-            "samplers": [to_dict(run.stage.sampler)] * len(names),
-            "num_samples": run.eval.num_samples,
-            "batch_size": run.eval.batch_size,
-            "seed": run.eval.seed,
-        },
-        "mesh": {"data": -1, "fsdp": 1},
-    }
+    is_base = run.stage.kind == "base"
+    section = to_dict(chain_of([run] if is_base else [run, run]))
+    if not is_base:
+        section["stages"][0] = section["configs"][0] = "given"
+    return {"cascade": section, "mesh": {"data": -1, "fsdp": 1}}
 
 
 def read_labels(
