@@ -5,7 +5,7 @@
 Hardware and hours: not measured; 0.72 billion parameters, 1.1e21 FLOP to train.
 Expected FID of enlarged samples of base32: 1.48 to the training images, 2.48 to the
 validation images (paper, 50,000 samples, truncated at step 501 of 4000); here not
-measured. All else is as in base32: so are checkpoints compared, and the final one sampled.
+measured. All else is as in base32, also how checkpoints are compared and the final one is sampled.
 """
 
 from ml_collections import ConfigDict
