@@ -11,7 +11,7 @@ import sys
 import threading
 
 from tests.tiny import ROOT
-from tests.xla import QUICK_COMPILATION
+from tests.xla import NO_OPTIMIZATION, QUICK_COMPILATION
 
 # Of a stage on photos: the network that is compiled soonest.
 TINY_NETWORK = [
@@ -24,9 +24,9 @@ TINY_NETWORK = [
 ]
 
 
-def environment():
+def environment(compilation=NO_OPTIMIZATION):
     """The environment of a binary: one device, no simulated ones."""
-    return {**os.environ, "XLA_FLAGS": QUICK_COMPILATION, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "XLA_FLAGS": compilation, "PYTHONPATH": str(ROOT)}
 
 
 def command(binary, *flags):
@@ -50,7 +50,7 @@ class Binaries:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.binary_server"],
                 cwd=ROOT,
-                env=environment(),
+                env=environment(QUICK_COMPILATION),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -1,5 +1,6 @@
 """Settings for all tests: eight simulated devices, programs that compile fast and are kept."""
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -52,6 +53,19 @@ _LONGEST_FIRST = (
 )
 
 
+# Their programs run long enough for XLA to optimize them a little.
+_RUN_LONG = {
+    "test_bound",
+    "test_cas",
+    "test_classifier_extractor",
+    "test_end_to_end",
+    "test_inception_extractor",
+    "test_samplers",
+    "test_score",
+    "test_winograd",
+}
+
+
 def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
@@ -60,6 +74,15 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()  # What was imported and collected stays.
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compilation(request):
+    """XLA spends as little as it can on programs that do not run long."""
+    from tests.xla import quickest
+
+    with contextlib.nullcontext() if request.path.stem in _RUN_LONG else quickest():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
 """How the tests have XLA compile."""
 
-# Nearly all of the suite's time is compilation, so XLA spends little on optimization. At level 0
-# it would spend a tenth less, but the programs would run three times as long.
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+# Nearly all of the suite's time is compilation, so XLA spends little on optimization.
 QUICK_COMPILATION = (
     "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
     " --xla_cpu_experimental_ynn_fusion_type="
@@ -11,3 +14,28 @@ QUICK_COMPILATION = (
 # as fast, or a quarter where it adds up parts of a batch in a loop. Nothing is optimized, and no
 # fusion has a compiler's pipeline of its own, which at level 0 takes most of the time.
 QUICKEST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+# The same for a process.
+NO_OPTIMIZATION = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_experimental_ynn_fusion_type="
+)
+
+
+@contextlib.contextmanager
+def quickest() -> Iterator[None]:
+    """In the context, all that is compiled for CPUs is compiled with `QUICKEST`.
+
+    XLA_FLAGS are read once in a process, and JAX has no setting of its own for all programs.
+    """
+    from jax._src import compiler
+
+    original = compiler.get_compile_options
+
+    def changed(*args, env_options_overrides=None, backend=None, **settings):
+        if getattr(backend, "platform", "cpu") == "cpu":
+            env_options_overrides = {**QUICKEST, **(env_options_overrides or {})}
+        overrides = {"env_options_overrides": env_options_overrides, "backend": backend}
+        return original(*args, **overrides, **settings)
+
+    with mock.patch.object(compiler, "get_compile_options", changed):
+        yield
