@@ -62,6 +62,7 @@ _RUN_LONG = {
     "test_inception_extractor",
     "test_samplers",
     "test_score",
+    "test_sharding",
     "test_winograd",
 }
 
