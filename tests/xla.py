@@ -21,9 +21,13 @@ NO_OPTIMIZATION = (
 )
 
 
+# What `QUICK_COMPILATION` has in their place.
+QUICK = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": True}
+
+
 @contextlib.contextmanager
-def quickest() -> Iterator[None]:
-    """In the context, all that is compiled for CPUs is compiled with `QUICKEST`.
+def compiled_with(options: dict[str, bool | int]) -> Iterator[None]:
+    """In the context, all that is compiled for CPUs is compiled with these options.
 
     XLA_FLAGS are read once in a process, and JAX has no setting of its own for all programs.
     """
@@ -33,9 +37,14 @@ def quickest() -> Iterator[None]:
 
     def changed(*args, env_options_overrides=None, backend=None, **settings):
         if getattr(backend, "platform", "cpu") == "cpu":
-            env_options_overrides = {**QUICKEST, **(env_options_overrides or {})}
+            env_options_overrides = {**options, **(env_options_overrides or {})}
         overrides = {"env_options_overrides": env_options_overrides, "backend": backend}
         return original(*args, **overrides, **settings)
 
     with mock.patch.object(compiler, "get_compile_options", changed):
         yield
+
+
+def quickest() -> contextlib.AbstractContextManager[None]:
+    """`compiled_with(QUICKEST)`, also a decorator."""
+    return compiled_with(QUICKEST)

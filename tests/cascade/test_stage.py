@@ -15,6 +15,7 @@ from cascaded_diffusion.networks.unet import Network
 from cascaded_diffusion.types import Batch
 from tests.networks.test_unet import random_params
 from tests.tiny import smallest_base, smallest_efficient, smallest_sr
+from tests.xla import QUICK, compiled_with
 
 # What is tested here surrounds a network; tests/networks are about real ones.
 pytestmark = pytest.mark.usefixtures("one_layer")
@@ -245,10 +246,11 @@ def test_the_real_network_learns_a_variance_and_samples_with_it():
     assert np.isfinite(bits).all()
 
 
-def _cascade(stages, truncated):
+def _cascade(stages, truncated, num_steps=3):
     (base, base_params), (sr, sr_params) = stages
     samplers = [
-        dataclasses.replace(s.config.sampler, num_steps=3, guidance_scale=1.0) for s in (base, sr)
+        dataclasses.replace(s.config.sampler, num_steps=num_steps, guidance_scale=1.0)
+        for s in (base, sr)
     ]
     cascade = Cascade(stages=[base, sr], samplers=samplers, truncated=truncated)
     return cascade.sample, [base_params, sr_params]
@@ -283,11 +285,13 @@ def test_images_do_not_depend_on_the_devices():
         np.testing.assert_allclose(a, b, atol=atol)
 
 
-def test_at_level_zero_truncated_and_non_truncated_are_the_same(cascades):
+@compiled_with(QUICK)  # without optimization the two programs round differently
+def test_at_level_zero_truncated_and_non_truncated_are_the_same(one_layer):
+    stages = _stage(smallest_base(**_GROUPS)), _stage(smallest_sr(**_GROUPS))
     keys, labels = keys_for(jax.random.key(1), jnp.arange(4)), jnp.arange(4)
     images = []
     for truncated in (False, True):
-        sample, params = cascades[truncated]
+        sample, params = _cascade(stages, truncated, num_steps=2)
         images.append(sample(params, keys, labels, [0.0]))
     for a, b in zip(*images, strict=True):
         np.testing.assert_array_equal(a, b)
