@@ -117,7 +117,7 @@ class ConditionalNetwork(nn.Module):
 
     def res_block(
         self,
-        h: jax.Array,
+        h: layers.FeatureMap,
         embedding: jax.Array,
         rows: jax.Array | None,
         features: int,
@@ -125,7 +125,8 @@ class ConditionalNetwork(nn.Module):
         **settings: str | bool,
     ) -> jax.Array:
         """A residual block, computed as `execution` says; `settings` of `layers.ResBlock`."""
-        block = self._block(layers.ResBlock, name, h.shape[1])(
+        size = jax.tree.leaves(h)[0].shape[1]
+        block = self._block(layers.ResBlock, name, size)(
             features,
             dropout_rate=self.dropout_rate,
             scale_shift=self.scale_shift,

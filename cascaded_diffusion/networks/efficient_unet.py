@@ -38,7 +38,7 @@ class EfficientUNet(ConditionalNetwork):
             raise ValueError('the efficient U-Net needs resample "conv" and patch_size 1')
         h, embedding = self.prepare(xt, logsnr, cond)  # [B, H, W, C or 2C], [B, E]
 
-        def blocks(h: jax.Array, features: int, count: int, name: str) -> jax.Array:
+        def blocks(h: layers.FeatureMap, features: int, count: int, name: str) -> jax.Array:
             for i in range(count):
                 block_name = f"{name}_block{i}"
                 h = self.res_block(h, embedding, rows, features, block_name, project_skip=True)

@@ -4,8 +4,10 @@ The layout is NHWC throughout, which suits XLA on every back end. Parameters are
 `dtype` is the dtype of the computation.
 """
 
+import itertools
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import flax.linen as nn
 import jax
@@ -14,9 +16,14 @@ import jax.numpy as jnp
 from cascaded_diffusion.networks import initializers
 from cascaded_diffusion.networks.kernels import winograd
 from cascaded_diffusion.networks.kernels.attention import attention
-from cascaded_diffusion.networks.kernels.norms import GroupNorm
+from cascaded_diffusion.networks.kernels.dropout import kept
+from cascaded_diffusion.networks.kernels.norms import GroupNorm, Parts
+from cascaded_diffusion.networks.kernels.platforms import for_platform
 from cascaded_diffusion.networks.kernels.sums import add_to_pixels, multiply_pixels
 from cascaded_diffusion.types import PerDevice
+
+# A feature map, or parts of one side by side, which together have its channels.
+FeatureMap = jax.Array | Parts
 
 
 def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
@@ -45,17 +52,17 @@ def downsample_mean(x: jax.Array) -> jax.Array:
 
 def _convolved(
     layer: nn.Module,
-    x: jax.Array,
+    channels: int,
     window: tuple[int, ...],
-    product: Callable[[jax.Array, jax.Array], jax.Array],
+    product: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """`product` of x and a kernel [*window, C, features] of `layer`, plus a bias."""
+    """`product` of a kernel [*window, channels, features] of `layer`, plus a bias."""
     init = initializers.zeros if layer.zero_init else initializers.fan_in_normal
-    kernel = layer.param("kernel", init, (*window, x.shape[-1], layer.features))
+    kernel = layer.param("kernel", init, (*window, channels, layer.features))
     bias = layer.param("bias", initializers.zeros, (layer.features,))
-    y = product(x.astype(layer.dtype), kernel.astype(layer.dtype))
+    y = product(kernel.astype(layer.dtype))
     # The bias stays in float32 until the sum: its gradient is a sum over the batch.
-    return add_to_pixels(y, jnp.broadcast_to(bias, (len(x), layer.features)))
+    return add_to_pixels(y, jnp.broadcast_to(bias, (len(y), layer.features)))
 
 
 class Conv3x3(nn.Module):
@@ -68,12 +75,14 @@ class Conv3x3(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        x = x.astype(self.dtype)
+
+        def product(kernel: jax.Array) -> jax.Array:
             if self.stride == 1 and winograd.pays(x, kernel):
                 return winograd.convolve(x, kernel)
             return winograd.direct(x, kernel, self.stride)
 
-        return _convolved(self, x, (3, 3), product)
+        return _convolved(self, x.shape[-1], (3, 3), product)
 
 
 def dense(features: int, dtype: jnp.dtype, name: str, *, zero_init: bool = False) -> nn.Dense:
@@ -87,20 +96,34 @@ def dense(features: int, dtype: jnp.dtype, name: str, *, zero_init: bool = False
 
 
 class Conv1x1(nn.Module):
-    """A 1x1 convolution, as a matrix product. [B, H, W, C] -> [B, H, W, features]."""
+    """A 1x1 convolution, as a matrix product. [B, H, W, C] -> [B, H, W, features].
+
+    The feature map may come in parts, side by side.
+    """
 
     features: int
     dtype: jnp.dtype
     zero_init: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return _convolved(self, x, (), multiply_pixels)
+    def __call__(self, *parts: jax.Array) -> jax.Array:
+        ends = list(itertools.accumulate(part.shape[-1] for part in parts))
+
+        def product(kernel: jax.Array) -> jax.Array:
+            kernels = jnp.split(kernel, ends[:-1])
+            pieces = zip(parts, kernels, strict=True)
+            return reduce(jnp.add, (multiply_pixels(x.astype(self.dtype), k) for x, k in pieces))
+
+        return _convolved(self, ends[-1], (), product)
 
 
-def concat_skip(h: jax.Array, skip: jax.Array, *, scale: bool) -> jax.Array:
-    """Two feature maps [B, H, W, *] side by side, the second times 1/sqrt(2) if `scale`."""
-    return jnp.concatenate([h, skip * math.sqrt(0.5) if scale else skip], axis=-1)
+def concat_skip(h: jax.Array, skip: jax.Array, *, scale: bool) -> Parts:
+    """Two feature maps [B, H, W, *] side by side, the second times 1/sqrt(2) if `scale`.
+
+    On a GPU they stay two parts: a copy side by side would be written and read several times.
+    """
+    parts = (h, skip * math.sqrt(0.5) if scale else skip)
+    return for_platform(gpu=lambda: parts, default=lambda: (jnp.concatenate(parts, -1),))()
 
 
 def image_out(h: jax.Array, features: int, dtype: jnp.dtype) -> jax.Array:
@@ -126,20 +149,16 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
         if rows is None or self.rate == 0.0:
             return x
-        key = self.make_rng("dropout")
-
-        def kept(row: jax.Array) -> jax.Array:
-            return jax.random.bernoulli(jax.random.fold_in(key, row), 1 - self.rate, x.shape[1:])
-
-        return jnp.where(jax.vmap(kept)(rows), x / (1 - self.rate), 0).astype(x.dtype)
+        mask = kept(self.make_rng("dropout"), rows, x.shape[1:], self.rate)
+        return jnp.where(mask, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 class ResBlock(nn.Module):
     """Residual block modulated by the embedding.
 
-    [B, H, W, C], [B, E] -> [B, H, W, features]; `resample` halves H and W ("down", 2x2
-    averages) or doubles them ("up", nearest neighbour), on both branches and before the first
-    convolution (Brock et al. 2019).
+    [B, H, W, C], which may come in parts, and [B, E] -> [B, H, W, features]; `resample` halves
+    H and W ("down", 2x2 averages) or doubles them ("up", nearest neighbour), on both branches and
+    before the first convolution (Brock et al. 2019).
     """
 
     features: int
@@ -154,27 +173,29 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, embedding: jax.Array, rows: jax.Array | None = None
+        self, x: FeatureMap, embedding: jax.Array, rows: jax.Array | None = None
     ) -> jax.Array:
         features, dtype = self.features, self.dtype
-        h = GroupNorm(dtype, swish=True, name="norm0")(x)
+        parts = x if isinstance(x, tuple) else (x,)
+        h = GroupNorm(dtype, swish=True, name="norm0")(*parts)
         if self.resample is not None:
             resample = {"down": downsample_mean, "up": upsample_nearest}[self.resample]
-            h, x = resample(h), resample(x)
+            h, parts = resample(h), tuple(map(resample, parts))
+        changed = self.project_skip or h.shape[-1] != features
         h = Conv3x3(features, dtype, name="conv0")(h)
 
         norm, modulation = GroupNorm(dtype, swish=True, name="norm1"), nn.swish(embedding)
         if self.scale_shift:
             modulation = dense(2 * features, dtype, "scale_shift", zero_init=True)(modulation)
-            h = norm(h, jnp.split(modulation, 2, axis=-1))
+            h = norm(h, modulation=jnp.split(modulation, 2, axis=-1))
         else:
             h = norm(add_to_pixels(h, dense(features, dtype, "shift")(modulation)))
 
         h = Dropout(self.dropout_rate, name="dropout")(h, rows)
         h = Conv3x3(features, dtype, name="conv1", zero_init=True)(h)
-        if self.project_skip or x.shape[-1] != features:
-            x = Conv1x1(features, dtype, name="skip")(x)
-        return x + h
+        if changed:
+            return Conv1x1(features, dtype, name="skip")(*parts) + h
+        return jnp.concatenate(parts, -1) + h
 
 
 class AttentionBlock(nn.Module):

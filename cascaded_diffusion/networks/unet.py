@@ -32,10 +32,10 @@ class UNet(ConditionalNetwork):
     ) -> jax.Array:
         h, embedding = self.prepare(xt, logsnr, cond)  # [B, H, W, C or 2C], [B, E]
 
-        def res_block(h: jax.Array, features: int, name: str, **settings: str) -> jax.Array:
+        def res_block(h: layers.FeatureMap, features: int, name: str, **settings: str) -> jax.Array:
             return self.res_block(h, embedding, rows, features, name, **settings)
 
-        def block(h: jax.Array, features: int, name: str) -> jax.Array:
+        def block(h: layers.FeatureMap, features: int, name: str) -> jax.Array:
             h = res_block(h, features, name)
             if h.shape[1] not in self.attention_resolutions:
                 return h

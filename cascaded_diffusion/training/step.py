@@ -13,6 +13,7 @@ from cascaded_diffusion.cascade.stage import NoisedBatch, Stage
 from cascaded_diffusion.config.schema import TrainConfig, ema_name
 from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.networks.kernels.execution import Execution
+from cascaded_diffusion.networks.kernels.layouts import in_order
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding
 from cascaded_diffusion.types import Batch, Params, Tree
@@ -152,6 +153,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
         key = jax.random.fold_in(state.key, state.step)
         # Noise is drawn for the whole batch, so that it depends on the row alone.
         grads, metrics = gradient(state.params, stage.noised(batch, key), key)
+        grads = jax.tree.map(in_order, grads, sharding.state_shardings(grads, mesh))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new_state = dataclasses.replace(

@@ -14,7 +14,7 @@ from cascaded_diffusion.networks.kernels import attention as attention_lib
 from cascaded_diffusion.networks.kernels.attention import attention, splash
 from cascaded_diffusion.networks.kernels.platforms import traced_for
 from cascaded_diffusion.networks.kernels.sums import add_to_pixels, multiply_pixels, sum_pixels
-from cascaded_diffusion.networks.layers import AttentionBlock, Conv1x1
+from cascaded_diffusion.networks.layers import AttentionBlock, Conv1x1, ResBlock, concat_skip
 from cascaded_diffusion.runtime import sharding
 
 
@@ -232,3 +232,34 @@ def test_splash_attention_of_each_devices_own_examples():
     theirs = _with_gradients(jax.nn.dot_product_attention)(*arrays)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [24, 40])  # with a projection of the skip branch, and without
+def test_a_block_as_a_gpu_computes_it(features):
+    # Feature maps that skip across stay apart, and the norm's gradient is computed twice.
+    draw = np.random.default_rng(0).standard_normal
+    h, skip = (jnp.float32(draw((2, 8, 8, channels))) for channels in (24, 16))
+    embedding, dy = jnp.float32(draw((2, 12))), jnp.float32(draw((2, 8, 8, features)))
+    block = ResBlock(features, dropout_rate=0.3)
+    joined = jnp.concatenate([h, skip], -1)
+    shapes = jax.eval_shape(block.init, jax.random.key(0), joined, embedding)
+    variables = jax.tree.map(lambda x: jnp.float32(0.3 * draw(x.shape)), shapes)
+
+    def computed(platform):
+        with traced_for(platform):
+
+            def apply(variables, h, skip, embedding):
+                parts = concat_skip(h, skip, scale=True)
+                assert len(parts) == (2 if platform == "gpu" else 1)
+                rngs = {"dropout": jax.random.key(1)}
+                return block.apply(variables, parts, embedding, jnp.arange(2), rngs=rngs)
+
+            def both(dy, *args):
+                out, back = jax.vjp(apply, *args)
+                return out, back(dy)
+
+            return jax.jit(both)(dy, variables, h, skip, embedding)
+
+    found, expected = (jax.tree.leaves(computed(platform)) for platform in ("gpu", "cpu"))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))

@@ -280,7 +280,8 @@ def test_scaled_skips_are_divided_by_the_root_of_two(name, levels):
         def spy(next_fun, args, kwargs, context):
             out = next_fun(*args, **kwargs)
             if context.module.name in {joined, source}:
-                seen[context.module.name] = (args[0], out)
+                parts = jax.tree.leaves(args[0])
+                seen[context.module.name] = (jnp.concatenate(parts, -1), out)
             return out
 
         with nn.intercept_methods(spy):

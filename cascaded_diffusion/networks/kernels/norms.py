@@ -22,7 +22,9 @@ a cheap operation again wherever it is used: a channel's number for each of its 
 gradient for each use. It considers divisions expensive and keeps their results.
 """
 
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import flax.linen as nn
@@ -33,6 +35,7 @@ from cascaded_diffusion.networks.kernels.platforms import for_platform
 from cascaded_diffusion.networks.kernels.sums import sum_pixels
 
 EPSILON = 1e-5
+Parts = tuple[jax.Array, ...]
 
 
 def _over_groups(x: jax.Array, groups: int) -> jax.Array:
@@ -50,19 +53,30 @@ def _over_groups(x: jax.Array, groups: int) -> jax.Array:
     return for_platform(cpu=by_product, default=by_reduction)(x)
 
 
-def _statistics(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
-    """Eq. (1): m and d, [B, C] float32."""
-    _, h, w, c = x.shape
-    wide = x.astype(jnp.float32)
-    count = h * w * c // groups
-    mean = _over_groups(sum_pixels(wide), groups) / count
-    square = _over_groups(sum_pixels(wide * wide), groups) / count
-    return mean, jnp.sqrt(jnp.maximum(square - mean * mean, 0.0) + EPSILON)
-
-
 def _pixelwise(x: jax.Array) -> jax.Array:
     """[B, C] -> [B, 1, 1, C]."""
     return x[:, None, None, :]
+
+
+def _channels(parts: Parts, *arrays: jax.Array) -> Iterator[tuple[jax.Array, ...]]:
+    """Each part's channels of arrays [..., C]."""
+    ends = list(itertools.accumulate((part.shape[-1] for part in parts), initial=0))
+    for start, end in itertools.pairwise(ends):
+        yield tuple(x[..., start:end] for x in arrays)
+
+
+def _joined(parts: Iterable[jax.Array]) -> jax.Array:
+    return jnp.concatenate(list(parts), -1)
+
+
+def _statistics(parts: Parts, groups: int) -> tuple[jax.Array, jax.Array]:
+    """Eq. (1): m and d, [B, C] float32."""
+    _, h, w, _ = parts[0].shape
+    wide = [x.astype(jnp.float32) for x in parts]
+    sums, squares = (_joined(map(sum_pixels, xs)) for xs in (wide, [x * x for x in wide]))
+    count = h * w * sums.shape[-1] // groups
+    mean, square = (_over_groups(x, groups) / count for x in (sums, squares))
+    return mean, jnp.sqrt(jnp.maximum(square - mean * mean, 0.0) + EPSILON)
 
 
 def _affine(
@@ -75,47 +89,75 @@ def _affine(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalize(
-    x: jax.Array, scale: jax.Array, shift: jax.Array, groups: int, swish: bool
+    parts: Parts, scale: jax.Array, shift: jax.Array, groups: int, swish: bool
 ) -> jax.Array:
-    """Eqs. (1) to (3) for `x` [B, H, W, C], in its dtype; computed in float32.
+    """Eqs. (1) to (3) for x [B, H, W, C], in its dtype; computed in float32.
 
-    `scale` and `shift` are [B, C] float32, and `groups` divides C.
+    `parts` are x, in pieces side by side. `scale` and `shift` are [B, C] float32, and `groups`
+    divides C.
     """
-    return _forward(x, scale, shift, groups, swish)[0]
+    return _forward(parts, scale, shift, groups, swish)[0]
 
 
 @partial(jax.jit, static_argnums=(3, 4), inline=True)
 def _forward(
-    x: jax.Array, scale: jax.Array, shift: jax.Array, groups: int, swish: bool
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    mean, sd = _statistics(x, groups)
-    u = _affine(x, scale, shift, mean, sd)
-    return (nn.swish(u) if swish else u).astype(x.dtype), (x, scale, shift, mean, sd)
+    parts: Parts, scale: jax.Array, shift: jax.Array, groups: int, swish: bool
+) -> tuple[jax.Array, tuple[Parts, tuple[jax.Array, ...]]]:
+    affine = (scale, shift, *_statistics(parts, groups))
+
+    def normalized(x: jax.Array, own: tuple[jax.Array, ...]) -> jax.Array:
+        u = _affine(x, *own)
+        return (nn.swish(u) if swish else u).astype(x.dtype)
+
+    return _joined(map(normalized, parts, _channels(parts, *affine))), (parts, affine)
 
 
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _backward(
-    groups: int, swish: bool, saved: tuple[jax.Array, ...], dy: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, scale, shift, mean, sd = saved
-    _, h, w, c = x.shape
+    groups: int, swish: bool, saved: tuple[Parts, tuple[jax.Array, ...]], dy: jax.Array
+) -> tuple[Parts, jax.Array, jax.Array]:
+    parts, affine = saved
+    scale, _, mean, sd = affine
+    _, h, w, c = dy.shape
     count = h * w * c // groups
-    g = dy.astype(jnp.float32)
-    if swish:
-        u = _affine(x, scale, shift, mean, sd)
+
+    def slope_of(x: jax.Array, dy: jax.Array, *own: jax.Array) -> jax.Array:
+        """g of (4) and (5), float32."""
+        g = dy.astype(jnp.float32)
+        if not swish:
+            return g
         # Eq. (6). Below -40 it vanishes, and the square would overflow.
-        u = jnp.maximum(u, -40.0)
+        u = jnp.maximum(_affine(x, *own), -40.0)
         e = jnp.exp(-u)
-        g = g * (1 + e + u * e) / jnp.square(1 + e)
-    wide = x.astype(jnp.float32)
-    dshift = sum_pixels(g)
-    dscale = (sum_pixels(g * wide) - mean * dshift) / sd
+        return g * (1 + e + u * e) / jnp.square(1 + e)
+
+    def sums(x: jax.Array, own: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        g = slope_of(x, *own)
+        return sum_pixels(g), sum_pixels(g * x.astype(jnp.float32))
+
+    pieces = map(sums, parts, _channels(parts, dy, *affine))
+    dshift, products = map(_joined, zip(*pieces, strict=True))
+    dscale = (products - mean * dshift) / sd
     m1 = _over_groups(scale * dshift, groups) / count
     m2 = _over_groups(scale * dscale, groups) / count
     slope, constant = m2 / sd, (mean * m2 - m1 * sd) / sd
-    dx = g * _pixelwise(scale) - wide * _pixelwise(slope) + _pixelwise(constant)
-    dx = dx / _pixelwise(sd)
-    return dx.astype(x.dtype), dscale, dshift
+    # On a GPU, g is computed again: XLA would keep it in float32 for the second pass, and for a
+    # third, into which it would merge these sums and those over the examples.
+    again = for_platform(gpu=jax.lax.optimization_barrier, default=lambda values: values)
+    (parts, dy, affine, slope, constant), dscale, dshift = again(
+        ((parts, dy, affine, slope, constant), dscale, dshift)
+    )
+
+    def gradient(x: jax.Array, own: tuple[jax.Array, ...]) -> jax.Array:
+        dy, slope, constant, *affine = own
+        scale, _, _, sd = affine
+        g = slope_of(x, dy, *affine)
+        wide = x.astype(jnp.float32)
+        dx = g * _pixelwise(scale) - wide * _pixelwise(slope) + _pixelwise(constant)
+        return (dx / _pixelwise(sd)).astype(x.dtype)
+
+    pieces = _channels(parts, dy, slope, constant, *affine)
+    return tuple(map(gradient, parts, pieces)), dscale, dshift
 
 
 normalize.defvjp(_forward, _backward)
@@ -132,14 +174,18 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, modulation: tuple[jax.Array, jax.Array] | None = None
+        self, *parts: jax.Array, modulation: tuple[jax.Array, jax.Array] | None = None
     ) -> jax.Array:
-        """`modulation`: a scale and a shift [B, C] per example, applied after the norm's own."""
-        b, *_, c = x.shape
+        """Normalizes the parts side by side, as one feature map.
+
+        `modulation` is a scale and a shift [B, C] per example, applied after the norm's own.
+        """
+        b, c = len(parts[0]), sum(part.shape[-1] for part in parts)
         scale = self.param("scale", nn.initializers.ones_init(), (c,))
         shift = self.param("bias", nn.initializers.zeros_init(), (c,))
         if modulation is not None:
             by, plus = (value.astype(jnp.float32) for value in modulation)
             scale, shift = scale * (1 + by), shift * (1 + by) + plus
         scale, shift = (jnp.broadcast_to(v, (b, c)).astype(jnp.float32) for v in (scale, shift))
-        return normalize(x.astype(self.dtype), scale, shift, math.gcd(32, c), self.swish)
+        parts = tuple(part.astype(self.dtype) for part in parts)
+        return normalize(parts, scale, shift, math.gcd(32, c), self.swish)

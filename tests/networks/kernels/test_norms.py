@@ -42,7 +42,7 @@ def test_values_and_gradients_are_those_of_flax(channels, modulated, swish):
     weights = jnp.float32(np.random.default_rng(2).standard_normal(x.shape))
 
     def ours(variables, x, modulation):
-        return GroupNorm(swish=swish).apply(variables, x, modulation)
+        return GroupNorm(swish=swish).apply(variables, x, modulation=modulation)
 
     def theirs(variables, x, modulation):
         return _flax(variables, x, modulation, swish)
@@ -64,7 +64,7 @@ def test_the_gradient_is_that_of_finite_differences():
     (x, modulation), variables = _inputs(4, batch=1), _variables(4)
 
     def f(x, scale, shift):
-        return GroupNorm(swish=True).apply(variables, x, (scale, shift))
+        return GroupNorm(swish=True).apply(variables, x, modulation=(scale, shift))
 
     check_grads(f, (x, *modulation), order=1, modes=["rev"], rtol=2e-2, atol=2e-2)
 
