@@ -68,16 +68,18 @@ Call = Callable[[], None]
 
 
 def build_model(network: dict[str, Any]) -> UNet2DModel:
-    """The twin of our network; attention has as many heads only where widths are equal."""
+    """The twin of our network.
+
+    Diffusers fixes the width of a head, ours their number: they are equal at the last level.
+    """
     widths = [network["channels"] * mult for mult in network["channel_mults"]]
     sizes = [network["resolution"] >> level for level in range(len(widths))]
     attends = [size in network["attention_resolutions"] for size in sizes]
-    with_attention = {w for w, a in zip(widths, attends, strict=True) if a} | {widths[-1]}
-    assert len(with_attention) == 1, "diffusers fixes the width of a head, ours their number"
     return UNet2DModel(
         sample_size=network["resolution"],
         in_channels=3,
-        out_channels=3,
+        out_channels=network.get("out_channels", 3),
+        num_class_embeds=network.get("num_classes") or None,
         flip_sin_to_cos=False,
         freq_shift=0,
         block_out_channels=widths,
@@ -90,7 +92,7 @@ def build_model(network: dict[str, Any]) -> UNet2DModel:
         norm_num_groups=32,
         norm_eps=1e-5,
         resnet_time_scale_shift="scale_shift",
-        dropout=0.0,
+        dropout=network["dropout_rate"],
     )
 
 
