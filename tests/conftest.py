@@ -53,8 +53,9 @@ _LONGEST_FIRST = (
 )
 
 
-# Their programs run long enough for XLA to optimize them a little.
-_RUN_LONG = {
+# Their programs run long enough for XLA to optimize them a little, or are compared to the bit.
+_OPTIMIZED = {
+    "test_augment",
     "test_bound",
     "test_cas",
     "test_classifier_extractor",
@@ -79,10 +80,10 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="module")
 def _compilation(request):
-    """XLA spends as little as it can on programs that do not run long."""
+    """XLA spends as little as it can on all other programs."""
     from tests.xla import quickest
 
-    with contextlib.nullcontext() if request.path.stem in _RUN_LONG else quickest():
+    with contextlib.nullcontext() if request.path.stem in _OPTIMIZED else quickest():
         yield
 
 

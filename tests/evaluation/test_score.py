@@ -39,6 +39,7 @@ from tests.tiny import (
     two_devices,
 )
 from tests.training.test_training import SOURCE, _train
+from tests.xla import QUICK_COMPILATION
 
 pytestmark = pytest.mark.usefixtures("one_layer")
 HELD_OUT = RealSplit("noise", "test", len(SOURCE), partial(examples, SOURCE))
@@ -260,7 +261,7 @@ def test_killed_at_random_an_evaluation_records_what_an_unbroken_one_does(clean,
     out = subprocess.run(
         [sys.executable, "-m", "tests.evaluation.killed_job", unbroken, "0", killed, "20"],
         cwd=ROOT,
-        env=environment(),
+        env=environment(QUICK_COMPILATION),
         capture_output=True,
         text=True,
         check=True,

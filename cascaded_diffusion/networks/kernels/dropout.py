@@ -19,8 +19,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-_M, _N = jnp.uint32(0x21F0AAAD), jnp.uint32(0xD35A2D97)
+_M, _N = np.uint32(0x21F0AAAD), np.uint32(0xD35A2D97)
 
 
 def kept(key: jax.Array, rows: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
