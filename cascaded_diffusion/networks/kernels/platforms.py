@@ -9,7 +9,7 @@
 | 1x1 kernel's gradient| example by example     | XLA                        | XLA            |
 | skips across the U   | copied side by side    | in parts                   | as on a CPU    |
 | norm's gradient      | swish's slope kept     | swish's slope twice        | as on a CPU    |
-| kernels' layout      | XLA's choice           | kept                       | XLA's choice   |
+| kernels' gradients   | in XLA's order         | in the kernels' order      | in XLA's order |
 
 `for_platform` chooses while a program is traced. `jax.lax.platform_dependent` would choose while
 it is lowered, but then every branch keeps its own numbers for the backward pass, and all of them
