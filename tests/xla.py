@@ -4,10 +4,10 @@ import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
+_NO_YNN_FUSIONS = "--xla_cpu_experimental_ynn_fusion_type="
 # Nearly all of the suite's time is compilation, so XLA spends little on optimization.
 QUICK_COMPILATION = (
-    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_experimental_ynn_fusion_type="
+    f"--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true {_NO_YNN_FUSIONS}"
 )
 
 # For programs that run a few times: a training step compiles in a third of the time and runs half
@@ -15,9 +15,8 @@ QUICK_COMPILATION = (
 # fusion has a compiler's pipeline of its own, which at level 0 takes most of the time.
 QUICKEST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 # The same for a process.
-NO_OPTIMIZATION = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    " --xla_cpu_experimental_ynn_fusion_type="
+NO_OPTIMIZATION = " ".join(
+    [*(f"--{name}={value!s}".lower() for name, value in QUICKEST.items()), _NO_YNN_FUSIONS]
 )
 
 
