@@ -303,6 +303,9 @@ check_workdir() {
   done
 }
 
+# compilation_cache: the folder of compiled programs, and of a GPU's tuning, on the share.
+compilation_cache() { printf '%s' "${options[mount]%/}/compilation_cache"; }
+
 # log_folder: where the machine writes its jobs' output: on the share, to outlive the machine.
 log_folder() {
   [[ -z ${options[share]} ]] || printf '%s' "${options[mount]%/}/launch_logs/${options[name]}"

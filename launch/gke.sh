@@ -35,7 +35,7 @@ switches=([spot]=1 [dry_run]=1)
 values='
 import json, sys
 
-keys = ["name", "namespace", "image", "topology", "accelerator", "claim", "mount"]
+keys = ["name", "namespace", "image", "topology", "accelerator", "claim", "mount", "cache"]
 numbers = ["chips_per_host", "max_restarts", "grace_secs", "hosts"]
 words = sys.argv[1:]
 given = {key: words.pop(0) for key in keys}
@@ -63,10 +63,11 @@ hosts_of_topology() {
 render() {
   local words=() hosts key
   hosts_of_topology
-  for key in name namespace image topology accelerator claim mount chips_per_host max_restarts \
-    grace_secs; do
+  for key in name namespace image topology accelerator claim mount; do
     words+=("${options[$key]}")
   done
+  words+=("$(compilation_cache)")
+  for key in chips_per_host max_restarts grace_secs; do words+=("${options[$key]}"); done
   words+=("$hosts" "${options[spot]}" "${options[service_account]}"
     python -m "cascaded_diffusion.${rest[0]}" "${rest[@]:1}")
   # UTF-8 whatever the locale is.

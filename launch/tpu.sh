@@ -75,6 +75,8 @@ job_command() {
     # Said outright: if the workers did not find each other, each would train a model of its own.
     if [[ $worker == all ]]; then job+=(--distributed=tpu); else job+=(--distributed=none); fi
   fi
+  # On the share, for a new slice to find what the last one compiled.
+  [[ -z ${options[share]} ]] || job=(env "JAX_COMPILATION_CACHE_DIR=$(compilation_cache)" "${job[@]}")
   job_id=$(quoted "${job[@]}" | hash_of | cut -c -16)
 }
 

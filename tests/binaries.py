@@ -11,7 +11,7 @@ import sys
 import threading
 
 from tests.tiny import ROOT
-from tests.xla import NO_OPTIMIZATION, QUICK_COMPILATION
+from tests.xla import NO_OPTIMIZATION
 
 # Of a stage on photos: the network that is compiled soonest.
 TINY_NETWORK = [
@@ -50,7 +50,7 @@ class Binaries:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.binary_server"],
                 cwd=ROOT,
-                env=environment(QUICK_COMPILATION),
+                env=environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -14,6 +14,9 @@ import os
 import sys
 import tempfile
 import traceback
+from unittest import mock
+
+from tests.xla import QUICK, compiled_with
 
 
 def run(binary, *flags):
@@ -51,11 +54,19 @@ def _captured(binary, flags):
     return [code, *texts]
 
 
+def _with_classifiers_that_run_long():
+    """Nothing is optimized here but what a classifier's hundreds of steps run."""
+    from cascaded_diffusion.evaluation.features import classifier_training
+
+    optimized = compiled_with(QUICK)(classifier_training.train_classifier)
+    return mock.patch.object(classifier_training, "train_classifier", optimized)
+
+
 def main():
     from tests.one_layer import in_place_of_the_unet
 
     # Descriptor 1 is another file while a command runs.
-    with os.fdopen(os.dup(1), "w") as answers:
+    with _with_classifiers_that_run_long(), os.fdopen(os.dup(1), "w") as answers:
         for line in sys.stdin:
             one_layer, binary, *flags = json.loads(line)
             with in_place_of_the_unet() if one_layer else contextlib.nullcontext():

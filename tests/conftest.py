@@ -63,7 +63,6 @@ _OPTIMIZED = {
     "test_inception_extractor",
     "test_samplers",
     "test_score",
-    "test_sharding",
     "test_winograd",
 }
 

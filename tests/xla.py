@@ -12,8 +12,13 @@ QUICK_COMPILATION = (
 
 # For programs that run a few times: a training step compiles in a third of the time and runs half
 # as fast, or a quarter where it adds up parts of a batch in a loop. Nothing is optimized, and no
-# fusion has a compiler's pipeline of its own, which at level 0 takes most of the time.
-QUICKEST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+# fusion has a compiler's pipeline of its own, which at level 0 takes most of the time. Nor is a
+# program cut in parts for other threads to compile, which costs a third more.
+QUICKEST = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 # The same for a process.
 NO_OPTIMIZATION = " ".join(
     [*(f"--{name}={value!s}".lower() for name, value in QUICKEST.items()), _NO_YNN_FUSIONS]
@@ -21,7 +26,11 @@ NO_OPTIMIZATION = " ".join(
 
 
 # What `QUICK_COMPILATION` has in their place.
-QUICK = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": True}
+QUICK = {
+    "xla_backend_optimization_level": 1,
+    "xla_cpu_use_fusion_emitters": True,
+    "xla_llvm_disable_expensive_passes": True,
+}
 
 
 @contextlib.contextmanager

@@ -52,13 +52,29 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
             os._exit(code)
     except BaseException as e:
         # A library may have made another error of it.
-        if not (isinstance(e, KeyboardInterrupt) or INTERRUPTS.seen):
+        if isinstance(e, KeyboardInterrupt) or INTERRUPTS.seen:
+            print("interrupted", file=sys.stderr)
+            code = EXIT_INTERRUPTED
+        elif (memory := _lacking_memory(e)) is not None:
+            print(f"error: {memory}", file=sys.stderr)
+            code = EXIT_BAD_INPUT
+        else:
             raise
-        print("interrupted", file=sys.stderr)
-        code = EXIT_INTERRUPTED
     INTERRUPTS.at_once = True
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _lacking_memory(error: BaseException) -> str | None:
+    """A line about a device's memory, if that is what XLA's error is about."""
+    # By name, since JAX is not imported yet when flags are refused.
+    text = str(error)
+    if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in text:
+        return None
+    return (
+        f"a device is out of memory ({text.splitlines()[0]}); expected a smaller"
+        " config.eval.batch_size (evaluate) or config.cascade.batch_size (sample), or more devices"
+    )
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:

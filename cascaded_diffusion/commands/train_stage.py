@@ -10,6 +10,7 @@ from cascaded_diffusion.config.run_checks import check_devices
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.data.sources import load_splits, spread_examples
+from cascaded_diffusion.errors import SingleProcessError, UserError
 from cascaded_diffusion.planning import fit
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_data import RunData
@@ -64,23 +65,30 @@ def train_stage(
         for line in [*notes, choice, warning and f"warning: {warning}"]:
             if line:
                 print(f"{config.stage.name}: {line}", flush=True)
-    return train(
-        config,
-        folder,
-        lambda start_step: iterate(stream, source, config.data, start_step=start_step),
-        image_shape=source.image_shape,
-        low_res_shape=source.low_res_shape,
-        data=RunData(
-            splits=sources,
-            path=config.data.path,
-            path_as_given=path_as_given,
-            given_anew=data_path is not None,
-        ),
-        start_over=start_over,
-        grid_examples=grid_examples,
-        profile_steps=profile_steps,
-        mesh=mesh,
-    )
+    try:
+        return train(
+            config,
+            folder,
+            lambda start_step: iterate(stream, source, config.data, start_step=start_step),
+            image_shape=source.image_shape,
+            low_res_shape=source.low_res_shape,
+            data=RunData(
+                splits=sources,
+                path=config.data.path,
+                path_as_given=path_as_given,
+                given_anew=data_path is not None,
+            ),
+            start_over=start_over,
+            grid_examples=grid_examples,
+            profile_steps=profile_steps,
+            mesh=mesh,
+        )
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        line = f"out of memory: {fit.out_of_memory(placed, num_devices, memory_bytes)}"
+        # Other processes are in the middle of a step and cannot be told.
+        raise (UserError if jax.process_count() == 1 else SingleProcessError)(line) from e
 
 
 def print_outcome(outcome: Outcome, config: RunConfig, folder: RunFolder) -> None:

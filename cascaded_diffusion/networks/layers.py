@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from cascaded_diffusion.networks import initializers
-from cascaded_diffusion.networks.kernels import winograd
+from cascaded_diffusion.networks.kernels import convolution, winograd
 from cascaded_diffusion.networks.kernels.attention import attention
 from cascaded_diffusion.networks.kernels.dropout import kept
 from cascaded_diffusion.networks.kernels.norms import GroupNorm, Parts
@@ -80,7 +80,7 @@ class Conv3x3(nn.Module):
         def product(kernel: jax.Array) -> jax.Array:
             if self.stride == 1 and winograd.pays(x, kernel):
                 return winograd.convolve(x, kernel)
-            return winograd.direct(x, kernel, self.stride)
+            return convolution.convolve(x, kernel, self.stride)
 
         return _convolved(self, x.shape[-1], (3, 3), product)
 

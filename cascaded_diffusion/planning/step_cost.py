@@ -2,7 +2,9 @@
 
 Without the compiler, memory comes from `fit.step_memory`, collectives from the formula of
 `collectives`, and time from the maker's peak and an assumed efficiency. With the compiler (the
-[tpu] extra), the TPU's own compiler says how much memory it gives the step.
+[tpu] extra), the TPU's own compiler says how much memory it gives the step, and how many FLOPs and
+bytes of memory it counts. A roofline follows (Williams et al. 2009): the step takes at least as
+long as the slowest of computing, memory and links, and at most their sum if nothing overlaps.
 """
 
 import dataclasses
@@ -51,8 +53,14 @@ def on_topology(
         if compile_step:
             line = f"{config.stage.name}: compiling for {topology.name} ..."
             print(line, file=sys.stderr, flush=True)
-            found["compiled"] = _compiled(config, topology)
-            found["fits"] = found["compiled"]["fits"]
+            found["compiled"] = compiled = _compiled(config, topology)
+            found["fits"] = compiled["fits"]
+            if "flops" in compiled:
+                compiled["roofline_secs"] = {
+                    "compute": compiled["flops"] / topology.accelerator.peak_flops,
+                    "memory": compiled["bytes_accessed"] / topology.accelerator.memory_bandwidth,
+                    "links": found["collective_secs"],
+                }
         if not found["fits"]:
             used = found.get("compiled", {}).get("used_bytes")
             found["advice"] = fit.advice(config, topology.num_devices, memory_bytes, used)
@@ -100,7 +108,7 @@ def _estimated(
 
 
 def _compiled(config: RunConfig, topology: Topology) -> Record:
-    """Compiles the training step with the TPU's compiler and returns its bytes per device.
+    """Compiles the training step with the TPU's compiler and returns its costs per device.
 
     Raises UserError if compilation fails for another reason than memory.
     """
@@ -131,7 +139,7 @@ def _compiled(config: RunConfig, topology: Topology) -> Record:
             "compile_secs": time.monotonic() - start,
             "problem": lines[0] if lines else text.splitlines()[0],
         }
-    memory = compiled.memory_analysis()
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     used = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
@@ -144,6 +152,8 @@ def _compiled(config: RunConfig, topology: Topology) -> Record:
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "used_bytes": used,
+        "flops": costs["flops"],
+        "bytes_accessed": costs["bytes accessed"],
     }
 
 

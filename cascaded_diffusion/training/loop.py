@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 from jax.experimental import multihost_utils
@@ -17,6 +18,7 @@ from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import monitor
+from cascaded_diffusion.runtime.accelerators import accelerator_of
 from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
 from cascaded_diffusion.runtime.metric_writer import print_parameter_overview
 from cascaded_diffusion.runtime.run_data import RunData
@@ -74,7 +76,12 @@ def train(
         # From here on a signal is only noted: the step is finished and saved first.
         asked_to_stop = stack.enter_context(_stop_requests())
         stage = build_stage(config.stage)
-        state = _restore_or_init(stage, config, mesh, checkpoints, start_over=start_over)
+        abstract = step_lib.abstract_state(stage, config.train, mesh)
+        compiling = _start_compiling(stage, config, mesh, abstract, image_shape, low_res_shape)
+        state = checkpoints.restore_latest(abstract, start_over=start_over)
+        if state is None:
+            shardings = jax.tree.map(lambda x: x.sharding, abstract)
+            state = jax.jit(step_lib.make_init(stage, config.train), out_shardings=shardings)()
         # A run that is refused keeps the config that it has.
         resume.store(folder, config, data, changed)
         step = int(state.step)
@@ -84,24 +91,22 @@ def train(
             # Whoever waits for a shorter run that now resumes, waits for the new end.
             folder.complete_path.unlink(missing_ok=True)
             print_parameter_overview(state.params)
-        start = time.monotonic()
-        train_step = step_lib.compile_train_step(
-            stage, config.train, mesh, state, image_shape, low_res_shape=low_res_shape
-        )
-        compile_secs = time.monotonic() - start
+        local_batches = data_from(step)
+        batches = mesh_lib.DeviceBatches(local_batches, mesh)
+        stack.enter_context(contextlib.closing(batches))
         flops = step_lib.flops_per_step(stage, config.train.batch_size)
+        train_step, compile_secs = compiling.result()
         if is_first_process:
             _print_start(config, mesh, state, flops, compile_secs)
         make_grid = None
         if config.train.sample_every_steps is not None:
             sampled = step_lib.stage_for_sampling(stage, mesh)
             make_grid = GridSampler(sampled, config, mesh, grid_examples)
-        local_batches = data_from(step)
         recorder = Recorder(
             config, folder, mesh, checkpoints, make_grid, local_batches, step, flops, compile_secs
         )
-        reason, batches = "complete", mesh_lib.DeviceBatches(local_batches, mesh)
-        with recorder, contextlib.closing(batches), contextlib.closing(profiler):
+        reason = "complete"
+        with recorder, contextlib.closing(profiler):
             while step < total:
                 if _evaluation_asks_to_stop(folder, config, step):
                     reason = "early_stop"
@@ -152,15 +157,32 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
             signal.signal(number, handler)
 
 
-def _restore_or_init(
-    stage: Stage, config: RunConfig, mesh: Mesh, checkpoints: CheckpointWriter, *, start_over: bool
-) -> step_lib.TrainState:
-    abstract = step_lib.abstract_state(stage, config.train, mesh)
-    restored = checkpoints.restore_latest(abstract, start_over=start_over)
-    if restored is not None:
-        return restored
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(step_lib.make_init(stage, config.train), out_shardings=shardings)()
+def _start_compiling(
+    stage: Stage,
+    config: RunConfig,
+    mesh: Mesh,
+    abstract: step_lib.TrainState,
+    image_shape: Shape,
+    low_res_shape: Shape | None,
+) -> Future[tuple[jax.stages.Compiled, float]]:
+    """Compiles the training step in a thread, while the state is restored and images are read.
+
+    The result is the step, and the seconds that it took.
+    """
+
+    def compiled() -> tuple[jax.stages.Compiled, float]:
+        start = time.monotonic()
+        train_step = step_lib.compile_train_step(
+            stage, config.train, mesh, abstract, image_shape, low_res_shape=low_res_shape
+        )
+        return train_step, time.monotonic() - start
+
+    if jax.process_index() == 0:
+        print(f"{config.stage.name}: compiling the training step ...", flush=True)
+    compiler = ThreadPoolExecutor(1, thread_name_prefix="compilation")
+    future = compiler.submit(compiled)
+    compiler.shutdown(wait=False)
+    return future
 
 
 def _print_start(
@@ -178,6 +200,8 @@ def _print_start(
         f" state {device_bytes / 1e9:.2g} GB per device",
         flush=True,
     )
+    if accelerator_of(kind) is None and jax.default_backend() != "cpu":
+        print(f"{name}: {kind!r} is not in the table of peaks, so MFU is left out", flush=True)
     if step := int(state.step):
         print(f"{name}: resuming from step {step}", flush=True)
 

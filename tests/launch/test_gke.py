@@ -54,6 +54,8 @@ def test_a_slice_is_one_job_of_as_many_pods_as_hosts(stubs):
         "limits": {"google.com/tpu": 4},
     }
     assert container["command"] == ["python", "-m", "cascaded_diffusion.main", *TRAINER[1:]]
+    (cache,) = container["env"]
+    assert cache == {"name": "JAX_COMPILATION_CACHE_DIR", "value": "/mnt/share/compilation_cache"}
     assert container["volumeMounts"] == [{"name": "share", "mountPath": "/mnt/share"}]
     assert pod["volumes"] == [{"name": "share", "persistentVolumeClaim": {"claimName": "share"}}]
 

@@ -76,9 +76,11 @@ def test_train_does_it_all_and_leaves_nothing(stubs):
     assert pod.did() == ["create", *DEPLOY, "delete"]
     assert result.stdout == "pod-1: finished\n"
     (start,) = [c for c in stubs.calls() if "'start'" in c[-1]]
+    # A new slice finds on the share what the last one compiled.
+    cache = "JAX_COMPILATION_CACHE_DIR=/mnt/share/compilation_cache"
     trainer = ["python", "-m", "cascaded_diffusion.main", *TRAINER[1:], "--distributed=tpu"]
     arrived = remote_argv(start)
-    assert arrived[arrived.index("--") + 1 :] == trainer
+    assert arrived[arrived.index("--") + 1 :] == ["env", cache, *trainer]
     assert "--log_dir=/mnt/share/launch_logs/pod-1" in arrived
 
 

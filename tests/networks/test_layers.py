@@ -1,5 +1,6 @@
 """The layers that a CPU computes in its own way, against the plain one."""
 
+import types
 from functools import cache, partial
 
 import flax.linen as nn
@@ -85,6 +86,41 @@ def test_attention_in_bfloat16_sums_in_float32():
     exact = _plain(*(np.asarray(x, np.float64) for x in (q, k, v)))
     # Weights and result are rounded to 8 bits, sums of 256 of them are not.
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=2e-3)
+
+
+def _gpus(monkeypatch, version, *capabilities):
+    client = types.SimpleNamespace(platform_version=version)
+    gpus = [
+        types.SimpleNamespace(platform="gpu", client=client, compute_capability=capability)
+        for capability in capabilities
+    ]
+    monkeypatch.setattr(jax, "local_devices", lambda: gpus)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attention_lib._cudnn_takes.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "capabilities", "taken"),
+    [
+        ("cuda 13000", ("9.0",), (128, 144, 256)),
+        ("cuda 13000", ("10.0", "8.0"), (128,)),
+        ("rocm 70000", ("gfx942",), ()),
+    ],
+)
+def test_heads_that_a_gpus_attention_does_not_take_are_named_once(
+    version, capabilities, taken, monkeypatch, caplog
+):
+    _gpus(monkeypatch, version, *capabilities)
+    for _ in range(2):
+        for channels in (128, 144, 256):
+            expected = channels in taken
+            assert attention_lib._cudnn_takes(channels, jnp.dtype("bfloat16")) == expected
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3 - len(taken)
+    assert all("channels in bfloat16 is computed by XLA: cuDNN's takes" in line for line in lines)
+    assert not attention_lib._cudnn_takes(64, jnp.dtype("float32"))
+    assert not attention_lib._cudnn_takes(60, jnp.dtype("bfloat16"))
+    attention_lib._cudnn_takes.cache_clear()
 
 
 @pytest.mark.parametrize(("platform", "by_heads"), [("cpu", True), ("tpu", False)])

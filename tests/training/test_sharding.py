@@ -1,6 +1,5 @@
 """Any mesh, any way of computing it: the same model. And what goes over the wires."""
 
-import contextlib
 import functools
 import itertools
 
@@ -24,7 +23,6 @@ from cascaded_diffusion.training.recorder import GridSampler
 from tests.one_layer import in_place_of_the_unet
 from tests.planning.program_collectives import in_program
 from tests.tiny import random_source, round_trip, smallest_base, smallest_efficient, smallest_sr
-from tests.xla import quickest
 
 SOURCE = random_source(64)
 STEPS = 20
@@ -90,17 +88,8 @@ def _curve_of(kind, mesh, **overrides):
 
 @pytest.fixture(scope="module")
 def alone():
-    """The curves of one device, at once and nothing computed twice, as a function of the kind.
-
-    And of whether XLA optimizes a little: where parts of a batch are a loop, that pays.
-    """
-
-    @functools.cache
-    def curve(kind, optimized):
-        with contextlib.nullcontext() if optimized else quickest():
-            return _curve_of(kind, _mesh())[0]
-
-    return curve
+    """The curves of one device, at once and nothing computed twice, as a function of the kind."""
+    return functools.cache(lambda kind: _curve_of(kind, _mesh())[0])
 
 
 EVERYTHING = {"train.remat": "everything"}
@@ -128,13 +117,11 @@ PARTS = {"train.accumulation_steps": 4}
     ),
 )
 def test_every_mesh_trains_the_same_model(alone, kind, mesh, overrides):
-    loops = "train.accumulation_steps" in overrides
-    expected = alone(kind, loops)
+    expected = alone(kind)
     assert len(set(expected[:, 0])) == STEPS
     mesh = _mesh(**mesh)
     overrides = {k.replace(".", "__"): v for k, v in overrides.items()}
-    with contextlib.nullcontext() if loops else quickest():
-        curve, state = _curve_of(kind, mesh, **overrides)
+    curve, state = _curve_of(kind, mesh, **overrides)
     np.testing.assert_allclose(curve, expected, rtol=1e-5)
     # Parameters and the optimizer's moments are stored split, and stay so.
     name = "up0_block0"
@@ -147,7 +134,6 @@ def test_every_mesh_trains_the_same_model(alone, kind, mesh, overrides):
         assert shard.size * split == array.size
 
 
-@quickest()
 def test_a_bfloat16_step_sends_what_the_formula_says():
     # But for what the CPU's compiler widens: it has no bfloat16 collectives, so bytes are of
     # float32, and counts are compared.
@@ -163,7 +149,6 @@ def test_a_bfloat16_step_sends_what_the_formula_says():
     assert sent["all-gather"].bytes <= 2 * expected["all-gather"].bytes
 
 
-@quickest()
 def test_fewer_examples_than_devices_are_split_by_rows():
     # A batch of 4 on 8 devices, and the Efficient U-Net, whose layers at full size stride over
     # the rows.
@@ -221,7 +206,6 @@ def test_parameters_are_stored_by_rules_over_paths_and_shapes():
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@quickest()
 def test_what_the_fsdp_step_sends_is_what_the_formula_says(parts, monkeypatch):
     # A CPU's own convolutions and 1x1 kernels have gradients of another shape, which its
     # compiler sums over the devices in another order; an accelerator's are meant.
@@ -257,7 +241,6 @@ def test_what_the_fsdp_step_sends_is_what_the_formula_says(parts, monkeypatch):
     assert gradients < sent["all-reduce"].bytes < gradients + 1024
 
 
-@quickest()
 def test_a_grid_is_sampled_on_devices_that_do_not_divide_it():
     # 40 images on 6 devices, parameters split.
     config, mesh = smallest_sr(), _mesh(data=3, fsdp=2)

@@ -16,9 +16,10 @@ reads a transposed factor with strides. Hence on a CPU heads are a batch of matr
 combine slices, and the small factors are transposed rather than the scores.
 """
 
+import logging
 import math
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import cache, partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,9 @@ import jax.numpy as jnp
 from cascaded_diffusion.networks.kernels.platforms import for_platform
 from cascaded_diffusion.types import PerDevice
 
-# cuDNN's fused attention takes heads of at most this many channels, a multiple of 8.
-_MAX_FLASH_CHANNELS = 128
+# cuDNN's fused attention takes heads of at most this many channels, a multiple of 8; on GPUs before
+# Hopper half of it.
+_MAX_CUDNN_CHANNELS, _HOPPER = 256, (9, 0)
 # Numbers side by side in a reduction.
 _SLICE = 32
 # A TPU attends block by block from this many pixels on, in blocks of this size. Not measured.
@@ -44,20 +46,47 @@ def attention(
     XLA cannot divide splash attention among devices: it is used only with `per_device`, see
     `Execution`, on many pixels in bfloat16.
     """
-    n, channels = q.shape[1], q.shape[-1]
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits_cudnn = half and channels <= _MAX_FLASH_CHANNELS and channels % 8 == 0
+    n = q.shape[1]
     large = n >= _MIN_SPLASH_PIXELS and n % _SPLASH_BLOCK == 0
     by_blocks = per_device is not None and q.dtype == jnp.bfloat16 and large
     by_xla = partial(jax.nn.dot_product_attention, implementation="xla")
-    by_cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
     kernel = for_platform(
         cpu=_by_heads,
-        gpu=by_cudnn if fits_cudnn else by_xla,
+        gpu=_on_gpu,
         tpu=per_device(splash) if by_blocks else by_xla,
         default=by_xla,
     )
     return kernel(q, k, v)
+
+
+def _on_gpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    kernel = "cudnn" if _cudnn_takes(q.shape[-1], q.dtype) else "xla"
+    return jax.nn.dot_product_attention(q, k, v, implementation=kernel)
+
+
+@cache
+def _cudnn_takes(channels: int, dtype: jnp.dtype) -> bool:
+    """Whether the GPU's fused attention takes such heads; if not, says so, once."""
+    most = _max_cudnn_channels()
+    if dtype in (jnp.bfloat16, jnp.float16) and channels <= most and channels % 8 == 0:
+        return True
+    wanted = f"16 bits and a multiple of 8, at most {most}" if most else "an NVIDIA GPU"
+    if jax.default_backend() == "gpu":
+        logging.getLogger(__name__).warning(
+            "attention of heads of %d channels in %s is computed by XLA: cuDNN's takes %s",
+            *(channels, dtype, wanted),
+        )
+    return False
+
+
+def _max_cudnn_channels() -> int:
+    """The most channels of a head on all of this process's GPUs; 0 if they are not NVIDIA's."""
+    gpus = [d for d in jax.local_devices() if d.platform == "gpu"]
+    if any("cuda" not in d.client.platform_version for d in gpus):
+        return 0
+    capabilities = [tuple(map(int, d.compute_capability.split("."))) for d in gpus]
+    old = not gpus or min(capabilities) < _HOPPER
+    return _MAX_CUDNN_CHANNELS // 2 if old else _MAX_CUDNN_CHANNELS
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:

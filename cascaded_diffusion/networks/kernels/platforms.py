@@ -4,6 +4,7 @@
 |----------------------|------------------------|----------------------------|----------------|
 | attention            | head by head           | cuDNN in 16 bits, else XLA | splash, or XLA |
 | 3x3 convolution      | Winograd where it pays | XLA                        | XLA            |
+| its gradients        | XLA, in XLA's order    | XLA                        | XLA            |
 | sum over pixels      | product with ones      | XLA                        | XLA            |
 | sum over groups      | product with a mask    | XLA                        | XLA            |
 | 1x1 kernel's gradient| example by example     | XLA                        | XLA            |

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cascaded_diffusion.networks.kernels.convolution import direct
 from cascaded_diffusion.networks.kernels.platforms import for_platform
 
 _POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
@@ -62,13 +63,6 @@ _G_BOTH = np.kron(G, G)
 # With fewer channels or pixels, the sums cost more than the products save.
 _MIN_CHANNELS = 64
 _MIN_SIZE = 8
-
-
-def direct(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """[B, H, W, C] and [3, 3, C, K] -> [B, H, W, K], padding 1, by XLA."""
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def pays(x: jax.Array, kernel: jax.Array) -> bool:

@@ -1,0 +1,53 @@
+"""What a training that the devices refuse is told."""
+
+import sys
+import threading
+
+import jax
+import pytest
+
+from cascaded_diffusion.commands import entry, train_stage
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.runtime.run_folder import RunFolder
+from tests.tiny import tiny_base
+
+
+def test_too_little_memory_is_one_line_with_batch_estimate_and_keys(tmp_path, monkeypatch):
+    def allocates(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(train_stage, "train", allocates)
+    config = tiny_base()
+    with pytest.raises(UserError) as error:
+        train_stage.train_stage(config, RunFolder(tmp_path / "run"))
+    text = str(error.value)
+    assert text.startswith("out of memory: config.train.batch_size = 16, ")
+    assert "by estimate a device needs " in text
+    # The estimate said that it fits, so what needs less is meant.
+    assert "by estimate it fits with --config." in text
+    assert "\n" not in text
+
+
+def test_other_errors_of_the_device_stay_what_they_are(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a kernel failed")
+
+    monkeypatch.setattr(train_stage, "train", fails)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel failed"):
+        train_stage.train_stage(tiny_base(), RunFolder(tmp_path / "run"))
+
+
+def test_too_little_memory_elsewhere_is_one_line_of_the_binary(monkeypatch, capsys):
+    for owner, name in ((threading, "excepthook"), (sys, "unraisablehook")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(entry.INTERRUPTS, "install", lambda: None)
+
+    def allocates(argv):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore about it")
+
+    with pytest.raises(SystemExit) as end:
+        entry.run(allocates)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: a device is out of memory (RESOURCE_EXHAUSTED: Out of memory);")
+    assert "config.eval.batch_size (evaluate)" in line
