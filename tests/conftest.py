@@ -56,13 +56,9 @@ _LONGEST_FIRST = (
 # Their programs run long enough for XLA to optimize them a little, or are compared to the bit.
 _OPTIMIZED = {
     "test_augment",
-    "test_bound",
     "test_cas",
-    "test_classifier_extractor",
     "test_end_to_end",
-    "test_inception_extractor",
     "test_samplers",
-    "test_score",
     "test_winograd",
 }
 

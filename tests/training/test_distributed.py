@@ -15,7 +15,7 @@ import pytest
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import ROOT
-from tests.xla import QUICK_COMPILATION
+from tests.xla import NO_OPTIMIZATION
 
 STEPS, DEVICES = 12, 4
 
@@ -32,7 +32,7 @@ class Job:
     def __init__(self, folder: pathlib.Path, count: int, steps: int = STEPS):
         address = _free_address()
         flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
-        env = {**os.environ, "XLA_FLAGS": f"{flags} {QUICK_COMPILATION}"}
+        env = {**os.environ, "XLA_FLAGS": f"{flags} {NO_OPTIMIZATION}"}
         self._logs = [folder.with_name(f"{folder.name}.{count}.{i}.log") for i in range(count)]
         self.processes = []
         for i, log in enumerate(self._logs):
