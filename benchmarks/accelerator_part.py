@@ -133,17 +133,14 @@ class Training:
         self._mesh = mesh_lib.build_mesh(config.mesh)
         self._stage = build_stage(config.stage)
         self._abstract = step_lib.abstract_state(self._stage, config.train, self._mesh)
-        size, channels = config.stage.resolution, config.stage.channels
-        self._shapes = {"image": (size, size, channels), "label": ()}
-        if config.data.low_res == "stored":
-            low_res = config.stage.low_res_resolution
-            self._shapes["low_res"] = (low_res, low_res, channels)
+        self._shapes = step_lib.record_shapes(config)
         rng, batch = np.random.default_rng(0), config.train.batch_size
         records = {
-            name: rng.integers(0, 256, (batch, *shape), np.uint8) if shape else np.zeros(batch, int)
+            name.removesuffix("_shape"): rng.integers(0, 256, (batch, *shape), np.uint8)
             for name, shape in self._shapes.items()
+            if shape is not None
         }
-        records["label"] = records["label"].astype(np.int32)
+        records["label"] = np.zeros(batch, np.int32)
         self._records = mesh_lib.global_batch(records, self._mesh)
         self._jax = jax
 
@@ -155,8 +152,7 @@ class Training:
             self._config.train,
             self._mesh,
             self._abstract,
-            self._shapes["image"],
-            low_res_shape=self._shapes.get("low_res"),
+            **self._shapes,
         )
         return time.perf_counter() - start
 

@@ -101,16 +101,12 @@ def program(config: str, batch_size: int, blocks: int | None) -> tuple[str, floa
         raise UserError(f"{sys.executable} has no jax[cuda13]: {e}") from e
     one = dataclasses.replace(run.mesh, data=1, fsdp=1, tensor=1)
     mesh = mesh_lib.build_mesh(one, list(topology.devices))
-    stage, size, channels = build_stage(run.stage), run.stage.resolution, run.stage.channels
-    low_res = None
-    if run.data.low_res == "stored":
-        low_res = (run.stage.low_res_resolution, run.stage.low_res_resolution, channels)
+    stage = build_stage(run.stage)
     start = time.monotonic()
     with traced_for("gpu"):
         state = step.abstract_state(stage, run.train, mesh)
-        compiled = step.compile_train_step(
-            stage, run.train, mesh, state, (size, size, channels), low_res_shape=low_res
-        )
+        shapes = step.record_shapes(run)
+        compiled = step.compile_train_step(stage, run.train, mesh, state, **shapes)
     return compiled.as_text(), time.monotonic() - start
 
 

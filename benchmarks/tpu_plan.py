@@ -53,6 +53,9 @@ def row(found: dict[str, Any]) -> str:
         estimate = on["state_bytes_per_device"] + on["activation_bytes_per_device"]
         used = f"{estimate / 1e9:.1f} (estimate)"
     secs = f"{compiled['compile_secs']:.0f}" if compiled else "not compiled"
+    # Rows of earlier commits have none.
+    bounds = compiled.get("roofline_secs", {}).values()
+    roofline = f"{max(bounds):.2f} to {sum(bounds):.2f}" if bounds else ""
     sent = on["collectives"]
     gathered = sent.get("all-gather", {}).get("bytes", 0) / 1e9
     fits = "yes" if on["fits"] else f"no: {on['advice'] or 'a larger slice'}"
@@ -60,7 +63,7 @@ def row(found: dict[str, Any]) -> str:
         f"| {plan_found['name']} | {on['topology']} | {mesh} | {on['batch_size']} |"
         f" {on['remat'] or 'none'} | {arguments} | {used} | {on['memory_bytes'] / 1e9:.1f} |"
         f" {fits} | {gathered:.2f} | {on['model_flops_per_step'] / 1e15:.2f} |"
-        f" {on['step_secs']:.2f} | {on['days']:.1f} | {on['chip_hours']:,.0f} |"
+        f" {on['step_secs']:.2f} | {roofline} | {on['days']:.1f} | {on['chip_hours']:,.0f} |"
         f" {secs} | {found['commit']} |"
     )
 
@@ -92,14 +95,16 @@ def main() -> None:
         "",
         "| model | slice | data x fsdp | batch | remat | state a chip, GB | used a chip, GB |"
         " there is, GB | fits | gathered a step, GB | model PFLOP a step | s a step at 40 % |"
-        " days | chip-hours | compiled in, s | commit |",
-        "|" + "---|" * 16,
+        " s a step by roofline | days | chip-hours | compiled in, s | commit |",
+        "|" + "---|" * 17,
         *map(row, found),
         "",
         "Used: arguments and temporaries of the training step as the TPU's own compiler (libtpu)"
         " lays them out, with its efforts turned down. FLOPs: a multiply-add is two, the backward"
         " pass twice the forward. Time: the maker's peak in bfloat16 at an *assumed* efficiency of"
-        " 40 %; nothing here has run on a TPU.",
+        " 40 %. Roofline: the compiler's own FLOPs at the peak, its bytes accessed at the memory's"
+        " bandwidth, and collectives at the links'; from the largest of the three to their sum."
+        " Nothing here has run on a TPU.",
         f"Compiled on: {machine.describe()}.",
         "Command: `python benchmarks/tpu_plan.py --write`.",
         "",

@@ -113,10 +113,7 @@ def _compiled(config: RunConfig, topology: Topology) -> Record:
     Raises UserError if compilation fails for another reason than memory.
     """
     mesh = mesh_lib.build_mesh(config.mesh, _tpu_devices(topology))
-    stage, train, size = build_stage(config.stage), config.train, config.data.resolution
-    low_res_shape = None
-    if config.data.low_res == "stored":
-        low_res_shape = (config.stage.low_res_resolution,) * 2 + (config.stage.channels,)
+    stage, train = build_stage(config.stage), config.train
     start = time.monotonic()
     try:
         compiled = step.compile_train_step(
@@ -124,8 +121,7 @@ def _compiled(config: RunConfig, topology: Topology) -> Record:
             train,
             mesh,
             step.abstract_state(stage, train, mesh),
-            (size, size, config.stage.channels),
-            low_res_shape=low_res_shape,
+            **step.record_shapes(config),
             compiler_options=_COMPILER_OPTIONS,
         )
     except jax.errors.JaxRuntimeError as e:

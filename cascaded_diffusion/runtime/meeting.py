@@ -48,8 +48,10 @@ async def _problem_of_all(
 ) -> str | None:
     """Process 0: waits for the others and tells them what it returns."""
     arrivals: asyncio.Queue[tuple[Record, asyncio.StreamWriter]] = asyncio.Queue()
+    connections: list[asyncio.StreamWriter] = []
 
     async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
         try:
             message = _message(await reader.readline())
         except (OSError, ValueError):  # the connection is gone, or the line is too long
@@ -86,8 +88,10 @@ async def _problem_of_all(
     server.close()
     for writer in came.values():
         writer.write(_line(problem=problem))
+    # Also those that came too late, or have said nothing yet.
+    for writer in connections:
         writer.close()
-    await asyncio.gather(*(w.wait_closed() for w in came.values()), return_exceptions=True)
+    await asyncio.gather(*(w.wait_closed() for w in connections), return_exceptions=True)
     return problem
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.cascade.stage import NoisedBatch, Stage
-from cascaded_diffusion.config.schema import TrainConfig, ema_name
+from cascaded_diffusion.config.schema import RunConfig, TrainConfig, ema_name
 from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.networks.kernels.layouts import in_order
@@ -187,6 +187,15 @@ def flops_per_step(stage: Stage, batch_size: int) -> float:
     Convolutions and matrix products count; what rematerialization computes again does not.
     """
     return 3.0 * batch_size * count_flops(stage.network.apply, *stage.shapes())
+
+
+def record_shapes(config: RunConfig) -> dict[str, tuple[int, int, int] | None]:
+    """The shapes of a config's images, by their names in `compile_train_step`."""
+    stage, size = config.stage, config.data.resolution
+    low_res = None
+    if config.data.low_res == "stored":
+        low_res = (stage.low_res_resolution, stage.low_res_resolution, stage.channels)
+    return {"image_shape": (size, size, stage.channels), "low_res_shape": low_res}
 
 
 def compile_train_step(

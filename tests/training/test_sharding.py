@@ -15,6 +15,7 @@ from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.networks import layers, unet
 from cascaded_diffusion.networks.conditioning import ConditionalNetwork
 from cascaded_diffusion.networks.kernels import sums, winograd
+from cascaded_diffusion.networks.kernels.platforms import traced_for
 from cascaded_diffusion.planning import collectives
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding
@@ -132,6 +133,19 @@ def test_every_mesh_trains_the_same_model(alone, kind, mesh, overrides):
     ):
         shard = array.addressable_shards[0].data
         assert shard.size * split == array.size
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "overrides"),
+    [("sr", "gpu", {}), ("base", "tpu", {"stage__network__channels": winograd._MIN_CHANNELS})],
+)
+def test_every_platforms_kernels_train_the_same_model(alone, kind, platform, overrides):
+    # In float32 all of them run on a CPU, which has kernels of its own for nearly everything.
+    expected = _curve_of(kind, _mesh(), **overrides)[0] if overrides else alone(kind)
+    with traced_for(platform):
+        curve, _ = _curve_of(kind, _mesh(), **overrides)
+    assert not np.array_equal(curve, expected)
+    np.testing.assert_allclose(curve, expected, rtol=1e-5)
 
 
 def test_a_bfloat16_step_sends_what_the_formula_says():
