@@ -1,8 +1,19 @@
 """What is counted in a program that was compiled for a GPU."""
 
+import collections
 import pathlib
+import re
 
+import jax
 import pytest
+
+from cascaded_diffusion.cascade.build import build_stage
+from cascaded_diffusion.config.schema import MeshConfig
+from cascaded_diffusion.networks.kernels import attention
+from cascaded_diffusion.networks.kernels.platforms import traced_for
+from cascaded_diffusion.runtime.mesh import build_mesh
+from cascaded_diffusion.training import step
+from tests.tiny import smallest_sr
 
 PROGRAM = """HloModule jit_step
 
@@ -48,3 +59,37 @@ def test_bytes_are_counted_by_kind(gpu_program):
 
 def test_wide_feature_maps_are_counted(gpu_program):
     assert gpu_program.wide_maps(PROGRAM) == 4 * 4 * 16 * 16 * 64
+
+
+def test_a_step_for_cuda_moves_no_more_feature_maps_than_it_did(monkeypatch):
+    """Operations on feature maps of a step lowered for CUDA, which needs no GPU."""
+    monkeypatch.setattr(attention, "_cudnn_takes", lambda *_: False)  # asks for cuDNN
+    batch = 11  # no other axis is as long
+    config = smallest_sr(
+        train__batch_size=batch,
+        stage__network__dtype="bfloat16",
+        stage__network__patch_size=1,
+        stage__network__channels=16,
+        stage__network__dropout_rate=0.1,
+    )
+    mesh = build_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    size = config.stage.resolution
+    stage = build_stage(config.stage)
+    records = {
+        "image": jax.ShapeDtypeStruct((batch, size, size, 1), "uint8"),
+        "label": jax.ShapeDtypeStruct((batch,), "int32"),
+    }
+    with traced_for("gpu"):
+        train_step = jax.jit(step.make_train_step(stage, config.train, mesh))
+        traced = train_step.trace(step.abstract_state(stage, config.train, mesh), records)
+    lines = traced.lower(lowering_platforms=("cuda",)).as_text().splitlines()
+    of_maps = [line for line in lines if re.search(rf"tensor<{batch}x(\d+)x\1x\d\d+x\w+>", line)]
+    counts = collections.Counter(re.findall(r"stablehlo\.(\w+)", "\n".join(of_maps)))
+    held = {
+        "transpose": 0,
+        "concatenate": 2,  # what comes up beside what skips across, after its norm
+        "convolution": 35,
+        "reduce": 71,
+        "optimization_barrier": 12,
+    }
+    assert {name: counts[name] for name in held} == held
