@@ -136,6 +136,9 @@ def _compiled(config: RunConfig, topology: Topology) -> Record:
             "problem": lines[0] if lines else text.splitlines()[0],
         }
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    # The compiler counts the loop over the parts of a batch once. Outside of it there is little
+    # but the optimizer, which reads and writes the state.
+    state_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes
     used = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
@@ -148,8 +151,8 @@ def _compiled(config: RunConfig, topology: Topology) -> Record:
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "used_bytes": used,
-        "flops": costs["flops"],
-        "bytes_accessed": costs["bytes accessed"],
+        "flops": train.parts * costs["flops"],
+        "bytes_accessed": state_bytes + train.parts * (costs["bytes accessed"] - state_bytes),
     }
 
 
