@@ -7,12 +7,15 @@ an H100 that is only described to it, without trying kernels out. Of the compile
 counted the kernels and the bytes that they read and write, by kind: a byte of a feature map that
 is read again in another kernel counts again. What is not a product or a convolution takes about
 as long as its bytes take at the memory's bandwidth. --blocks replaces the number of residual
-blocks of every level, which compiles sooner. With --write the table is appended to
+blocks of every level, which compiles sooner. --without=parts, =order or =slope has one thing
+computed as elsewhere that a GPU computes in its own way: skips in parts, gradients in their
+parameters' order, swish's slope twice. With --write the table is appended to
 benchmarks/results/gpu_program.md.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import math
 import os
@@ -21,6 +24,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from unittest import mock
 
 import machine
 
@@ -74,6 +78,20 @@ KINDS = {
     "reductions": "reduce",
     "elementwise": "",
 }
+
+
+@contextlib.contextmanager
+def without(name: str | None) -> Iterator[None]:
+    """In the context, nothing or one thing is computed as elsewhere than on a GPU."""
+    if name is None:
+        yield
+        return
+    from cascaded_diffusion.networks import layers
+    from cascaded_diffusion.networks.kernels import layouts, norms
+
+    module = {"parts": layers, "order": layouts, "slope": norms}[name]
+    with mock.patch.object(module, "for_platform", lambda *, default, **_: default):
+        yield
 
 
 def program(config: str, batch_size: int, blocks: int | None) -> tuple[str, float]:
@@ -164,20 +182,23 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", default="base64")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--blocks", type=int)
+    parser.add_argument("--without", choices=("parts", "order", "slope"))
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--save", type=pathlib.Path, help="a file for the program's text")
     args = parser.parse_args(list(argv)[1:])
     if not (ROOT / "configs" / f"{args.config}.py").is_file():
         raise UserError(f"--config={args.config}: there is no configs/{args.config}.py")
-    text, secs = program(args.config, args.batch_size, args.blocks)
+    with without(args.without):
+        text, secs = program(args.config, args.batch_size, args.blocks)
     if args.save:
         args.save.write_text(text)
     found = counted(text)
     bandwidth = ACCELERATORS["h100"].memory_bandwidth
     rows = [*found.items(), ("all", tuple(map(sum, zip(*found.values(), strict=True))))]
     blocks = "" if args.blocks is None else f", {args.blocks} residual blocks a level"
+    less = "" if args.without is None else f", without {args.without}"
     lines = [
-        f"## {args.config}, batch {args.batch_size}{blocks}",
+        f"## {args.config}, batch {args.batch_size}{blocks}{less}",
         "",
         "| | kernels | GB read and written | ms at the memory's bandwidth |",
         "|---|---|---|---|",
