@@ -23,8 +23,7 @@ ensure_environment() {
   source .venv/bin/activate
   stamp=.venv/installed-$extra
   if [[ ! -f $stamp || setup.py -nt $stamp ]]; then
-    # Python compiles what it imports, a fraction of all that is installed.
-    run python -m pip install --quiet --no-compile --disable-pip-version-check --editable ".[$extra]"
+    run python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
     touch "$stamp"
   fi
 }

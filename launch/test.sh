@@ -9,4 +9,4 @@ ensure_environment test
 run ruff check .
 run ruff format --check .
 # Whole files: what one test compiled, and the fixtures of a file, serve those after it.
-run python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+run python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
