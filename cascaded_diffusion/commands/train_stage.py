@@ -86,7 +86,8 @@ def train_stage(
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        line = f"out of memory: {fit.out_of_memory(placed, num_devices, memory_bytes)}"
+        about = fit.out_of_memory(placed, num_devices, memory_bytes)
+        line = f"out of memory ({str(e).splitlines()[0]}): {about}"
         # Other processes are in the middle of a step and cannot be told.
         raise (UserError if jax.process_count() == 1 else SingleProcessError)(line) from e
 

@@ -194,7 +194,8 @@ def check_memory(config: RunConfig, num_devices: int, memory_bytes: float) -> st
     if fits(memory.total, memory_bytes):
         return None
     line = _too_large(config, memory, memory_bytes)
-    line += _fits_with(advice(config, num_devices, memory_bytes))
+    if found := advice(config, num_devices, memory_bytes):
+        line += f"; by estimate it fits with {found}"
     if memory.state + _LEAST * memory.activations > memory_bytes:
         raise UserError(line)
     return f"it may not fit: {line}"
@@ -203,13 +204,9 @@ def check_memory(config: RunConfig, num_devices: int, memory_bytes: float) -> st
 def out_of_memory(config: RunConfig, num_devices: int, memory_bytes: float) -> str:
     """A line about a step for which a device had too little memory, with keys that need less."""
     memory = step_memory(config, num_devices)
-    # It needed more than there is, whatever was estimated.
-    found = advice(config, num_devices, memory_bytes, max(memory.total, memory_bytes))
-    return _too_large(config, memory, memory_bytes) + _fits_with(found)
-
-
-def _fits_with(changes: str | None) -> str:
-    return "" if changes is None else f"; by estimate it fits with {changes}"
+    # It needed more than there is, whatever was estimated; how much more is not known.
+    found = advice(config, num_devices, memory_bytes, max(memory.total, 1.2 * memory_bytes))
+    return _too_large(config, memory, memory_bytes) + (f"; try {found}" if found else "")
 
 
 def _too_large(config: RunConfig, memory: StepMemory, memory_bytes: float) -> str:

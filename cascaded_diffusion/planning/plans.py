@@ -120,7 +120,7 @@ def described(plan: Record) -> str:
         )
         secs = compiled["roofline_secs"]
         lines.append(
-            f"  roofline             {max(secs.values()):.3g} s a step at least: computing"
+            f"  roofline             {max(secs.values()):.3g} s a step: computing"
             f" {secs['compute']:.3g} ({compiled['flops'] / 1e12:.3g} TFLOP), memory"
             f" {secs['memory']:.3g} ({compiled['bytes_accessed'] / 1e9:.3g} GB), links"
             f" {secs['links']:.3g}; {sum(secs.values()):.3g} s if nothing overlaps"

@@ -3,8 +3,9 @@
 Without the compiler, memory comes from `fit.step_memory`, collectives from the formula of
 `collectives`, and time from the maker's peak and an assumed efficiency. With the compiler (the
 [tpu] extra), the TPU's own compiler says how much memory it gives the step, and how many FLOPs and
-bytes of memory it counts. A roofline follows (Williams et al. 2009): the step takes at least as
-long as the slowest of computing, memory and links, and at most their sum if nothing overlaps.
+bytes of memory it counts. A roofline follows (Williams et al. 2009): the slowest of computing,
+memory and links, if all overlaps, and their sum, if nothing does. It is an estimate: the compiler
+is told to spend little effort, and may move fewer bytes in the program that trains.
 """
 
 import dataclasses

@@ -47,7 +47,7 @@ def _backward(
     stride: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    # Of pixels on each axis that a stride passes over at the end.
+    # On each axis, how many pixels of x there are from the centre of the last output on.
     rests = [n - stride * (m - 1) for n, m in zip(x.shape[1:3], dy.shape[1:3], strict=True)]
     dx = _convolution(
         dy,
