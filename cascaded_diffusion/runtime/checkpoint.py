@@ -203,16 +203,20 @@ class CheckpointWriter:
         with contextlib.suppress(Exception):
             self._manager.close()
 
+    def restore_latest(self, abstract_state: Tree, *, start_over: bool = False) -> Tree | None:
+        """`restore` of `newest_step`, or None if the run is to begin at step 0."""
+        step = self.newest_step(start_over=start_over)
+        return None if step is None else self.restore(step, abstract_state)
+
     def steps(self) -> list[int]:
         """Steps that have a folder, ascending. They need not be intact."""
         return manifest.steps_on_disk(self._folder)
 
-    def restore_latest(self, abstract_state: Tree, *, start_over: bool = False) -> Tree | None:
-        """The newest intact state, or None if the run is to begin at step 0.
+    def newest_step(self, *, start_over: bool = False) -> int | None:
+        """The step of the newest intact checkpoint, or None if the run is to begin at step 0.
 
-        `abstract_state` is a tree of `jax.ShapeDtypeStruct` with the wanted shardings, which need
-        not be those of the saved state. `manifest.newest_intact` says what `start_over` does.
-        Raises UserError if no checkpoint is intact although there are or were some.
+        `manifest.newest_intact` says what `start_over` does. Raises UserError if no checkpoint is
+        intact although there are or were some.
         """
         # The first process decides and sets aside, so that all restore the same checkpoint.
         found: int | None = None
@@ -222,8 +226,14 @@ class CheckpointWriter:
                 found = manifest.newest_intact(self._folder, start_over=start_over, say=self._say)
         (step,) = broadcast_from_process_0([-1 if found is None else found])
         self._manager.reload()
-        if step < 0:
-            return None
+        return None if step < 0 else step
+
+    def restore(self, step: int, abstract_state: Tree) -> Tree:
+        """The state of a checkpoint. Raises UserError if it cannot be restored.
+
+        `abstract_state` is a tree of `jax.ShapeDtypeStruct` with the wanted shardings, which need
+        not be those of the saved state.
+        """
         args = ocp.args.Composite(**{_ITEM: _restore_args(abstract_state)})
         try:
             stored = self._manager.restore(step, args=args)[_ITEM]

@@ -77,16 +77,19 @@ def train(
         asked_to_stop = stack.enter_context(_stop_requests())
         stage = build_stage(config.stage)
         abstract = step_lib.abstract_state(stage, config.train, mesh)
+        # What is refused is refused before anything is compiled.
+        newest = checkpoints.newest_step(start_over=start_over)
+        profiler = monitor.StepProfiler(folder.profile, profile_steps)
+        profiler.check((newest or 0) + 1, total)
         compiling = _start_compiling(stage, config, mesh, abstract, image_shape, low_res_shape)
-        state = checkpoints.restore_latest(abstract, start_over=start_over)
-        if state is None:
+        if newest is not None:
+            state = checkpoints.restore(newest, abstract)
+        else:
             shardings = jax.tree.map(lambda x: x.sharding, abstract)
             state = jax.jit(step_lib.make_init(stage, config.train), out_shardings=shardings)()
         # A run that is refused keeps the config that it has.
         resume.store(folder, config, data, changed)
         step = int(state.step)
-        profiler = monitor.StepProfiler(folder.profile, profile_steps)
-        profiler.check(step + 1, total)
         if is_first_process:
             # Whoever waits for a shorter run that now resumes, waits for the new end.
             folder.complete_path.unlink(missing_ok=True)

@@ -194,6 +194,21 @@ def test_early_stop_is_honoured_before_anything_is_compiled(run, monkeypatch):
     assert "patience_evals" in run.how_to_resume()
 
 
+def test_a_run_without_an_intact_checkpoint_is_refused_before_anything_is_compiled(
+    run, monkeypatch
+):
+    _remove("TRAIN_COMPLETE")(run)
+    for manifest_path in run.checkpoints.glob("*/manifest.json"):
+        manifest_path.write_text("")
+
+    def compiles(*args, **kwargs):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(loop.step_lib, "compile_train_step", compiles)
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        _train(run.path, _longer())
+
+
 def test_a_stretched_schedule_is_said(run, capsys):
     config = round_trip(CONFIG, train__lr_decay="cosine")
     run.write_config(config)
