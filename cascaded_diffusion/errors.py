@@ -14,3 +14,9 @@ class SingleProcessError(UserError):
 
     They wait for it in a collective until JAX finds that it is gone.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether XLA says that a device's memory does not suffice."""
+    # By name, since JAX is not imported yet when flags are refused.
+    return type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)

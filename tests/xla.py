@@ -4,33 +4,30 @@ import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
-_NO_YNN_FUSIONS = "--xla_cpu_experimental_ynn_fusion_type="
 # Nearly all of the suite's time is compilation, so XLA spends little on optimization.
-QUICK_COMPILATION = (
-    f"--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true {_NO_YNN_FUSIONS}"
-)
-
-# For programs that run a few times: a training step compiles in a third of the time and runs half
-# as fast, or a quarter where it adds up parts of a batch in a loop. Nothing is optimized, and no
-# fusion has a compiler's pipeline of its own, which at level 0 takes most of the time. Nor is a
-# program cut in parts for other threads to compile, which costs a third more.
-QUICKEST = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-# The same for a process.
-NO_OPTIMIZATION = " ".join(
-    [*(f"--{name}={value!s}".lower() for name, value in QUICKEST.items()), _NO_YNN_FUSIONS]
-)
-
-
-# What `QUICK_COMPILATION` has in their place.
 QUICK = {
     "xla_backend_optimization_level": 1,
     "xla_cpu_use_fusion_emitters": True,
     "xla_llvm_disable_expensive_passes": True,
 }
+# For programs that run a few times: a training step compiles in a third of the time and runs half
+# as fast. Nothing is optimized, and no fusion has a compiler's pipeline of its own, which at level
+# 0 takes most of the time. Nor is a program cut in parts for other threads to compile, which costs
+# a third more.
+QUICKEST = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+
+
+def _flags(options: dict[str, bool | int]) -> str:
+    named = [f"--{name}={value!s}".lower() for name, value in options.items()]
+    return " ".join([*named, "--xla_cpu_experimental_ynn_fusion_type="])
+
+
+# The same for a process.
+QUICK_COMPILATION, NO_OPTIMIZATION = _flags(QUICK), _flags(QUICKEST)
 
 
 @contextlib.contextmanager

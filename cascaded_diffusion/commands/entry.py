@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from cascaded_diffusion.commands.config_flags import config_argument
 from cascaded_diffusion.commands.interrupts import EXIT_INTERRUPTED, INTERRUPTS
 from cascaded_diffusion.commands.overrides import overrides_in
-from cascaded_diffusion.errors import SingleProcessError, UserError
+from cascaded_diffusion.errors import SingleProcessError, UserError, is_out_of_memory
 
 EXIT_BAD_INPUT = 2
 # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on.
@@ -67,12 +67,10 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 
 def _lacking_memory(error: BaseException) -> str | None:
     """A line about a device's memory, if that is what XLA's error is about."""
-    # By name, since JAX is not imported yet when flags are refused.
-    text = str(error)
-    if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in text:
+    if not is_out_of_memory(error):
         return None
     return (
-        f"a device is out of memory ({text.splitlines()[0]}); expected a smaller"
+        f"a device is out of memory ({str(error).splitlines()[0]}); expected a smaller"
         " config.eval.batch_size (evaluate) or config.cascade.batch_size (sample), or more devices"
     )
 

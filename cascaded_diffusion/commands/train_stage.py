@@ -10,7 +10,7 @@ from cascaded_diffusion.config.run_checks import check_devices
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.data.sources import load_splits, spread_examples
-from cascaded_diffusion.errors import SingleProcessError, UserError
+from cascaded_diffusion.errors import SingleProcessError, UserError, is_out_of_memory
 from cascaded_diffusion.planning import fit
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_data import RunData
@@ -84,7 +84,7 @@ def train_stage(
             mesh=mesh,
         )
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        if not is_out_of_memory(e):
             raise
         about = fit.out_of_memory(placed, num_devices, memory_bytes)
         line = f"out of memory ({str(e).splitlines()[0]}): {about}"

@@ -18,7 +18,7 @@ from jax.experimental import topologies as jax_topologies
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.run_checks import check_devices
 from cascaded_diffusion.config.schema import RunConfig
-from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.errors import UserError, is_out_of_memory
 from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.networks.kernels.platforms import traced_for
 from cascaded_diffusion.planning import collectives, fit
@@ -127,7 +127,7 @@ def _compiled(config: RunConfig, topology: Topology) -> Record:
         )
     except jax.errors.JaxRuntimeError as e:
         text = str(e)
-        if "RESOURCE_EXHAUSTED" not in text:
+        if not is_out_of_memory(e):
             reason = text.splitlines()[0]
             raise UserError(f"--topology={topology.name}: does not compile ({reason})") from e
         lines = [line.strip() for line in text.splitlines() if "hbm" in line.lower()]
