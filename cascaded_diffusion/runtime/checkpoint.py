@@ -203,11 +203,6 @@ class CheckpointWriter:
         with contextlib.suppress(Exception):
             self._manager.close()
 
-    def restore_latest(self, abstract_state: Tree, *, start_over: bool = False) -> Tree | None:
-        """`restore` of `newest_step`, or None if the run is to begin at step 0."""
-        step = self.newest_step(start_over=start_over)
-        return None if step is None else self.restore(step, abstract_state)
-
     def steps(self) -> list[int]:
         """Steps that have a folder, ascending. They need not be intact."""
         return manifest.steps_on_disk(self._folder)

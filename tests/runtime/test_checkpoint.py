@@ -40,6 +40,11 @@ def _abstract(sharding):
     )
 
 
+def _restore_latest(writer, abstract, **kwargs):
+    step = writer.newest_step(**kwargs)
+    return None if step is None else writer.restore(step, abstract)
+
+
 EMA = "decay_0_99"
 REPLICATED = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -56,7 +61,7 @@ def _restore(folder):
     said = []
     writer = checkpoint.CheckpointWriter(folder, CONFIG, say=said.append)
     try:
-        return writer.restore_latest(_abstract(REPLICATED)), said
+        return _restore_latest(writer, _abstract(REPLICATED)), said
     finally:
         writer.close()
 
@@ -225,7 +230,7 @@ def test_restores_onto_another_mesh(tmp_path):
             _abstract(None),
             shardings,
         )
-        restored = writer.restore_latest(abstract)
+        restored = _restore_latest(writer, abstract)
         np.testing.assert_array_equal(
             restored["ema_params"][EMA]["w"], _state(1)["ema_params"][EMA]["w"]
         )
@@ -317,7 +322,7 @@ def test_lost_checkpoints_are_not_silently_begun_again(saved):
     with pytest.raises(UserError, match="saved.json says that one was.*--start_over"):
         _restore(saved)
     writer = checkpoint.CheckpointWriter(saved, CONFIG, say=lambda line: None)
-    assert writer.restore_latest(_abstract(REPLICATED), start_over=True) is None
+    assert _restore_latest(writer, _abstract(REPLICATED), start_over=True) is None
     writer.close()
     assert (saved.path / "lost_run_1" / "saved.json").exists()
     assert _restore(saved) == (None, [])
@@ -325,7 +330,7 @@ def test_lost_checkpoints_are_not_silently_begun_again(saved):
 
 def test_an_intact_checkpoint_is_gone_on_from_though_starting_over_is_allowed(saved):
     writer = checkpoint.CheckpointWriter(saved, CONFIG)
-    assert writer.restore_latest(_abstract(REPLICATED), start_over=True)["step"] == 3
+    assert _restore_latest(writer, _abstract(REPLICATED), start_over=True)["step"] == 3
     writer.close()
 
 
