@@ -11,7 +11,15 @@ import numpy as np
 from cascaded_diffusion.cascade import augment
 from cascaded_diffusion.cascade.pixels import area_downsample, quantized
 from cascaded_diffusion.config.schema import SamplerConfig, StageConfig
-from cascaded_diffusion.diffusion import bound, gaussian, grids, guidance, losses, samplers
+from cascaded_diffusion.diffusion import (
+    bound,
+    gaussian,
+    grids,
+    guidance,
+    losses,
+    samplers,
+    schedules,
+)
 from cascaded_diffusion.networks.kernels.execution import Execution
 from cascaded_diffusion.networks.unet import Network
 from cascaded_diffusion.types import Batch, Conditioning, DenoiseFn, Params, Prediction, Schedule
@@ -129,8 +137,16 @@ class Stage:
     ) -> dict[str, jax.Array]:
         """The loss and, if it has several, its parts, per example: name -> [B]."""
         diffusion, x0 = self.config.diffusion, noised.x0
-        how = dict(parameterization=diffusion.parameterization, weighting=diffusion.weighting)
-        simple = losses.simple_loss(output[..., : x0.shape[-1]], x0, logsnr, noised.eps, **how)
+        steps = self.config.schedule.discrete_timesteps
+        simple = losses.simple_loss(
+            output[..., : x0.shape[-1]],
+            x0,
+            logsnr,
+            noised.eps,
+            parameterization=diffusion.parameterization,
+            weighting=diffusion.weighting,
+            slope=schedules.slope_of(self.schedule, noised.t, num_timesteps=steps),
+        )
         if diffusion.loss == "simple":
             return {"loss": simple}
         num_timesteps = self.config.schedule.num_timesteps

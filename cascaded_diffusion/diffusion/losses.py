@@ -15,9 +15,9 @@ so a weighting is a factor w(logsnr) of the x0 error, whatever is predicted:
     (3)  snr            w = snr                  (the eps loss; Ho et al. 2020)
     (4)  truncated_snr  w = max(snr, 1)          (Salimans & Ho 2022)
     (5)  min_snr        w = min(snr, 5)          (Hang et al. 2023, gamma = 5)
-    (6)  sigmoid        w = snr sigmoid(2 - logsnr)
-                        (the shape of Kingma & Gao 2023 and Hoogeboom et al. 2024; theirs has
-                        the factor -dlogsnr/dt besides, against the schedule's own emphasis)
+    (6)  sigmoid        w = snr sigmoid(2 - logsnr) (-dlogsnr/dt)
+                        (Kingma & Gao 2023, whose last factor undoes the schedule's own
+                        emphasis: the loss becomes an integral over logsnr)
 """
 
 import math
@@ -29,18 +29,18 @@ import jax.numpy as jnp
 from cascaded_diffusion.diffusion import gaussian
 from cascaded_diffusion.types import check_shape
 
-# logsnr -> log w.
-Weighting = Callable[[jax.Array], jax.Array]
+# (logsnr, -dlogsnr/dt) -> log w.
+Weighting = Callable[[jax.Array, jax.Array], jax.Array]
 
 WEIGHTINGS: dict[str, Weighting] = {
-    "snr": lambda logsnr: logsnr,
-    "truncated_snr": lambda logsnr: jnp.maximum(logsnr, 0.0),
-    "min_snr": lambda logsnr: jnp.minimum(logsnr, math.log(5.0)),
-    "sigmoid": lambda logsnr: logsnr + jax.nn.log_sigmoid(2.0 - logsnr),
+    "snr": lambda logsnr, _: logsnr,
+    "truncated_snr": lambda logsnr, _: jnp.maximum(logsnr, 0.0),
+    "min_snr": lambda logsnr, _: jnp.minimum(logsnr, math.log(5.0)),
+    "sigmoid": lambda logsnr, slope: logsnr + jax.nn.log_sigmoid(2.0 - logsnr) + jnp.log(slope),
 }
 
 # log of the factor between the predicted quantity's error and that of x0, eq. (2).
-_LOG_ERROR_RATIO: dict[str, Weighting] = {
+_LOG_ERROR_RATIO: dict[str, Callable[[jax.Array], jax.Array]] = {
     "eps": lambda logsnr: logsnr,
     "x0": jnp.zeros_like,
     "v": jax.nn.softplus,
@@ -70,12 +70,16 @@ def simple_loss(
     *,
     parameterization: str,
     weighting: str = "none",
+    slope: jax.Array | None = None,
 ) -> jax.Array:
-    """Eq. (1), weighted by eq. (3)-(6) unless `weighting` is "none": [B, H, W, C] -> [B]."""
+    """Eq. (1), weighted by eq. (3)-(6) unless `weighting` is "none": [B, H, W, C] -> [B].
+
+    `slope` [B] is -dlogsnr/dt, from `schedules.slope_of`; eq. (6) alone needs it.
+    """
     target = gaussian.target_from(x0, logsnr, eps, parameterization=parameterization)
     check_shape(output, "B H W C", "network output", **dict(zip("BHWC", x0.shape, strict=True)))
     loss = mean_per_example(jnp.square(output.astype(jnp.float32) - target))
     if weighting == "none":
         return loss
-    log_weight = WEIGHTINGS[weighting](logsnr) - _LOG_ERROR_RATIO[parameterization](logsnr)
+    log_weight = WEIGHTINGS[weighting](logsnr, slope) - _LOG_ERROR_RATIO[parameterization](logsnr)
     return jnp.exp(log_weight) * loss

@@ -153,6 +153,16 @@ def make_table_schedule(betas: np.ndarray, *, between_steps: bool) -> Schedule:
     return logsnr_from_t
 
 
+def slope_of(schedule: Schedule, t: jax.Array, *, num_timesteps: int | None) -> jax.Array:
+    """-dlogsnr/dt at times t > 0, of any shape; with T discrete steps, that of the step to t.
+
+    It is 0 where the schedule is cut to its bounds.
+    """
+    if num_timesteps is not None:
+        return num_timesteps * (schedule(t - 1.0 / num_timesteps) - schedule(t))
+    return -jax.jvp(schedule, (t,), (jnp.ones_like(t),))[1]
+
+
 def make_schedule(
     name: str,
     *,

@@ -8,12 +8,13 @@ from tests.diffusion.gaussian_data import levels
 
 LOGSNRS = np.float32([-9.0, -3.0, 0.0, 1.5, 1.7, 4.0, 9.0])
 SNR = np.exp(LOGSNRS.astype(np.float64))
+SLOPES = np.float32([900.0, 40.0, 6.3, 7.0, 7.1, 20.0, 300.0])  # -dlogsnr/dt
 # On the error of x0, from the papers, in numpy.
 WEIGHTS = {
     "snr": SNR,
     "truncated_snr": np.maximum(SNR, 1),
     "min_snr": np.minimum(SNR, 5),
-    "sigmoid": SNR / (1 + np.exp(LOGSNRS - 2.0)),
+    "sigmoid": SNR / (1 + np.exp(LOGSNRS - 2.0)) * SLOPES,
 }
 
 
@@ -69,7 +70,13 @@ def test_weighted_loss_is_of_the_x0_error_whatever_is_predicted(parameterization
     x0, eps, x0_hat = _example()
     output = jnp.float32(_output_for(x0_hat, x0, eps, parameterization))
     got = losses.simple_loss(
-        output, x0, LOGSNRS, eps, parameterization=parameterization, weighting=weighting
+        output,
+        x0,
+        LOGSNRS,
+        eps,
+        parameterization=parameterization,
+        weighting=weighting,
+        slope=SLOPES,
     )
     error = np.square(np.asarray(x0_hat, np.float64) - np.asarray(x0, np.float64)).mean((1, 2, 3))
     # Of eps near noise and of v near the image, the error is a small part of the output.
@@ -91,7 +98,13 @@ def test_weighted_losses_are_finite_at_the_ends_of_the_schedules(parameterizatio
     ends = jnp.asarray([-23.0, -20.0, 20.0])
     image = jnp.ones((3, 2, 2, 1))
     got = losses.simple_loss(
-        0 * image, image, ends, image, parameterization=parameterization, weighting=weighting
+        0 * image,
+        image,
+        ends,
+        image,
+        parameterization=parameterization,
+        weighting=weighting,
+        slope=jnp.asarray([0.0, 5e4, 5e4]),
     )
     assert np.isfinite(got).all()
 

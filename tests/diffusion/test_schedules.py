@@ -198,3 +198,33 @@ def test_schedules_are_finite_and_decreasing(name, num_timesteps, between_steps)
 def test_so_few_linear_steps_that_a_beta_reaches_one_are_refused():
     with pytest.raises(ValueError, match="a beta of 1 with 20 steps"):
         make("linear", 20)
+
+
+@pytest.mark.parametrize("between_steps", [False, True])
+@pytest.mark.parametrize("num_timesteps", [None, 50])
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+def test_the_slope_is_the_change_of_the_log_snr_with_time(name, num_timesteps, between_steps):
+    schedule = make(name, num_timesteps, between_steps)
+    discrete = num_timesteps is not None and not between_steps
+    t = (jnp.arange(2, 48) + (0.0 if discrete else 0.5)) / 50
+    got = schedules.slope_of(schedule, t, num_timesteps=num_timesteps if discrete else None)
+    ahead, behind = (0.0, 1 / 50) if discrete else (1e-3, 1e-3)
+    expected = (schedule(t - behind) - schedule(t + ahead)) / (ahead + behind)
+    np.testing.assert_allclose(got, expected, rtol=1e-5 if discrete else 0.02)
+
+
+def test_weighted_by_the_slope_a_mean_over_time_is_an_integral_over_the_log_snr():
+    t = (jnp.arange(20_000) + 0.5) / 20_000
+    means = []
+    for name in ("cosine", "shifted_cosine", "linear"):
+        schedule = make(name)
+        slope = schedules.slope_of(schedule, t, num_timesteps=None)
+        means.append(float((jnp.exp(-((schedule(t) / 2) ** 2)) * slope).mean()))
+    np.testing.assert_allclose(means, 2 * math.sqrt(math.pi), rtol=1e-3)
+
+
+def test_the_slope_is_zero_where_a_schedule_is_cut():
+    t = jnp.asarray([1e-7, 1.0])
+    np.testing.assert_array_equal(
+        schedules.slope_of(make("shifted_cosine"), t, num_timesteps=None), 0.0
+    )
