@@ -158,9 +158,7 @@ class Training:
 
     def start(self) -> None:
         """Makes the first state."""
-        shardings = self._jax.tree.map(lambda x: x.sharding, self._abstract)
-        init = self._lib.make_init(self._stage, self._config.train)
-        self._state = self._jax.jit(init, out_shardings=shardings)()
+        self._state = self._lib.init_state(self._stage, self._config.train, self._mesh)
 
     def step(self) -> object:
         """One step; what it computed besides the state."""

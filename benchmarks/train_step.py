@@ -43,7 +43,6 @@ def measure_here(config_path: str, steps: int) -> dict[str, float]:
     from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.config.run_checks import run_config_from
     from cascaded_diffusion.runtime import mesh as mesh_lib
-    from cascaded_diffusion.runtime import sharding
     from cascaded_diffusion.training import step as step_lib
 
     if os.environ["XLA_FLAGS"]:
@@ -53,10 +52,8 @@ def measure_here(config_path: str, steps: int) -> dict[str, float]:
     stage, train = build_stage(config.stage), config.train
     size = config.data.resolution
     start = time.perf_counter()
-    init = jax.jit(step_lib.make_init(stage, train))
-    state = jax.block_until_ready(init())
+    state = jax.block_until_ready(step_lib.init_state(stage, train, mesh))
     init_secs = time.perf_counter() - start
-    state = jax.device_put(state, sharding.state_shardings(state, mesh))
 
     start = time.perf_counter()
     compiled = step_lib.compile_train_step(

@@ -104,13 +104,11 @@ def our_training(config: RunConfig) -> Runner:
 
     from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.runtime import mesh as mesh_lib
-    from cascaded_diffusion.runtime import sharding
     from cascaded_diffusion.training import step as step_lib
 
     mesh = mesh_lib.build_mesh(config.mesh)
     stage, train = build_stage(config.stage), config.train
-    state = jax.jit(step_lib.make_init(stage, train))()
-    state = jax.device_put(state, sharding.state_shardings(state, mesh))
+    state = step_lib.init_state(stage, train, mesh)
     image_shape = (SIZE, SIZE, config.stage.channels)
     compiled = step_lib.compile_train_step(stage, train, mesh, state, image_shape)
     shape = (train.batch_size, *image_shape)

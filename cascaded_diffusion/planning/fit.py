@@ -64,7 +64,7 @@ def _mesh_shape(config: RunConfig, num_devices: int) -> dict[str, int]:
 
 @functools.cache
 def _state_shapes(stage: StageConfig, train: TrainConfig) -> TrainState:
-    return jax.eval_shape(step.make_init(build_stage(stage), train))
+    return step.state_shapes(build_stage(stage), train)
 
 
 def abstract_state(config: RunConfig, num_devices: int) -> tuple[TrainState, AbstractMesh]:

@@ -85,8 +85,7 @@ def train(
         if newest is not None:
             state = checkpoints.restore(newest, abstract)
         else:
-            shardings = jax.tree.map(lambda x: x.sharding, abstract)
-            state = jax.jit(step_lib.make_init(stage, config.train), out_shardings=shardings)()
+            state = step_lib.init_state(stage, config.train, mesh)
         # A run that is refused keeps the config that it has.
         resume.store(folder, config, data, changed)
         step = int(state.step)

@@ -72,16 +72,27 @@ Summed = tuple[Params, Metrics]
 TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
 
 
+def state_shapes(stage: Stage, config: TrainConfig) -> TrainState:
+    """The state's shapes and dtypes."""
+    return jax.eval_shape(_make_init(stage, config), jax.random.key(config.seed))
+
+
 def abstract_state(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainState:
     """The state's shapes, dtypes and shardings, without allocating it."""
-    return sharding.with_shardings(jax.eval_shape(make_init(stage, config)), mesh)
+    return sharding.with_shardings(state_shapes(stage, config), mesh)
 
 
-def make_init(stage: Stage, config: TrainConfig) -> Callable[[], TrainState]:
-    """Returns `init()`, which makes the first state from the seed. EMAs start at the parameters."""
+def init_state(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainState:
+    """A run's first state, made from its seed on the mesh. EMAs start at the parameters."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(stage, config, mesh))
+    init = jax.jit(_make_init(stage, config), out_shardings=shardings)
+    return init(jax.random.key(config.seed))
 
-    def init() -> TrainState:
-        params_key, run_key = jax.random.split(jax.random.key(config.seed))
+
+def _make_init(stage: Stage, config: TrainConfig) -> Callable[[jax.Array], TrainState]:
+    # The seed is no part of the program, so that all seeds share it.
+    def init(key: jax.Array) -> TrainState:
+        params_key, run_key = jax.random.split(key)
         params = stage.init(params_key)
         return TrainState(
             step=jnp.zeros((), jnp.int32),

@@ -56,10 +56,8 @@ def _compiled(config, mesh):
 
 def _curve(config, mesh):
     """Loss and gradient norm of the first steps, and the state after them."""
-    stage, abstract, compiled = _compiled(config, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    init = step.make_init(stage, config.train)
-    state = jax.jit(init, out_shardings=shardings)()
+    stage, _, compiled = _compiled(config, mesh)
+    state = step.init_state(stage, config.train, mesh)
     stream = build_stream(SOURCE, config.data, global_batch_size=config.train.batch_size)
     curve = []
     for batch in itertools.islice(iterate(stream, SOURCE, config.data, start_step=0), STEPS):
