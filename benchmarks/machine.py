@@ -8,26 +8,35 @@ import platform
 import subprocess
 from importlib.metadata import version
 
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def _git(*args: str) -> str:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(_ROOT), *args], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip()
+
+
+def commit() -> str:
+    """The commit, marked where files that matter differ from it."""
+    name = _git("rev-parse", "--short", "HEAD") or "unknown"
+    if _git("status", "--porcelain", "--", "cascaded_diffusion", "configs", "benchmarks/*.py"):
+        name += " + uncommitted changes"
+    return name
+
 
 def describe() -> str:
-    """One line: processor, cores, Python, JAX and the commit, marked where files differ."""
+    """One line: processor, cores, Python, JAX and the commit."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu
-    root = pathlib.Path(__file__).resolve().parents[1]
-
-    def git(*args: str) -> str:
-        result = subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, check=False
-        )
-        return result.stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD") or "unknown"
-    if git("status", "--porcelain", "--", "cascaded_diffusion", "configs", "benchmarks/*.py"):
-        commit += " + uncommitted changes"
     return (
         f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, jax {version('jax')},"
-        f" jaxlib {version('jaxlib')}; commit {commit}"
+        f" jaxlib {version('jaxlib')}; commit {commit()}"
     )

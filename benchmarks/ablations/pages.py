@@ -1,0 +1,126 @@
+"""Results as people read them: tables in Markdown, plots, and their places in the docs."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Sequence
+
+from store import by_label
+from tables import TABLES
+
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import Record
+from cascaded_diffusion.files.whole import write_whole
+from cascaded_diffusion.runtime import pictures
+
+# The columns of scores: name, heading, decimals, factor.
+SCORES = (
+    ("fd", "Fréchet distance", 1, 1),
+    ("precision", "precision", 3, 1),
+    ("recall", "recall", 3, 1),
+    ("is", "inception score", 2, 1),
+    ("accuracy", "recognised, %", 1, 100),
+    ("cas", "CAS, %", 1, 100),
+)
+
+
+def _cell(values: Sequence[float], decimals: int) -> str:
+    if not values:
+        return ""
+    mean = f"{sum(values) / len(values):.{decimals}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{decimals}f} to {max(values):.{decimals}f})"
+
+
+def table_of(about: Record, rows: Sequence[Record]) -> str:
+    """Markdown: a line per row, with the mean of its seeds, and the least and the greatest."""
+    groups = by_label(rows)
+    labels = list(dict.fromkeys(key for rows_ in groups for key in rows_[0]["label"]))
+    scores = [s for s in SCORES if any(s[0] in row["scores"] for row in rows)]
+    sampled = any(row["evaluations"] for row in rows)
+    head = [*labels, *(["evaluations", "GFLOP a sample"] if sampled else [])]
+    head += [heading for _, heading, _, _ in scores]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for group in groups:
+        first = group[0]
+        cells = [_plain(first["label"].get(key, "")) for key in labels]
+        if sampled:
+            cells.append(f"{first['evaluations']}" if first["evaluations"] else "")
+            flops = first["flops_per_sample"] / 1e9
+            cells.append(f"{flops:.2g}" if flops else "")
+        for name, _, decimals, factor in scores:
+            values = [factor * row["scores"][name] for row in group if name in row["scores"]]
+            cells.append(_cell(values, decimals))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _origin(about, rows)])
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _origin(about: Record, rows: Sequence[Record]) -> str:
+    settings, seeds = about["settings"], len({row["seed"] for row in rows})
+    minutes = sum(row["wall_s"] for row in rows) / 60
+    several = "the mean of the seeds (the least to the greatest)" if seeds > 1 else "one seed"
+    return (
+        f"{settings['num_samples']:,} samples unless said otherwise, {several};"
+        f" {settings['flops']:.2g} FLOP of training a row; {seeds} seed{'s' * (seeds > 1)},"
+        f" {minutes:.0f} minutes in all. Features: {about['features_about']}. Device:"
+        f" {about['device']}. {about['machine']}. Commit {about['commit']}. Command:"
+        f" `{about['command']}`."
+    )
+
+
+def plot_of(about: Record, rows: Sequence[Record]) -> bytes | None:
+    """A PNG of the distance along what the table varies, a line per kind of row."""
+    table = TABLES[about["table"]]
+    if table.across is None:
+        return None
+    series: dict[str, list[tuple[float, float]]] = {}
+    for group in by_label(rows):
+        label = dict(group[0]["label"])
+        x = label.pop(table.across, None) or group[0].get(table.across)
+        label.pop("steps", None)
+        if x is None:
+            x = 0.0 if table.across in group[0]["label"] else None
+        if x is None or not group[0]["evaluations"]:
+            continue
+        values = [row["scores"]["fd"] for row in group]
+        name = ", ".join(map(str, label.values()))
+        series.setdefault(name, []).append((float(x), sum(values) / len(values)))
+    return pictures.line_plot(
+        {name: sorted(points) for name, points in series.items()},
+        x_label=table.across,
+        y_label="Fréchet distance (lower is better)",
+        title=table.title,
+        log_scale=True,
+    )
+
+
+def name_of(about: Record) -> str:
+    """The name of a table's files."""
+    return f"{about['table']}_{about['budget']}"
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- ablations: {name} -->", "<!-- end -->"
+
+
+def section_in(page: str, name: str) -> str | None:
+    """The table that a page has between its marks, or None."""
+    begin, end = _marks(name)
+    found = re.search(f"{re.escape(begin)}\n(.*?)\n{re.escape(end)}", page, re.DOTALL)
+    return found and found.group(1)
+
+
+def write_into(path: pathlib.Path, name: str, text: str) -> None:
+    """Puts a table between its marks on a page. Raises UserError if they are not there."""
+    page, (begin, end) = path.read_text(), _marks(name)
+    old = section_in(page, name)
+    if old is None:
+        raise UserError(f"{path}: expected the lines {begin!r} and {end!r}, to write between them")
+    new = page.replace(f"{begin}\n{old}\n{end}", f"{begin}\n{text}\n{end}")
+    write_whole(path, new.encode())

@@ -1,0 +1,238 @@
+"""What the tables compare: rows, the models they need, and what a row may cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from cascaded_diffusion.config.schema import SamplerConfig, StageConfig, sampler_named
+
+# Dotted keys of a config and their values.
+Changes = Mapping[str, object]
+Label = dict[str, str | float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a row may cost, and the size of the networks that fit that."""
+
+    name: str
+    variant: str | None  # of the config files
+    flops: float  # of training all stages of a row
+    num_samples: int
+    batch_size: int  # of samples
+    cas_seeds: int  # seeds whose samples train a classifier
+    long_chain: int  # steps of the chain that table "samplers" compares with
+    network: str = "resnet"  # whose features measure
+    changes: Changes = dataclasses.field(default_factory=dict)  # of every config
+    data_config: str = "cifar10_base16"
+
+
+BUDGETS = {
+    "cpu": Budget(
+        name="cpu",
+        variant="cpu",
+        flops=8e13,
+        num_samples=2000,
+        batch_size=200,
+        cas_seeds=1,
+        long_chain=1000,
+    ),
+    "gpu": Budget(
+        name="gpu",
+        variant="gpu",
+        flops=2e15,
+        num_samples=10_000,
+        batch_size=1000,
+        cas_seeds=3,
+        long_chain=1000,
+    ),
+    # Of no meaning: it shows that everything runs.
+    "smoke": Budget(
+        name="smoke",
+        variant="smoke",
+        flops=2e10,
+        num_samples=40,
+        batch_size=20,
+        cas_seeds=1,
+        long_chain=20,
+        network="small",
+        changes={"data.resolution": 32},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A stage to train: a config, what is changed in it, and its share of the row's FLOPs."""
+
+    config: str  # a file of configs/
+    share: float
+    changes: tuple[tuple[str, object], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a table.
+
+    `images` says what is scored: what the models make as a "cascade", what the one model makes of
+    "real_low_res" images, or without a model "real" held-out images, the same "enlarged" from half
+    their size, or "noise".
+    """
+
+    label: Label  # the cells that tell rows apart
+    images: Literal["cascade", "real_low_res", "real", "enlarged", "noise"] = "cascade"
+    models: tuple[Model, ...] = ()  # in order of resolution
+    aug_levels: tuple[float, ...] = ()  # of each stage above the first
+    truncated: bool = False
+    sampler: tuple[tuple[str, object], ...] = ()  # what is changed in every stage's sampler
+    as_costly_as: Row | None = None  # a single model takes as many steps as cost the same
+    num_samples: int | None = None  # None: the budget's
+
+    def sampler_of(self, stage: StageConfig) -> SamplerConfig:
+        """A stage's sampler, changed as the row says."""
+        changes = dict(self.sampler)
+        name = changes.pop("name", stage.sampler.name)
+        return dataclasses.replace(sampler_named(name, stage.sampler, stage), **changes)
+
+
+BASE = Model(config="cifar10_base16", share=0.5)
+ENLARGE = Model(config="cifar10_sr32", share=0.5)
+_WITHOUT_AUGMENT = (
+    ("stage.augment", {"name": "none"}),
+    ("stage.low_res_schedule", None),
+    ("eval.aug_level", 0.0),
+)
+NO_AUGMENT = dataclasses.replace(ENLARGE, changes=_WITHOUT_AUGMENT)
+# The enlarging stage's network without an image to enlarge.
+SINGLE = Model(
+    config="cifar10_sr32",
+    share=1.0,
+    changes=(
+        *_WITHOUT_AUGMENT,
+        ("stage.name", "single32"),
+        ("stage.kind", "base"),
+        ("stage.low_res_resolution", None),
+    ),
+)
+LEVELS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6)
+# Of what makes images from nothing; as `cifar10_base16`.
+GUIDANCE = 1.2
+_ENDS = (
+    Row(label={"model": "real held-out images"}, images="real"),
+    Row(label={"model": "the same, from 16 px enlarged bilinearly"}, images="enlarged"),
+    Row(label={"model": "Gaussian noise"}, images="noise"),
+)
+
+
+def _augmentation(budget: Budget) -> list[Row]:
+    """Table 1: one model, a cascade without augmentation, with it, at every level."""
+    plain = Row(
+        label={"model": "cascade without augmentation"},
+        models=(BASE, NO_AUGMENT),
+        aug_levels=(0.0,),
+    )
+    rows = [
+        Row(
+            label={"model": "single model"},
+            models=(SINGLE,),
+            as_costly_as=plain,
+            sampler=(("guidance_scale", GUIDANCE),),
+        ),
+        plain,
+    ]
+    for truncated in (False, True):
+        how = "truncated" if truncated else "non-truncated"
+        rows += [
+            Row(
+                label={"model": f"cascade, {how}", "s": level},
+                models=(BASE, ENLARGE),
+                aug_levels=(level,),
+                truncated=truncated,
+            )
+            for level in LEVELS
+            if level > 0 or not truncated  # at 0 the two are one
+        ]
+    return [*rows, *_ENDS]
+
+
+def _inputs(budget: Budget) -> list[Row]:
+    """Table 2: the same enlargements of real low-res images and of generated ones."""
+    return [
+        Row(
+            label={"low-res input": name, "s": level},
+            images=images,
+            models=models,
+            aug_levels=(level,),
+        )
+        for name, images, models in (
+            ("real", "real_low_res", (ENLARGE,)),
+            ("generated", "cascade", (BASE, ENLARGE)),
+        )
+        for level in LEVELS
+    ]
+
+
+def _samplers(budget: Budget) -> list[Row]:
+    """Table 4: quality against network evaluations; the whole cascade on one sampler."""
+    long = budget.long_chain
+    steps = [n for n in (5, 10, 20, 50, 100, 250) if n < long]
+    # Only the first-order method that draws noise gains from very many steps.
+    chains = [
+        ("ancestral", long),
+        *((name, n) for name in _METHODS for n in steps if n <= 100 or name == "ancestral"),
+    ]
+    return [
+        Row(
+            label={"sampler": name, "steps": n},
+            models=(BASE, ENLARGE),
+            aug_levels=(0.15,),
+            sampler=(("name", name), ("num_steps", n)),
+            num_samples=min(1000, budget.num_samples),
+        )
+        for name, n in chains
+    ]
+
+
+_METHODS = ("ancestral", "ddim", "dpmpp_2m", "heun")
+
+
+def _choices(budget: Budget) -> list[Row]:
+    """Table 5: what is predicted and how errors weigh, for the base model alone."""
+    changes: dict[str, dict[str, object]] = {
+        f"predicts {p}": {"parameterization": p} for p in ("eps", "x0", "v")
+    }
+    for weighting in ("snr", "min_snr", "sigmoid"):
+        changes[f"predicts v, weighted by {weighting}"] = {
+            "parameterization": "v",
+            "weighting": weighting,
+        }
+    rows = []
+    for name, diffusion in changes.items():
+        model = dataclasses.replace(
+            BASE, changes=tuple((f"stage.diffusion.{k}", v) for k, v in diffusion.items())
+        )
+        rows.append(Row(label={"model": name}, models=(model, ENLARGE), aug_levels=(0.15,)))
+    return rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the results page."""
+
+    title: str
+    rows: Callable[[Budget], Sequence[Row]]
+    across: str | None = None  # the label along a plot's x axis, if it has a plot
+
+
+TABLES = {
+    "augmentation": Table(
+        title="Cascades with and without conditioning augmentation", rows=_augmentation, across="s"
+    ),
+    "inputs": Table(title="Real and generated low-res inputs", rows=_inputs, across="s"),
+    "samplers": Table(
+        title="Samplers and network evaluations", rows=_samplers, across="evaluations"
+    ),
+    "choices": Table(title="Prediction and weighting of the base model", rows=_choices),
+}

@@ -1,0 +1,197 @@
+"""The tables about the paper's claims: rows are kept, never mixed, and the docs agree with them."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from unittest import mock
+
+import pytest
+
+from cascaded_diffusion.errors import UserError
+from tests.one_layer import in_place_of_the_unet
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "ablations"
+STORED = sorted(RESULTS.glob("*.json"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _scripts():
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in ("benchmarks", "benchmarks/ablations"):
+            patch.syspath_prepend(str(ROOT / folder))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, _scripts):
+    """Runs the command at its smallest, on drawn shapes; returns its exit code and its results."""
+    import jax
+    import lab
+    import run as command
+    import tables
+
+    from cascaded_diffusion.evaluation.features.classifier_training import RECIPES
+    from cascaded_diffusion.runtime.mesh import build_mesh
+
+    folder = tmp_path_factory.mktemp("ablations")
+    small = dataclasses.replace(RECIPES["small"], epochs=1)
+
+    @mock.patch.object(lab, "build_mesh", lambda config: build_mesh(config, jax.devices()[:1]))
+    @mock.patch.object(lab, "MIN_STEPS", 3)
+    @mock.patch.object(tables, "LEVELS", (0.0, 0.3, 0.6))
+    @mock.patch.dict(RECIPES, small=small)
+    @in_place_of_the_unet()
+    def run(table, *flags):
+        argv = ["run.py", f"--table={table}", "--budget=smoke", f"--workdir={folder / 'work'}"]
+        code = command.main([*argv, f"--results={folder}", "--flops=1e9", *flags])
+        path = folder / f"{table}_smoke.json"
+        return code, json.loads(path.read_text()) if path.exists() else None, path
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def augmentation(run):
+    return run("augmentation")
+
+
+def test_every_row_of_a_table_is_measured_and_stored(augmentation):
+    from tables import BUDGETS, TABLES
+
+    code, results, path = augmentation
+    assert code == 0
+    all_levels = [row.label for row in TABLES["augmentation"].rows(BUDGETS["smoke"])]
+    labels = [label for label in all_levels if label.get("s", 0.0) in (0.0, 0.3, 0.6)]
+    assert [row["label"] for row in results["rows"]] == labels
+    for row in results["rows"]:
+        assert row["scores"].keys() == {"fd", "precision", "recall", "is", "accuracy", "cas"}
+        assert row["num_samples"] == 40
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_model_costs_what_the_cascade_costs(augmentation):
+    single, plain = augmentation[1]["rows"][:2]
+    assert single["label"] == {"model": "single model"}
+    assert single["flops_per_sample"] == pytest.approx(plain["flops_per_sample"], rel=0.1)
+
+
+def test_at_a_higher_level_a_truncated_chain_is_shorter(augmentation):
+    rows = [r for r in augmentation[1]["rows"] if r["label"]["model"] == "cascade, truncated"]
+    counts = [row["evaluations"] for row in rows]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1]
+
+
+def test_noise_is_further_from_the_data_than_real_images(augmentation):
+    real, enlarged, noise = (row["scores"]["fd"] for row in augmentation[1]["rows"][-3:])
+    assert max(real, enlarged) < noise / 2
+
+
+def test_what_is_there_is_not_made_again(run, augmentation, monkeypatch):
+    import lab
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(lab.Lab, "_train", refuse)
+    code, results, path = augmentation
+    # A row that a killed command had not stored yet is made from the networks that are there.
+    path.write_text(json.dumps({**results, "rows": results["rows"][:-3] + results["rows"][-2:]}))
+    again, now, _ = run("augmentation")
+    assert (code, again) == (0, 0)
+    assert sorted(map(_without_time, now["rows"])) == sorted(map(_without_time, results["rows"]))
+
+
+def _without_time(row):
+    return json.dumps({k: v for k, v in row.items() if k != "wall_s"}, sort_keys=True)
+
+
+def test_seeds_differ_and_are_told_apart(run):
+    code, results, _ = run("inputs", "--seeds=2")
+    assert code == 0
+    rows = results["rows"]
+    assert [row["seed"] for row in rows] == [0] * (len(rows) // 2) + [1] * (len(rows) // 2)
+    assert rows[0]["label"] == rows[len(rows) // 2]["label"]
+    assert rows[0]["scores"]["fd"] != rows[len(rows) // 2]["scores"]["fd"]
+
+
+def test_out_of_time_it_stops_and_says_what_is_missing(run, capsys):
+    code, results, _ = run("samplers", "--minutes=1e-9")
+    assert (code, results) == (75, None)
+    assert re.search(r"out of time: \d+ rows are missing; run it again", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [
+        ("code", "another program (0123456789ab, now "),
+        ("device", "another device (a TPU, now "),
+        ("settings", "other settings (flops = 5.0, now flops = 1000000000.0)"),
+    ],
+)
+def test_rows_of_another_origin_are_not_mixed(run, augmentation, key, found):
+    _, results, path = augmentation
+    other = {"code": "0123456789ab", "device": "a TPU"}
+    changed = {**results["settings"], "flops": 5.0}
+    whole = path.read_text()
+    path.write_text(json.dumps({**results, key: other.get(key, changed)}))
+    with pytest.raises(UserError, match=re.escape(f"{path}: was begun with {found}")):
+        run("augmentation")
+    path.write_text(whole)
+
+
+def test_too_small_a_budget_is_refused_with_what_it_needs(run):
+    with pytest.raises(
+        UserError, match=r"--flops=1e\+07: expected at least \d\.\d+e\+\d+, by which"
+    ):
+        run("augmentation", "--flops=1e7")
+
+
+@pytest.mark.parametrize("flag", ["--seeds=0", "--flops=-1", "--num_samples=1", "--minutes=0"])
+def test_numbers_that_cannot_be_are_refused(run, flag):
+    with pytest.raises(UserError, match=re.escape(flag.replace("-1", "-1.0"))):
+        run("augmentation", flag)
+
+
+def test_missing_images_are_named_with_the_command_that_makes_them(run, tmp_path):
+    missing = tmp_path / "nothing"
+    with pytest.raises(UserError, match="python -m cascaded_diffusion.prepare --config=configs"):
+        run("augmentation", "--data_name=folder", f"--data_path={missing}")
+
+
+def test_a_table_goes_between_its_marks_and_nowhere_else(tmp_path, augmentation):
+    import pages
+
+    _, results, _ = augmentation
+    page, text = tmp_path / "page.md", pages.table_of(results, results["rows"])
+    page.write_text("before\n<!-- ablations: augmentation_smoke -->\nold\n<!-- end -->\nafter\n")
+    pages.write_into(page, "augmentation_smoke", text)
+    assert pages.section_in(page.read_text(), "augmentation_smoke") == text
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("<!-- end -->\nafter\n")
+    with pytest.raises(UserError, match="expected the lines"):
+        pages.write_into(page, "inputs_smoke", text)
+
+
+def test_seeds_are_one_line_with_their_spread(augmentation):
+    import pages
+
+    rows = augmentation[1]["rows"][:1]
+    twice = [*rows, {**rows[0], "seed": 1, "scores": {**rows[0]["scores"], "fd": 3.0}}]
+    twice[0]["scores"]["fd"] = 1.0
+    assert "| 2.0 (1.0 to 3.0) |" in pages.table_of(augmentation[1], twice)
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_the_docs_have_the_tables_of_the_stored_rows(path):
+    import pages
+
+    results = json.loads(path.read_text())
+    for key in ("commit", "command", "device", "machine"):
+        assert results[key]
+    assert "uncommitted" not in results["commit"]
+    assert all(row["wall_s"] > 0 for row in results["rows"])
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert pages.section_in(page, path.stem) == pages.table_of(results, results["rows"])
