@@ -8,6 +8,7 @@ samples the runs RUN/<stage> that the config names. Without --config it samples 
     samples.npz   arr_0 uint8 [n, H, W, C], arr_1 int64 labels [n] (ADM style)
     <stage>.npz   the same for every earlier stage (if truncated, still noisy and cut)
     samples.png   per class: real, low-res, enlarged real, base and cascade images
+    classes.png   the first samples of every class, a row per class
     png/          with --png: every image of samples.npz as a file
 
 These flags choose the classes and the number of samples of each. With them --output is

@@ -13,7 +13,7 @@ from sections import ddim, small_cascade
 def get_config(variant: str | None = None) -> ConfigDict:
     return small_cascade(
         variant,
-        {None: 1000, "cpu": 200, "smoke": 40},
+        {None: 1000, "gpu": 5000, "cpu": 1000, "smoke": 40},
         data="cifar10",
         stages=("base16", "sr32"),
         aug_levels=(0.1,),

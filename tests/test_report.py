@@ -11,6 +11,7 @@ import pytest
 from cascaded_diffusion import report
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import append_line
+from cascaded_diffusion.reporting.page import _SCRIPT
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import ROOT, tiny_base, tiny_sr
@@ -25,6 +26,7 @@ class Parser(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()
         self.open, self.text, self.sources, self.tags, self.alts = [], [], [], set(), []
+        self.scripts = []
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
@@ -40,16 +42,17 @@ class Parser(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        (self.scripts if self.open and self.open[-1] == "script" else self.text).append(data)
 
 
 def _parsed(path):
     parser = Parser()
     parser.feed(path.read_text())
     assert parser.open == []
-    # Self-contained: nothing is fetched, nothing runs.
+    # Self-contained: nothing is fetched, and nothing runs but the sliders.
     assert all(s.startswith(("data:image/png;base64,", "#")) for s in parser.sources)
-    assert not {"script", "link", "iframe", "object"} & parser.tags
+    assert not {"link", "iframe", "object"} & parser.tags
+    assert parser.scripts in ([], [_SCRIPT])
     assert all(parser.alts)
     return parser, "\n".join(parser.text)
 
@@ -114,6 +117,8 @@ def _final(folder):
     }
     (folder.eval / "final_real.json").write_text(json.dumps(record))
     _png(folder.eval / "final_real.png")
+    _png(folder.eval / "final_real_level_0.png")
+    _png(folder.eval / "final_real_level_0.5.png")
     cas = {
         "metric": "cas",
         "network": "resnet",
@@ -149,9 +154,14 @@ def test_a_run_of_which_all_is_known(tmp_path, capsys):
     assert f"failed: damaged {HOSTILE}" in text  # as text, not as a tag
     assert "stage.network.channels" in text
     assert "jaxlib" in text
-    # loss, speed, two metrics, the response, the final grid, the chosen checkpoint's grid.
-    assert len(parser.alts) == 7
-    assert not any("step 2" in alt for alt in parser.alts)
+    # loss, speed, two metrics, the response, two levels, the final grid, two checkpoints' grids.
+    assert len(parser.alts) == 10
+    assert parser.scripts == [_SCRIPT]
+    assert "Real images enlarged at aug_level 0.5" in parser.alts
+    assert [alt for alt in parser.alts if alt.startswith("step")] == [
+        "step 2: none",
+        "step 4, chosen: none",
+    ]
 
 
 def test_a_run_that_has_just_begun_says_what_is_missing(tmp_path):

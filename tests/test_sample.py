@@ -155,6 +155,7 @@ def test_chosen_classes_and_their_number(runs, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "cascade: 7/7 samples" in out
     assert "7 samples of classes 0, 7, 8 px -> 16 px -> 32 px" in out
+    assert (tmp_path / "a" / "classes.png").exists()
     files = sorted((tmp_path / "a" / "png").iterdir())
     assert [p.name for p in files] == [f"{i:06d}.png" for i in range(7)]
     with Image.open(files[5]) as image:

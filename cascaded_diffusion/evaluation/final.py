@@ -4,6 +4,7 @@
                                          IS and the rest; the health of an enlargement
     RUN/eval/final_<source>.npz          the samples, ADM style
     RUN/eval/final_<source>.png          the first of them
+    RUN/eval/final_<source>_level_<s>.png  the same real images, enlarged at an aug_level
 
 The paper reports both distances: if only the one to the training images falls, the model
 over-fits.
@@ -27,9 +28,16 @@ from cascaded_diffusion.evaluation.score import measure_store, save_grid
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.files.json_files import Record, readable_record, write_json
 from cascaded_diffusion.files.whole import write_whole
+from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
+_LEVEL_COLUMNS = 10  # images of each level that are shown
 _NUM_LEVELS = 6  # of conditioning augmentation, at which an enlargement's health is measured
+
+
+def level_picture(path: pathlib.Path, level: float) -> pathlib.Path:
+    """Where final numbers at `path` have the enlargements at a level of augmentation."""
+    return path.with_name(f"{path.stem}_level_{level:g}.png")
 
 
 def measure_final(
@@ -78,7 +86,10 @@ def measure_final(
         condition["psnr_low_res"] = {"mean": psnr(errors.mean()), "min": psnr(errors.max())}
     if levels is not None:
         spread = np.linspace(0.0, stage.augment.max_level, _NUM_LEVELS).round(6).tolist()
-        condition["aug_response"] = health.response(levels, trained.params, spread)
+        condition["aug_response"], at_levels = health.response(levels, trained.params, spread)
+        for level, images in zip(spread, at_levels, strict=True):
+            picture = pictures.grid(images[:_LEVEL_COLUMNS], columns=_LEVEL_COLUMNS)
+            pictures.save_png(level_picture(path, level), picture, scale=2)
     packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     record = {
         **about,

@@ -44,16 +44,17 @@ def drift(samples: PixelStatistics, real: PixelStatistics) -> dict[str, list[flo
 
 def response(
     source: LevelSource, params: Params, aug_levels: Sequence[float]
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], list[np.ndarray]]:
     """How a stage responds to the level of its conditioning augmentation, the lowest level first.
 
     A network that ignores its level keeps equally much of the input at all of them: `psnr_low_res`
     is eq. (1) at each, `change` the mean absolute difference from the first level's images in grey
-    levels.
+    levels. Returns these numbers, and the images uint8 [n, H, W, C] of each level.
     """
     images = [source.make(params, level) for level in aug_levels]
-    return {
+    numbers = {
         "aug_levels": list(aug_levels),
         "psnr_low_res": [psnr(low_res_errors(x, source.low_res).mean()) for x in images],
         "change": [float(np.abs(x.astype(np.float64) - images[0]).mean()) for x in images],
     }
+    return numbers, images

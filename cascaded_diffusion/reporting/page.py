@@ -1,4 +1,7 @@
-"""Building blocks of a self-contained HTML page: no script, nothing fetched, all text escaped."""
+"""Building blocks of a self-contained HTML page: nothing fetched, all text escaped.
+
+Its one script shows the picture that a slider points at. Without it, all pictures are shown.
+"""
 
 import base64
 import math
@@ -24,7 +27,20 @@ th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align:
 td.number { text-align: right; } caption { text-align: left; color: var(--quiet); }
 img { max-width: 100%; height: auto; background: #fff; } figure { margin: 1rem 0; }
 figcaption, .quiet { color: var(--quiet); } code { font-size: .9em; }
+.pixels img { image-rendering: pixelated; width: 100%; } .slider input { width: 20rem; }
 nav ul { columns: 2; } @media print { nav { display: none; } h2 { break-before: page; } }
+"""
+
+
+_SCRIPT = """
+for (const slider of document.querySelectorAll(".slider")) {
+  const figures = slider.querySelectorAll("figure"), input = document.createElement("input");
+  Object.assign(input, {type: "range", min: 0, max: figures.length - 1, value: 0});
+  input.setAttribute("aria-label", slider.dataset.label);
+  input.oninput = () => figures.forEach((f, i) => { f.hidden = i != input.value; });
+  slider.prepend(input);
+  input.oninput();
+}
 """
 
 
@@ -93,6 +109,16 @@ def picture_file(path: pathlib.Path, caption: str) -> Element:
     return picture(path.read_bytes(), caption)
 
 
+def slider(label: str, files: Sequence[tuple[str, pathlib.Path]]) -> Element:
+    """Pictures, by their captions, of which a slider called `label` shows one at a time.
+
+    They are shown with their pixels as they are, not smoothed.
+    """
+    figures = [picture_file(path, caption) for caption, path in files]
+    kind = "slider pixels" if len(figures) > 1 else "pixels"
+    return element("div", *figures, **{"class": kind, "data-label": label})
+
+
 def page(title: str, parts: Sequence[Element]) -> str:
     """The whole page, with a table of contents of its `h2` headings."""
     contents = element("ul")
@@ -107,6 +133,8 @@ def page(title: str, parts: Sequence[Element]) -> str:
         element("style", _STYLE),
     )
     body = element("body", element("h1", title), element("nav", contents), *parts)
+    if any("slider" in part.get("class", "") for part in parts):
+        body.append(element("script", _SCRIPT))
     whole = element("html", head, body, lang="en")
     html = ElementTree.tostring(whole, encoding="unicode", method="html")
     return f"<!doctype html>\n{html}\n"

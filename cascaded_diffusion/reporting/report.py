@@ -23,6 +23,7 @@ from cascaded_diffusion.reporting.page import (
     picture,
     picture_file,
     quiet,
+    slider,
     table,
 )
 from cascaded_diffusion.runtime.pictures import line_plot
@@ -32,6 +33,7 @@ _PACKAGES = ("cascaded_diffusion", "jax", "jaxlib", "flax", "optax", "orbax-chec
 # The scalars of training that are plotted, and whether on a log scale.
 _CURVES = {"loss": True, "grad_norm": True, "images_per_sec": False}
 _MAX_POINTS = 2000
+_MAX_STEPS = 12  # checkpoints whose samples are shown
 
 
 def write_report(output: pathlib.Path, root: pathlib.Path, runs: Sequence[RunFolder]) -> None:
@@ -79,6 +81,8 @@ def _cascade_parts(runs: CascadeFolder) -> list[Element]:
     if samples.exists():
         caption = "Real images, their enlargement, and the cascade's samples"
         parts += [element("h2", "Samples of the cascade"), picture_file(samples, caption)]
+        if (classes := samples.with_name("classes.png")).exists():
+            parts.append(picture_file(classes, "The first samples of every class, not selected"))
     if runs.cascade_path.exists():
         caption = "cascade.json, as a sweep wrote it"
         parts += [element("h2", "The cascade"), key_values(runs.read_cascade(), caption=caption)]
@@ -243,6 +247,17 @@ def _final(folder: RunFolder) -> list[Element]:
             parts.append(key_values(health, caption="Health: grey levels, and dB"))
         if response:
             parts += _response(response)
+            files = {
+                level: path.with_name(f"{path.stem}_level_{level:g}.png")
+                for level in response["aug_levels"]
+            }
+            levels = [
+                (f"Real images enlarged at aug_level {level:g}", file)
+                for level, file in files.items()
+                if file.exists()
+            ]
+            if levels:
+                parts.append(slider("aug_level", levels))
         rest = {k: v for k, v in record.items() if k not in ("metrics", "health")}
         parts.append(key_values(rest, caption="Of what, by what, against what"))
         picture_path = path.with_suffix(".png")
@@ -295,7 +310,12 @@ def _bits(records: Sequence[Record]) -> list[Element]:
 def _samples(folder: RunFolder, best: Record | None) -> list[Element]:
     found = folder.eval.glob("step_*.png")
     grids = sorted(found, key=lambda p: (int(p.stem.split("_")[1]), p.name))
-    wanted = f"step_{best['step']}_" if best else ""
-    chosen = [p for p in grids if p.name.startswith(wanted)] or grids[-1:]
-    parts = [picture_file(p, p.stem.replace("_", " ")) for p in chosen[-4:]]
-    return parts or [quiet("No sample grids yet.")]
+    if not grids:
+        return [quiet("No sample grids yet.")]
+    kinds = collections.defaultdict(list)
+    for path in grids:
+        _, step, kind = path.stem.split("_", 2)
+        chosen = ", chosen" if best and best["step"] == int(step) else ""
+        caption = f"step {step}{chosen}: {kind.replace('_', ' ')}"
+        kinds[kind].append((caption, path))
+    return [slider("step", files[-_MAX_STEPS:]) for files in kinds.values()]

@@ -43,7 +43,8 @@ def test_drift_is_in_grey_levels_per_channel():
 
 def test_the_response_to_the_level_is_measured_against_the_first():
     source = LevelSource(LOW_RES, lambda params, level: ENLARGED + np.uint8(10 * level))
-    response = health.response(source, None, [0.0, 0.3, 0.9])
+    response, images = health.response(source, None, [0.0, 0.3, 0.9])
+    np.testing.assert_array_equal(images[2], ENLARGED + np.uint8(9))
     assert response["aug_levels"] == [0.0, 0.3, 0.9]
     np.testing.assert_allclose(response["change"], [0, 3, 9])
     np.testing.assert_allclose(

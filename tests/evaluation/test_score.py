@@ -319,6 +319,8 @@ def test_final_numbers_are_one_table_one_json_and_the_samples(clean):
     )
     assert record["references"]["train"]["num_images"] == 64
     assert record["references"]["val"]["features"] == "projection:1"
+    levels = record["health"]["aug_response"]["aug_levels"]
+    assert all((folder.eval / f"final_real_level_{x:g}.png").exists() for x in levels)
     table = (folder.eval / "final_real.md").read_text()
     assert all(f"| {name} | {value:.6g} |" in table for name, value in metrics.items())
     with np.load(folder.eval / "final_real.npz", allow_pickle=False) as stored:

@@ -23,6 +23,7 @@ from cascaded_diffusion.evaluation.trained import TrainedStage, load_trained
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.mesh import fail_on_all_processes
+from cascaded_diffusion.runtime.run_data import trained_classes
 
 # The samples of the picture are among this many first ones.
 _SHOWN = 2000
@@ -98,6 +99,11 @@ def sample_cascade(
             shown = store.first(_SHOWN)
             picture = _picture(request, shown, trained, real_images, mesh)
             pictures.save_png(output.path / "samples.png", picture)
+            if "classes.png" in files:
+                last = shown[f"images_{len(request.stages) - 1}"]
+                rows = _class_rows(request, last, shown["labels"])
+                picture = pictures.labelled_rows(rows, scale=_scale(request))
+                pictures.save_png(output.path / "classes.png", picture)
         except DamagedBatchError as e:
             raise UserError(str(e)) from e
         except OSError as e:
@@ -160,11 +166,14 @@ def _write_files(request: SampleRequest, store: SampleStore) -> list[str]:
             (store.num_samples, stage.resolution, stage.resolution, stage.channels),
             lambda key=key: ((b[key], b["labels"]) for b in store.batches()),
         )
+    names.append("samples.png")
+    if request.stages[-1].num_classes and request.low_res is None:
+        names.append("classes.png")
     if not request.png_paths:
-        return [*names, "samples.png"]
+        return names
     images = (image for b in store.batches() for image in b[key])
     pictures.save_png_folder(request.output.path / "png", request.png_paths, images)
-    return [*names, "samples.png", "png/"]
+    return [*names, "png/"]
 
 
 def _picture(
@@ -191,9 +200,13 @@ def _picture(
         rows = _real_rows(request.config.cascade, trained, real, mesh)
         rows += _sampled_rows(request, images, _rows_with_labels(samples["labels"], real.labels))
     # Small images are shown enlarged, pixel by pixel.
-    scale = max(1, _CELL // size) if real is None else 2
+    scale = _scale(request) if real is None else 2
     enlarged = [(caption, pictures.enlarge_nearest(x, size)) for caption, x in rows]
     return pictures.labelled_rows(enlarged, scale=scale)
+
+
+def _scale(request: SampleRequest) -> int:
+    return max(1, _CELL // request.stages[-1].resolution)
 
 
 def _real_rows(
@@ -237,10 +250,12 @@ def _enlarged_rows(request: SampleRequest, images: Sequence[np.ndarray]) -> _Row
 
 
 def _class_rows(request: SampleRequest, images: np.ndarray, labels: np.ndarray) -> _Rows:
+    called = dict(enumerate(trained_classes(request.folders[-1]) or ()))
     rows = []
     for label in sorted(set(labels.tolist()))[:_CLASSES]:
-        name = f" ({request.class_names[label]})" if label in request.class_names else ""
-        rows.append((f"class {label}{name}", images[labels == label][:_COLUMNS]))
+        name = called.get(label, str(label))
+        caption = f"class {label}" if name == str(label) else f"class {label} ({name})"
+        rows.append((caption, images[labels == label][:_COLUMNS]))
     return rows
 
 
