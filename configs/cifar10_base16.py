@@ -15,7 +15,7 @@ from sections import check_variant, cifar10, classifier_eval, config_of, ddim, s
 _VARIANTS = {
     None: dict(channels=128, train_steps=100_000, batch_size=128, num_samples=10_000),
     "gpu": dict(channels=128, train_steps=10_000, batch_size=512, num_samples=5000),
-    "cpu": dict(train_steps=8000, batch_size=64, num_samples=1000),
+    "cpu": dict(train_steps=6500, batch_size=64, num_samples=1000),
     "smoke": dict(channels=16, train_steps=30, batch_size=16, num_samples=40),  # on drawn shapes
 }
 
@@ -30,7 +30,11 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.stage.sampler = ddim(25, guidance_scale=1.2)
     config.data = cifar10()
     config.train.update(batch_size=size["batch_size"], ema_decays=(0.999,))
-    if variant == "cpu":  # the digits' network: feature maps of 8 and 4 px, one block each
+    if variant == "cpu":
+        # The digits' network, of feature maps of 8 and 4 px, and x0: after 1,258 steps, 51 % of
+        # its samples at guidance 3 are recognised as their label, 30 % at guidance 1.
+        config.stage.diffusion.parameterization = "x0"
+        config.stage.sampler.guidance_scale = 3.0
         train_for(config, train_steps)
     else:
         config.stage.network.update(

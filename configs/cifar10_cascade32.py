@@ -17,5 +17,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
         data="cifar10",
         stages=("base16", "sr32"),
         aug_levels=(0.1,),
-        samplers=(ddim(25, guidance_scale=1.2), ddim(25, guidance_scale=1.0)),
+        samplers=(
+            ddim(25, guidance_scale=3.0 if variant == "cpu" else 1.2),
+            ddim(25, guidance_scale=1.0),
+        ),
     )

@@ -7,6 +7,7 @@ statistics of the training images.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -117,6 +118,7 @@ class Lab:
         self.budget, self._data, self._folder, self._code = budget, data, folder, code
         self._deadline = deadline
         self._kept: dict[str, np.ndarray] = {}
+        self._files: dict[str, Record] = {}
 
     # Configs and their cost.
 
@@ -133,7 +135,11 @@ class Lab:
 
     def _values(self, name: str, changes: Changes) -> Record:
         variant = f":{self.budget.variant}" if self.budget.variant else ""
-        values = config_flags.load_config_file(ROOT / "configs", f"{name}.py{variant}")
+        # Once, so that a file that is edited meanwhile changes no row.
+        if name not in self._files:
+            path = f"{name}.py{variant}"
+            self._files[name] = config_flags.load_config_file(ROOT / "configs", path)
+        values = copy.deepcopy(self._files[name])
         for key, value in {**self.budget.changes, **changes}.items():
             *sections, last = key.split(".")
             reduce(dict.__getitem__, sections, values)[last] = value
