@@ -44,6 +44,7 @@ from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import write_npz_whole
 from cascaded_diffusion.networks import classifier as networks
 from cascaded_diffusion.networks.flops import count_flops
+from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.mesh import build_mesh, host_array
 from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.training import step as step_lib
@@ -85,10 +86,12 @@ class Trained:
     ema_params: dict[str, Params]  # by `ema_name`
     digest: str
 
+    ema_decay: float | None = None  # of the average that is sampled; None: the config's
+
     @property
     def params(self) -> Params:
-        """The average that the config evaluates."""
-        return self.ema_params[ema_name(self.config.eval.ema_decays[0])]
+        """The average that is sampled."""
+        return self.ema_params[ema_name(self.ema_decay or self.config.eval.ema_decays[0])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +217,10 @@ class Lab:
         """The images that a row is about."""
         count = self.budget.num_samples if row.num_samples is None else row.num_samples
         if not row.models:
-            return _without_a_model(row.images, self.images["val"], count, seed)
+            split = self.images["train" if row.images == "train" else "val"]
+            return _without_a_model(row.images, split, count, seed)
         chain = [self.trained(model, seed) for model in row.models]
+        chain[0] = dataclasses.replace(chain[0], ema_decay=row.base_ema)
         samplers = [row.sampler_of(t.config.stage) for t in chain]
         if row.as_costly_as is not None:
             samplers = [self._as_costly(chain[0], samplers[0], row.as_costly_as, seed)]
@@ -279,7 +284,7 @@ class Lab:
     ) -> np.ndarray:
         """Samples of a stage below the last, which many rows enlarge."""
         parts = [chain[: index + 1], samplers[: index + 1], levels[:index]]
-        key = repr(([t.digest for t in parts[0]], *parts[1:], seed, count))
+        key = repr(([(t.digest, t.ema_decay) for t in parts[0]], *parts[1:], seed, count))
         if key not in self._kept:
             part = slice(index + 1)
             self._kept[key] = self._run(
@@ -380,6 +385,43 @@ class Lab:
             scores["cas"] = float(hits.mean())
         return scores
 
+    def neighbours(self, samples: Samples, picture: pathlib.Path | None) -> Scores:
+        """Median distances of samples to their nearest real images, by pixels and by features.
+
+        Training and held-out images are as many, so that neither are nearer by chance. Held-out
+        images that are samples themselves are none of them. Pixels differ by a root mean square in
+        grey levels. With a `picture`, the first samples and their nearest training images, of all
+        of them, are drawn there.
+        """
+        self.check_time()
+        held_out = self.images["val"].whole.images
+        others = held_out[~_is_among(held_out, samples.images)]
+        train = self.images["train"].whole.images
+        some = np.random.default_rng(0).permutation(len(train))[: len(others)]
+
+        def features(images: np.ndarray) -> np.ndarray:
+            parts = range(0, len(images), 500)
+            return np.concatenate([self.network(images[i : i + 500]).pooled for i in parts])
+
+        def pixels(images: np.ndarray) -> np.ndarray:
+            return images.reshape(len(images), -1).astype(np.float32)
+
+        found: Scores = {}
+        per_pixel = train[0].size  # the features are not averaged
+        for name, of, scale in (("pixels", pixels, per_pixel), ("features", features, 1)):
+            own = of(samples.images)
+            for role, real in (("train", train[some]), ("held_out", others)):
+                distances, _ = _nearest(own, of(real))
+                found[f"{name}_{role}"] = float(np.median(distances) / np.sqrt(scale))
+        if picture is not None:
+            shown = samples.images[:10]
+            rows = [("the first ten, not selected", shown)]
+            for name, of in (("pixels", pixels), ("features", features)):
+                _, nearest = _nearest(of(shown), of(train))
+                rows.append((f"the nearest training image by {name}", train[nearest]))
+            pictures.save_png(picture, pictures.labelled_rows(rows, scale=3))
+        return found
+
     @cached_property
     def network(self) -> Classifier:
         """The network whose features measure; `accuracy` is that on held-out real images."""
@@ -467,7 +509,7 @@ def _without_a_model(kind: str, split: Split, count: int, seed: int) -> Samples:
     """Rows between which all others lie: real images, enlarged ones, noise."""
     size = split.whole.images.shape[1]
     real = split.some(count, size)
-    if kind == "real":
+    if kind in ("real", "train"):
         return Samples(real.images, real.labels)
     if kind == "enlarged":
         low = split.some(count, size // 2)
@@ -477,6 +519,24 @@ def _without_a_model(kind: str, split: Split, count: int, seed: int) -> Samples:
         real.images.mean(), real.images.std(), real.images.shape
     )
     return Samples(noise.round().clip(0, 255).astype(np.uint8), real.labels)
+
+
+def _is_among(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of the images are among the others, bool [n]."""
+    known = {x.tobytes() for x in others}
+    return np.asarray([x.tobytes() in known for x in images])
+
+
+def _nearest(points: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each point's distance to its nearest neighbour among the others, and which that is."""
+    squares = np.square(others).sum(1)
+    distances, which = [], []
+    for i in range(0, len(points), 200):
+        part = points[i : i + 200]
+        nearest = (squares - 2 * part @ others.T).argmin(1)
+        which.append(nearest)
+        distances.append(np.linalg.norm(part - others[nearest], axis=1))
+    return np.concatenate(distances), np.concatenate(which)
 
 
 @cache

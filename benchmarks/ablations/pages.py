@@ -22,6 +22,10 @@ SCORES = (
     ("is", "inception score", 2, 1),
     ("accuracy", "recognised, %", 1, 100),
     ("cas", "CAS, %", 1, 100),
+    ("pixels_train", "to training images, pixels", 2, 1),
+    ("pixels_held_out", "to held-out images, pixels", 2, 1),
+    ("features_train", "to training images, features", 3, 1),
+    ("features_held_out", "to held-out images, features", 3, 1),
 )
 
 

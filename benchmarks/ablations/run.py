@@ -83,7 +83,12 @@ def fill(results: Results, lab: Lab, table: Table, budget: Budget, seeds: int) -
         start = time.monotonic()
         try:
             samples = lab.samples(row, seed)
-            scores = lab.scores(samples, cas=seed < budget.cas_seeds, seed=seed)
+            if table.neighbours:
+                shown = row.images == "cascade" and seed == 0
+                picture = results.path.with_suffix(".png") if shown else None
+                scores = lab.neighbours(samples, picture)
+            else:
+                scores = lab.scores(samples, cas=seed < budget.cas_seeds, seed=seed)
         except OutOfTime:
             print(f"out of time: {len(todo) - i} rows are missing; run it again", flush=True)
             return False

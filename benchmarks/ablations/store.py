@@ -37,7 +37,7 @@ class Results:
     """
 
     def __init__(self, path: pathlib.Path, about: Mapping[str, object]):
-        self._path = path
+        self.path = path
         self.about: Record = {**about}
         self.rows: list[Record] = []
         if not path.exists():
@@ -59,7 +59,7 @@ class Results:
     def add(self, row: Record) -> None:
         """Stores a row at once."""
         self.rows.append(row)
-        write_json(self._path, {**self.about, "rows": self.rows}, indent=1)
+        write_json(self.path, {**self.about, "rows": self.rows}, indent=1)
 
 
 def _short(value: object, other: object) -> str:

@@ -10,6 +10,7 @@ from cascaded_diffusion.config.schema import SamplerConfig, StageConfig, sampler
 
 # Dotted keys of a config and their values.
 Changes = Mapping[str, object]
+Settings = tuple[tuple[str, object], ...]
 Label = dict[str, str | float]
 
 
@@ -69,7 +70,7 @@ class Model:
 
     config: str  # a file of configs/
     share: float
-    changes: tuple[tuple[str, object], ...] = ()
+    changes: Settings = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,21 +79,25 @@ class Row:
 
     `images` says what is scored: what the models make as a "cascade", what the one model makes of
     "real_low_res" images, or without a model "real" held-out images, the same "enlarged" from half
-    their size, or "noise".
+    their size, images of "train", or "noise".
     """
 
     label: Label  # the cells that tell rows apart
-    images: Literal["cascade", "real_low_res", "real", "enlarged", "noise"] = "cascade"
+    images: Literal["cascade", "real_low_res", "real", "train", "enlarged", "noise"] = "cascade"
     models: tuple[Model, ...] = ()  # in order of resolution
     aug_levels: tuple[float, ...] = ()  # of each stage above the first
     truncated: bool = False
-    sampler: tuple[tuple[str, object], ...] = ()  # what is changed in every stage's sampler
+    sampler: Settings = ()  # what is changed in every stage's sampler
+    base_sampler: Settings = ()  # and in that of the first stage
+    base_ema: float | None = None  # which average of the first stage; None: what its config says
     as_costly_as: Row | None = None  # a single model takes as many steps as cost the same
     num_samples: int | None = None  # None: the budget's
 
     def sampler_of(self, stage: StageConfig) -> SamplerConfig:
         """A stage's sampler, changed as the row says."""
         changes = dict(self.sampler)
+        if stage.kind == "base":
+            changes.update(self.base_sampler)
         name = changes.pop("name", stage.sampler.name)
         return dataclasses.replace(sampler_named(name, stage.sampler, stage), **changes)
 
@@ -117,6 +122,7 @@ SINGLE = Model(
     ),
 )
 LEVELS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6)
+LEVEL = 0.15  # where a table is not about it
 # Of what makes images from nothing; as `cifar10_base16`.
 GUIDANCE = 1.2
 _ENDS = (
@@ -187,7 +193,7 @@ def _samplers(budget: Budget) -> list[Row]:
         Row(
             label={"sampler": name, "steps": n},
             models=(BASE, ENLARGE),
-            aug_levels=(0.15,),
+            aug_levels=(LEVEL,),
             sampler=(("name", name), ("num_steps", n)),
             num_samples=min(1000, budget.num_samples),
         )
@@ -199,22 +205,80 @@ _METHODS = ("ancestral", "ddim", "dpmpp_2m", "heun")
 
 
 def _choices(budget: Budget) -> list[Row]:
-    """Table 5: what is predicted and how errors weigh, for the base model alone."""
-    changes: dict[str, dict[str, object]] = {
-        f"predicts {p}": {"parameterization": p} for p in ("eps", "x0", "v")
+    """Table 5: what is predicted, how errors weigh, the average, guidance: of the base model."""
+    decays = (0.99, 0.999, 0.9999)
+    learned = {
+        "stage.diffusion.parameterization": "eps",
+        "stage.diffusion.variance": "learned",
+        "stage.diffusion.loss": "hybrid",
+        "stage.diffusion.vlb_weight": 0.001,
+        "stage.schedule.num_timesteps": 1000,
+        "stage.schedule.noise_levels": "discrete",
     }
-    for weighting in ("snr", "min_snr", "sigmoid"):
-        changes[f"predicts v, weighted by {weighting}"] = {
-            "parameterization": "v",
-            "weighting": weighting,
-        }
-    rows = []
-    for name, diffusion in changes.items():
-        model = dataclasses.replace(
-            BASE, changes=tuple((f"stage.diffusion.{k}", v) for k, v in diffusion.items())
+    guided = dict(guidance_scale=3.0)
+    interval = dict(guidance_scale=3.0, guidance_interval=(0.1, 0.8))
+    ancestral = dict(name="ancestral", num_steps=min(100, budget.long_chain))
+    # What the row says, what is changed in training, in the first stage's sampler, its average.
+    kinds: list[tuple[str, dict[str, object], dict[str, object], float | None]] = [
+        *((f"predicts {p}", {_PREDICTS: p}, {}, None) for p in ("eps", "x0", "v")),
+        *(
+            (f"predicts v, weighted by {w}", {_PREDICTS: "v", _WEIGHTS: w}, {}, None)
+            for w in ("snr", "truncated_snr", "min_snr", "sigmoid")
+        ),
+        ("predicts eps, fixed variance, ancestral", {_PREDICTS: "eps"}, ancestral, None),
+        ("predicts eps, learned variance, ancestral", learned, ancestral, None),
+        *((f"EMA of {d}", {"train.ema_decays": decays}, {}, d) for d in decays),
+        ("guidance 1", {}, {**guided, "guidance_scale": 1.0}, None),
+        ("guidance 3", {}, guided, None),
+        ("guidance 3 for t in 0.1 to 0.8", {}, interval, None),
+    ]
+    return [
+        Row(
+            label={"base model": name},
+            models=(dataclasses.replace(BASE, changes=tuple(changes.items())), ENLARGE),
+            aug_levels=(LEVEL,),
+            base_sampler=tuple(sampler.items()),
+            base_ema=ema,
         )
-        rows.append(Row(label={"model": name}, models=(model, ENLARGE), aug_levels=(0.15,)))
-    return rows
+        for name, changes, sampler, ema in kinds
+    ]
+
+
+_PREDICTS, _WEIGHTS = "stage.diffusion.parameterization", "stage.diffusion.weighting"
+
+
+def _conditioning(budget: Budget) -> list[Row]:
+    """Table 3, in part: classes and mirrored images, of all stages."""
+    kinds: dict[str, Changes] = {
+        "as it is": {},
+        "without classes": {
+            "stage.num_classes": 0,
+            "stage.diffusion.label_dropout_prob": 0.0,
+            "stage.sampler.guidance_scale": 1.0,
+            "eval.features": "rotation",
+        },
+        "without flips": {"data.random_flip": False},
+    }
+    return [
+        Row(
+            label={"cascade": name},
+            models=tuple(
+                dataclasses.replace(model, changes=tuple(changes.items()))
+                for model in (BASE, ENLARGE)
+            ),
+            aug_levels=(LEVEL,),
+        )
+        for name, changes in kinds.items()
+    ]
+
+
+def _memorised(budget: Budget) -> list[Row]:
+    """Table 7: how near samples are to training images, and to held-out ones."""
+    return [
+        Row(label={"images": "cascade's samples"}, models=(BASE, ENLARGE), aug_levels=(LEVEL,)),
+        Row(label={"images": "real held-out images"}, images="real"),
+        Row(label={"images": "training images"}, images="train"),
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,6 +288,7 @@ class Table:
     title: str
     rows: Callable[[Budget], Sequence[Row]]
     across: str | None = None  # the label along a plot's x axis, if it has a plot
+    neighbours: bool = False  # the nearest real images are measured instead of distances of sets
 
 
 TABLES = {
@@ -234,5 +299,7 @@ TABLES = {
     "samplers": Table(
         title="Samplers and network evaluations", rows=_samplers, across="evaluations"
     ),
-    "choices": Table(title="Prediction and weighting of the base model", rows=_choices),
+    "choices": Table(title="Choices of the base model", rows=_choices),
+    "conditioning": Table(title="Classes and flips", rows=_conditioning),
+    "memorised": Table(title="Samples and their nearest images", rows=_memorised, neighbours=True),
 }
