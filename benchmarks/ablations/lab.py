@@ -53,6 +53,8 @@ from cascaded_diffusion.types import Params
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Fewer optimizer steps say nothing about a model.
 MIN_STEPS = 50
+# Whose `data` section, changed as the table says, the images are read by.
+_DATA_CONFIG = "cifar10_base16"
 Scores = dict[str, float]
 
 
@@ -69,11 +71,15 @@ class Data:
     prepared_dir: str | None = None
 
     def applied(self, values: Record) -> Record:
-        """The values of a config with this data."""
+        """The values of a config with this data. Raises UserError if a folder is not named."""
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         if "path" in given and "prepared_dir" not in given:
             given["prepared_dir"] = None  # raw images are read as they are
-        values["data"].update(given)
+        data = values["data"]
+        data.update(given)
+        if data["name"] == "folder" and data.get("path") is None:
+            expected = "expected the folder with train/CLASS/*.jpg of the table's images"
+            raise UserError(f"--data_path is not given: {expected}")
         return values
 
 
@@ -109,6 +115,7 @@ class Lab:
 
     Args:
       budget: what a row may cost.
+      changes: of every config of the table.
       data: where the images are.
       folder: where trained networks are kept.
       code: a digest of the program; networks that another one trained are trained again.
@@ -116,9 +123,17 @@ class Lab:
     """
 
     def __init__(
-        self, budget: Budget, data: Data, folder: pathlib.Path, *, code: str, deadline: float
+        self,
+        budget: Budget,
+        changes: Changes,
+        data: Data,
+        folder: pathlib.Path,
+        *,
+        code: str,
+        deadline: float,
     ):
-        self.budget, self._data, self._folder, self._code = budget, data, folder, code
+        self.budget, self._data, self._root, self._code = budget, data, folder, code
+        self._changes = {**changes, **budget.changes}
         self._deadline = deadline
         self._kept: dict[str, np.ndarray] = {}
         self._files: dict[str, Record] = {}
@@ -143,7 +158,7 @@ class Lab:
             path = f"{name}.py{variant}"
             self._files[name] = config_flags.load_config_file(ROOT / "configs", path)
         values = copy.deepcopy(self._files[name])
-        for key, value in {**self.budget.changes, **changes}.items():
+        for key, value in {**self._changes, **changes}.items():
             *sections, last = key.split(".")
             reduce(dict.__getitem__, sections, values)[last] = value
         return self._data.applied(values)
@@ -456,13 +471,19 @@ class Lab:
         return -(-min(self.budget.batch_size, count) // self._mesh.size) * self._mesh.size
 
     @cached_property
+    def _folder(self) -> pathlib.Path:
+        """Where what was made from these images is kept."""
+        digest = hashlib.sha256(self.images["train"].identity.encode()).hexdigest()[:8]
+        return self._root / digest
+
+    @cached_property
     def _mesh(self) -> jax.sharding.Mesh:
         return build_mesh(self.config_of_data.mesh)
 
     @cached_property
     def config_of_data(self) -> RunConfig:
         """The config whose `data` section the images are read by."""
-        return run_config_from(self._values(self.budget.data_config, {}))
+        return run_config_from(self._values(_DATA_CONFIG, {}))
 
     @cached_property
     def images(self) -> dict[str, Split]:
@@ -474,7 +495,7 @@ class Lab:
         except DataMissing as e:
             raise UserError(
                 f"{e}; make it by `python -m cascaded_diffusion.prepare"
-                f" --config=configs/{self.budget.data_config}.py`, or name a folder of images by"
+                f" --config=configs/{_DATA_CONFIG}.py`, or name a folder of images by"
                 " --data_name=folder --data_path=PATH"
             ) from e
         return {

@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
 
     code = digest_of_code(ROOT)
     data = Data(flags.data_name, flags.data_path, flags.prepared_dir)
-    lab = Lab(budget, data, flags.workdir, code=code, deadline=deadline)
+    lab = Lab(budget, table.changes, data, flags.workdir, code=code, deadline=deadline)
     lab.check(table.rows(budget))
     device = jax.devices()[0]
     about = {

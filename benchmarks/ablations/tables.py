@@ -27,7 +27,6 @@ class Budget:
     long_chain: int  # steps of the chain that table "samplers" compares with
     network: str = "resnet"  # whose features measure
     changes: Changes = dataclasses.field(default_factory=dict)  # of every config
-    data_config: str = "cifar10_base16"
 
 
 BUDGETS = {
@@ -59,7 +58,13 @@ BUDGETS = {
         cas_seeds=1,
         long_chain=20,
         network="small",
-        changes={"data.resolution": 32},
+        changes={
+            "stage.num_classes": 10,
+            "data.name": "shapes",
+            "data.prepared_dir": None,
+            "data.train_split": "train",
+            "data.eval_split": "test",
+        },
     ),
 }
 
@@ -281,6 +286,70 @@ def _memorised(budget: Budget) -> list[Row]:
     ]
 
 
+# Three stages on Caltech-101; the networks' feature maps are of 12 and 6 px, at the top also of 24.
+_PHOTOS = {
+    "stage.num_classes": 101,
+    "stage.network.attention_resolutions": (),  # but in the middle, where all networks attend
+    "eval.num_samples": 1010,
+    "eval.final_num_samples": 1010,
+    "data.name": "folder",
+    "data.prepared_dir": None,
+    "data.resolution": 96,
+    "data.train_split": "train[:90%]",
+    "data.eval_split": "train[90%:]",
+}
+BASE24 = dataclasses.replace(
+    BASE, share=0.4, changes=(("stage.name", "base24"), ("stage.resolution", 24))
+)
+SR48 = dataclasses.replace(
+    ENLARGE,
+    share=0.2,
+    changes=(
+        ("stage.name", "sr48"),
+        ("stage.resolution", 48),
+        ("stage.low_res_resolution", 24),
+    ),
+)
+
+
+def _sr96(sigmas: tuple[float, float] | None) -> Model:
+    blur = {"blur_kernel_size": 7, "blur_sigmas": sigmas, "blur_prob": 0.5}
+    return dataclasses.replace(
+        NO_AUGMENT,
+        share=0.4,
+        changes=(
+            *_WITHOUT_AUGMENT,
+            ("stage.name", "sr96"),
+            ("stage.resolution", 96),
+            ("stage.low_res_resolution", 48),
+            ("stage.network.channel_mults", (1, 2, 2)),
+            ("stage.network.num_res_blocks", (1, 1, 1)),
+            ("stage.augment", {"name": "blur", **blur} if sigmas else {"name": "none"}),
+        ),
+    )
+
+
+def _blur(budget: Budget) -> list[Row]:
+    """Table 3: ranges of the blur of the top stage; 0.4 to 0.6 is the paper's at 128 and 256 px."""
+    rows = []
+    for sigmas in (None, (0.2, 0.4), (0.4, 0.6), (0.6, 1.0), (1.0, 1.8)):
+        blur = f"{sigmas[0]:g} to {sigmas[1]:g}" if sigmas else "none"
+        rows += [
+            Row(
+                label={"blur, sigma": blur, "low-res input": "generated"},
+                models=(BASE24, SR48, _sr96(sigmas)),
+                aug_levels=(LEVEL, 0.0),
+            ),
+            Row(
+                label={"blur, sigma": blur, "low-res input": "real"},
+                images="real_low_res",
+                models=(_sr96(sigmas),),
+                aug_levels=(0.0,),
+            ),
+        ]
+    return rows
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
     """A table of the results page."""
@@ -288,6 +357,7 @@ class Table:
     title: str
     rows: Callable[[Budget], Sequence[Row]]
     across: str | None = None  # the label along a plot's x axis, if it has a plot
+    changes: Changes = dataclasses.field(default_factory=lambda: {"data.resolution": 32})
     neighbours: bool = False  # the nearest real images are measured instead of distances of sets
 
 
@@ -300,6 +370,9 @@ TABLES = {
         title="Samplers and network evaluations", rows=_samplers, across="evaluations"
     ),
     "choices": Table(title="Choices of the base model", rows=_choices),
+    "blur": Table(
+        title="Blur of the top stage's low-res input, Caltech-101", rows=_blur, changes=_PHOTOS
+    ),
     "conditioning": Table(title="Classes and flips", rows=_conditioning),
     "memorised": Table(title="Samples and their nearest images", rows=_memorised, neighbours=True),
 }

@@ -135,8 +135,10 @@ def test_every_row_of_every_table_has_a_config(tmp_path, monkeypatch, budget):
     from tables import BUDGETS, TABLES
 
     monkeypatch.setattr(Lab, "_flops_of_step", lambda self, config: 1e9)
-    lab = Lab(BUDGETS[budget], Data(), tmp_path, code="", deadline=0.0)
     for table in TABLES.values():
+        named = budget != "smoke" and table.changes.get("data.name") == "folder"
+        data = Data(path="PHOTOS" if named else None)
+        lab = Lab(BUDGETS[budget], table.changes, data, tmp_path, code="", deadline=0.0)
         labels = []
         for row in table.rows(BUDGETS[budget]):
             labels.append(row.label)
@@ -184,6 +186,11 @@ def test_too_small_a_budget_is_refused_with_what_it_needs(run):
 def test_numbers_that_cannot_be_are_refused(run, flag):
     with pytest.raises(UserError, match=re.escape(flag.replace("-1", "-1.0"))):
         run("augmentation", flag)
+
+
+def test_a_folder_that_is_not_named_is_one_line(run):
+    with pytest.raises(UserError, match="--data_path is not given: expected the folder with"):
+        run("augmentation", "--data_name=folder")
 
 
 def test_missing_images_are_named_with_the_command_that_makes_them(run, tmp_path):

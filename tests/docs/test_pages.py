@@ -25,7 +25,7 @@ KEYS = FIELDS | {*SECTIONS}
 SETUP = (ROOT / "setup.py").read_text()
 SOURCES = "".join(
     path.read_text()
-    for pattern in ("cascaded_diffusion/**/*.py", "launch/*.sh", "benchmarks/*.py", "docs/*.py")
+    for pattern in ("cascaded_diffusion/**/*.py", "launch/*.sh", "benchmarks/**/*.py", "docs/*.py")
     for path in ROOT.glob(pattern)
 )
 KEY = re.compile(rf"(?:--)?(?:config\.)?((?:{'|'.join(SECTIONS)})(?:\.\w+)+)")
