@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, reduce
@@ -39,7 +41,7 @@ from cascaded_diffusion.evaluation.features.classifier_training import LabelledI
 from cascaded_diffusion.evaluation.measure import metric_name
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit
-from cascaded_diffusion.files.json_files import Record
+from cascaded_diffusion.files.json_files import Record, read_record, write_json
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import write_npz_whole
 from cascaded_diffusion.networks import classifier as networks
@@ -53,6 +55,7 @@ from cascaded_diffusion.types import Params
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Fewer optimizer steps say nothing about a model.
 MIN_STEPS = 50
+_TIMED_STEPS = 30  # by which the time of a step is measured
 # Whose `data` section, changed as the table says, the images are read by.
 _DATA_CONFIG = "cifar10_base16"
 Scores = dict[str, float]
@@ -119,6 +122,7 @@ class Lab:
       data: where the images are.
       folder: where trained networks are kept.
       code: a digest of the program; networks that another one trained are trained again.
+      torch_python: a Python with PyTorch and diffusers, for the table that trains them.
       deadline: on `time.monotonic`'s clock; what runs then raises `OutOfTime`.
     """
 
@@ -131,7 +135,9 @@ class Lab:
         *,
         code: str,
         deadline: float,
+        torch_python: str | None = None,
     ):
+        self.torch_python = torch_python
         self.budget, self._data, self._root, self._code = budget, data, folder, code
         self._changes = {**changes, **budget.changes}
         self._deadline = deadline
@@ -140,12 +146,15 @@ class Lab:
 
     # Configs and their cost.
 
-    def config(self, model: Model, seed: int) -> RunConfig:
-        """The model's config, trained for the share of the budget's FLOPs that is its own."""
+    def config(self, model: Model, seed: int, *, by_time: bool = False) -> RunConfig:
+        """The model's config, trained for its share of the budget's FLOPs, or of its seconds."""
         values = self._values(model.config, dict(model.changes))
         values["train"]["seed"] = seed
         config = run_config_from(values)
-        steps = int(model.share * self.budget.flops / self._flops_of_step(config))
+        if by_time:
+            steps = int(model.share * self.budget.seconds / self._seconds_of_step(config))
+        else:
+            steps = int(model.share * self.budget.flops / self._flops_of_step(config))
         train = dataclasses.replace(
             config.train, train_steps=max(1, steps), warmup_steps=steps // 10
         )
@@ -167,6 +176,22 @@ class Lab:
         """Model FLOPs of an optimizer step: three forward passes."""
         return 3.0 * config.train.batch_size * _forward_flops(build_stage(config.stage))
 
+    def _seconds_of_step(self, config: RunConfig) -> float:
+        """Seconds of an optimizer step here, measured once for all seeds."""
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
+        about = json.dumps([to_dict(config.stage), to_dict(config.train), self._code])
+        digest = hashlib.sha256(about.encode()).hexdigest()[:16]
+        path = self._folder / "rates" / f"{config.stage.name}_{digest}.json"
+        if not path.exists():
+            config = dataclasses.replace(
+                config, train=dataclasses.replace(config.train, train_steps=_TIMED_STEPS)
+            )
+            self._train(config, build_stage(config.stage))  # the first time compiles
+            start = time.monotonic()
+            self._train(config, build_stage(config.stage))
+            write_json(path, {"seconds": (time.monotonic() - start) / _TIMED_STEPS})
+        return read_record(path, {"seconds": float})["seconds"]
+
     def check(self, rows: Sequence[Row]) -> None:
         """Raises UserError if the budget is too small for a row."""
         needed = 0.0
@@ -181,9 +206,9 @@ class Lab:
 
     # Training.
 
-    def trained(self, model: Model, seed: int) -> Trained:
+    def trained(self, model: Model, seed: int, *, by_time: bool = False) -> Trained:
         """A model at the end of its training, from the folder if it is there."""
-        config = self.config(model, seed)
+        config = self.config(model, seed, by_time=by_time)
         about = [to_dict(config.stage), to_dict(config.train), config.data.random_flip]
         about += [self.images["train"].identity, self._code]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -231,10 +256,12 @@ class Lab:
     def samples(self, row: Row, seed: int) -> Samples:
         """The images that a row is about."""
         count = self.budget.num_samples if row.num_samples is None else row.num_samples
+        if row.images == "peer":
+            return self._of_peer(row, seed, count)
         if not row.models:
             split = self.images["train" if row.images == "train" else "val"]
             return _without_a_model(row.images, split, count, seed)
-        chain = [self.trained(model, seed) for model in row.models]
+        chain = [self.trained(model, seed, by_time=row.by_time) for model in row.models]
         chain[0] = dataclasses.replace(chain[0], ema_decay=row.base_ema)
         samplers = [row.sampler_of(t.config.stage) for t in chain]
         if row.as_costly_as is not None:
@@ -369,6 +396,34 @@ class Lab:
         _, per_step = self._cost([model], [sampler], [], truncated=False)
         steps = max(1, round(sampler.num_steps * wanted / per_step))
         return dataclasses.replace(sampler, num_steps=steps)
+
+    def _of_peer(self, row: Row, seed: int, count: int) -> Samples:
+        """Samples of diffusers' network, which another Python trains."""
+        if self.torch_python is None:
+            expected = "expected a Python with PyTorch and diffusers, for the table's peers"
+            raise UserError(f"--torch_python is not given: {expected}")
+        self.check_time()
+        with tempfile.TemporaryDirectory() as temporary:
+            images, output = (pathlib.Path(temporary, n) for n in ("images.npz", "samples.npz"))
+            write_npz_whole(images, {"arr_0": self.images["train"].whole.images})
+            flags = {
+                "images": images,
+                "output": output,
+                "widths": ",".join(map(str, row.peer_widths)),
+                "seconds": self.budget.seconds,
+                "seed": seed,
+                "num_samples": count,
+                "num_steps": self.budget.peer_steps,
+            }
+            script = str(pathlib.Path(__file__).with_name("peer_torch.py"))
+            command = [self.torch_python, script, *(f"--{k}={v}" for k, v in flags.items())]
+            print(f"training {row.label['trained']}, {self.budget.seconds:g} s", flush=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                raise UserError(f"--torch_python={self.torch_python}: {lines[-1]}")
+            print(f"  {done.stdout.strip()}", flush=True)
+            return Samples(read_arrays(output)["arr_0"], None, self.budget.peer_steps)
 
     # Scores.
 

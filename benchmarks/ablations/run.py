@@ -51,6 +51,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--flops", type=float, help="of a row's training, instead of the budget's")
     parser.add_argument("--num_samples", type=int, help="of a row, instead of the budget's")
+    parser.add_argument("--seconds", type=float, help="of a row's training, where time bounds it")
+    parser.add_argument("--torch_python", help="with PyTorch and diffusers, for the table peer")
     parser.add_argument("--minutes", type=float, help="after which it stops; default: never")
     parser.add_argument("--data_name", help="config.data.name: folder, npz, ...")
     parser.add_argument("--data_path", help="config.data.path: where the images are")
@@ -63,12 +65,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def budget_of(flags: argparse.Namespace) -> Budget:
     """The budget as the flags change it. Raises UserError for a number that cannot be."""
-    for name, least in (("seeds", 1), ("flops", 1), ("num_samples", 2), ("minutes", 0)):
+    for name, least in (
+        ("seeds", 1),
+        ("flops", 1),
+        ("num_samples", 2),
+        ("seconds", 1),
+        ("minutes", 0),
+    ):
         value = getattr(flags, name)
         if value is not None and not (value >= least and value > 0):
             expected = f"at least {least}" if least else "more than 0"
             raise UserError(f"--{name}={value}: expected {expected}")
-    given = {k: getattr(flags, k) for k in ("flops", "num_samples") if getattr(flags, k)}
+    names = ("flops", "num_samples", "seconds")
+    given = {name: getattr(flags, name) for name in names if getattr(flags, name)}
     return dataclasses.replace(BUDGETS[flags.budget], **given)
 
 
@@ -117,7 +126,15 @@ def main(argv: Sequence[str]) -> int:
 
     code = digest_of_code(ROOT)
     data = Data(flags.data_name, flags.data_path, flags.prepared_dir)
-    lab = Lab(budget, table.changes, data, flags.workdir, code=code, deadline=deadline)
+    lab = Lab(
+        budget,
+        table.changes,
+        data,
+        flags.workdir,
+        code=code,
+        deadline=deadline,
+        torch_python=flags.torch_python,
+    )
     lab.check(table.rows(budget))
     device = jax.devices()[0]
     about = {

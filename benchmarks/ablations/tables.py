@@ -25,6 +25,8 @@ class Budget:
     batch_size: int  # of samples
     cas_seeds: int  # seeds whose samples train a classifier
     long_chain: int  # steps of the chain that table "samplers" compares with
+    seconds: float  # of training a row of the table "peer"
+    peer_steps: int  # by which the peer is sampled: 1,000 of DDPM, or fewer of DDIM
     network: str = "resnet"  # whose features measure
     changes: Changes = dataclasses.field(default_factory=dict)  # of every config
 
@@ -38,6 +40,8 @@ BUDGETS = {
         batch_size=200,
         cas_seeds=1,
         long_chain=1000,
+        seconds=900,
+        peer_steps=50,
     ),
     "gpu": Budget(
         name="gpu",
@@ -47,6 +51,8 @@ BUDGETS = {
         batch_size=1000,
         cas_seeds=3,
         long_chain=1000,
+        seconds=90,
+        peer_steps=1000,
     ),
     # Of no meaning: it shows that everything runs.
     "smoke": Budget(
@@ -57,6 +63,8 @@ BUDGETS = {
         batch_size=20,
         cas_seeds=1,
         long_chain=20,
+        seconds=2,
+        peer_steps=2,
         network="small",
         changes={
             "stage.num_classes": 10,
@@ -84,11 +92,13 @@ class Row:
 
     `images` says what is scored: what the models make as a "cascade", what the one model makes of
     "real_low_res" images, or without a model "real" held-out images, the same "enlarged" from half
-    their size, images of "train", or "noise".
+    their size, images of "train", "noise", or what a "peer" makes, a network of diffusers.
     """
 
     label: Label  # the cells that tell rows apart
-    images: Literal["cascade", "real_low_res", "real", "train", "enlarged", "noise"] = "cascade"
+    images: Literal["cascade", "real_low_res", "real", "train", "enlarged", "noise", "peer"] = (
+        "cascade"
+    )
     models: tuple[Model, ...] = ()  # in order of resolution
     aug_levels: tuple[float, ...] = ()  # of each stage above the first
     truncated: bool = False
@@ -97,6 +107,8 @@ class Row:
     base_ema: float | None = None  # which average of the first stage; None: what its config says
     as_costly_as: Row | None = None  # a single model takes as many steps as cost the same
     num_samples: int | None = None  # None: the budget's
+    by_time: bool = False  # the models' training is bounded by the budget's seconds, not its FLOPs
+    peer_widths: tuple[int, ...] = ()  # of the levels of a peer's network
 
     def sampler_of(self, stage: StageConfig) -> SamplerConfig:
         """A stage's sampler, changed as the row says."""
@@ -277,6 +289,27 @@ def _conditioning(budget: Budget) -> list[Row]:
     ]
 
 
+def _peer(budget: Budget) -> list[Row]:
+    """Table 6: our cascade and diffusers' network, trained for as many seconds."""
+    steps = budget.peer_steps
+    chain = "DDPM, 1000 steps" if steps == 1000 else f"DDIM, {steps} steps"
+    return [
+        Row(
+            label={"trained": "our cascade"},
+            models=(BASE, ENLARGE),
+            aug_levels=(LEVEL,),
+            by_time=True,
+        ),
+        *(
+            Row(label={"trained": f"diffusers, {size}; {chain}"}, images="peer", peer_widths=widths)
+            for size, widths in (
+                ("its script's network", (128, 128, 256, 256, 512, 512)),
+                ("a smaller network", (64, 128, 128)),
+            )
+        ),
+    ]
+
+
 def _memorised(budget: Budget) -> list[Row]:
     """Table 7: how near samples are to training images, and to held-out ones."""
     return [
@@ -374,5 +407,6 @@ TABLES = {
         title="Blur of the top stage's low-res input, Caltech-101", rows=_blur, changes=_PHOTOS
     ),
     "conditioning": Table(title="Classes and flips", rows=_conditioning),
+    "peer": Table(title="Beside diffusers, at equal time", rows=_peer),
     "memorised": Table(title="Samples and their nearest images", rows=_memorised, neighbours=True),
 }

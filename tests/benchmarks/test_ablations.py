@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pathlib
 import re
+import sys
+import textwrap
 from unittest import mock
 
 import pytest
@@ -127,6 +129,38 @@ def test_neighbours_tell_what_was_seen_from_what_was_not(run):
         assert real[f"{kind}_train"] > 0 < real[f"{kind}_held_out"]
         assert samples[f"{kind}_train"] > real[f"{kind}_train"]
     assert path.with_suffix(".png").exists()
+
+
+def _python(path, code):
+    """A program in place of a Python with PyTorch."""
+    path.write_text(f"#!{sys.executable}\nimport sys\nimport numpy as np\n{textwrap.dedent(code)}")
+    path.chmod(0o755)
+    return f"--torch_python={path}"
+
+
+def test_a_peer_is_trained_as_long_as_the_cascade(run, tmp_path):
+    peer = _python(
+        tmp_path / "python",
+        """
+        given = dict(x[2:].split("=", 1) for x in sys.argv[2:])
+        with np.load(given["images"]) as images:
+            shape = images["arr_0"].shape
+        assert given["seconds"] == "1.0", given
+        made = np.random.default_rng(0).integers(256, size=(int(given["num_samples"]), *shape[1:]))
+        np.savez(given["output"], arr_0=made.astype(np.uint8))
+        """,
+    )
+    code, results, _ = run("peer", "--seconds=1", peer)
+    assert code == 0
+    ours, *peers = results["rows"]
+    assert "accuracy" in ours["scores"]  # without labels nothing is recognised
+    assert ["accuracy" in row["scores"] for row in peers] == [False, False]
+    assert [row["evaluations"] for row in peers] == [2, 2]
+    with pytest.raises(UserError, match="--torch_python is not given: expected a Python with"):
+        run("peer", "--seconds=1", f"--results={tmp_path}")
+    broken = _python(tmp_path / "broken", "sys.exit('no module named diffusers')")
+    with pytest.raises(UserError, match="broken: no module named diffusers"):
+        run("peer", "--seconds=1", f"--results={tmp_path}", broken)
 
 
 @pytest.mark.parametrize("budget", ["cpu", "gpu", "smoke"])
