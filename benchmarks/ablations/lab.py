@@ -265,7 +265,7 @@ class Lab:
         chain[0] = dataclasses.replace(chain[0], ema_decay=row.base_ema)
         samplers = [row.sampler_of(t.config.stage) for t in chain]
         if row.as_costly_as is not None:
-            samplers = [self._as_costly(chain[0], samplers[0], row.as_costly_as, seed)]
+            samplers = [self._as_costly(chain[0], row.as_costly_as, seed)]
         levels = row.aug_levels
         cost = self._cost(chain, samplers, levels, truncated=row.truncated)
         if row.images == "real_low_res":
@@ -386,13 +386,12 @@ class Lab:
             n * _forward_flops(t.stage) for n, t in zip(counts, chain, strict=True)
         )
 
-    def _as_costly(
-        self, model: Trained, sampler: SamplerConfig, other: Row, seed: int
-    ) -> SamplerConfig:
-        """A sampler of one stage with the steps by which it costs what another row costs."""
+    def _as_costly(self, model: Trained, other: Row, seed: int) -> SamplerConfig:
+        """The sampler of another row's first stage, with the steps by which it costs as much."""
         chain = [self.trained(m, seed) for m in other.models]
         samplers = [other.sampler_of(t.config.stage) for t in chain]
         _, wanted = self._cost(chain, samplers, other.aug_levels, truncated=other.truncated)
+        sampler = samplers[0]
         _, per_step = self._cost([model], [sampler], [], truncated=False)
         steps = max(1, round(sampler.num_steps * wanted / per_step))
         return dataclasses.replace(sampler, num_steps=steps)

@@ -31,6 +31,7 @@ from store import Results, digest_of_code  # noqa: E402
 from tables import BUDGETS, TABLES, Budget, Table  # noqa: E402
 
 from cascaded_diffusion.commands import entry, jax_setup  # noqa: E402
+from cascaded_diffusion.config.schema import to_dict  # noqa: E402
 from cascaded_diffusion.errors import UserError  # noqa: E402
 from cascaded_diffusion.files.whole import write_whole  # noqa: E402
 
@@ -140,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
     about = {
         "table": flags.table,
         "budget": budget.name,
-        "settings": dataclasses.asdict(budget),
+        "settings": to_dict(budget),
         "code": code,
         "device": f"{jax.device_count()} {device.device_kind}",
         "data": {role: split.identity for role, split in lab.images.items()},

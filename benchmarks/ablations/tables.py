@@ -105,7 +105,8 @@ class Row:
     sampler: Settings = ()  # what is changed in every stage's sampler
     base_sampler: Settings = ()  # and in that of the first stage
     base_ema: float | None = None  # which average of the first stage; None: what its config says
-    as_costly_as: Row | None = None  # a single model takes as many steps as cost the same
+    # A single model is sampled as the first stage of that row, in as many steps as cost the same.
+    as_costly_as: Row | None = None
     num_samples: int | None = None  # None: the budget's
     by_time: bool = False  # the models' training is bounded by the budget's seconds, not its FLOPs
     peer_widths: tuple[int, ...] = ()  # of the levels of a peer's network
@@ -140,8 +141,6 @@ SINGLE = Model(
 )
 LEVELS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6)
 LEVEL = 0.15  # where a table is not about it
-# Of what makes images from nothing; as `cifar10_base16`.
-GUIDANCE = 1.2
 _ENDS = (
     Row(label={"model": "real held-out images"}, images="real"),
     Row(label={"model": "the same, from 16 px enlarged bilinearly"}, images="enlarged"),
@@ -161,7 +160,6 @@ def _augmentation(budget: Budget) -> list[Row]:
             label={"model": "single model"},
             models=(SINGLE,),
             as_costly_as=plain,
-            sampler=(("guidance_scale", GUIDANCE),),
         ),
         plain,
     ]
