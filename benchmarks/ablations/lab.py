@@ -1,4 +1,4 @@
-"""Where rows are made: stages are trained for given FLOPs, sampled, and their samples scored.
+"""Where rows are made: stages are trained for given FLOPs, or seconds, and sampled.
 
 What takes long is kept in a folder and made once: trained stages by a digest of everything that
 decides them (config, seed, data, code), the network whose features measure distances, and the
@@ -12,42 +12,31 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, reduce
 
 import jax
 import numpy as np
+from peers import samples_of_peer
+from real_images import DATA_CONFIG, Data, Samples, Split, load_images, without_a_model
+from scores import Scorer
 from tables import Budget, Changes, Model, Row
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.cascade.cascade import Cascade
-from cascaded_diffusion.cascade.pixels import UPSAMPLERS, float_from_uint8, uint8_from_float
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.commands import config_flags
-from cascaded_diffusion.commands.run_images import real_split
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import RunConfig, SamplerConfig, ema_name, to_dict
-from cascaded_diffusion.data.records import DataMissing
-from cascaded_diffusion.data.sources import load_splits
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation import reference as reference_lib
-from cascaded_diffusion.evaluation.evaluator import Evaluator
-from cascaded_diffusion.evaluation.features import classifier_training
-from cascaded_diffusion.evaluation.features.classifier_extractor import Classifier, load_or_train
-from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages, Task
-from cascaded_diffusion.evaluation.measure import metric_name
 from cascaded_diffusion.evaluation.samples import generate
-from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit
 from cascaded_diffusion.files.json_files import Record, read_record, write_json
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import write_npz_whole
 from cascaded_diffusion.networks import classifier as networks
 from cascaded_diffusion.networks.flops import count_flops
-from cascaded_diffusion.runtime import pictures
-from cascaded_diffusion.runtime.mesh import build_mesh, host_array
+from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.types import Params
@@ -56,34 +45,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Fewer optimizer steps say nothing about a model.
 MIN_STEPS = 50
 _TIMED_STEPS = 30  # by which the time of a step is measured
-# Whose `data` section, changed as the table says, the images are read by.
-_DATA_CONFIG = "cifar10_base16"
-Scores = dict[str, float]
 
 
 class OutOfTime(Exception):
     """The minutes given are over."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Where the images are, as the config's `data` says it; None is what the config says."""
-
-    name: str | None = None
-    path: str | None = None
-    prepared_dir: str | None = None
-
-    def applied(self, values: Record) -> Record:
-        """The values of a config with this data. Raises UserError if a folder is not named."""
-        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        if "path" in given and "prepared_dir" not in given:
-            given["prepared_dir"] = None  # raw images are read as they are
-        data = values["data"]
-        data.update(given)
-        if data["name"] == "folder" and data.get("path") is None:
-            expected = "expected the folder with train/CLASS/*.jpg of the table's images"
-            raise UserError(f"--data_path is not given: {expected}")
-        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,18 +68,8 @@ class Trained:
         return self.ema_params[ema_name(self.ema_decay or self.config.eval.ema_decays[0])]
 
 
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """Images to be scored, and what making one of them cost."""
-
-    images: np.ndarray  # uint8 [n, H, W, C]
-    labels: np.ndarray | None  # int [n]
-    evaluations: int = 0  # of networks
-    flops: float = 0.0
-
-
 class Lab:
-    """Trains, samples and scores for one data set and one budget.
+    """Trains and samples for one data set and one budget.
 
     Args:
       budget: what a row may cost.
@@ -257,10 +212,18 @@ class Lab:
         """The images that a row is about."""
         count = self.budget.num_samples if row.num_samples is None else row.num_samples
         if row.images == "peer":
-            return self._of_peer(row, seed, count)
+            self.check_time()
+            return samples_of_peer(
+                row,
+                self.budget,
+                self.images["train"].whole.images,
+                torch_python=self.torch_python,
+                seed=seed,
+                count=count,
+            )
         if not row.models:
             split = self.images["train" if row.images == "train" else "val"]
-            return _without_a_model(row.images, split, count, seed)
+            return without_a_model(row.images, split, count, seed)
         chain = [self.trained(model, seed, by_time=row.by_time) for model in row.models]
         chain[0] = dataclasses.replace(chain[0], ema_decay=row.base_ema)
         samplers = [row.sampler_of(t.config.stage) for t in chain]
@@ -396,128 +359,6 @@ class Lab:
         steps = max(1, round(sampler.num_steps * wanted / per_step))
         return dataclasses.replace(sampler, num_steps=steps)
 
-    def _of_peer(self, row: Row, seed: int, count: int) -> Samples:
-        """Samples of diffusers' network, which another Python trains."""
-        if self.torch_python is None:
-            expected = "expected a Python with PyTorch and diffusers, for the table's peers"
-            raise UserError(f"--torch_python is not given: {expected}")
-        self.check_time()
-        with tempfile.TemporaryDirectory() as temporary:
-            images, output = (pathlib.Path(temporary, n) for n in ("images.npz", "samples.npz"))
-            write_npz_whole(images, {"arr_0": self.images["train"].whole.images})
-            flags = {
-                "images": images,
-                "output": output,
-                "widths": ",".join(map(str, row.peer_widths)),
-                "seconds": self.budget.seconds,
-                "seed": seed,
-                "num_samples": count,
-                "num_steps": self.budget.peer_steps,
-            }
-            script = str(pathlib.Path(__file__).with_name("peer_torch.py"))
-            command = [self.torch_python, script, *(f"--{k}={v}" for k, v in flags.items())]
-            print(f"training {row.label['trained']}, {self.budget.seconds:g} s", flush=True)
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-                raise UserError(f"--torch_python={self.torch_python}: {lines[-1]}")
-            print(f"  {done.stdout.strip()}", flush=True)
-            return Samples(read_arrays(output)["arr_0"], None, self.budget.peer_steps)
-
-    # Scores.
-
-    def scores(self, samples: Samples, *, cas: bool, seed: int) -> Scores:
-        """Distances and rates of samples in the features of a network trained on real images.
-
-        `fd` is the Fréchet distance to the training images, `accuracy` the share of samples whose
-        label the network recognises, `cas` the accuracy on real test images of the same network
-        trained on the samples alone.
-        """
-        self.check_time()
-        count = len(samples.images)
-        found = self._evaluator.scores(samples.images, samples.labels)
-        names = {"fd": "fid", **{n: n for n in ("precision", "recall", "is", "accuracy")}}
-        scores = {
-            name: found[key]
-            for name, metric in names.items()
-            if (key := metric_name(metric, self._evaluator.extractor.name, count)) in found
-        }
-        if cas and samples.labels is not None:
-            self.check_time()
-            task = dataclasses.replace(self.network.task, seed=seed)
-            labels = samples.labels.astype(np.int32)
-            made = classifier_training.train_classifier(
-                task, LabelledImages(samples.images, labels), label="CAS"
-            )
-            test = self.images["val"].whole
-            hits = Classifier(task, made).predictions(test.images) == test.labels
-            scores["cas"] = float(hits.mean())
-        return scores
-
-    def neighbours(self, samples: Samples, picture: pathlib.Path | None) -> Scores:
-        """Median distances of samples to their nearest real images, by pixels and by features.
-
-        Training and held-out images are as many, so that neither are nearer by chance. Held-out
-        images that are samples themselves are none of them. Pixels differ by a root mean square in
-        grey levels. With a `picture`, the first samples and their nearest training images, of all
-        of them, are drawn there.
-        """
-        self.check_time()
-        held_out = self.images["val"].whole.images
-        others = held_out[~_is_among(held_out, samples.images)]
-        train = self.images["train"].whole.images
-        some = np.random.default_rng(0).permutation(len(train))[: len(others)]
-
-        def features(images: np.ndarray) -> np.ndarray:
-            parts = range(0, len(images), 500)
-            return np.concatenate([self.network(images[i : i + 500]).pooled for i in parts])
-
-        def pixels(images: np.ndarray) -> np.ndarray:
-            return images.reshape(len(images), -1).astype(np.float32)
-
-        found: Scores = {}
-        per_pixel = train[0].size  # the features are not averaged
-        for name, of, scale in (("pixels", pixels, per_pixel), ("features", features, 1)):
-            own = of(samples.images)
-            for role, real in (("train", train[some]), ("held_out", others)):
-                distances, _ = _nearest(own, of(real))
-                found[f"{name}_{role}"] = float(np.median(distances) / np.sqrt(scale))
-        if picture is not None:
-            shown = samples.images[:10]
-            rows = [("the first ten, not selected", shown)]
-            for name, of in (("pixels", pixels), ("features", features)):
-                _, nearest = _nearest(of(shown), of(train))
-                rows.append((f"the nearest training image by {name}", train[nearest]))
-            pictures.save_png(picture, pictures.labelled_rows(rows, scale=3))
-        return found
-
-    @cached_property
-    def network(self) -> Classifier:
-        """The network whose features measure; `accuracy` is that on held-out real images."""
-        train, held_out = self.images["train"], self.images["val"]
-        num_classes = int(train.whole.labels.max()) + 1
-        how = dict(network=self.budget.network, num_classes=num_classes, mesh=self._mesh)
-        task = Task(**how, seed=0, flip=self.config_of_data.data.random_flip)
-        path = self._folder / f"{self.budget.network}.npz"
-        return load_or_train(path, task, train.whole, held_out.whole)
-
-    @cached_property
-    def _evaluator(self) -> Evaluator:
-        train, path = self.images["train"], self._folder / "reference.npz"
-        origin = {"data": train.identity, "split": train.name, "crop": "none", "resize": "none"}
-        wanted = {**origin, "features": self.network.identity}
-        if path.exists():
-            stored = reference_lib.read_reference(str(path), flag="workdir")
-            if reference_lib.differing_field(stored, **wanted) is None:
-                return Evaluator(self.network, {"train": stored}, classes=True)
-        images = train.whole.images
-        parts = (images[i : i + 500] for i in range(0, len(images), 500))
-        reference = reference_lib.measure_reference(
-            parts, self.network, num_images=len(images), label="reference", **origin
-        )
-        reference_lib.save_reference(path, reference)
-        return Evaluator(self.network, {"train": reference}, classes=True)
-
     # The rest.
 
     def _batch(self, count: int) -> int:
@@ -537,81 +378,29 @@ class Lab:
     @cached_property
     def config_of_data(self) -> RunConfig:
         """The config whose `data` section the images are read by."""
-        return run_config_from(self._values(_DATA_CONFIG, {}))
+        return run_config_from(self._values(DATA_CONFIG, {}))
 
     @cached_property
     def images(self) -> dict[str, Split]:
-        """The real images by role, "train" and "val". Raises UserError if they are not there."""
-        config = self.config_of_data
-        splits = {"train": config.data.train_split, "val": config.data.eval_split}
-        try:
-            sources = load_splits(config.data, list(splits.values()), config.stage)
-        except DataMissing as e:
-            raise UserError(
-                f"{e}; make it by `python -m cascaded_diffusion.prepare"
-                f" --config=configs/{_DATA_CONFIG}.py`, or name a folder of images by"
-                " --data_name=folder --data_path=PATH"
-            ) from e
-        return {
-            role: Split(real_split(config, name, sources[name]), sources[name].identity)
-            for role, name in splits.items()
-        }
+        """The real images by role, "train" and "val"."""
+        return load_images(self.config_of_data)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """What measures samples."""
+        return Scorer(
+            self.images,
+            self.budget.network,
+            flip=self.config_of_data.data.random_flip,
+            folder=self._folder,
+            mesh=self._mesh,
+            check_time=self.check_time,
+        )
 
     def check_time(self) -> None:
         """Raises OutOfTime at the deadline."""
         if time.monotonic() > self._deadline:
             raise OutOfTime
-
-
-class Split:
-    """A split in memory, read when it is first needed."""
-
-    def __init__(self, split: RealSplit, identity: str):
-        self._split, self.identity, self.name = split, identity, split.split
-
-    @cached_property
-    def whole(self) -> LabelledImages:
-        """All images at the data set's resolution."""
-        return self._split.raw(range(len(self._split)))
-
-    def some(self, count: int, resolution: int) -> LabelledImages:
-        """`count` images chosen at random, the same every time; of too few, all in turn."""
-        rows = np.random.default_rng(0).permutation(len(self._split))
-        return self._split.rows(np.resize(rows, count), resolution)
-
-
-def _without_a_model(kind: str, split: Split, count: int, seed: int) -> Samples:
-    """Rows between which all others lie: real images, enlarged ones, noise."""
-    size = split.whole.images.shape[1]
-    real = split.some(count, size)
-    if kind in ("real", "train"):
-        return Samples(real.images, real.labels)
-    if kind == "enlarged":
-        low = split.some(count, size // 2)
-        large = UPSAMPLERS["bilinear"](float_from_uint8(low.images), (size, size))
-        return Samples(host_array(uint8_from_float(large)), low.labels)
-    noise = np.random.default_rng(seed).normal(
-        real.images.mean(), real.images.std(), real.images.shape
-    )
-    return Samples(noise.round().clip(0, 255).astype(np.uint8), real.labels)
-
-
-def _is_among(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which of the images are among the others, bool [n]."""
-    known = {x.tobytes() for x in others}
-    return np.asarray([x.tobytes() in known for x in images])
-
-
-def _nearest(points: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each point's distance to its nearest neighbour among the others, and which that is."""
-    squares = np.square(others).sum(1)
-    distances, which = [], []
-    for i in range(0, len(points), 200):
-        part = points[i : i + 200]
-        nearest = (squares - 2 * part @ others.T).argmin(1)
-        which.append(nearest)
-        distances.append(np.linalg.norm(part - others[nearest], axis=1))
-    return np.concatenate(distances), np.concatenate(which)
 
 
 @cache

@@ -96,9 +96,9 @@ def fill(results: Results, lab: Lab, table: Table, budget: Budget, seeds: int) -
             if table.neighbours:
                 shown = row.images == "cascade" and seed == 0
                 picture = results.path.with_suffix(".png") if shown else None
-                scores = lab.neighbours(samples, picture)
+                scores = lab.scorer.neighbours(samples, picture)
             else:
-                scores = lab.scores(samples, cas=seed < budget.cas_seeds, seed=seed)
+                scores = lab.scorer.scores(samples, cas=seed < budget.cas_seeds, seed=seed)
         except OutOfTime:
             print(f"out of time: {len(todo) - i} rows are missing; run it again", flush=True)
             return False
@@ -123,7 +123,8 @@ def main(argv: Sequence[str]) -> int:
     budget, table = budget_of(flags), TABLES[flags.table]
     deadline = time.monotonic() + 60 * flags.minutes if flags.minutes else float("inf")
     jax = jax_setup.set_up_jax()
-    from lab import Data, Lab
+    from lab import Lab
+    from real_images import Data
 
     code = digest_of_code(ROOT)
     data = Data(flags.data_name, flags.data_path, flags.prepared_dir)
@@ -145,9 +146,9 @@ def main(argv: Sequence[str]) -> int:
         "code": code,
         "device": f"{jax.device_count()} {device.device_kind}",
         "data": {role: split.identity for role, split in lab.images.items()},
-        "features": lab.network.identity,
+        "features": lab.scorer.network.identity,
         "features_about": f"a classifier ({budget.network}) that recognises"
-        f" {100 * lab.network.accuracy:.1f} % of the held-out real images",
+        f" {100 * lab.scorer.network.accuracy:.1f} % of the held-out real images",
         "machine": machine.describe(),
         "commit": machine.commit(),
         "command": shlex.join(["python", os.path.relpath(__file__, ROOT), *argv[1:]]),

@@ -165,7 +165,8 @@ def test_a_peer_is_trained_as_long_as_the_cascade(run, tmp_path):
 
 @pytest.mark.parametrize("budget", ["cpu", "gpu", "smoke"])
 def test_every_row_of_every_table_has_a_config(tmp_path, monkeypatch, budget):
-    from lab import Data, Lab
+    from lab import Lab
+    from real_images import Data
     from tables import BUDGETS, TABLES
 
     monkeypatch.setattr(Lab, "_flops_of_step", lambda self, config: 1e9)

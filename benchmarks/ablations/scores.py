@@ -1,0 +1,158 @@
+"""What is measured of samples: distances to real images, as sets and one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+import numpy as np
+from jax.sharding import Mesh
+from real_images import Samples, Split
+
+from cascaded_diffusion.evaluation import reference as reference_lib
+from cascaded_diffusion.evaluation.evaluator import Evaluator
+from cascaded_diffusion.evaluation.features import classifier_training
+from cascaded_diffusion.evaluation.features.classifier_extractor import Classifier, load_or_train
+from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages, Task
+from cascaded_diffusion.evaluation.measure import metric_name
+from cascaded_diffusion.runtime import pictures
+
+Scores = dict[str, float]
+
+
+class Scorer:
+    """Measures samples in the features of a network that is trained on the real images.
+
+    Args:
+      images: the real ones by role, "train" and "val".
+      network: its name among the product's classifiers.
+      flip: whether a mirrored image is of the same class.
+      folder: where the network and the statistics of its features are kept.
+      mesh: the devices that compute.
+      check_time: raises when time is up.
+    """
+
+    def __init__(
+        self,
+        images: Mapping[str, Split],
+        network: str,
+        *,
+        flip: bool,
+        folder: pathlib.Path,
+        mesh: Mesh,
+        check_time: Callable[[], None],
+    ):
+        self._images, self._name, self._flip = images, network, flip
+        self._folder, self._mesh, self._check_time = folder, mesh, check_time
+
+    def scores(self, samples: Samples, *, cas: bool, seed: int) -> Scores:
+        """Distances and rates of samples in the features of a network trained on real images.
+
+        `fd` is the Fréchet distance to the training images, `accuracy` the share of samples whose
+        label the network recognises, `cas` the accuracy on real test images of the same network
+        trained on the samples alone.
+        """
+        self._check_time()
+        count = len(samples.images)
+        found = self._evaluator.scores(samples.images, samples.labels)
+        names = {"fd": "fid", **{n: n for n in ("precision", "recall", "is", "accuracy")}}
+        scores = {
+            name: found[key]
+            for name, metric in names.items()
+            if (key := metric_name(metric, self._evaluator.extractor.name, count)) in found
+        }
+        if cas and samples.labels is not None:
+            self._check_time()
+            task = dataclasses.replace(self.network.task, seed=seed)
+            labels = samples.labels.astype(np.int32)
+            made = classifier_training.train_classifier(
+                task, LabelledImages(samples.images, labels), label="CAS"
+            )
+            test = self._images["val"].whole
+            hits = Classifier(task, made).predictions(test.images) == test.labels
+            scores["cas"] = float(hits.mean())
+        return scores
+
+    def neighbours(self, samples: Samples, picture: pathlib.Path | None) -> Scores:
+        """Median distances of samples to their nearest real images, by pixels and by features.
+
+        Training and held-out images are as many, so that neither are nearer by chance. Held-out
+        images that are samples themselves are none of them. Pixels differ by a root mean square in
+        grey levels. With a `picture`, the first samples and their nearest training images, of all
+        of them, are drawn there.
+        """
+        self._check_time()
+        held_out = self._images["val"].whole.images
+        others = held_out[~_is_among(held_out, samples.images)]
+        train = self._images["train"].whole.images
+        some = np.random.default_rng(0).permutation(len(train))[: len(others)]
+
+        def features(images: np.ndarray) -> np.ndarray:
+            parts = range(0, len(images), 500)
+            return np.concatenate([self.network(images[i : i + 500]).pooled for i in parts])
+
+        def pixels(images: np.ndarray) -> np.ndarray:
+            return images.reshape(len(images), -1).astype(np.float32)
+
+        found: Scores = {}
+        per_pixel = train[0].size  # the features are not averaged
+        for name, of, scale in (("pixels", pixels, per_pixel), ("features", features, 1)):
+            own = of(samples.images)
+            for role, real in (("train", train[some]), ("held_out", others)):
+                distances, _ = _nearest(own, of(real))
+                found[f"{name}_{role}"] = float(np.median(distances) / np.sqrt(scale))
+        if picture is not None:
+            shown = samples.images[:10]
+            rows = [("the first ten, not selected", shown)]
+            for name, of in (("pixels", pixels), ("features", features)):
+                _, nearest = _nearest(of(shown), of(train))
+                rows.append((f"the nearest training image by {name}", train[nearest]))
+            pictures.save_png(picture, pictures.labelled_rows(rows, scale=3))
+        return found
+
+    @cached_property
+    def network(self) -> Classifier:
+        """The network whose features measure; `accuracy` is that on held-out real images."""
+        train, held_out = self._images["train"], self._images["val"]
+        num_classes = int(train.whole.labels.max()) + 1
+        how = dict(network=self._name, num_classes=num_classes, mesh=self._mesh)
+        task = Task(**how, seed=0, flip=self._flip)
+        path = self._folder / f"{self._name}.npz"
+        return load_or_train(path, task, train.whole, held_out.whole)
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        train, path = self._images["train"], self._folder / "reference.npz"
+        origin = {"data": train.identity, "split": train.name, "crop": "none", "resize": "none"}
+        wanted = {**origin, "features": self.network.identity}
+        if path.exists():
+            stored = reference_lib.read_reference(str(path), flag="workdir")
+            if reference_lib.differing_field(stored, **wanted) is None:
+                return Evaluator(self.network, {"train": stored}, classes=True)
+        images = train.whole.images
+        parts = (images[i : i + 500] for i in range(0, len(images), 500))
+        reference = reference_lib.measure_reference(
+            parts, self.network, num_images=len(images), label="reference", **origin
+        )
+        reference_lib.save_reference(path, reference)
+        return Evaluator(self.network, {"train": reference}, classes=True)
+
+
+def _is_among(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of the images are among the others, bool [n]."""
+    known = {x.tobytes() for x in others}
+    return np.asarray([x.tobytes() in known for x in images])
+
+
+def _nearest(points: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each point's distance to its nearest neighbour among the others, and which that is."""
+    squares = np.square(others).sum(1)
+    distances, which = [], []
+    for i in range(0, len(points), 200):
+        part = points[i : i + 200]
+        nearest = (squares - 2 * part @ others.T).argmin(1)
+        which.append(nearest)
+        distances.append(np.linalg.norm(part - others[nearest], axis=1))
+    return np.concatenate(distances), np.concatenate(which)
