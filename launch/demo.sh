@@ -20,7 +20,7 @@ if [[ -n $given ]]; then
   given=$(realpath -m -- "$given") # as the caller means it, before the folder changes
 fi
 photos=()
-if [[ -n ${PHOTOS:-} ]]; then
+if [[ $data == cifar10 && -n ${PHOTOS:-} ]]; then
   photos=(--config.data.name=folder --config.data.path="$(realpath -m -- "$PHOTOS")")
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -29,15 +29,10 @@ from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.files.json_files import Record, readable_record, write_json
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime import pictures
-from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.runtime.run_folder import RunFolder, level_picture
 
 _LEVEL_COLUMNS = 10  # images of each level that are shown
 _NUM_LEVELS = 6  # of conditioning augmentation, at which an enlargement's health is measured
-
-
-def level_picture(path: pathlib.Path, level: float) -> pathlib.Path:
-    """Where final numbers at `path` have the enlargements at a level of augmentation."""
-    return path.with_name(f"{path.stem}_level_{level:g}.png")
 
 
 def measure_final(

@@ -27,7 +27,7 @@ from cascaded_diffusion.reporting.page import (
     table,
 )
 from cascaded_diffusion.runtime.pictures import line_plot
-from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
+from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder, level_picture
 
 _PACKAGES = ("cascaded_diffusion", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # The scalars of training that are plotted, and whether on a log scale.
@@ -247,10 +247,7 @@ def _final(folder: RunFolder) -> list[Element]:
             parts.append(key_values(health, caption="Health: grey levels, and dB"))
         if response:
             parts += _response(response)
-            files = {
-                level: path.with_name(f"{path.stem}_level_{level:g}.png")
-                for level in response["aug_levels"]
-            }
+            files = {level: level_picture(path, level) for level in response["aug_levels"]}
             levels = [
                 (f"Real images enlarged at aug_level {level:g}", file)
                 for level, file in files.items()

@@ -193,6 +193,11 @@ class RunFolder:
                 del self._held[lock]
 
 
+def level_picture(final: pathlib.Path, level: float) -> pathlib.Path:
+    """Where the final numbers in a file have the enlargements at a level of augmentation."""
+    return final.with_name(f"{final.stem}_level_{level:g}.png")
+
+
 class CascadeFolder:
     """A folder of runs that make a cascade, each in a folder of its stage's name."""
 
