@@ -40,10 +40,10 @@ timed "install" ensure_environment demo
 variant=${VARIANT:-}
 runs=RUN${variant/:/_}
 if [[ $data == cifar10 ]]; then
+  runs=RUN_cifar10${variant/:/_}
   if [[ -z $variant ]]; then
     variant=:$(python -c 'import jax; print("gpu" if jax.default_backend() == "gpu" else "cpu")')
   fi
-  runs=RUN_cifar10${VARIANT:+_${VARIANT#:}}
 fi
 runs=${given:-$runs}
 config=configs/$data

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -29,15 +28,18 @@ from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.commands import config_flags
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import RunConfig, SamplerConfig, ema_name, to_dict
+from cascaded_diffusion.data.manifests import digest_of_json
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples import generate
+from cascaded_diffusion.evaluation.settings import chain_of
 from cascaded_diffusion.files.json_files import Record, read_record, write_json
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import write_npz_whole
 from cascaded_diffusion.networks import classifier as networks
-from cascaded_diffusion.networks.flops import count_flops
+from cascaded_diffusion.planning import plans
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.progress import Progress
+from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.types import Params
 
@@ -66,6 +68,29 @@ class Trained:
     def params(self) -> Params:
         """The average that is sampled."""
         return self.ema_params[ema_name(self.ema_decay or self.config.eval.ema_decays[0])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Trained stages in order of resolution, and how they are sampled."""
+
+    stages: Sequence[Trained]
+    samplers: Sequence[SamplerConfig]
+    aug_levels: Sequence[float]  # of each stage that enlarges
+    truncated: bool
+
+    def cost(self) -> tuple[int, float]:
+        """Network evaluations and FLOPs of one sample."""
+        configs = [t.config for t in self.stages]
+        section = dataclasses.replace(
+            chain_of(configs),
+            samplers=tuple(self.samplers),
+            # A stage that enlarges given images has a level, but is a cascade of one.
+            aug_levels=tuple(self.aug_levels[: len(configs) - 1]),
+            truncated=self.truncated,
+        )
+        plan = plans.summed("", plans.cascade_plans(section, configs))
+        return plan["calls_per_sample"], plan["flops_per_sample"]
 
 
 class Lab:
@@ -110,10 +135,7 @@ class Lab:
             steps = int(model.share * self.budget.seconds / self._seconds_of_step(config))
         else:
             steps = int(model.share * self.budget.flops / self._flops_of_step(config))
-        train = dataclasses.replace(
-            config.train, train_steps=max(1, steps), warmup_steps=steps // 10
-        )
-        return dataclasses.replace(config, train=train)
+        return _with_train(config, train_steps=max(1, steps), warmup_steps=steps // 10)
 
     def _values(self, name: str, changes: Changes) -> Record:
         variant = f":{self.budget.variant}" if self.budget.variant else ""
@@ -128,19 +150,16 @@ class Lab:
         return self._data.applied(values)
 
     def _flops_of_step(self, config: RunConfig) -> float:
-        """Model FLOPs of an optimizer step: three forward passes."""
-        return 3.0 * config.train.batch_size * _forward_flops(build_stage(config.stage))
+        plan = plans.stage_plan(config, config.stage.sampler)
+        return plan["training_flops"] / config.train.train_steps
 
     def _seconds_of_step(self, config: RunConfig) -> float:
         """Seconds of an optimizer step here, measured once for all seeds."""
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
-        about = json.dumps([to_dict(config.stage), to_dict(config.train), self._code])
-        digest = hashlib.sha256(about.encode()).hexdigest()[:16]
+        config = _with_train(config, seed=0)
+        digest = digest_of_json([to_dict(config.stage), to_dict(config.train), self._code])[:16]
         path = self._folder / "rates" / f"{config.stage.name}_{digest}.json"
         if not path.exists():
-            config = dataclasses.replace(
-                config, train=dataclasses.replace(config.train, train_steps=_TIMED_STEPS)
-            )
+            config = _with_train(config, train_steps=_TIMED_STEPS)
             self._train(config, build_stage(config.stage))  # the first time compiles
             start = time.monotonic()
             self._train(config, build_stage(config.stage))
@@ -166,7 +185,7 @@ class Lab:
         config = self.config(model, seed, by_time=by_time)
         about = [to_dict(config.stage), to_dict(config.train), config.data.random_flip]
         about += [self.images["train"].identity, self._code]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        digest = digest_of_json(about)[:16]
         path = self._folder / "models" / f"{config.stage.name}_{digest}.npz"
         stage = build_stage(config.stage)
         if path.exists():
@@ -179,9 +198,7 @@ class Lab:
     def _train(self, config: RunConfig, stage: Stage) -> dict[str, Params]:
         train, images = config.train, self.images["train"].whole
         state = step_lib.init_state(stage, train, self._mesh)
-        program = _train_program(
-            dataclasses.replace(config, train=dataclasses.replace(train, seed=0)), self._mesh
-        )
+        program = _train_program(_with_train(config, seed=0), self._mesh)
         flip = config.data.random_flip
         order = np.random.default_rng([train.seed, 1])
         label = f"{config.stage.name}, seed {train.seed}"
@@ -224,146 +241,90 @@ class Lab:
         if not row.models:
             split = self.images["train" if row.images == "train" else "val"]
             return without_a_model(row.images, split, count, seed)
-        chain = [self.trained(model, seed, by_time=row.by_time) for model in row.models]
-        chain[0] = dataclasses.replace(chain[0], ema_decay=row.base_ema)
-        samplers = [row.sampler_of(t.config.stage) for t in chain]
-        if row.as_costly_as is not None:
-            samplers = [self._as_costly(chain[0], row.as_costly_as, seed)]
-        levels = row.aug_levels
-        cost = self._cost(chain, samplers, levels, truncated=row.truncated)
+        chain = self._chain(row, seed)
         if row.images == "real_low_res":
-            (top,), (sampler,), (level,) = chain, samplers, levels
-            return self._enlarged(top, sampler, level, seed, count, cost)
-        below, first = None, 0
-        if not row.truncated:  # the stages below make the same images for every level
-            for i in range(len(chain) - 1):
-                below = self._of_stage(chain, samplers, levels, i, seed, count, below)
-                first = i + 1
-        images = self._run(
-            chain, samplers, levels, seed, count, truncated=row.truncated, below=below, first=first
-        )
-        num_classes = chain[-1].config.stage.num_classes
+            return self._enlarged(chain, seed, count)
+        below = None
+        if len(chain.stages) > 1 and not chain.truncated:
+            below = self._below(chain, seed, count)
+        images = self._sampled(chain, below, seed, count)
+        num_classes = chain.stages[-1].config.stage.num_classes
         labels = generate.labels_of(np.arange(count), num_classes) if num_classes else None
-        return Samples(images, labels, *cost)
+        return Samples(images, labels, *chain.cost())
 
-    def _run(
-        self,
-        chain: Sequence[Trained],
-        samplers: Sequence[SamplerConfig],
-        levels: Sequence[float],
-        seed: int,
-        count: int,
-        *,
-        truncated: bool,
-        below: np.ndarray | None,
-        first: int,
-    ) -> np.ndarray:
-        self.check_time()
-        cascade = Cascade(stages=[t.stage for t in chain], samplers=samplers, truncated=truncated)
-        sample = generate.make_cascade_sampler(
-            cascade, levels, seed=seed, mesh=self._mesh, below=below, first=first
+    def _chain(self, row: Row, seed: int) -> Chain:
+        stages = [self.trained(model, seed, by_time=row.by_time) for model in row.models]
+        stages[0] = dataclasses.replace(stages[0], ema_decay=row.base_ema)
+        samplers = [row.sampler_of(t.config.stage) for t in stages]
+        chain = Chain(stages, samplers, row.aug_levels, row.truncated)
+        if row.as_costly_as is None:
+            return chain
+        # The sampler of the other row's first stage, with the steps by which it costs as much.
+        other = self._chain(row.as_costly_as, seed)
+        sampler = other.samplers[0]
+        chain = dataclasses.replace(chain, samplers=[sampler])
+        steps = max(1, round(sampler.num_steps * other.cost()[1] / chain.cost()[1]))
+        return dataclasses.replace(chain, samplers=[dataclasses.replace(sampler, num_steps=steps)])
+
+    def _below(self, chain: Chain, seed: int, count: int) -> np.ndarray:
+        """Samples of all stages but the last, which many rows enlarge."""
+        lower = dataclasses.replace(
+            chain,
+            stages=chain.stages[:-1],
+            samplers=chain.samplers[:-1],
+            aug_levels=chain.aug_levels[:-1],
         )
-        params = [t.params for t in chain]
-
-        def timed(given: Sequence[Params], indices: np.ndarray) -> Sequence[jax.Array]:
-            self.check_time()
-            return sample(given, indices)
-
-        return generate.generate(
-            timed,
-            params,
-            num_samples=count,
-            batch_size=self._batch(count),
-            label=f"samples of {' > '.join(t.config.stage.name for t in chain)}, seed {seed}",
-        )[-1]
-
-    def _of_stage(
-        self,
-        chain: Sequence[Trained],
-        samplers: Sequence[SamplerConfig],
-        levels: Sequence[float],
-        index: int,
-        seed: int,
-        count: int,
-        below: np.ndarray | None,
-    ) -> np.ndarray:
-        """Samples of a stage below the last, which many rows enlarge."""
-        parts = [chain[: index + 1], samplers[: index + 1], levels[:index]]
-        key = repr(([(t.digest, t.ema_decay) for t in parts[0]], *parts[1:], seed, count))
+        made_by = [(t.digest, t.ema_decay) for t in lower.stages]
+        key = repr((made_by, lower.samplers, lower.aug_levels, seed, count))
         if key not in self._kept:
-            part = slice(index + 1)
-            self._kept[key] = self._run(
-                chain[part],
-                samplers[part],
-                levels[:index],
-                seed,
-                count,
-                truncated=False,
-                below=below,
-                first=index,
-            )
+            self._kept[key] = self._sampled(lower, None, seed, count)
         return self._kept[key]
 
-    def _enlarged(
-        self,
-        top: Trained,
-        sampler: SamplerConfig,
-        level: float,
-        seed: int,
-        count: int,
-        cost: tuple[int, float],
-    ) -> Samples:
+    def _sampled(self, chain: Chain, below: np.ndarray | None, seed: int, count: int) -> np.ndarray:
+        """Samples of the last stage, where the stages before it made `below` if that is given."""
+        sample = generate.make_cascade_sampler(
+            Cascade(
+                stages=[t.stage for t in chain.stages],
+                samplers=chain.samplers,
+                truncated=chain.truncated,
+            ),
+            chain.aug_levels,
+            seed=seed,
+            mesh=self._mesh,
+            below=below,
+            first=0 if below is None else len(chain.stages) - 1,
+        )
+        names = " > ".join(t.config.stage.name for t in chain.stages)
+        label = f"samples of {names}, seed {seed}"
+        return self._generate(sample, [t.params for t in chain.stages], count, label)
+
+    def _enlarged(self, chain: Chain, seed: int, count: int) -> Samples:
+        """Enlargements of real images."""
+        (top,), (sampler,), (level,) = chain.stages, chain.samplers, chain.aug_levels
         low_res = self.images["val"].some(count, top.config.stage.low_res_resolution)
         enlarge = generate.make_enlarger(
             top.stage, low_res, sampler=sampler, seed=seed, mesh=self._mesh
         )
+        label = f"{top.config.stage.name} on real images, seed {seed}"
+        images = self._generate(
+            lambda params, indices: [enlarge(params[0], indices, level)], [top.params], count, label
+        )
+        return Samples(images, low_res.labels, *chain.cost())
 
-        def batch(params: Sequence[Params], indices: np.ndarray) -> list[jax.Array]:
+    def _generate(
+        self, sample: generate.BatchSampler, params: Sequence[Params], count: int, label: str
+    ) -> np.ndarray:
+        def timed(given: Sequence[Params], indices: np.ndarray) -> Sequence[jax.Array]:
             self.check_time()
-            return [enlarge(params[0], indices, level)]
+            return sample(given, indices)
 
-        (images,) = generate.generate(
-            batch,
-            [top.params],
-            num_samples=count,
-            batch_size=self._batch(count),
-            label=f"{top.config.stage.name} on real images, seed {seed}",
-        )
-        return Samples(images, low_res.labels, *cost)
-
-    def _cost(
-        self,
-        chain: Sequence[Trained],
-        samplers: Sequence[SamplerConfig],
-        levels: Sequence[float],
-        *,
-        truncated: bool,
-    ) -> tuple[int, float]:
-        """Network evaluations and FLOPs of one sample."""
-        stops = [*levels, 0.0] if truncated else [0.0] * len(chain)
-        counts = [
-            t.stage.evaluations(s, stop_t=stop)
-            for t, s, stop in zip(chain, samplers, stops, strict=True)
-        ]
-        return sum(counts), sum(
-            n * _forward_flops(t.stage) for n, t in zip(counts, chain, strict=True)
-        )
-
-    def _as_costly(self, model: Trained, other: Row, seed: int) -> SamplerConfig:
-        """The sampler of another row's first stage, with the steps by which it costs as much."""
-        chain = [self.trained(m, seed) for m in other.models]
-        samplers = [other.sampler_of(t.config.stage) for t in chain]
-        _, wanted = self._cost(chain, samplers, other.aug_levels, truncated=other.truncated)
-        sampler = samplers[0]
-        _, per_step = self._cost([model], [sampler], [], truncated=False)
-        steps = max(1, round(sampler.num_steps * wanted / per_step))
-        return dataclasses.replace(sampler, num_steps=steps)
+        # As many at a time for every device.
+        devices = self._mesh.size
+        batch_size = -(-min(self.budget.batch_size, count) // devices) * devices
+        how = dict(num_samples=count, batch_size=batch_size, label=label)
+        return generate.generate(timed, params, **how)[-1]
 
     # The rest.
-
-    def _batch(self, count: int) -> int:
-        """Samples at a time: as many for every device."""
-        return -(-min(self.budget.batch_size, count) // self._mesh.size) * self._mesh.size
 
     @cached_property
     def _folder(self) -> pathlib.Path:
@@ -388,11 +349,13 @@ class Lab:
     @cached_property
     def scorer(self) -> Scorer:
         """What measures samples."""
+        config = self.config_of_data
+        at_size = dataclasses.replace(config.stage, resolution=config.data.resolution)
         return Scorer(
+            dataclasses.replace(config, stage=at_size),
             self.images,
-            self.budget.network,
-            flip=self.config_of_data.data.random_flip,
-            folder=self._folder,
+            network=self.budget.network,
+            folder=RunFolder(self._folder),
             mesh=self._mesh,
             check_time=self.check_time,
         )
@@ -403,9 +366,8 @@ class Lab:
             raise OutOfTime
 
 
-@cache
-def _forward_flops(stage: Stage) -> float:
-    return count_flops(stage.network.apply, *stage.shapes())
+def _with_train(config: RunConfig, **values: int) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **values))
 
 
 @cache

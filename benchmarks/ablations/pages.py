@@ -73,7 +73,7 @@ def _origin(about: Record, rows: Sequence[Record]) -> str:
         f"{settings['num_samples']:,} samples unless said otherwise, {several};"
         f" {settings['flops']:.2g} FLOP of training a row; {seeds} seed{'s' * (seeds > 1)},"
         f" {minutes:.0f} minutes in all. Features: {about['features_about']}. Device:"
-        f" {about['device']}. {about['machine']}. Commit {about['commit']}. Command:"
+        f" {about['device']}. {about['machine']}. Command:"
         f" `{about['command']}`."
     )
 
@@ -86,10 +86,8 @@ def plot_of(about: Record, rows: Sequence[Record]) -> bytes | None:
     series: dict[str, list[tuple[float, float]]] = {}
     for group in by_label(rows):
         label = dict(group[0]["label"])
-        x = label.pop(table.across, None) or group[0].get(table.across)
+        x = label.pop(table.across, group[0].get(table.across))
         label.pop("steps", None)
-        if x is None:
-            x = 0.0 if table.across in group[0]["label"] else None
         if x is None or not group[0]["evaluations"]:
             continue
         values = [row["scores"]["fd"] for row in group]

@@ -47,17 +47,17 @@ class Split:
     """A split in memory, read when it is first needed."""
 
     def __init__(self, split: RealSplit, identity: str):
-        self._split, self.identity, self.name = split, identity, split.split
+        self.split, self.identity = split, identity
 
     @cached_property
     def whole(self) -> LabelledImages:
         """All images at the data set's resolution."""
-        return self._split.raw(range(len(self._split)))
+        return self.split.raw(range(len(self.split)))
 
     def some(self, count: int, resolution: int) -> LabelledImages:
         """`count` images chosen at random, the same every time; of too few, all in turn."""
-        rows = np.random.default_rng(0).permutation(len(self._split))
-        return self._split.rows(np.resize(rows, count), resolution)
+        rows = np.random.default_rng(0).permutation(len(self.split))
+        return self.split.rows(np.resize(rows, count), resolution)
 
 
 def load_images(config: RunConfig) -> dict[str, Split]:

@@ -11,13 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 from real_images import Samples, Split
 
-from cascaded_diffusion.evaluation import reference as reference_lib
-from cascaded_diffusion.evaluation.evaluator import Evaluator
+from cascaded_diffusion.config.schema import RunConfig
+from cascaded_diffusion.evaluation.evaluator import Evaluator, build_evaluator
 from cascaded_diffusion.evaluation.features import classifier_training
 from cascaded_diffusion.evaluation.features.classifier_extractor import Classifier, load_or_train
 from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages, Task
 from cascaded_diffusion.evaluation.measure import metric_name
 from cascaded_diffusion.runtime import pictures
+from cascaded_diffusion.runtime.run_folder import RunFolder
 
 Scores = dict[str, float]
 
@@ -26,9 +27,9 @@ class Scorer:
     """Measures samples in the features of a network that is trained on the real images.
 
     Args:
+      config: whose data the images are, with a stage of their size.
       images: the real ones by role, "train" and "val".
       network: its name among the product's classifiers.
-      flip: whether a mirrored image is of the same class.
       folder: where the network and the statistics of its features are kept.
       mesh: the devices that compute.
       check_time: raises when time is up.
@@ -36,15 +37,15 @@ class Scorer:
 
     def __init__(
         self,
+        config: RunConfig,
         images: Mapping[str, Split],
-        network: str,
         *,
-        flip: bool,
-        folder: pathlib.Path,
+        network: str,
+        folder: RunFolder,
         mesh: Mesh,
         check_time: Callable[[], None],
     ):
-        self._images, self._name, self._flip = images, network, flip
+        self._config, self._images, self._name = config, images, network
         self._folder, self._mesh, self._check_time = folder, mesh, check_time
 
     def scores(self, samples: Samples, *, cas: bool, seed: int) -> Scores:
@@ -118,26 +119,14 @@ class Scorer:
         train, held_out = self._images["train"], self._images["val"]
         num_classes = int(train.whole.labels.max()) + 1
         how = dict(network=self._name, num_classes=num_classes, mesh=self._mesh)
-        task = Task(**how, seed=0, flip=self._flip)
-        path = self._folder / f"{self._name}.npz"
+        task = Task(**how, seed=0, flip=self._config.data.random_flip)
+        path = self._folder.eval / f"{self._name}.npz"
         return load_or_train(path, task, train.whole, held_out.whole)
 
     @cached_property
     def _evaluator(self) -> Evaluator:
-        train, path = self._images["train"], self._folder / "reference.npz"
-        origin = {"data": train.identity, "split": train.name, "crop": "none", "resize": "none"}
-        wanted = {**origin, "features": self.network.identity}
-        if path.exists():
-            stored = reference_lib.read_reference(str(path), flag="workdir")
-            if reference_lib.differing_field(stored, **wanted) is None:
-                return Evaluator(self.network, {"train": stored}, classes=True)
-        images = train.whole.images
-        parts = (images[i : i + 500] for i in range(0, len(images), 500))
-        reference = reference_lib.measure_reference(
-            parts, self.network, num_images=len(images), label="reference", **origin
-        )
-        reference_lib.save_reference(path, reference)
-        return Evaluator(self.network, {"train": reference}, classes=True)
+        train = {"train": self._images["train"].split}
+        return build_evaluator(self._config, self._folder, self.network, train)
 
 
 def _is_among(images: np.ndarray, others: np.ndarray) -> np.ndarray:

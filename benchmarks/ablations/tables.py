@@ -156,11 +156,7 @@ def _augmentation(budget: Budget) -> list[Row]:
         aug_levels=(0.0,),
     )
     rows = [
-        Row(
-            label={"model": "single model"},
-            models=(SINGLE,),
-            as_costly_as=plain,
-        ),
+        Row(label={"model": "single model"}, models=(SINGLE,), as_costly_as=plain),
         plain,
     ]
     for truncated in (False, True):
@@ -195,6 +191,9 @@ def _inputs(budget: Budget) -> list[Row]:
     ]
 
 
+_METHODS = ("ancestral", "ddim", "dpmpp_2m", "heun")
+
+
 def _samplers(budget: Budget) -> list[Row]:
     """Table 4: quality against network evaluations; the whole cascade on one sampler."""
     long = budget.long_chain
@@ -216,21 +215,20 @@ def _samplers(budget: Budget) -> list[Row]:
     ]
 
 
-_METHODS = ("ancestral", "ddim", "dpmpp_2m", "heun")
+_PREDICTS, _WEIGHTS = "stage.diffusion.parameterization", "stage.diffusion.weighting"
 
 
 def _choices(budget: Budget) -> list[Row]:
     """Table 5: what is predicted, how errors weigh, the average, guidance: of the base model."""
     decays = (0.99, 0.999, 0.9999)
     learned = {
-        "stage.diffusion.parameterization": "eps",
+        _PREDICTS: "eps",
         "stage.diffusion.variance": "learned",
         "stage.diffusion.loss": "hybrid",
         "stage.diffusion.vlb_weight": 0.001,
         "stage.schedule.num_timesteps": 1000,
         "stage.schedule.noise_levels": "discrete",
     }
-    guided = dict(guidance_scale=3.0)
     interval = dict(guidance_scale=3.0, guidance_interval=(0.1, 0.8))
     ancestral = dict(name="ancestral", num_steps=min(100, budget.long_chain))
     # What the row says, what is changed in training, in the first stage's sampler, its average.
@@ -243,8 +241,8 @@ def _choices(budget: Budget) -> list[Row]:
         ("predicts eps, fixed variance, ancestral", {_PREDICTS: "eps"}, ancestral, None),
         ("predicts eps, learned variance, ancestral", learned, ancestral, None),
         *((f"EMA of {d}", {"train.ema_decays": decays}, {}, d) for d in decays),
-        ("guidance 1", {}, {**guided, "guidance_scale": 1.0}, None),
-        ("guidance 3", {}, guided, None),
+        ("guidance 1", {}, dict(guidance_scale=1.0), None),
+        ("guidance 3", {}, dict(guidance_scale=3.0), None),
         ("guidance 3 for t in 0.1 to 0.8", {}, interval, None),
     ]
     return [
@@ -257,9 +255,6 @@ def _choices(budget: Budget) -> list[Row]:
         )
         for name, changes, sampler, ema in kinds
     ]
-
-
-_PREDICTS, _WEIGHTS = "stage.diffusion.parameterization", "stage.diffusion.weighting"
 
 
 def _conditioning(budget: Budget) -> list[Row]:
@@ -346,7 +341,7 @@ SR48 = dataclasses.replace(
 def _sr96(sigmas: tuple[float, float] | None) -> Model:
     blur = {"blur_kernel_size": 7, "blur_sigmas": sigmas, "blur_prob": 0.5}
     return dataclasses.replace(
-        NO_AUGMENT,
+        ENLARGE,
         share=0.4,
         changes=(
             *_WITHOUT_AUGMENT,
