@@ -3,14 +3,15 @@
     python benchmarks/accelerator.py [--configs=base64,sr64,sr256] [--batch_sizes=64,24,12]
         [--seconds=240] [--torch] [--flags=FLAG ...] [--output=FILE] [--write]
 
-For each config, in this order: the training step (compiled with an empty cache, timed, traced),
-the first one by PyTorch with --torch (or --torch_python=PY, if another Python has it), the
-compilation again from the cache, the forward pass alone, and the first training step again with
-each of the --flags, which are added to XLA_FLAGS one by one. Every part is a process with a time
-limit of its own, which is what is left of --seconds if that is less, and what a part has found is
-printed and stored at once: a part that is stopped keeps what it had. The compilation cache stays
-in .cache/accelerator, so that another call with other configs or parts starts sooner;
---keep_cache has the first compilation use it, and is then not called cold.
+A config may name a variant, as in cifar10_sr32:gpu. For each, in this order: the training step
+(compiled with an empty cache, timed, traced), the first one by PyTorch with --torch (or
+--torch_python=PY, if another Python has it), the compilation again from the cache, the forward pass
+alone, and the first training step again with each of the --flags, which are added to XLA_FLAGS one
+by one. Every part is a process with a time limit of its own, which is what is left of --seconds if
+that is less, and what a part has found is printed and stored at once: a part that is stopped keeps
+what it had. The compilation cache stays in .cache/accelerator, so that another call with other
+configs or parts starts sooner; --keep_cache has the first compilation use it, and is then not
+called cold.
 
 Without --batch_sizes, a batch is the largest of 8, 12, 16, 24, 32, ... that fits by `plan`'s
 estimate; one that does not fit after all is tried again at the next smaller. TFLOP/s count a
@@ -232,8 +233,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args(list(argv)[1:])
     for name in args.configs:
-        if not (ROOT / "configs" / f"{name}.py").is_file():
-            raise UserError(f"--configs: there is no configs/{name}.py")
+        file = f"configs/{name.partition(':')[0]}.py"
+        if not (ROOT / file).is_file():
+            raise UserError(f"--configs: there is no {file}")
     if args.batch_sizes and len(args.batch_sizes) != len(args.configs):
         raise UserError(
             f"--batch_sizes: {len(args.batch_sizes)} numbers for {len(args.configs)} --configs"

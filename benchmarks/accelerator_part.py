@@ -39,7 +39,8 @@ def say(**found: object) -> None:
 
 def config_of(name: str, batch_size: int | None, *, small: bool) -> RunConfig:
     """The config as it is trained, but for the batch and for examples taken one by one."""
-    values = config_flags.load_config_file(ROOT / "configs", f"{name}.py")
+    name, colon, variant = name.partition(":")
+    values = config_flags.load_config_file(ROOT / "configs", f"{name}.py{colon}{variant}")
     values["train"]["accumulation_steps"] = None
     if small:
         values["stage"]["network"].update(SMALL)

@@ -59,7 +59,7 @@ def by_kind(trace: pathlib.Path, steps: int) -> dict[str, float]:
     return {kind: round(ns / 1e6 / steps, 3) for kind, ns in total.most_common()}
 
 
-def largest(trace: pathlib.Path, steps: int, count: int = 12) -> dict[str, float]:
+def largest(trace: pathlib.Path, steps: int, count: int = 40) -> dict[str, float]:
     """Milliseconds of a step by kernel, numbers at the end of names left out."""
     total: collections.Counter[str] = collections.Counter()
     for name, nanoseconds in device_events(trace):
