@@ -10,6 +10,7 @@ variance's loss, which ours has besides, is left out.
 import argparse
 import json
 import pathlib
+import runpy
 import statistics
 import sys
 import time
@@ -31,8 +32,10 @@ def say(**found: object) -> None:
 
 def network_of(name: str, *, small: bool) -> tuple[dict, dict]:
     """The stage and the network of a config, as `unet_torch.build_model` takes it."""
-    sys.path.insert(0, str(ROOT / "configs"))
-    stage = __import__(name).get_config().to_dict()["stage"]
+    sys.path[:0] = [str(ROOT / "configs"), str(ROOT)]
+    # By its path: `import base64` would find Python's module.
+    config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    stage = config.to_dict()["stage"]
     network = {**stage["network"], **(SMALL if small else {})}
     learned = stage["diffusion"]["variance"] == "learned"
     network.update(

@@ -3,8 +3,10 @@
 import argparse
 import json
 import pathlib
+import runpy
 import sys
 import textwrap
+import types
 
 import pytest
 
@@ -145,6 +147,15 @@ def test_the_table_has_the_ratio_to_pytorch():
     text = "\n".join(accelerator.table(rows))
     assert "| base64, train | 600.0 | **36.0 %** |" in text
     assert "base64: 1.50 times PyTorch's images/s (torch.compile)." in text
+
+
+def test_the_pytorch_side_reads_the_config_of_the_same_name(monkeypatch):
+    torch = types.SimpleNamespace(nn=types.SimpleNamespace(Module=object), Tensor=object)
+    monkeypatch.setitem(sys.modules, "unet_torch", types.SimpleNamespace(torch=torch))
+    script = runpy.run_path(str(FOLDER / "accelerator_torch.py"))
+    stage, network = script["network_of"]("base64", small=False)  # Python has a base64, too
+    assert stage["kind"] == "base"
+    assert (network["resolution"], network["out_channels"], network["num_classes"]) == (64, 6, 1000)
 
 
 @pytest.mark.parametrize(
