@@ -49,6 +49,7 @@ RESULT = ROOT / "benchmarks" / "results" / "accelerator.md"
 LIMITS = {"train": 240, "torch": 200, "cached": 90, "forward": 120}
 # With less, no part is begun: starting Python, JAX and the device takes that long.
 LEAST_SECS = 20
+SHOWN = 14  # of the largest kernels
 Row = dict[str, object]
 
 
@@ -213,6 +214,10 @@ def table(rows: Sequence[Row]) -> list[str]:
         if row["part"] == "torch" and row.get("images_per_sec") and ours:
             ratio = ours / row["images_per_sec"]
             lines += ["", f"{row['config']}: {ratio:.2f} times PyTorch's images/s ({row['way']})."]
+    for row in rows:
+        if largest := list(row.get("largest", {}).items())[:SHOWN]:
+            lines += ["", f"| {row['config']}, {row['part']}: kernel | ms a step |", "|---|---|"]
+            lines += [f"| `{name}` | {ms:.2f} |" for name, ms in largest]
     return lines
 
 

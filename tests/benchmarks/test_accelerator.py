@@ -137,16 +137,24 @@ def test_bad_flags_are_refused_in_one_line(argv, message):
     assert str(e.value) == message
 
 
-def test_the_table_has_the_ratio_to_pytorch():
+def test_the_table_has_the_ratio_to_pytorch_and_the_largest_kernels():
     import accelerator
 
+    largest = {"wgrad": 17.74, "concatenate": 8.3}
     rows = [
-        {"config": "base64", "part": "train", "images_per_sec": 600.0, "mfu": 0.36},
+        {
+            "config": "base64",
+            "part": "train",
+            "images_per_sec": 600.0,
+            "mfu": 0.36,
+            "largest": largest,
+        },
         {"config": "base64", "part": "torch", "images_per_sec": 400.0, "way": "torch.compile"},
     ]
     text = "\n".join(accelerator.table(rows))
     assert "| base64, train | 600.0 | **36.0 %** |" in text
     assert "base64: 1.50 times PyTorch's images/s (torch.compile)." in text
+    assert "| base64, train: kernel | ms a step |\n|---|---|\n| `wgrad` | 17.74 |" in text
 
 
 def test_the_pytorch_side_reads_the_config_of_the_same_name(monkeypatch):
