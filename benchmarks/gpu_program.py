@@ -174,6 +174,24 @@ def wide_maps(text: str) -> int:
     )
 
 
+def serial_sums(text: str) -> int:
+    """Reductions of feature maps inside of kernels for something else: a thread per result."""
+    bodies = dict(re.findall(r"^%(\S+) \(.*\) -> .* \{\n((?:  .*\n)+)\}", text, re.M))
+    found = 0
+    for name, kind, body in re.findall(r"%(\S+) = .* fusion\(.*kind=(\w+), calls=%([\w.-]+)", text):
+        if "reduce" in name or kind == "kCustom":
+            continue
+        dims = dict(re.findall(r"%(\S+) = \w+\[([\d,]+)\]", bodies.get(body, "")))
+        sums = re.findall(r"= \w+\[([\d,]+)\]\S* reduce\(%([\w.-]+)", bodies.get(body, ""))
+        sizes = ((_size(dims.get(of, "")), _size(result)) for result, of in sums)
+        found += sum(size >= 48 * result and size > 1e5 for size, result in sizes)
+    return found
+
+
+def _size(dims: str) -> int:
+    return math.prod(int(n) for n in dims.split(",") if n)
+
+
 def main(argv: Sequence[str]) -> int:
     """Compiles, counts, prints, and with --write stores."""
     parser = argparse.ArgumentParser(
@@ -207,8 +225,9 @@ def main(argv: Sequence[str]) -> int:
             for kind, (number, size) in rows
         ),
         "",
-        f"Float32 feature maps written: {wide_maps(text) / 1e9:.2f} GB. Traced and compiled in"
-        f" {secs:.0f} s, without autotuning, on: {machine.describe()}.",
+        f"Float32 feature maps written: {wide_maps(text) / 1e9:.2f} GB. Sums over feature maps that"
+        f" one thread adds up: {serial_sums(text)}. Traced and compiled in {secs:.0f} s, without"
+        f" autotuning, on: {machine.describe()}.",
         f"Command: `python benchmarks/gpu_program.py {' '.join(argv[1:])}`.",
         "",
     ]

@@ -61,6 +61,21 @@ def test_wide_feature_maps_are_counted(gpu_program):
     assert gpu_program.wide_maps(PROGRAM) == 4 * 4 * 16 * 16 * 64
 
 
+def test_sums_inside_of_other_kernels_are_counted(gpu_program):
+    body = """%f (p: f32[4,1024,64]) -> f32[4,128] {
+  %p = f32[4,1024,64]{2,1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %sum = f32[4,64]{1,0} reduce(%p, %zero), dimensions={1}, to_apply=%add
+  ROOT %both = f32[4,128]{1,0} concatenate(%sum, %sum), dimensions={1}
+}
+
+"""
+    text = body + "ENTRY %main (x: f32[4,1024,64]) -> f32[4,128] {\n  ROOT %{} = f32[4,128]{1,0}"
+    text += " fusion(%x), kind=kInput, calls=%f\n}\n"
+    for name, count in (("input_concatenate_fusion.1", 1), ("input_reduce_fusion", 0)):
+        assert gpu_program.serial_sums(text.replace("%{}", f"%{name}")) == count
+
+
 def test_a_step_for_cuda_moves_no_more_feature_maps_than_it_did(monkeypatch):
     """Operations on feature maps of a step lowered for CUDA, which needs no GPU."""
     monkeypatch.setattr(attention, "_cudnn_takes", lambda *_: False)  # asks for cuDNN

@@ -135,7 +135,9 @@ def _backward(
         g = slope_of(x, *own)
         return sum_pixels(g), sum_pixels(g * x.astype(jnp.float32))
 
-    pieces = map(sums, parts, _channels(parts, dy, *affine))
+    kept = for_platform(gpu=jax.lax.optimization_barrier, default=lambda values: values)
+    # On a GPU XLA would compute the sums inside of the joining, a thread for all pixels of one.
+    pieces = kept(list(map(sums, parts, _channels(parts, dy, *affine))))
     dshift, products = map(_joined, zip(*pieces, strict=True))
     dscale = (products - mean * dshift) / sd
     m1 = _over_groups(scale * dshift, groups) / count
@@ -143,8 +145,7 @@ def _backward(
     slope, constant = m2 / sd, (mean * m2 - m1 * sd) / sd
     # On a GPU, g is computed again: XLA would keep it in float32 for the second pass, and for a
     # third, into which it would merge these sums and those over the examples.
-    again = for_platform(gpu=jax.lax.optimization_barrier, default=lambda values: values)
-    (parts, dy, affine, slope, constant), dscale, dshift = again(
+    (parts, dy, affine, slope, constant), dscale, dshift = kept(
         ((parts, dy, affine, slope, constant), dscale, dshift)
     )
 
