@@ -95,6 +95,7 @@ def config_of(batch_size: int) -> RunConfig:
     stage["diffusion"].update(parameterization="eps", label_dropout_prob=0.0)
     stage["sampler"].update(num_steps=DDIM_STEPS, guidance_scale=1.0)
     values["train"].update(batch_size=batch_size, learning_rate=1e-4, warmup_steps=0)
+    values["eval"]["features"] = "rotation"  # nothing is evaluated
     return run_config_from(values)
 
 
