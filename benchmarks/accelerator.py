@@ -1,7 +1,7 @@
 """How fast training is on the accelerators that are here, for a machine one has for minutes.
 
     python benchmarks/accelerator.py [--configs=base64,sr64,sr256] [--batch_sizes=64,24,12]
-        [--seconds=240] [--torch] [--flags=FLAG ...] [--output=FILE] [--write]
+        [--seconds=480] [--torch] [--flags=FLAG ...] [--output=FILE] [--write]
 
 A config may name a variant, as in cifar10_sr32:gpu. For each, in this order: the training step
 (compiled with an empty cache, timed, traced), the first one by PyTorch with --torch (or
@@ -228,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--configs", default="base64,sr64,sr256", type=lambda x: x.split(","))
     parser.add_argument("--batch_sizes", type=lambda x: [int(n) for n in x.split(",")])
-    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument("--torch", action="store_true", help="beside PyTorch of this Python")
     parser.add_argument("--torch_python", help="beside PyTorch of another Python")
     parser.add_argument("--flags", action="append", default=[], help="of XLA, to be tried")

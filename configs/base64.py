@@ -2,7 +2,8 @@
 
     python -m cascaded_diffusion.main --config=configs/base64.py --workdir=RUN/base64
 
-Hardware and hours: not measured; 0.27 billion parameters, 5.5e20 FLOP to train.
+0.27 billion parameters, 5.5e20 FLOP to train. One H100 computes 343 TFLOP/s of them at batch 64
+(measured), which is 19 days.
 Expected FID: 2.35 to the training images (paper, 50,000 samples); here not measured.
 The paper describes it as Improved DDPM with dropout, trained for longer, with 2000 time
 steps. Whether it trains with these or only samples with them is not clear to us; here it
