@@ -254,7 +254,7 @@ def test_seeds_are_one_line_with_their_spread(augmentation):
     rows = augmentation[1]["rows"][:1]
     twice = [*rows, {**rows[0], "seed": 1, "scores": {**rows[0]["scores"], "fd": 3.0}}]
     twice[0]["scores"]["fd"] = 1.0
-    assert "| 2.0 (1.0 to 3.0) |" in pages.table_of(augmentation[1], twice)
+    assert "| 2.00 (1.00 to 3.00) |" in pages.table_of(augmentation[1], twice)
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
