@@ -93,12 +93,13 @@ def plot_of(about: Record, rows: Sequence[Record]) -> bytes | None:
         values = [row["scores"]["fd"] for row in group]
         name = ", ".join(map(str, label.values()))
         series.setdefault(name, []).append((float(x), sum(values) / len(values)))
+    heights = [y for points in series.values() for _, y in points]
     return pictures.line_plot(
         {name: sorted(points) for name, points in series.items()},
         x_label=table.across,
         y_label="Fréchet distance (lower is better)",
         title=table.title,
-        log_scale=True,
+        log_scale=max(heights) > 10 * min(heights),
     )
 
 
