@@ -10,7 +10,6 @@ variance's loss, which ours has besides, is left out.
 import argparse
 import json
 import pathlib
-import runpy
 import statistics
 import sys
 import time
@@ -32,10 +31,11 @@ def say(**found: object) -> None:
 
 def network_of(name: str, *, small: bool) -> tuple[dict, dict]:
     """The stage and the network of a config, as `unet_torch.build_model` takes it."""
-    sys.path[:0] = [str(ROOT / "configs"), str(ROOT)]
-    # By its path: `import base64` would find Python's module.
-    config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
-    stage = config.to_dict()["stage"]
+    sys.path += [str(ROOT / "configs"), str(ROOT)]  # at the end: configs/ has a base64, too
+    from sections import config_of
+
+    name, _, variant = name.partition(":")
+    stage = config_of(name, variant or None).to_dict()["stage"]
     network = {**stage["network"], **(SMALL if small else {})}
     learned = stage["diffusion"]["variance"] == "learned"
     network.update(

@@ -128,11 +128,15 @@ def program(config: str, batch_size: int, blocks: int | None) -> tuple[str, floa
     return compiled.as_text(), time.monotonic() - start
 
 
+def _size(dims: str) -> int:
+    """The number of elements of dimensions such as "64,8,8"."""
+    return math.prod(int(n) for n in dims.split(",") if n)
+
+
 def bytes_of(shape: str) -> int:
     """The bytes of an HLO shape, or of all arrays of a tuple's."""
     return sum(
-        BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+        BYTES.get(dtype, 4) * _size(dims) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
     )
 
 
@@ -186,10 +190,6 @@ def serial_sums(text: str) -> int:
         sizes = ((_size(dims.get(of, "")), _size(result)) for result, of in sums)
         found += sum(size >= 48 * result and size > 1e5 for size, result in sizes)
     return found
-
-
-def _size(dims: str) -> int:
-    return math.prod(int(n) for n in dims.split(",") if n)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,10 +7,9 @@ The stages' runs are RUN/base16 and RUN/sr32. Their augmentation is amortized, s
 """
 
 from ml_collections import ConfigDict
-from sections import ddim, small_cascade
+from sections import config_of, small_cascade
 
-# Of base16; its file says why.
-_GUIDANCE = {"cpu": 3.0, "gpu": 2.0}
+_STAGES = ("base16", "sr32")
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
@@ -18,10 +17,10 @@ def get_config(variant: str | None = None) -> ConfigDict:
         variant,
         {None: 1000, "gpu": 5000, "cpu": 1000, "smoke": 40},
         data="cifar10",
-        stages=("base16", "sr32"),
+        stages=_STAGES,
         aug_levels=(0.1,),
-        samplers=(
-            ddim(25, guidance_scale=_GUIDANCE.get(variant, 1.2)),
-            ddim(25, guidance_scale=1.0),
+        # Each stage's own.
+        samplers=tuple(
+            config_of(f"cifar10_{name}", variant).stage.sampler.to_dict() for name in _STAGES
         ),
     )

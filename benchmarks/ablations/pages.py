@@ -79,7 +79,10 @@ def _origin(about: Record, rows: Sequence[Record]) -> str:
 
 
 def plot_of(about: Record, rows: Sequence[Record]) -> bytes | None:
-    """A PNG of the distance along what the table varies, a line per kind of row."""
+    """A PNG of the distance along what the table varies, a line per kind of row.
+
+    None if the table has no plot, or no row of one yet.
+    """
     table = TABLES[about["table"]]
     if table.across is None:
         return None
@@ -93,6 +96,8 @@ def plot_of(about: Record, rows: Sequence[Record]) -> bytes | None:
         values = [row["scores"]["fd"] for row in group]
         name = ", ".join(map(str, label.values()))
         series.setdefault(name, []).append((float(x), sum(values) / len(values)))
+    if not series:
+        return None
     heights = [y for points in series.values() for _, y in points]
     return pictures.line_plot(
         {name: sorted(points) for name, points in series.items()},

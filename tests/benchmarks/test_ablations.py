@@ -257,6 +257,14 @@ def test_seeds_are_one_line_with_their_spread(augmentation):
     assert "| 2.00 (1.00 to 3.00) |" in pages.table_of(augmentation[1], twice)
 
 
+def test_a_plot_waits_for_rows_to_draw(augmentation):
+    import pages
+
+    about, rows = augmentation[1], augmentation[1]["rows"]
+    assert pages.plot_of(about, rows[:1]) is None  # a single model, without a level
+    assert pages.plot_of(about, rows) is not None
+
+
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_the_docs_have_the_tables_of_the_stored_rows(path):
     import pages

@@ -15,11 +15,6 @@ from cascaded_diffusion.errors import UserError
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.fixture(autouse=True)
-def _scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """Runs all parts; `script(part)` is the Python that stands for a part's process."""

@@ -1,16 +1,5 @@
 """The benchmarks' configs are such as the package takes."""
 
-import pathlib
-
-import pytest
-
-FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def _scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-
 
 def test_the_network_beside_diffusers_has_no_classes():
     import unet

@@ -1,7 +1,6 @@
 """What is counted in a program that was compiled for a GPU."""
 
 import collections
-import pathlib
 import re
 
 import jax
@@ -38,8 +37,6 @@ custom_call_target="__cudnn$convForward"
 
 @pytest.fixture
 def gpu_program(monkeypatch):
-    folder = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
-    monkeypatch.syspath_prepend(str(folder))
     for name in ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"):
         monkeypatch.setenv(name, "")  # importing it sets them
     import gpu_program
