@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, cached_property, reduce
 
 import jax
@@ -103,6 +103,7 @@ class Lab:
       folder: where trained networks are kept.
       code: a digest of the program; networks that another one trained are trained again.
       torch_python: a Python with PyTorch and diffusers, for the table that trains them.
+      moments: shares of their training at which models are kept, besides where a row needs one.
       deadline: on `time.monotonic`'s clock; what runs then raises `OutOfTime`.
     """
 
@@ -116,8 +117,9 @@ class Lab:
         code: str,
         deadline: float,
         torch_python: str | None = None,
+        moments: Sequence[float] = (),
     ):
-        self.torch_python = torch_python
+        self.torch_python, self._moments = torch_python, moments
         self.budget, self._data, self._root, self._code = budget, data, folder, code
         self._changes = {**changes, **budget.changes}
         self._deadline = deadline
@@ -127,7 +129,10 @@ class Lab:
     # Configs and their cost.
 
     def config(self, model: Model, seed: int, *, by_time: bool = False) -> RunConfig:
-        """The model's config, trained for its share of the budget's FLOPs, or of its seconds."""
+        """The model's config, trained for its share of the budget's FLOPs, or of its seconds.
+
+        A model that is looked at before its end has the config of the whole training.
+        """
         values = self._values(model.config, dict(model.changes))
         values["train"]["seed"] = seed
         config = run_config_from(values)
@@ -171,7 +176,7 @@ class Lab:
         needed = 0.0
         for model in (model for row in rows for model in row.models):
             step = self._flops_of_step(self.config(model, 0))
-            needed = max(needed, MIN_STEPS * step / model.share)
+            needed = max(needed, MIN_STEPS * step / (model.share * model.moment))
         if self.budget.flops < needed:
             raise UserError(
                 f"--flops={self.budget.flops:g}: expected at least {needed:.3g}, by which every"
@@ -186,16 +191,30 @@ class Lab:
         about = [to_dict(config.stage), to_dict(config.train), config.data.random_flip]
         about += [self.images["train"].identity, self._code]
         digest = digest_of_json(about)[:16]
-        path = self._folder / "models" / f"{config.stage.name}_{digest}.npz"
-        stage = build_stage(config.stage)
-        if path.exists():
-            params = networks.unflatten_params(read_arrays(path))
-        else:
-            params = self._train(config, stage)
-            write_npz_whole(path, networks.flatten_params(params))
-        return Trained(config, stage, params, digest)
 
-    def _train(self, config: RunConfig, stage: Stage) -> dict[str, Params]:
+        def steps_at(moment: float) -> int:
+            return max(1, round(moment * config.train.train_steps))
+
+        def path_of(step: int) -> pathlib.Path:
+            return self._folder / "models" / f"{config.stage.name}_{digest}_{step}.npz"
+
+        def keep(step: int, params: dict[str, Params]) -> None:
+            write_npz_whole(path_of(step), networks.flatten_params(params))
+
+        stage, step = build_stage(config.stage), steps_at(model.moment)
+        if not path_of(step).exists():
+            self._train(config, stage, {steps_at(m) for m in (*self._moments, model.moment)}, keep)
+        params = networks.unflatten_params(read_arrays(path_of(step)))
+        return Trained(config, stage, params, f"{digest}_{step}")
+
+    def _train(
+        self,
+        config: RunConfig,
+        stage: Stage,
+        steps: Collection[int] = (),
+        keep: Callable[[int, dict[str, Params]], None] = lambda step, params: None,
+    ) -> None:
+        """Trains; after each of `steps`, `keep` is given the averages so far."""
         train, images = config.train, self.images["train"].whole
         state = step_lib.init_state(stage, train, self._mesh)
         program = _train_program(_with_train(config, seed=0), self._mesh)
@@ -218,10 +237,13 @@ class Lab:
             if (step + 1) % 50 == 0 or step + 1 == train.train_steps:
                 progress.update(step + 1, loss=f"{float(metrics['loss']):.4f}")
                 self.check_time()
+            if step + 1 in steps or step + 1 == train.train_steps:
+                loss = float(metrics["loss"])
+                if not np.isfinite(loss):
+                    raise UserError(f"{label}: the loss is {loss}, expected a number")
+            if step + 1 in steps:
+                keep(step + 1, jax.device_get(state.ema_params))
         progress.close()
-        if not np.isfinite(float(metrics["loss"])):
-            raise UserError(f"{label}: the loss is {float(metrics['loss'])}, expected a number")
-        return jax.device_get(state.ema_params)
 
     # Sampling.
 

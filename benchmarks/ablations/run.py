@@ -98,7 +98,8 @@ def fill(results: Results, lab: Lab, table: Table, budget: Budget, seeds: int) -
                 picture = results.path.with_suffix(".png") if shown else None
                 scores = lab.scorer.neighbours(samples, picture)
             else:
-                scores = lab.scorer.scores(samples, cas=seed < budget.cas_seeds, seed=seed)
+                cas = table.cas and seed < budget.cas_seeds
+                scores = lab.scorer.scores(samples, cas=cas, seed=seed)
         except OutOfTime:
             print(f"out of time: {len(todo) - i} rows are missing; run it again", flush=True)
             return False
@@ -136,6 +137,7 @@ def main(argv: Sequence[str]) -> int:
         code=code,
         deadline=deadline,
         torch_python=flags.torch_python,
+        moments=table.moments,
     )
     lab.check(table.rows(budget))
     device = jax.devices()[0]

@@ -86,6 +86,7 @@ class Model:
     config: str  # a file of configs/
     share: float
     changes: Settings = ()
+    moment: float = 1.0  # after which share of its training it is sampled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,6 +175,39 @@ def _augmentation(budget: Budget) -> list[Row]:
             if level > 0 or not truncated  # at 0 the two are one
         ]
     return [*rows, *_ENDS]
+
+
+_MOMENTS = (0.125, 0.25, 0.5, 1.0)
+
+
+def _training(budget: Budget) -> list[Row]:
+    """How table 1 changes as its stages are trained longer, both or only the enlarging one."""
+    kinds = [
+        ("without augmentation", NO_AUGMENT, 0.0),
+        *((f"augmented, s = {s:g}", ENLARGE, s) for s in (0.0, 0.15, 0.3)),
+    ]
+    # Both stages after as many FLOPs; then the best base model below enlarging stages of all ages.
+    ages = [(m, m) for m in _MOMENTS] + [(1.0, m) for m in _MOMENTS[:-1]]
+
+    def after(model: Model, moment: float) -> Model:
+        return dataclasses.replace(model, moment=moment)
+
+    def flops(model: Model, moment: float) -> str:
+        return f"{model.share * moment * budget.flops:.2g}"
+
+    return [
+        Row(
+            label={
+                "FLOP, base": flops(BASE, below),
+                "FLOP, enlarging": flops(above, age),
+                "enlarging stage": name,
+            },
+            models=(after(BASE, below), after(above, age)),
+            aug_levels=(level,),
+        )
+        for below, age in ages
+        for name, above, level in kinds
+    ]
 
 
 def _inputs(budget: Budget) -> list[Row]:
@@ -386,12 +420,17 @@ class Table:
     rows: Callable[[Budget], Sequence[Row]]
     across: str | None = None  # the label along a plot's x axis, if it has a plot
     changes: Changes = dataclasses.field(default_factory=lambda: {"data.resolution": 32})
+    moments: tuple[float, ...] = ()  # of a training, at which its models are kept
+    cas: bool = True  # whether the samples of its rows train a classifier
     neighbours: bool = False  # the nearest real images are measured instead of distances of sets
 
 
 TABLES = {
     "augmentation": Table(
         title="Cascades with and without conditioning augmentation", rows=_augmentation, across="s"
+    ),
+    "training": Table(
+        title="Augmentation as training goes on", rows=_training, moments=_MOMENTS, cas=False
     ),
     "inputs": Table(title="Real and generated low-res inputs", rows=_inputs, across="s"),
     "samplers": Table(

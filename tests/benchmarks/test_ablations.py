@@ -120,6 +120,28 @@ def test_seeds_differ_and_are_told_apart(run):
     assert rows[0]["scores"]["fd"] != rows[len(rows) // 2]["scores"]["fd"]
 
 
+def test_moments_of_a_training_come_from_one_training(run, monkeypatch):
+    import lab
+    import tables
+
+    trained = []
+    train = lab.Lab._train
+    monkeypatch.setattr(
+        lab.Lab, "_train", lambda self, *args: (trained.append(args[0]), train(self, *args))
+    )
+    monkeypatch.setattr(tables, "_MOMENTS", (0.5, 1.0))
+    code, results, _ = run("training", "--flops=1e10")
+    assert code == 0
+    assert [config.stage.name for config in trained] == ["base16", "sr32", "sr32"]
+    flops = [
+        (row["label"]["FLOP, base"], row["label"]["FLOP, enlarging"]) for row in results["rows"]
+    ]
+    ages = [("2.5e+09", "2.5e+09"), ("5e+09", "5e+09"), ("5e+09", "2.5e+09")]
+    assert flops == [age for age in ages for _ in range(4)]
+    distances = [row["scores"]["fd"] for row in results["rows"]]
+    assert len(set(distances)) == len(distances)
+
+
 def test_neighbours_tell_what_was_seen_from_what_was_not(run):
     code, results, path = run("memorised")
     assert code == 0
