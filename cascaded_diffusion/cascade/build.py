@@ -12,6 +12,7 @@ from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import ScheduleConfig, StageConfig
 from cascaded_diffusion.diffusion.schedules import make_schedule
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.networks.conditioning import NOISE_INPUTS
 from cascaded_diffusion.networks.unet import NETWORKS, Network
 from cascaded_diffusion.types import Schedule
 
@@ -53,11 +54,16 @@ def build_network(config: StageConfig) -> Network:
     """A stage's network, whose attributes have the names of the config's keys."""
     section = dataclasses.asdict(config.network)
     name, dtype, upsample = (section.pop(key) for key in ("name", "dtype", "upsample"))
+    schedule = build_schedule(config.schedule, config.resolution)
+    noise_input = NOISE_INPUTS[section.pop("noise_input")](schedule, config.schedule.num_timesteps)
+    null_label = section.pop("null_label") is not False
     module = NETWORKS[name](
         out_channels=config.channels * (2 if config.diffusion.variance == "learned" else 1),
         num_classes=config.num_classes,
         aug_level_input=config.has_aug_level,
         upsample=None if config.low_res_resolution is None else UPSAMPLERS[upsample],
+        noise_input=noise_input,
+        null_label=null_label,
         dtype=jnp.dtype(dtype),
         **section,
     )

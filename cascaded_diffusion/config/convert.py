@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import os
 import types
 import typing
@@ -50,14 +51,14 @@ def fail_at(config: object, key: str, expected: str) -> typing.NoReturn:
 def _split_optional(hint: Any) -> tuple[Any, bool]:
     """A type without its `| None`, and whether it had it."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        (inner,) = (h for h in typing.get_args(hint) if h is not type(None))
-        return inner, True
+        inner = [h for h in typing.get_args(hint) if h is not type(None)]
+        return functools.reduce(operator.or_, inner), len(inner) < len(typing.get_args(hint))
     return hint, False
 
 
 def _describe(hint: Any) -> str:
     hint, optional = _split_optional(hint)
-    names = {int: "an integer", float: "a number", bool: "True or False"}
+    names = {int: "an integer", float: "a number", bool: "True or False", int | float: "a number"}
     if typing.get_origin(hint) is tuple:
         text = f"a tuple of {_describe(typing.get_args(hint)[0])}"
     elif dataclasses.is_dataclass(hint):
@@ -88,7 +89,9 @@ def _convert_value(hint: Any, value: object, key: str, expected: str = "") -> An
             if len(value) > _MAX_ITEMS:
                 fail(key, value, f"at most {_MAX_ITEMS} values")
             return tuple(_convert_value(inner, v, f"{key}[{i}]") for i, v in enumerate(value))
-    elif hint is float:
+    elif hint == int | float and isinstance(value, int) and not isinstance(value, bool):
+        return value  # an integer stays one
+    elif hint in (float, int | float):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             try:
                 return float(value)

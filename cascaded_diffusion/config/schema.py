@@ -59,18 +59,32 @@ class NetworkConfig:
 
     name: Literal["unet", "efficient_unet"]  # the architecture
     channels: int = _range(2, 65_536)  # the unit of width, and those of the first convolution
-    channel_mults: tuple[int, ...] = _range(1, 1024)  # width of each level, in `channels`
+    channel_mults: tuple[int | float, ...] = _range(
+        0.125, 1024
+    )  # width of each level, in `channels`
     num_res_blocks: tuple[int, ...] = _range(1, 256)  # per level
     attention_resolutions: tuple[int, ...] = _range(1, MAX_SIZE)  # feature maps with attention
-    num_heads: int = _range(1, 1024)  # of self-attention
+    num_heads: int | None = _range(1, 1024)  # of self-attention
+    num_head_channels: int | None = _range(1, 65_536)  # of a head; instead of their number
     dropout_rate: float = _range(0.0, 0.99)  # in the residual blocks
     patch_size: int = _range(1, 256)  # patches become channels before the first convolution
     resample: Literal["conv", "pool", "biggan"]  # convolutions, averages or residual blocks
     scale_shift: bool  # the embedding scales and shifts each block's features, or is added
     scale_skips: bool  # skip connections are multiplied by 1/sqrt(2), as in SR3
-    noise_input: Literal["cosine_time", "noise_level"]  # what is embedded as the noise level
+    # What is embedded as the noise level; the last two are guided-diffusion's time steps.
+    noise_input: Literal["cosine_time", "noise_level", "step_index", "scaled_step_index"]
+    null_label: bool | None  # whether the "dropped" label of guidance exists; None: it does
     upsample: Literal["bilinear", "bicubic"]  # of the low-res input
     dtype: Literal["float32", "bfloat16"]  # of the computation
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The channels of each level."""
+        return tuple(round(self.channels * mult) for mult in self.channel_mults)
+
+    def heads_of(self, width: int) -> int:
+        """The heads of self-attention over so many channels."""
+        return self.num_heads or width // self.num_head_channels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +116,8 @@ class SamplerConfig:
 
     name: Literal["ancestral", "ddim", "dpmpp_2m", "heun"]  # the method
     num_steps: int = _range(1, 10**6)  # steps from noise to image
-    grid: Literal["uniform", "quadratic", "logsnr"]  # how the steps' times are spaced
+    # How the steps' times are spaced; the last two as guided-diffusion respaces discrete steps.
+    grid: Literal["uniform", "quadratic", "logsnr", "respaced", "ddim_respaced"]
     # ancestral alone; "interpolated" is log-linear, 0 is small and 1 is large.
     variance: Literal["small", "large", "interpolated", "learned"] | None
     variance_interpolation: float | None = _range(0.0, 1.0)  # of "interpolated" alone

@@ -93,14 +93,42 @@ def _check_network(stage: StageConfig) -> None:
         )
     if network.channels % 2:
         refuse("stage.network.channels", "an even number")
-    for mult in network.channel_mults:
-        if network.channels * mult % network.num_heads:
+    for mult, width in zip(network.channel_mults, network.widths, strict=True):
+        if network.channels * mult != width or not width:
             refuse(
-                "stage.network.num_heads",
-                f"a divisor of every level's channels; {network.channels * mult} is not divided",
+                "stage.network.channel_mults",
+                f"multiples of config.stage.network.channels = {network.channels} that are"
+                f" integers; {mult} is not",
             )
+    _check_heads(stage)
+    if network.null_label is False and stage.diffusion.label_dropout_prob:
+        refuse(
+            "stage.network.null_label",
+            "True, since config.stage.diffusion.label_dropout_prob ="
+            f" {stage.diffusion.label_dropout_prob} drops labels",
+        )
+    if network.noise_input.endswith("step_index") and stage.schedule.num_timesteps is None:
+        refuse(
+            "stage.network.noise_input",
+            "'cosine_time' or 'noise_level', since config.stage.schedule.num_timesteps is None",
+        )
     sizes = network.attention_resolutions
     check_feature_maps("stage.network.attention_resolutions", sizes, stage)
+
+
+def _check_heads(stage: StageConfig) -> None:
+    network = stage.network
+    if (network.num_heads is None) == (network.num_head_channels is None):
+        other = "config.stage.network.num_head_channels"
+        given = f"is {network.num_head_channels}"
+        expected = f"None, since {other} {given}" if network.num_heads else f"a number, or {other}"
+        fail_at(stage, "stage.network.num_heads", expected)
+    for width in network.widths:
+        for key in ("num_heads", "num_head_channels"):
+            divisor = getattr(network, key)
+            if divisor is not None and width % divisor:
+                expected = f"a divisor of every level's channels; {width} is not divided"
+                fail_at(stage, f"stage.network.{key}", expected)
 
 
 def check_feature_maps(key: str, sizes: tuple[int, ...], stage: StageConfig) -> None:
@@ -206,6 +234,12 @@ def _check_diffusion(stage: StageConfig) -> None:
         )
 
 
+def ddim_stride(num_timesteps: int, num_steps: int) -> int | None:
+    """The n of which every n-th of T steps, from the first, are `num_steps`; None if none is."""
+    n = -(-num_timesteps // num_steps)
+    return n if -(-num_timesteps // n) == num_steps else None
+
+
 def check_sampler(key: str, sampler: SamplerConfig, stage: StageConfig) -> None:
     """Checks that `config.<key>` can sample a stage. Raises UserError."""
     refuse = partial(fail_at, sampler)
@@ -238,6 +272,18 @@ def check_sampler(key: str, sampler: SamplerConfig, stage: StageConfig) -> None:
             f"{key}.num_steps",
             f"at most {steps}, the config.stage.schedule.num_timesteps of stage {stage.name!r},"
             " whose noise levels are discrete",
+        )
+    if steps is None and sampler.grid in ("respaced", "ddim_respaced"):
+        refuse(
+            f"{key}.grid",
+            f"'uniform', 'quadratic' or 'logsnr': the noise levels of stage {stage.name!r} are"
+            " not discrete",
+        )
+    if sampler.grid == "ddim_respaced" and ddim_stride(steps, sampler.num_steps) is None:
+        refuse(
+            f"{key}.num_steps",
+            f"as many as every n-th of {steps} steps are, for some n, since config.{key}.grid is"
+            " 'ddim_respaced'",
         )
 
 

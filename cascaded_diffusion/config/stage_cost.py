@@ -51,30 +51,30 @@ def stage_cost(stage: StageConfig) -> StageCost:
     width = network.channels
     cost._conv(image * (1 if stage.low_res_resolution is None else 2), width, size)
     cost._conv(width, image * (1 if stage.diffusion.variance == "fixed" else 2), size)
-    levels = list(zip(network.channel_mults, network.num_res_blocks, strict=True))
+    levels = list(zip(network.widths, network.num_res_blocks, strict=True))
     resamples = network.resample != "pool"
     for way in (levels, levels[::-1]):
         down = way is levels
-        for level, (mult, count) in enumerate(way):
+        for level, (features, count) in enumerate(way):
             if down and (level > 0 or efficient):
                 size //= 2
                 if resamples:
                     cost._conv(width, width, size)
             # On the way up, a block also takes a skip connection from the way down.
             for _ in range(count + (not down and not efficient)):
-                joined = network.channels * mult * (not down and not efficient)
-                cost._res_block(width + joined, network.channels * mult, size, embedding)
-                width = network.channels * mult
+                joined = features * (not down and not efficient)
+                cost._res_block(width + joined, features, size, embedding)
+                width = features
                 if size in network.attention_resolutions and not efficient:
-                    cost._attention(width, size, network.num_heads)
+                    cost._attention(width, size, network.heads_of(width))
             if efficient and size in network.attention_resolutions:
-                cost._attention(width, size, network.num_heads)
+                cost._attention(width, size, network.heads_of(width))
             if not down and (level + 1 < len(levels) or efficient):
                 size *= 2
                 if resamples:
                     cost._conv(width, width, size)
         if down and not efficient:
-            cost._attention(width, size, network.num_heads)
+            cost._attention(width, size, network.heads_of(width))
             cost._res_block(width, width, size, embedding)
             cost._res_block(width, width, size, embedding)
     return cost

@@ -7,6 +7,15 @@ With u_i = i / N, i = 0 .. N:
     (3)  logsnr      t_i with logsnr(t_i) linear in u_i; with discrete steps, t_{N-1} is
                      the first of them, and the last step leads from there to 0
 
+Networks of the guided-diffusion family are sampled at these of T discrete steps (Dhariwal & Nichol
+2021), and then at 0:
+
+    (4)  respaced        i = 1 + round(k (T - 1) / (N - 1)),  k = N - 1 .. 0
+    (5)  ddim_respaced   every n-th step, i = 1 + n k, where n leaves N of them
+
+so that (4) has the first step and the last one, and (5) begins at pure noise though the level of
+its first step is less.
+
 A model of T discrete steps knows only the times i / T. A grid is rounded to them, and its points
 are kept apart, so that N <= T steps have N different times.
 """
@@ -16,7 +25,21 @@ import numpy as np
 
 from cascaded_diffusion.types import Schedule
 
-GRIDS = ("uniform", "quadratic", "logsnr")
+GRIDS = ("uniform", "quadratic", "logsnr", "respaced", "ddim_respaced")
+
+
+def _respaced(num_steps: int, num_timesteps: int) -> np.ndarray:
+    """Eq. (4)."""
+    stride = (num_timesteps - 1) / max(num_steps - 1, 1)
+    # Summed up one by one, as there: halves are then rounded to the same side.
+    places = np.cumsum([0.0] + [stride] * (num_steps - 1))
+    return 1 + np.round(places[::-1]).astype(int)
+
+
+def _every_nth(num_steps: int, num_timesteps: int) -> np.ndarray:
+    """Eq. (5)."""
+    n = -(-num_timesteps // num_steps)
+    return np.arange(1, num_timesteps + 1, n)[::-1]
 
 
 def _even_in_logsnr(u: np.ndarray, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
@@ -52,8 +75,17 @@ def time_grid(
     """The times of a chain, float32 [num_steps + 1], strictly descending from 1 to 0.
 
     `grid` is one of `GRIDS`; `discrete_timesteps` is T if only the times i / T exist, else None.
-    Raises ValueError if there are more steps than times.
+    Eqs. (4) and (5) are of discrete steps, and (5) begins below 1. Raises ValueError if there are
+    more steps than times, or no n of eq. (5).
     """
+    if discrete_timesteps is not None and num_steps > discrete_timesteps:
+        raise ValueError(f"{num_steps} steps of {discrete_timesteps} discrete times")
+    if grid in ("respaced", "ddim_respaced"):
+        respace = _respaced if grid == "respaced" else _every_nth
+        steps = respace(num_steps, discrete_timesteps)
+        if len(steps) != num_steps:
+            raise ValueError(f"{num_steps} steps of {discrete_timesteps} by {grid!r}")
+        return (np.append(steps, 0) / discrete_timesteps).astype(np.float32)
     u = np.arange(num_steps + 1) / num_steps
     if grid == "logsnr":
         times = _even_in_logsnr(u, schedule, _knots(discrete_timesteps))
@@ -61,8 +93,6 @@ def time_grid(
         times = 1 - u if grid == "uniform" else (1 - u) ** 2
     if discrete_timesteps is None:
         return times.astype(np.float32)
-    if num_steps > discrete_timesteps:
-        raise ValueError(f"{num_steps} steps of {discrete_timesteps} discrete times")
     steps = np.round(times * discrete_timesteps).astype(int)
     # Keep them apart from below, then from above. The second pass cannot undo the first, since
     # there are enough times for all.

@@ -4,7 +4,7 @@ The enlarged `low_res` image is concatenated with `xt` along the channels (paper
 The noise level, the class label and `aug_level` are embedded and summed; the sum modulates every
 residual block.
 
-A network is told the noise level as a number in [0, 1] (`NOISE_INPUTS`):
+A network is told the noise level as a number (`NOISE_INPUTS`):
 
 (1)  cosine_time:  u = arctan(exp(-logsnr / 2)) / (pi / 2)
      maps any schedule's noise level to the time of the offset-free cosine
@@ -13,23 +13,34 @@ A network is told the noise level as a number in [0, 1] (`NOISE_INPUTS`):
      the share of the image that is left, sqrt(alpha_bar) in DDPM's terms
      (WaveGrad, Chen et al. 2021; SR3, Saharia et al. 2021)
 
-With either, a network does not depend on the schedule that trains or samples it.
+With either, a network does not depend on the schedule that trains or samples it. Networks of the
+guided-diffusion family know the steps i = 1 .. T of one schedule instead, counted from 0:
 
-(3)  sinusoidal(x) = [sin(1000 x w_k), cos(1000 x w_k)],
+(3)  step_index:         u = (i - 1) / 1000
+(4)  scaled_step_index:  u = (i - 1) / T
+
+Between steps, i is interpolated linearly in logsnr. The number is embedded by
+
+(5)  sinusoidal(x) = [sin(1000 x w_k), cos(1000 x w_k)],
      w_k = 10000^(-k / (E/2)),  k = 0 .. E/2 - 1   (Vaswani et al. 2017;
      the factor 1000 puts x in [0, 1] on the scale of DDPM's time steps)
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cascaded_diffusion.networks import initializers, layers
 from cascaded_diffusion.networks.kernels.execution import Execution
-from cascaded_diffusion.types import Conditioning, check_shape
+from cascaded_diffusion.types import Conditioning, Schedule, check_shape
+
+# logsnr [B] -> what a network is told of it, [B].
+NoiseInput = Callable[[jax.Array], jax.Array]
 
 # How an image [B, h, w, C] is enlarged to (H, W).
 Upsampler = Callable[[jax.Array, tuple[int, int]], jax.Array]
@@ -45,14 +56,28 @@ def noise_level(logsnr: jax.Array) -> jax.Array:
     return jnp.sqrt(jax.nn.sigmoid(logsnr))
 
 
-NOISE_INPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "cosine_time": cosine_time,
-    "noise_level": noise_level,
+@functools.cache  # so that equal networks have the same input
+def _index_over(schedule: Schedule, num_timesteps: int, divisor: int) -> NoiseInput:
+    steps = np.arange(num_timesteps, 0, -1)  # so that the levels ascend
+    with jax.ensure_compile_time_eval():
+        levels = np.asarray(schedule(steps / num_timesteps))
+    numbers = np.float32((steps - 1) / divisor)
+    return lambda logsnr: jnp.interp(logsnr, levels, numbers)
+
+
+# logsnr [B] -> u [B], by name; made of the schedule and its T, which only the last two need.
+NOISE_INPUTS: dict[str, Callable[[Schedule, int | None], NoiseInput]] = {
+    "cosine_time": lambda schedule, num_timesteps: cosine_time,
+    "noise_level": lambda schedule, num_timesteps: noise_level,
+    "step_index": lambda schedule, num_timesteps: _index_over(schedule, num_timesteps, 1000),
+    "scaled_step_index": lambda schedule, num_timesteps: _index_over(
+        schedule, num_timesteps, num_timesteps
+    ),
 }
 
 
 def sinusoidal(x: jax.Array, size: int) -> jax.Array:
-    """Eq. (3): [B] in [0, 1] -> [B, size] float32; `size` is even."""
+    """Eq. (5): [B] -> [B, size] float32; `size` is even."""
     half = size // 2
     frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = 1000.0 * x.astype(jnp.float32)[:, None] * frequencies
@@ -60,7 +85,7 @@ def sinusoidal(x: jax.Array, size: int) -> jax.Array:
 
 
 class ScalarEmbedding(nn.Module):
-    """Embeds a scalar in [0, 1]: sinusoidal, dense, swish, dense. [B] -> [B, E]."""
+    """Embeds a scalar: sinusoidal, dense, swish, dense. [B] -> [B, E]."""
 
     size: int
     sinusoids: int
@@ -77,12 +102,14 @@ class ConditionalNetwork(nn.Module):
     """The base of every network that a stage may have; a config chooses it by name."""
 
     out_channels: int  # the image's channels, or twice as many if the variance is learned
-    num_classes: int  # 0 for none; label `num_classes` is guidance's dropped label
+    num_classes: int  # 0 for none
     channels: int  # the unit of width, and the channels of the first convolution
-    channel_mults: tuple[int, ...]  # channels of each level, as multiples of `channels`
+    channel_mults: tuple[int | float, ...]  # channels of each level, as multiples of `channels`
     num_res_blocks: tuple[int, ...]  # residual blocks of each level on the way down
     attention_resolutions: tuple[int, ...]  # sizes of the feature maps with self-attention
-    num_heads: int
+    num_heads: int | None = None  # of self-attention
+    num_head_channels: int | None = None  # of a head; instead of their number
+    null_label: bool = True  # whether label `num_classes` exists, which stands for "dropped"
     dropout_rate: float = 0.0  # in the residual blocks
     # Patches of this size become channels (space-to-depth) before the first convolution.
     patch_size: int = 1
@@ -92,11 +119,16 @@ class ConditionalNetwork(nn.Module):
     scale_shift: bool = True  # how the embedding modulates a block, see `layers.ResBlock`
     # Whether feature maps that skip across the U are multiplied by 1/sqrt(2), as in SR3 and Imagen.
     scale_skips: bool = False
-    noise_input: str = "cosine_time"  # a key of `NOISE_INPUTS`
+    noise_input: NoiseInput = cosine_time  # what it is told of the noise level
     aug_level_input: bool = False  # whether `aug_level` is an input
     upsample: Upsampler | None = None  # how the low-res image is enlarged; None for a base model
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
     execution: Execution = Execution()
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The channels of each level."""
+        return tuple(round(self.channels * mult) for mult in self.channel_mults)
 
     def prepare(
         self, xt: jax.Array, logsnr: jax.Array, cond: Conditioning
@@ -139,7 +171,10 @@ class ConditionalNetwork(nn.Module):
     def attention_block(self, h: jax.Array, name: str) -> jax.Array:
         """Self-attention, computed as `execution` says."""
         block = self._block(layers.AttentionBlock, name, h.shape[1])(
-            self.num_heads, self.dtype, self.execution.per_device, name=name
+            self.num_heads or h.shape[-1] // self.num_head_channels,
+            self.dtype,
+            self.execution.per_device,
+            name=name,
         )
         return self.constrain_sharding(block(h))
 
@@ -165,13 +200,13 @@ class ConditionalNetwork(nn.Module):
         def embedded(x: jax.Array, name: str) -> jax.Array:
             return ScalarEmbedding(size, self.channels, self.dtype, name=name)(x)
 
-        embedding = embedded(NOISE_INPUTS[self.noise_input](logsnr), "noise_level")
+        embedding = embedded(self.noise_input(logsnr), "noise_level")
         if (cond.label is None) != (self.num_classes == 0):
             raise ValueError("label must be given to class-conditional networks, and only to them")
         if cond.label is not None:
             check_shape(cond.label, "B", "label", B=logsnr.shape[0])
-            init, classes = initializers.embedding_normal, self.num_classes + 1
-            embed = nn.Embed(classes, size, self.dtype, embedding_init=init, name="label")
+            init, rows = initializers.embedding_normal, self.num_classes + self.null_label
+            embed = nn.Embed(rows, size, self.dtype, embedding_init=init, name="label")
             embedding += embed(cond.label)
         if (cond.aug_level is None) == self.aug_level_input:
             raise ValueError("aug_level must be given where aug_level_input is set, and only there")

@@ -46,22 +46,21 @@ class EfficientUNet(ConditionalNetwork):
                 return h
             return self.attention_block(h, f"{name}_attention")
 
-        levels = list(enumerate(zip(self.channel_mults, self.num_res_blocks, strict=True)))
+        levels = list(enumerate(zip(self.widths, self.num_res_blocks, strict=True)))
         h = layers.Conv3x3(self.channels, self.dtype, name="conv_in")(h.astype(self.dtype))
         h = self.constrain_sharding(h)  # [B, H, W, channels]
         skips = []
-        for level, (mult, count) in levels:
-            features = self.channels * mult
+        for level, (features, count) in levels:
             h = layers.Conv3x3(features, self.dtype, name=f"down{level}_resample", stride=2)(h)
             h = self.constrain_sharding(h)  # [B, 2h, 2w, *] -> [B, h, w, M]
             h = blocks(h, features, count, f"down{level}")  # [B, h, w, M]
             skips.append(h)
         skips.pop()
 
-        for level, (mult, count) in reversed(levels):
+        for level, (features, count) in reversed(levels):
             if level + 1 < len(levels):
                 h = layers.concat_skip(h, skips.pop(), scale=self.scale_skips)  # [B, h, w, * + M]
-            h = blocks(h, self.channels * mult, count, f"up{level}")  # [B, h, w, M]
+            h = blocks(h, features, count, f"up{level}")  # [B, h, w, M]
             h = layers.Upsample("conv", self.dtype, name=f"up{level}_resample")(h)
             h = self.constrain_sharding(h)  # [B, 2h, 2w, M]
         assert not skips

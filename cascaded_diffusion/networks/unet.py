@@ -23,7 +23,8 @@ class UNet(ConditionalNetwork):
     the `attention_resolutions` is followed by self-attention, and so is the first of the middle.
 
     Shapes below: p is `patch_size`, and level l has feature maps of size H/p / 2^l by W/p / 2^l,
-    written h w, with M = channels * channel_mults[l] channels.
+    written h w, with M = channels * channel_mults[l] channels. The first convolution
+    has `channels`, or M of the first level if that is less.
     """
 
     @nn.compact
@@ -47,28 +48,29 @@ class UNet(ConditionalNetwork):
             layer = {"down": layers.Downsample, "up": layers.Upsample}[direction]
             return self.constrain_sharding(layer(self.resample, self.dtype, name=name)(h))
 
-        levels = list(enumerate(zip(self.channel_mults, self.num_res_blocks, strict=True)))
+        levels = list(enumerate(zip(self.widths, self.num_res_blocks, strict=True)))
         h = layers.space_to_depth(h, self.patch_size)  # [B, H/p, W/p, p * p * (C or 2C)]
-        h = layers.Conv3x3(self.channels, self.dtype, name="conv_in")(h.astype(self.dtype))
-        h = self.constrain_sharding(h)  # [B, H/p, W/p, channels]
+        first = min(self.channels, self.widths[0])
+        h = layers.Conv3x3(first, self.dtype, name="conv_in")(h.astype(self.dtype))
+        h = self.constrain_sharding(h)  # [B, H/p, W/p, first]
         skips = [h]
-        for level, (mult, num_blocks) in levels:
+        for level, (width, num_blocks) in levels:
             if level > 0:
                 h = resample(h, "down", f"down{level}_resample")  # [B, 2h, 2w, *] -> [B, h, w, *]
                 skips.append(h)
             for i in range(num_blocks):
-                h = block(h, self.channels * mult, f"down{level}_block{i}")  # [B, h, w, M]
+                h = block(h, width, f"down{level}_block{i}")  # [B, h, w, M]
                 skips.append(h)
 
         h = res_block(h, h.shape[-1], "middle_block0")  # [B, h, w, M] of the last level
         h = self.attention_block(h, "middle_attention")  # the same
         h = res_block(h, h.shape[-1], "middle_block1")  # the same
 
-        for level, (mult, num_blocks) in reversed(levels):
+        for level, (width, num_blocks) in reversed(levels):
             for i in range(num_blocks + 1):
                 # [B, h, w, * + *]: the channels of h and of the feature map that skips across.
                 joined = layers.concat_skip(h, skips.pop(), scale=self.scale_skips)
-                h = block(joined, self.channels * mult, f"up{level}_block{i}")  # [B, h, w, M]
+                h = block(joined, width, f"up{level}_block{i}")  # [B, h, w, M]
             if level > 0:
                 h = resample(h, "up", f"up{level}_resample")  # [B, h, w, M] -> [B, 2h, 2w, M]
         assert not skips

@@ -29,7 +29,7 @@ BAD_COMMANDS = [
     (
         main,
         [BASE, "--workdir=RUN", "--config.stage.network.channel_mults=(1,x)"],
-        "config.stage.network.channel_mults = '(1,x)': expected a tuple of an integer",
+        "config.stage.network.channel_mults = '(1,x)': expected a tuple of a number",
     ),
     (main, [BASE, "--workdir=RUN", "--config.trian.seed=1"], "config.trian is not a config key"),
     (

@@ -119,15 +119,15 @@ BAD_RUNS = [
     ),
     (
         {"stage.network.channel_mults": (1, 0)},
-        "config.stage.network.channel_mults[1] = 0: expected a value from 1",
+        "config.stage.network.channel_mults[1] = 0: expected a value from 0.125",
     ),
     (
         {"stage.network.channel_mults": (1, "2")},
-        "config.stage.network.channel_mults[1] = '2': expected an integer",
+        "config.stage.network.channel_mults[1] = '2': expected a number",
     ),
     (
         {"stage.network.channel_mults": 2},
-        "config.stage.network.channel_mults = 2: expected a tuple of an integer",
+        "config.stage.network.channel_mults = 2: expected a tuple of a number",
     ),
     ({"stage.network.channels": 15}, "config.stage.network.channels = 15: expected an even number"),
     ({"stage.network.num_heads": 5}, "config.stage.network.num_heads = 5: expected a divisor"),

@@ -25,14 +25,18 @@ def assert_strictly_down_from_one_to_zero(times, num_steps):
     assert (np.diff(times) < 0).all()
 
 
-@pytest.mark.parametrize("grid", grids.GRIDS)
+# In any number of steps, from 1 on.
+FREE = ("uniform", "quadratic", "logsnr")
+
+
+@pytest.mark.parametrize("grid", FREE)
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 128, 1000])
 def test_continuous_grids_go_strictly_down_from_one_to_zero(grid, num_steps):
     times = grids.time_grid(grid, num_steps, schedule=COSINE, discrete_timesteps=None)
     assert_strictly_down_from_one_to_zero(times, num_steps)
 
 
-@pytest.mark.parametrize("grid", grids.GRIDS)
+@pytest.mark.parametrize("grid", FREE)
 @pytest.mark.parametrize("num_timesteps", [1, 2, 7, 100, 1000])
 def test_discrete_grids_visit_different_steps_of_the_model(grid, num_timesteps):
     schedule = cosine_steps(num_timesteps)
@@ -53,6 +57,31 @@ def test_discrete_grids_visit_different_steps_of_the_model(grid, num_timesteps):
 def test_more_steps_than_the_model_has_are_refused(grid):
     with pytest.raises(ValueError, match="11 steps of 10 discrete times"):
         grids.time_grid(grid, 11, schedule=cosine_steps(10), discrete_timesteps=10)
+
+
+@pytest.mark.parametrize(
+    ("grid", "num_steps", "first", "last"),
+    [
+        ("respaced", 250, [0, 4, 8, 12, 16], [983, 987, 991, 995, 999]),
+        ("respaced", 100, [0, 10, 20, 30, 40, 50, 61], [979, 989, 999]),
+        ("respaced", 1000, [0, 1, 2], [997, 998, 999]),
+        ("ddim_respaced", 25, [0, 40, 80], [880, 920, 960]),
+        ("ddim_respaced", 1000, [0, 1, 2], [997, 998, 999]),
+    ],
+)
+def test_respaced_steps_are_those_of_guided_diffusion(grid, num_steps, first, last):
+    times = grids.time_grid(grid, num_steps, schedule=COSINE, discrete_timesteps=1000)
+    assert times.dtype == np.float32
+    assert len(times) == num_steps + 1
+    assert times[-1] == 0
+    indices = np.round(times[:-1].astype(np.float64) * 1000).astype(int)[::-1] - 1
+    assert list(indices[: len(first)]) == first
+    assert list(indices[-len(last) :]) == last
+
+
+def test_every_nth_step_must_leave_as_many_as_asked_for():
+    with pytest.raises(ValueError, match="300 steps of 1000 by 'ddim_respaced'"):
+        grids.time_grid("ddim_respaced", 300, schedule=COSINE, discrete_timesteps=1000)
 
 
 def test_uniform_and_quadratic_grids_are_their_formulas():

@@ -206,9 +206,9 @@ def test_space_to_depth_is_inverted_and_keeps_neighbours_together():
 def test_noise_input_is_the_time_of_the_plain_cosine_schedule_or_alpha():
     t = np.linspace(0.01, 0.99, 50)
     logsnr = jnp.asarray(-2 * np.log(np.tan(np.pi / 2 * t)))
-    np.testing.assert_allclose(conditioning.NOISE_INPUTS["cosine_time"](logsnr), t, atol=1e-6)
+    np.testing.assert_allclose(conditioning.cosine_time(logsnr), t, atol=1e-6)
     alpha = np.cos(np.pi / 2 * t)
-    np.testing.assert_allclose(conditioning.NOISE_INPUTS["noise_level"](logsnr), alpha, atol=1e-6)
+    np.testing.assert_allclose(conditioning.noise_level(logsnr), alpha, atol=1e-6)
 
 
 def test_the_network_is_told_of_the_noise_by_the_input_it_names():
@@ -216,7 +216,7 @@ def test_the_network_is_told_of_the_noise_by_the_input_it_names():
     xt, _, cond = inputs()
     # One layer's norm takes away a shift of every channel for itself, but not within groups.
     options = {"name": "one_layer", "channels": 12}
-    time, level = build(**options), build(**options, noise_input="noise_level")
+    time, level = build(**options), build(**options, noise_input=conditioning.noise_level)
     params = random_params(time.init, xt, jnp.zeros(2), cond)
     np.testing.assert_allclose(
         jax.jit(time.apply)(params, xt, jnp.zeros(2), cond),
