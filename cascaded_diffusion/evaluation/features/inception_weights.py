@@ -21,9 +21,9 @@ from urllib.request import Request
 import numpy as np
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.features.torch_file import read_tensors
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.paths import check_local_path
+from cascaded_diffusion.files.torch_file import read_tensors
 from cascaded_diffusion.files.whole import sha256_of, write_npz_whole, write_whole
 from cascaded_diffusion.networks import inception
 from cascaded_diffusion.networks.classifier import flatten_params, unflatten_params

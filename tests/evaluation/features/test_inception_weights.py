@@ -16,7 +16,7 @@ import pytest
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features import inception_weights as lib
-from cascaded_diffusion.evaluation.features.torch_file import read_tensors
+from cascaded_diffusion.files.torch_file import read_tensors
 from cascaded_diffusion.networks.inception import checkpoint_tensors, params_from_checkpoint
 from tests.evaluation.random_inception import random_checkpoint
 from tests.tiny import ROOT

@@ -10,18 +10,22 @@ name is refused. Both layouts of `torch.save` are known:
     since 1.6    a zip with data.pkl, and one file of numbers per storage
 
 The declared sizes are compared with the file's size before anything is allocated: numbers are
-stored uncompressed, so neither storages nor tensors can be larger than the file.
+stored uncompressed, so neither storages nor tensors can be larger than the file. The file is
+mapped into memory, so that a tensor takes memory only when it is used.
 """
 
 import dataclasses
-import io
 import math
+import mmap
+import os
 import pathlib
 import pickletools
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 
 from cascaded_diffusion.files.npz_archive import DAMAGED
@@ -88,6 +92,8 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 # The only names that a state dict refers to, and what they stand for here.
 _NAMES = {
     "torch FloatStorage": np.dtype("<f4"),
+    "torch HalfStorage": np.dtype("<f2"),
+    "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
     "torch LongStorage": np.dtype("<i8"),
     "collections OrderedDict": dict,
     "torch._utils _rebuild_tensor_v2": _tensor,
@@ -99,7 +105,7 @@ def _storage(reference: object) -> _Storage:
         raise ValueError("a reference that is not to a storage")
     _, dtype, key, _, count, *view = reference
     if not isinstance(dtype, np.dtype):
-        raise ValueError("a storage of something else than float32 or int64")
+        raise ValueError("a storage of something else than float16, bfloat16, float32 or int64")
     if not isinstance(key, str) or not isinstance(count, int) or not 0 <= count < 1 << 63:
         raise ValueError("a storage without a key or a count")
     if view and view[0] is not None:
@@ -184,9 +190,25 @@ def _checked(state: object, file_bytes: int) -> Mapping[str, _Tensor]:
     return state
 
 
-def _read_zip(data: bytes) -> tuple[Mapping[str, _Tensor], dict[str, np.ndarray]]:
+def _stored(data: mmap.mmap, info: zipfile.ZipInfo) -> memoryview:
+    """The bytes of a part of a zip that is not compressed, compared with their checksum."""
+    # The part begins behind its own header, whose last two numbers are lengths of what follows.
+    lengths = data[info.header_offset + 26 : info.header_offset + 30]
+    name, extra = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+    start = info.header_offset + 30 + name + extra
+    if start + info.file_size > len(data):
+        raise ValueError(f"{info.filename[:80]!r} is cut off")
+    view = memoryview(data)[start : start + info.file_size]
+    if zlib.crc32(view) != info.CRC:
+        raise ValueError(f"{info.filename[:80]!r} is damaged")
+    return view
+
+
+def _read_zip(
+    file: BinaryIO, data: mmap.mmap
+) -> tuple[Mapping[str, _Tensor], dict[str, np.ndarray]]:
     """The state dict, and the numbers of each storage."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with zipfile.ZipFile(file) as archive:
         # torch.save compresses nothing, so a compressed file is not its own.
         if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
             raise ValueError("its parts are compressed, as torch.save leaves none")
@@ -198,24 +220,25 @@ def _read_zip(data: bytes) -> tuple[Mapping[str, _Tensor], dict[str, np.ndarray]
         order = f"{folder}/byteorder"
         if order in names and archive.read(order) != b"little":
             raise ValueError("it was not written on a little-endian machine")
-        state = _checked(_evaluated(io.BytesIO(archive.read(pickles[0]))), len(data))
+        with archive.open(pickles[0]) as stream:
+            state = _checked(_evaluated(stream), len(data))
         numbers = {}
         for storage in {tensor.storage for tensor in state.values()}:
             member = f"{folder}/data/{storage.key}"
-            if archive.getinfo(member).file_size != storage.num_bytes:
+            info = archive.getinfo(member)
+            if info.file_size != storage.num_bytes:
                 raise ValueError(f"storage {storage.key[:80]!r} is not of the size it declares")
-            numbers[storage.key] = np.frombuffer(archive.read(member), storage.dtype)
+            numbers[storage.key] = np.frombuffer(_stored(data, info), storage.dtype)
     return state, numbers
 
 
-def _read_legacy(data: bytes) -> tuple[Mapping[str, _Tensor], dict[str, np.ndarray]]:
+def _read_legacy(data: mmap.mmap) -> tuple[Mapping[str, _Tensor], dict[str, np.ndarray]]:
     """Likewise."""
-    stream = io.BytesIO(data)
-    if _evaluated(stream) != _MAGIC or _evaluated(stream) != _PROTOCOL:
+    if _evaluated(data) != _MAGIC or _evaluated(data) != _PROTOCOL:
         raise ValueError("it is not a file of torch.save")
-    if _evaluated(stream).get("little_endian") is not True:
+    if _evaluated(data).get("little_endian") is not True:
         raise ValueError("it was not written on a little-endian machine")
-    state, keys = _checked(_evaluated(stream), len(data)), _evaluated(stream)
+    state, keys = _checked(_evaluated(data), len(data)), _evaluated(data)
     storages = {tensor.storage.key: tensor.storage for tensor in state.values()}
     # Checked before they are looked up: hashing nested tuples can take forever.
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -223,32 +246,39 @@ def _read_legacy(data: bytes) -> tuple[Mapping[str, _Tensor], dict[str, np.ndarr
     numbers = {}
     for key in keys:
         storage = storages[key]
-        count = int.from_bytes(stream.read(8), "little", signed=True)
-        stored = stream.read(storage.num_bytes)
-        if count != storage.count or len(stored) != storage.num_bytes:
+        count = int.from_bytes(data.read(8), "little", signed=True)
+        start = data.tell()
+        if count != storage.count or start + storage.num_bytes > len(data):
             raise ValueError(f"storage {key[:80]!r} is cut off")
-        numbers[key] = np.frombuffer(stored, storage.dtype)
-    if stream.read(1):
+        numbers[key] = np.frombuffer(data, storage.dtype, storage.count, start)
+        data.seek(storage.num_bytes, os.SEEK_CUR)
+    if data.read(1):
         raise ValueError("there is something after its end")
     return state, numbers
 
 
-def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict, float32 and int64, by name.
+def map_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of a state dict by name, as read-only views of the file.
 
-    Raises ValueError, in a few words, if the file is no state dict of such tensors, declares more
-    than it can hold, or is damaged.
+    They are float16, bfloat16, float32 or int64. Raises ValueError, in a few words, if the file is
+    no state dict of such tensors, declares more than it can hold, or is damaged.
     """
-    size = path.stat().st_size
-    if size > _MAX_BYTES:
-        raise ValueError(f"{size} bytes, expected at most {_MAX_BYTES}")
-    data = path.read_bytes()
     try:
-        state, numbers = (_read_zip if data[:4] == b"PK\x03\x04" else _read_legacy)(data)
+        with path.open("rb") as f:
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            is_zip = data[:4] == b"PK\x03\x04"
+            state, numbers = _read_zip(f, data) if is_zip else _read_legacy(data)
         return {
-            name: numbers[x.storage.key][x.offset : x.end].reshape(x.shape).copy()
+            name: numbers[x.storage.key][x.offset : x.end].reshape(x.shape)
             for name, x in state.items()
         }
     except _DAMAGED as e:
         reason = f"{type(e).__name__}: {e}"[:120]
         raise ValueError(f"not a whole state dict of tensors ({reason})") from e
+
+
+def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Like `map_tensors`, but copied into memory: of networks of at most 1 GiB."""
+    if (size := path.stat().st_size) > _MAX_BYTES:
+        raise ValueError(f"{size} bytes, expected at most {_MAX_BYTES}")
+    return {name: x.copy() for name, x in map_tensors(path).items()}

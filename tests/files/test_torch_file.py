@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from cascaded_diffusion.evaluation.features.torch_file import read_tensors
+from cascaded_diffusion.files.torch_file import read_tensors
 from tests.evaluation.features.test_inception_weights import FIXTURES, SMALL
 
 _HEADERS = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
