@@ -56,7 +56,8 @@ def in_variant(config: ConfigDict, variant: str | None, **network: Any) -> Confi
             if key in schedule:
                 schedule[key] = value
     stage.sampler.num_steps = 8
-    config.data.update(name="shapes", prepared_dir=None, eval_split="test", resolution=64)
+    config.data.update(name="shapes", prepared_dir=None, eval_split="test")
+    config.data.resolution = max(64, stage.resolution)
     config.train.update(batch_size=16, train_steps=20, warmup_steps=2, log_every_steps=5)
     config.eval.update(resize=None, num_samples=20, final_num_samples=20, batch_size=16)
     config.eval.features = "classifier" if stage.num_classes else "rotation"
@@ -191,6 +192,11 @@ def ancestral(num_steps: int, variance: str) -> Section:
     )
 
 
+def respaced(num_steps: int) -> Section:
+    """ADM's sampler: its steps of the published discrete ones, with learned variances."""
+    return ancestral(num_steps, "learned") | dict(grid="respaced")
+
+
 def ddim(num_steps: int, guidance_scale: float) -> Section:
     """A sampler without noise, for the small data sets."""
     return dict(
@@ -244,6 +250,23 @@ def paper_cascade(variant: str | None, **settings: Any) -> ConfigDict:
         section.update(num_samples=20, batch_size=16)
         section.samplers = tuple({**sampler, "num_steps": 8} for sampler in section.samplers)
     return config
+
+
+def adm_cascade(variant: str | None, *, stages: tuple[str, ...], batch_size: int) -> ConfigDict:
+    """Imported stages, sampled in ADM's 250 steps, or as the variant says."""
+    check_variant(variant, "smoke", "ddim", "dpmpp")
+    sampler = {
+        "ddim": ddim(25, 1.0) | dict(grid="ddim_respaced"),  # ADM
+        "dpmpp": dpmpp_2m(1.0, (0.0, 1.0)) | dict(num_steps=25, grid="logsnr"),  # ours
+    }.get(variant, respaced(250))
+    return paper_cascade(
+        "smoke" if variant == "smoke" else None,
+        stages=stages,
+        aug_levels=(0.0,) * (len(stages) - 1),  # trained without augmentation
+        truncated=False,
+        samplers=(sampler,) * len(stages),
+        batch_size=batch_size,
+    )
 
 
 def small_cascade(
