@@ -22,6 +22,7 @@ CORE = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "pillow>=11",
+    "safetensors>=0.5",
     "simplejpeg>=1.9",
     "tensorboardX>=2.6.5",
     "tensorflow-datasets>=4.9.10",

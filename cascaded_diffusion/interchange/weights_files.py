@@ -1,0 +1,115 @@
+"""Files of weights: PyTorch's, safetensors', folders of diffusers. No code of theirs is run."""
+
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import Record, read_json
+from cascaded_diffusion.files.torch_file import map_tensors
+
+# What a file begins with that was saved in place of weights.
+_IMPOSTORS = {
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself by `git lfs pull`",
+    b"<!doctype html": "a page of HTML, as servers send instead of a file; download it again",
+    b"<html": "a page of HTML, as servers send instead of a file; download it again",
+    b"<?xml": "an answer in XML, as servers send instead of a file; download it again",
+}
+# Names that only one kind of network has, the most telling first.
+_SIGNS = {
+    "model.diffusion_model.input_blocks": "a latent diffusion model (Stable Diffusion)",
+    "first_stage_model.": "a latent diffusion model (Stable Diffusion)",
+    "attn2.to_k": "a text-conditional U-Net of diffusers",
+    "add_embedding.": "a text-conditional U-Net of diffusers",
+    "unets.": "imagen-pytorch's cascade",
+    "downs.": "a U-Net of denoising-diffusion-pytorch",
+    "Mixed_5b": "Inception, which measures FID",
+    "map_layer0": "a network of EDM",
+    "adaLN_modulation": "a DiT, which is no U-Net",
+    "middle_block.": "a U-Net of guided-diffusion or improved-diffusion",
+    "mid_block.": "a U-Net of diffusers",
+    "down_blocks.": "a U-Net of diffusers",
+}
+_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def read_weights(path: pathlib.Path, flag: str) -> dict[str, np.ndarray]:
+    """The tensors of a file, or of a folder of diffusers, by name; as views of the file.
+
+    Raises UserError, which begins with `flag` and the path, if there are none.
+    """
+    if path.is_dir():
+        path = unet_folder(path, flag) / _DIFFUSERS_WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{flag}={path}: no such file; expected the weights of a U-Net")
+    with path.open("rb") as f:
+        start = f.read(64).lstrip().lower()
+    if not start:
+        raise UserError(f"{flag}={path}: is empty; download it again")
+    for sign, what in _IMPOSTORS.items():
+        if start.startswith(sign):
+            raise UserError(f"{flag}={path}: is {what}")
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        return map_tensors(path)
+    except ValueError as e:
+        raise UserError(f"{flag}={path}: cannot be read: {e}") from e
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError) as e:
+        raise ValueError(f"not a whole file of safetensors ({e})") from e
+
+
+def unet_folder(path: pathlib.Path, flag: str) -> pathlib.Path:
+    """Where a folder of diffusers has its U-Net: itself, or its folder `unet`."""
+    for folder in (path, path / "unet"):
+        if (folder / _DIFFUSERS_WEIGHTS).exists() and (folder / "config.json").exists():
+            return folder
+    raise UserError(
+        f"{flag}={path}: has no config.json beside a {_DIFFUSERS_WEIGHTS}, neither itself nor in"
+        " unet/; expected a folder that diffusers' save_pretrained has written"
+    )
+
+
+def diffusers_config(path: pathlib.Path, flag: str) -> Record:
+    """The config.json of a folder of diffusers. Raises UserError if it is none."""
+    file = unet_folder(path, flag) / "config.json"
+    config = read_json(file, remedy="download it again")
+    if not isinstance(config, dict) or config.get("_class_name") != "UNet2DModel":
+        name = config.get("_class_name") if isinstance(config, dict) else None
+        raise UserError(f"{file}: _class_name = {name!r}: expected 'UNet2DModel'")
+    return config
+
+
+def kind_of(names: Iterable[str]) -> str:
+    """What kind of network has tensors of these names, in words."""
+    names = list(names)
+    if any("input_blocks." in n for n in names) and not any("output_blocks." in n for n in names):
+        return "a classifier of guided-diffusion"
+    for sign, what in _SIGNS.items():
+        if any(sign in name for name in names):
+            return what
+    return f"of an unknown kind (its first tensor is {min(names)[:80]!r})" if names else "empty"
+
+
+def without_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors without what all names begin with because of a wrapper: `module.`."""
+    prefix = "module."
+    if tensors and all(name.startswith(prefix) for name in tensors):
+        return {name.removeprefix(prefix): x for name, x in tensors.items()}
+    return dict(tensors)
+
+
+def size_of(path: pathlib.Path) -> int:
+    """The bytes of a file, or of all files of a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(os.stat(file).st_size for file in files if file.is_file())
