@@ -24,8 +24,12 @@ def define_config(fv: flags.FlagValues, argv: Sequence[str], help_text: str) -> 
     )
 
 
-def parse(fv: flags.FlagValues, argv: Sequence[str], usage: str, *required: str) -> None:
+def parse(
+    fv: flags.FlagValues, argv: Sequence[str], usage: str, *required: str, positional: int = 0
+) -> list[str]:
     """Parses `argv` strictly, but for the overrides of the config.
+
+    Returns the arguments that are no flags, of which there may be so many as `positional`.
 
     Raises UserError for an unknown flag, a required one that is missing, a stray argument, and a
     config file that is not there or cannot be loaded.
@@ -47,11 +51,12 @@ def parse(fv: flags.FlagValues, argv: Sequence[str], usage: str, *required: str)
     if fv["help"].value:
         print(f"{usage}\n{fv.get_help()}")
         sys.exit(0)
-    if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is not a flag: flags look like --name=value")
+    if len(rest) > 1 + positional:
+        raise UserError(f"{rest[1 + positional]!r} is not a flag: flags look like --name=value")
     for name in fv:
         check_number(f"--{name}", fv[name].value)
     require(fv, *required)
+    return rest[1:]
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.types import Params
 
 _FLAG = "FILE"
+_FILE_BYTES = 1 << 24  # of a checkpoint's files
 _SHOWN = 5  # names of tensors in an error
 # Inputs of a stage that no published network has. Their last layer begins at zero, so that the
 # network computes what it did; the first one does not, or neither would ever learn.
@@ -157,7 +158,7 @@ def _write_run(
     made.check_writable()
     with made.writer_lock("train"):
         made.write_config(config)
-        checkpoints = CheckpointWriter(made, config.checkpoint)
+        checkpoints = CheckpointWriter(made, config.checkpoint, file_bytes=_FILE_BYTES)
         try:
             checkpoints.save(0, _state(config, params))
             checkpoints.wait(0)
@@ -170,6 +171,13 @@ def _write_run(
     if folder.path.exists():
         folder.path.rmdir()  # it is empty
     os.replace(unfinished, folder.path)
+
+
+class _Uncopied(np.ndarray):
+    """An array that a save need not copy, since nothing changes it: Orbax copies all others."""
+
+    def __deepcopy__(self, memo: object) -> "_Uncopied":
+        return self
 
 
 def _state(config: RunConfig, given: Mapping[str, np.ndarray]) -> step_lib.TrainState:
@@ -185,13 +193,15 @@ def _state(config: RunConfig, given: Mapping[str, np.ndarray]) -> step_lib.Train
         params.update(
             {k: np.zeros_like(v) if k.startswith(_ZERO_AT_FIRST) else v for k, v in fresh.items()}
         )
-    tree = unflatten_params({path: params[path] for path in flat})
+    tree = unflatten_params({path: params[path].view(_Uncopied) for path in flat})
     return step_lib.TrainState(
         step=np.zeros((), np.int32),
         params=tree,
         ema_params={ema_name(d): tree for d in config.train.ema_decays},
         # Before the first step, Adam's moments and its count are zero.
-        opt_state=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes.opt_state),
+        opt_state=jax.tree.map(
+            lambda x: np.zeros(x.shape, x.dtype).view(_Uncopied), shapes.opt_state
+        ),
         key=run_key,
     )
 

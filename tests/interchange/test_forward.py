@@ -140,7 +140,8 @@ def case(name):
     labels = np.array([1, 4]) if stage.num_classes else None
     low_res = None
     if stage.low_res_resolution is not None:
-        low_res = rng.uniform(-1, 1, (2, 3, *[stage.low_res_resolution] * 2))
+        pixels = rng.integers(256, size=(2, 3, *[stage.low_res_resolution] * 2))
+        low_res = pixels / 127.5 - 1
     network(tensors, x, [0, 0], labels, low_res)  # draws them
     params = unflatten_params(params_from(tensors, family, stage))
     return build_stage(stage), params, network, tensors, (x, labels, low_res)

@@ -1,0 +1,158 @@
+"""Writes a stage's weights as other code bases read them."""
+
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from cascaded_diffusion.cascade.build import build_stage
+from cascaded_diffusion.config.convert import fail_at
+from cascaded_diffusion.config.schema import StageConfig
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import Record, write_json
+from cascaded_diffusion.files.whole import whole_file
+from cascaded_diffusion.interchange.names import Family, translations
+from cascaded_diffusion.networks.classifier import flatten_params
+from cascaded_diffusion.runtime.checkpoint import load_ema_params
+from cascaded_diffusion.runtime.run_folder import RunFolder
+
+_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+# What the number is of which a network there embeds sines and cosines.
+_TIMESTEPS = {
+    "cosine_time": "1000 * atan(exp(-logsnr / 2)) / (pi / 2)",
+    "noise_level": "1000 * sqrt(sigmoid(logsnr))",
+    "step_index": "the step, from 0",
+    "scaled_step_index": "1000 / T times the step, from 0",
+}
+
+
+def tensors_of(
+    params: Mapping[str, np.ndarray], family: Family, stage: StageConfig
+) -> dict[str, np.ndarray]:
+    """A stage's parameters, by path, as the family's tensors by name.
+
+    Raises UserError, which names the config key, if the family has no such network.
+    """
+    check_expressible(stage, family)
+    shapes, tensors = build_stage(stage).shapes()[0], {}
+    for translated in translations(family, stage, shapes):
+        ours = np.asarray(params[translated.path])
+        tensors.update(zip(translated.names, translated.to_theirs(ours), strict=True))
+    return tensors
+
+
+def check_expressible(stage: StageConfig, family: Family) -> None:
+    """Raises UserError, which names the config key, if the family has no such network."""
+
+    def refuse_unless(key: str, value: object, *allowed: object) -> None:
+        if value not in allowed:
+            expected = " or ".join(map(repr, allowed))
+            fail_at(stage, key, f"{expected}: {family.name} has no other network")
+
+    network = stage.network
+    for key, only in (("name", "unet"), ("patch_size", 1), ("scale_skips", False)):
+        refuse_unless(f"stage.network.{key}", getattr(network, key), only)
+    refuse_unless("stage.augment.name", stage.augment.name, "none", "blur")
+    for width in {network.channels, *network.widths}:
+        if width % 32:
+            fail_at(stage, "stage.network.channel_mults", "multiples of 32 channels at every level")
+    if stage.low_res_resolution is not None:
+        refuse_unless("stage.network.upsample", network.upsample, "bilinear")
+    if family.name == "diffusers":
+        refuse_unless("stage.kind", stage.kind, "base")
+        refuse_unless("stage.network.resample", network.resample, "conv")
+        refuse_unless("stage.network.channel_mults[0]", network.channel_mults[0], 1)
+        if len(set(network.num_res_blocks)) > 1 or len(_head_channels(stage)) > 1:
+            raise UserError(
+                f"config.stage.network of stage {stage.name!r}: expected as many residual blocks at"
+                " every level, and attention heads of one width: diffusers has no other network"
+            )
+
+
+def _head_channels(stage: StageConfig) -> set[int]:
+    network = stage.network
+    sizes = [stage.resolution // 2**level for level in range(len(network.widths))]
+    attending = {
+        width
+        for size, width in zip(sizes, network.widths, strict=True)
+        if size in network.attention_resolutions
+    }
+    return {width // network.heads_of(width) for width in {*attending, network.widths[-1]}}
+
+
+def export_weights(
+    folder: RunFolder, family: Family, output: pathlib.Path, *, step: int | None = None
+) -> Record:
+    """Writes the chosen checkpoint's averaged parameters, and returns what was written.
+
+    For diffusers `output` is a folder that `UNet2DModel.from_pretrained` takes, else a file of
+    safetensors with a state dict. Another `step` than the chosen one may be given.
+
+    Raises UserError if the family has no such network, no checkpoint was chosen, or the output is
+    there already.
+    """
+    config, chosen = folder.read_config(), folder.chosen()
+    stage = config.stage
+    check_expressible(stage, family)
+    step = chosen.step if step is None else step
+    shapes = build_stage(stage).shapes()[0]
+    params = load_ema_params(folder, step, chosen.ema_decay, shapes)
+    tensors = tensors_of(flatten_params(jax.device_get(params)), family, stage)
+    about = {
+        "stage": stage.name,
+        "step": str(step),
+        "ema_decay": str(chosen.ema_decay),
+        "timesteps": _TIMESTEPS[stage.network.noise_input],
+    }
+    if output.exists():
+        raise UserError(f"--output={output}: is there already; name a new one")
+    if family.name == "diffusers":
+        write_json(output / "config.json", _diffusers_config(stage, tensors))
+        _write_safetensors(output / "diffusion_pytorch_model.safetensors", tensors, about)
+    else:
+        _write_safetensors(output, tensors, about)
+    return {**about, "tensors": len(tensors)}
+
+
+def _write_safetensors(
+    path: pathlib.Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]
+) -> None:
+    from safetensors.numpy import save_file
+
+    with whole_file(path) as f:
+        save_file(dict(tensors), f.name, metadata={"format": "pt", **about})
+
+
+def _diffusers_config(stage: StageConfig, tensors: Mapping[str, np.ndarray]) -> Record:
+    network = stage.network
+    attends = [
+        stage.resolution // 2**level in network.attention_resolutions
+        for level in range(len(network.widths))
+    ]
+    kinds = ["Attn" if has else "" for has in attends]
+    (head,) = _head_channels(stage)
+    rows = len(tensors["class_embedding.weight"]) if stage.num_classes else None
+    return {
+        "_class_name": "UNet2DModel",
+        "sample_size": stage.resolution,
+        "in_channels": stage.channels,
+        "out_channels": stage.channels * (1 + (stage.diffusion.variance == "learned")),
+        "block_out_channels": list(network.widths),
+        "layers_per_block": network.num_res_blocks[0],
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        "attention_head_dim": head,
+        "num_class_embeds": rows,
+        "resnet_time_scale_shift": "scale_shift" if network.scale_shift else "default",
+        "dropout": network.dropout_rate,
+        "time_embedding_type": "positional",
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "downsample_padding": 1,
+        "add_attention": True,
+    }
