@@ -22,6 +22,7 @@ from tests.tiny import ROOT
 
 PACKAGE = ROOT / "cascaded_diffusion"
 BINARIES = {"main", "evaluate", "sample", "prepare", "plan", "report", "reference"}
+BINARIES |= {"import_weights", "export_weights"}
 _ROOMS = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
 _LEAVES = {"config", "files", "types", "errors"}
 # Which rooms may import which others.
@@ -41,6 +42,7 @@ ALLOWED = {
     # networks: the classifier whose features it scores by is no cascade's business.
     "evaluation": {"cascade", "networks", "runtime", *_LEAVES},
     "planning": {"cascade", "networks", "runtime", "training", *_LEAVES},
+    "interchange": {"cascade", "networks", "runtime", "training", *_LEAVES},
     # A deferred import: Ctrl-C is answered from the package's first line on.
     "__init__": {"commands", *_ROOMS},
     "commands": _ROOMS | _LEAVES,
@@ -60,6 +62,8 @@ HOMES = {
     "google_crc32c": {"data/record_files.py"},
     "cv2": {"data"},
     "simplejpeg": {"data/decode.py"},
+    "ml_dtypes": {"files/torch_file.py"},
+    "safetensors": {"interchange"},
     "mlxtend": {"data"},
     # Two trainings, two homes: the diffusion models', and the classifier's.
     "optax": {"training", "evaluation/features/classifier_training.py"},
@@ -150,6 +154,7 @@ def test_importing_the_package_is_quick_and_starts_nothing():
         "import sys, cascaded_diffusion, cascaded_diffusion.main, cascaded_diffusion.evaluate,"
         " cascaded_diffusion.sample, cascaded_diffusion.plan, cascaded_diffusion.report,"
         " cascaded_diffusion.reference, cascaded_diffusion.prepare,"
+        " cascaded_diffusion.import_weights, cascaded_diffusion.export_weights,"
         " cascaded_diffusion.commands.show_data\n"
         "heavy = {'jax', 'flax', 'orbax', 'grain', 'tensorflow', 'optax', 'cv2'}\n"
         "heavy &= set(sys.modules)\n"

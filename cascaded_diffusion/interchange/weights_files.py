@@ -1,13 +1,11 @@
 """Files of weights: PyTorch's, safetensors', folders of diffusers. No code of theirs is run."""
 
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import Record, read_json
 from cascaded_diffusion.files.torch_file import map_tensors
 
 # What a file begins with that was saved in place of weights.
@@ -80,16 +78,6 @@ def unet_folder(path: pathlib.Path, flag: str) -> pathlib.Path:
     )
 
 
-def diffusers_config(path: pathlib.Path, flag: str) -> Record:
-    """The config.json of a folder of diffusers. Raises UserError if it is none."""
-    file = unet_folder(path, flag) / "config.json"
-    config = read_json(file, remedy="download it again")
-    if not isinstance(config, dict) or config.get("_class_name") != "UNet2DModel":
-        name = config.get("_class_name") if isinstance(config, dict) else None
-        raise UserError(f"{file}: _class_name = {name!r}: expected 'UNet2DModel'")
-    return config
-
-
 def kind_of(names: Iterable[str]) -> str:
     """What kind of network has tensors of these names, in words."""
     names = list(names)
@@ -107,9 +95,3 @@ def without_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if tensors and all(name.startswith(prefix) for name in tensors):
         return {name.removeprefix(prefix): x for name, x in tensors.items()}
     return dict(tensors)
-
-
-def size_of(path: pathlib.Path) -> int:
-    """The bytes of a file, or of all files of a folder."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(os.stat(file).st_size for file in files if file.is_file())
