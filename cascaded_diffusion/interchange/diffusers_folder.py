@@ -24,6 +24,8 @@ _FIXED: Mapping[str, tuple[object, ...]] = {
     "norm_eps": (1e-5, None),
     "add_attention": (True, None),
     "class_embed_type": (None,),
+    # With "scale_shift" the attention in the middle has no norm there.
+    "resnet_time_scale_shift": ("default", None),
     "num_train_timesteps": (None,),
 }
 _PREDICTS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -91,7 +93,7 @@ def _network(config: Record, file: pathlib.Path) -> dict[str, object]:
         "stage.network.dropout_rate": float(config.get("dropout") or 0.0),
         "stage.network.patch_size": 1,
         "stage.network.resample": "conv",
-        "stage.network.scale_shift": config.get("resnet_time_scale_shift") == "scale_shift",
+        "stage.network.scale_shift": False,
         "stage.network.scale_skips": False,
         "stage.network.noise_input": "step_index",
         "stage.network.null_label": False,

@@ -62,6 +62,8 @@ def check_expressible(stage: StageConfig, family: Family) -> None:
     if family.name == "diffusers":
         refuse_unless("stage.kind", stage.kind, "base")
         refuse_unless("stage.network.resample", network.resample, "conv")
+        # With it, the attention in the middle has no norm there.
+        refuse_unless("stage.network.scale_shift", network.scale_shift, False)
         refuse_unless("stage.network.channel_mults[0]", network.channel_mults[0], 1)
         if len(set(network.num_res_blocks)) > 1 or len(_head_channels(stage)) > 1:
             raise UserError(
@@ -144,7 +146,7 @@ def _diffusers_config(stage: StageConfig, tensors: Mapping[str, np.ndarray]) -> 
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
         "attention_head_dim": head,
         "num_class_embeds": rows,
-        "resnet_time_scale_shift": "scale_shift" if network.scale_shift else "default",
+        "resnet_time_scale_shift": "default",
         "dropout": network.dropout_rate,
         "time_embedding_type": "positional",
         "flip_sin_to_cos": True,

@@ -25,11 +25,15 @@ from cascaded_diffusion.networks.classifier import flatten_params
 from cascaded_diffusion.types import Params
 
 # The parts of our residual and attention blocks, as each code base calls them.
-_RES = ("norm0", "conv0", "shift", "scale_shift", "norm1", "conv1", "skip")
-_GUIDED_RES = ("in_layers.0", "in_layers.2", "emb_layers.1", "emb_layers.1", "out_layers.0")
-_GUIDED_RES += ("out_layers.3", "skip_connection")
-_DIFFUSERS_RES = ("norm1", "conv1", "time_emb_proj", "time_emb_proj", "norm2", "conv2")
-_DIFFUSERS_RES += ("conv_shortcut",)
+_GUIDED_RES = {
+    **{"norm0": "in_layers.0", "conv0": "in_layers.2"},
+    **{"shift": "emb_layers.1", "scale_shift": "emb_layers.1"},
+    **{"norm1": "out_layers.0", "conv1": "out_layers.3", "skip": "skip_connection"},
+}
+_DIFFUSERS_RES = {
+    **{"norm0": "norm1", "conv0": "conv1", "shift": "time_emb_proj", "norm1": "norm2"},
+    **{"conv1": "conv2", "skip": "conv_shortcut"},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ class Family:
 GUIDED_DIFFUSION = Family(
     name="guided_diffusion",
     parts={
-        **dict(zip(_RES, _GUIDED_RES, strict=True)),
+        **_GUIDED_RES,
         **{"norm": "norm", "out": "proj_out", "down_conv": "op", "up_conv": "conv"},
         **{"Dense_0": "0", "Dense_1": "2"},
     },
@@ -65,7 +69,7 @@ GUIDED_DIFFUSION = Family(
 DIFFUSERS = Family(
     name="diffusers",
     parts={
-        **dict(zip(_RES, _DIFFUSERS_RES, strict=True)),
+        **_DIFFUSERS_RES,
         **{"norm": "group_norm", "out": "to_out.0", "down_conv": "conv", "up_conv": "conv"},
         **{"Dense_0": "linear_1", "Dense_1": "linear_2"},
     },

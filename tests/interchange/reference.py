@@ -193,20 +193,14 @@ class Diffusers:
     blocks: int = 1
     attention: tuple = ()  # sizes of feature maps
     head_channels: int = 8
-    scale_shift: bool = False
     flip_sin_to_cos: bool = True
     outputs: int = 3
     classes: int | None = None
 
     def _res(self, t, name, x, emb, outputs):
         h = conv(t, f"{name}.conv1", swish(group_norm(t, f"{name}.norm1", x)), outputs)
-        told = linear(t, f"{name}.time_emb_proj", swish(emb), outputs * (1 + self.scale_shift))
-        told = told[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = np.split(told, 2, axis=1)
-            h = group_norm(t, f"{name}.norm2", h) * (1 + scale) + shift
-        else:
-            h = group_norm(t, f"{name}.norm2", h + told)
+        told = linear(t, f"{name}.time_emb_proj", swish(emb), outputs)
+        h = group_norm(t, f"{name}.norm2", h + told[:, :, None, None])
         h = conv(t, f"{name}.conv2", swish(h), outputs)
         if x.shape[1] != outputs:
             x = conv(t, f"{name}.conv_shortcut", x, outputs, size=1)

@@ -103,6 +103,7 @@ def test_there_and_back_is_the_same_to_the_bit(tmp_path):
         ({"downsample_padding": 0}, None, "downsample_padding = 0: expected 1"),
         ({"norm_eps": 1e-6}, None, "norm_eps = 1e-06: expected 1e-05"),
         ({"freq_shift": 1}, None, "freq_shift = 1: expected 0"),
+        ({"resnet_time_scale_shift": "scale_shift"}, None, "= 'scale_shift': expected 'default'"),
         ({"up_block_types": ["UpBlock2D"] * 2}, None, "and the same on the way up"),
         ({"sample_size": [16, 32]}, None, "sample_size = [16, 32]: expected a square"),
         ({"sample_size": None}, None, "not the config of a UNet2DModel (TypeError"),

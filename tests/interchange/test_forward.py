@@ -121,10 +121,11 @@ CASES = {
         diffusers(),
         names.DIFFUSERS,
     ),
-    "diffusers, scaled and shifted, sines first": (
+    "diffusers, sines first, wide heads, without classes": (
         "iddpm_base64",
-        {**heads(None), **FIXED, "stage.network.num_head_channels": 16, **UNCONDITIONAL},
-        diffusers(head_channels=16, scale_shift=True, flip_sin_to_cos=False, classes=None),
+        {"stage.network.scale_shift": False, **heads(None), **FIXED, **UNCONDITIONAL}
+        | {"stage.network.num_head_channels": 16},
+        diffusers(head_channels=16, flip_sin_to_cos=False, classes=None),
         SIN_FIRST,
     ),
 }
