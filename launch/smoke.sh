@@ -21,9 +21,9 @@ mkdir -p "$runs"
 touch "$runs/.smoke"
 export runs
 
-# A stage's config file ends with `in_variant`, a cascade's with `paper_cascade`.
+# A stage's config file ends with `in_variant`, a cascade's with `paper_cascade` or `adm_cascade`.
 mapfile -t files < <(printf '%s\n' configs/*.py | grep -v -e mnist_ -e cifar10_)
-mapfile -t cascades < <(grep -l 'return paper_cascade(' "${files[@]}")
+mapfile -t cascades < <(grep -l -e 'return paper_cascade(' -e 'return adm_cascade(' "${files[@]}")
 mapfile -t stages < <(grep -l 'return in_variant(' "${files[@]}")
 
 # Nearly all of the time is compilation: a quicker one of slower programs.

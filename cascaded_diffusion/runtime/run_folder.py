@@ -2,6 +2,7 @@
 
     RUN/config.json               the resolved config
     RUN/data.json                 which images it is trained on (`run_data`)
+    RUN/imported.json             where weights are from that others trained (`interchange`)
     RUN/checkpoints/<step>/       Orbax (`checkpoint`), with checksums (`manifest`)
     RUN/saved.json                the step of the newest checkpoint that was completed
     RUN/metrics.jsonl             one line per logged step
