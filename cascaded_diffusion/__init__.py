@@ -15,43 +15,41 @@ if sys.argv[:1] == ["-m"] and any("cascaded_diffusion." in arg for arg in sys.or
 import importlib
 from typing import Any
 
-_HOMES = {
-    "Batch": "types",
-    "Cascade": "cascade.cascade",
+_PUBLIC = {
     "CascadeConfig": "config.schema",
     "Conditioning": "types",
     "Evaluation": "evaluation.evaluator",
-    "FeatureExtractor": "evaluation.features.extractor",
-    "FeatureStatistics": "evaluation.metrics.frechet",
-    "Features": "evaluation.features.extractor",
-    "Measurement": "evaluation.measure",
     "Prediction": "types",
     "RunConfig": "config.schema",
     "RunFolder": "runtime.run_folder",
+    "Sampler": "cascade.sampler",
     "Stage": "cascade.stage",
+    "TrainedCascade": "library.trained_cascade",
     "UserError": "errors",
-    "bits_per_dim": "evaluation.jobs",
     "build_stage": "cascade.build",
-    "cascade_config_from": "config.run_checks",
-    "classification_accuracy": "evaluation.cas",
     "final_numbers": "evaluation.jobs",
-    "frechet_distance": "evaluation.metrics.frechet",
-    "load_inception": "evaluation.features.inception_extractor",
-    "load_splits": "data.sources",
+    "load_cascade": "library.trained_cascade",
+    "load_config": "library.configs",
     "measure_files": "evaluation.file_scores",
-    "measure_reference": "evaluation.reference",
-    "measure_samples": "evaluation.jobs",
     "prepare_splits": "data.write_prepared",
-    "run_config_from": "config.run_checks",
-    "sample_cascade": "evaluation.samples.cascade_samples",
+    "sample_chain": "cascade.sampler",
     "score_checkpoints": "evaluation.jobs",
     "sweep_settings": "evaluation.jobs",
-    "verify_splits": "data.write_prepared",
+    "train": "library.train_arrays",
+}
+# What only the binaries call, likewise loaded when it is first used.
+_FOR_BINARIES = {
+    "bits_per_dim": "evaluation.jobs",
+    "classification_accuracy": "evaluation.cas",
+    "load_inception": "evaluation.features.inception_extractor",
+    "measure_samples": "evaluation.jobs",
+    "sample_cascade": "evaluation.samples.cascade_samples",
     "write_file_reference": "evaluation.file_scores",
     "write_references": "evaluation.jobs",
 }
+_HOMES = {**_PUBLIC, **_FOR_BINARIES}
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

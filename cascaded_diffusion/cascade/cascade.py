@@ -6,8 +6,8 @@ from functools import lru_cache, partial
 
 import jax
 
+from cascaded_diffusion.cascade.sampler import AnySampler
 from cascaded_diffusion.cascade.stage import Stage
-from cascaded_diffusion.config.schema import SamplerConfig
 from cascaded_diffusion.diffusion.samplers import fold_in_each
 from cascaded_diffusion.types import Params
 
@@ -20,7 +20,7 @@ def keys_for(key: jax.Array, indices: jax.Array) -> jax.Array:
 
 @lru_cache(maxsize=32)
 def sampling_program(
-    stage: Stage, sampler: SamplerConfig, low_res_is_noisy: bool
+    stage: Stage, sampler: AnySampler, low_res_is_noisy: bool
 ) -> Callable[..., jax.Array]:
     """`stage.sample`, compiled once for all parameters and levels, and for all equal stages."""
     return jax.jit(partial(stage.sample, sampler=sampler, low_res_is_noisy=low_res_is_noisy))
@@ -36,7 +36,7 @@ class Cascade:
 
     # In order of resolution. The first may be None if their clean images are always `given`.
     stages: Sequence[Stage | None]
-    samplers: Sequence[SamplerConfig]  # one per stage
+    samplers: Sequence[AnySampler]  # one per stage
     truncated: bool
 
     def _truncates(self, index: int) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from cascaded_diffusion.cascade import augment
 from cascaded_diffusion.cascade.pixels import area_downsample, quantized
+from cascaded_diffusion.cascade.sampler import AnySampler, step_of
 from cascaded_diffusion.config.schema import SamplerConfig, StageConfig
 from cascaded_diffusion.diffusion import (
     bound,
@@ -175,7 +176,7 @@ class Stage:
             output, xt, logsnr, parameterization=self.config.diffusion.parameterization
         )
 
-    def denoise_fn(self, params: Params, cond: Conditioning, sampler: SamplerConfig) -> DenoiseFn:
+    def denoise_fn(self, params: Params, cond: Conditioning, sampler: AnySampler) -> DenoiseFn:
         """The network as samplers see it, guided and thresholded as `sampler` says."""
 
         def denoise(cond: Conditioning, xt: jax.Array, logsnr: jax.Array) -> Prediction:
@@ -195,7 +196,7 @@ class Stage:
         )
         return guidance.with_threshold(guided, sampler.threshold, sampler.threshold_percentile)
 
-    def time_grid(self, sampler: SamplerConfig) -> np.ndarray:
+    def time_grid(self, sampler: AnySampler) -> np.ndarray:
         """The times that a sampler visits, [num_steps + 1] from 1 down to 0."""
         steps = self.config.schedule.discrete_timesteps
         return grids.time_grid(
@@ -232,7 +233,7 @@ class Stage:
         aug_level: jax.Array | float | None = None,
         low_res_is_noisy: bool = False,
         stop_t: jax.Array | float = 0.0,
-        sampler: SamplerConfig | None = None,
+        sampler: AnySampler | None = None,
     ) -> jax.Array:
         """One image per key, [B, H, W, C] float32: in [-1, 1] if the sampler clips.
 
@@ -254,12 +255,7 @@ class Stage:
             samplers.normal_per_image(xt_keys, image_shape),
             step_keys,
             schedule=self.schedule,
-            step=samplers.make_step(
-                sampler.name,
-                variance=sampler.variance,
-                variance_interpolation=sampler.variance_interpolation,
-                eta=sampler.eta,
-            ),
+            step=step_of(sampler),
             times=self.time_grid(sampler),
             stop_t=augment.nearest_level(stop_t, config.schedule.discrete_timesteps),
         )

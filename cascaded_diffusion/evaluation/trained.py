@@ -12,7 +12,7 @@ from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import StageConfig, to_dict
 from cascaded_diffusion.runtime import checkpoint
 from cascaded_diffusion.runtime import mesh as mesh_lib
-from cascaded_diffusion.runtime.manifest import MANIFEST, pinned
+from cascaded_diffusion.runtime.manifest import MANIFEST, finished_steps, pinned
 from cascaded_diffusion.runtime.run_folder import Chosen, RunFolder
 from cascaded_diffusion.types import Params
 
@@ -37,9 +37,24 @@ class TrainedStage:
         return f"{self.stage.config.name}@{self.chosen.step}, EMA {self.chosen.ema_decay:g}"
 
 
-def load_trained(folder: RunFolder, mesh: Mesh) -> TrainedStage:
-    """The stage of a run at its chosen checkpoint. Raises UserError unless that is intact."""
-    stage, chosen = build_stage(folder.read_config().stage), folder.chosen()
+def load_trained(
+    folder: RunFolder, mesh: Mesh, *, newest_if_none_chosen: bool = False
+) -> TrainedStage:
+    """The stage of a run at its chosen checkpoint. Raises UserError unless that is intact.
+
+    Where none was chosen, the newest one with its first EMA may stand in, which is printed.
+    """
+    config = folder.read_config()
+    stage = build_stage(config.stage)
+    if newest_if_none_chosen and folder.best() is None and (steps := finished_steps(folder)):
+        chosen = Chosen(step=max(steps), ema_decay=config.eval.ema_decays[0])
+        print(f"{folder.path}: no checkpoint was chosen yet; the newest, of step {chosen.step}")
+        params = checkpoint.load_ema_params(
+            folder, chosen.step, chosen.ema_decay, abstract_params(stage, mesh)
+        )
+        digest = checkpoint_digest(folder, stage.config, chosen.step)
+        return TrainedStage(stage=stage, params=params, chosen=chosen, digest=digest)
+    chosen = folder.chosen()
     while True:
         with pinned(folder, chosen.step) as is_there:
             # Before it was pinned, evaluation may have chosen another and the trainer deleted it.

@@ -1,0 +1,1 @@
+"""What notebooks and other programs call: configs, trained cascades, training, samplers."""
