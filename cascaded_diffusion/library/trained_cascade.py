@@ -93,11 +93,16 @@ class TrainedCascade:
         labels, num = self._labels(labels, len(low_res) if low_res is not None else num)
         levels = tuple(self.section.aug_levels if aug_levels is None else aug_levels)
         samplers = self.section.samplers if samplers is None else samplers
-        for name, given in (("aug_levels", [*levels, None]), ("samplers", samplers)):
-            if len(given) != len(self.stages):
-                wanted = len(self.stages) - (name == "aug_levels")
+        number = len(self.stages)
+        for name, given, wanted in (
+            ("aug_levels", levels, number - 1),
+            ("samplers", samplers, number),
+        ):
+            if len(given) != wanted:
                 raise UserError(f"{name}: expected {wanted}, got {len(given)}")
         for level, trained in zip(levels, self.stages[1:], strict=True):
+            if not 0 <= level <= 1:
+                raise UserError(f"aug_levels = {levels}: expected levels from 0 to 1")
             check_level("cascade.aug_levels", level, trained.stage.config)
         sample = generate.make_cascade_sampler(
             Cascade(

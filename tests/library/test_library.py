@@ -106,7 +106,7 @@ def test_what_cannot_be_sampled_is_refused(cascade, runs):
         ({"labels": [0.5]}, "labels: float64"),
         ({"num": 0}, "num = 0: expected the number of images"),
         ({"aug_levels": (0.1, 0.2)}, "aug_levels: expected 1, got 2"),
-        ({"aug_levels": (2.0,)}, "at most"),
+        ({"aug_levels": (-0.1,)}, "expected levels from 0 to 1"),
         ({"samplers": []}, "samplers: expected 2, got 0"),
     ):
         with pytest.raises(cd.UserError, match=message):
