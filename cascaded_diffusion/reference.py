@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     flags.DEFINE_string("images", None, "an .npz or a folder of PNGs", flag_values=fv)
     flags.DEFINE_string("output", None, "with --images: the .npz to write", flag_values=fv)
     resize = "with --images: to 299 px; legacy"
-    flags.DEFINE_enum("resize", None, ["legacy", "clean"], resize, flag_values=fv)
+    flags.DEFINE_enum("resize", None, ["legacy", "clean", "pytorch_fid"], resize, flag_values=fv)
     define_inception(fv)
     config_flags.parse(fv, argv, __doc__)
     check_paths(fv, "workdir", "images", "output")

@@ -24,7 +24,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         num_heads=None,
         num_head_channels=64,  # ADM
     )
-    config.data = imagenet(256)
+    config.data = imagenet(256) | dict(resize="adm")  # ADM
     config.train.update(train_steps=1_980_000)  # ADM
     config.eval.batch_size = 256
     if variant == "uncond":

@@ -20,7 +20,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         channel_mults=(0.5, 1, 1, 2, 2, 4, 4),  # ADM
         num_res_blocks=(2, 2, 2, 2, 2, 2, 2),  # ADM
     )
-    config.data = imagenet(512)
+    config.data = imagenet(512) | dict(resize="adm")  # ADM
     config.train.update(train_steps=1_940_000)  # ADM
     config.eval.batch_size = 64
     return in_variant(

@@ -55,7 +55,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         augment=dict(name="none"),
         sampler=respaced(250),  # ADM
     )
-    config.data = imagenet(64)
+    config.data = imagenet(64) | dict(resize="adm")  # ADM
     config.train = dict(
         seed=0,
         batch_size=2048,  # ADM

@@ -36,7 +36,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         noise_levels="discrete",  # ADM
         linear_betas=(1e-4, 0.02),  # ADM
     )
-    config.data = imagenet(256)
+    config.data = imagenet(256) | dict(resize="adm")  # ADM
     config.train.update(batch_size=256, train_steps=500_000, learning_rate=1e-4)  # ADM
     config.eval.batch_size = 256
     if variant == "gaussian":

@@ -21,7 +21,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         num_heads=None,
         num_head_channels=64,  # ADM
     )
-    config.data = imagenet(512)
+    config.data = imagenet(512) | dict(resize="adm")  # ADM
     config.train.train_steps = 1_050_000  # ADM
     config.eval.batch_size = 64
     return in_variant(

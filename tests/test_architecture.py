@@ -56,7 +56,7 @@ HOMES = {
     "orbax": {"runtime/checkpoint.py"},
     "clu": {"runtime/metric_writer.py"},
     "tensorboardX": {"runtime/metric_writer.py"},
-    "PIL": {"runtime/pictures.py", "files/image_files.py", "data/decode.py"},
+    "PIL": {"runtime/pictures.py", "files/image_files.py", "data/decode.py", "data/transforms.py"},
     "matplotlib": {"runtime/pictures.py"},
     "grain": {"data"},
     "tensorflow_datasets": {"data/tfds.py"},

@@ -37,13 +37,17 @@ class Damage:
     logsnr: jax.Array | None = None  # [B], the noise level of aug_level
     noise: jax.Array | None = None  # [B, h, w, C] standard normal
     blur_weights: jax.Array | None = None  # [B, size], eq. (2), summing to 1
+    blur_border: str = dataclasses.field(default="edge", metadata={"static": True})
 
 
-def blur(image: jax.Array, weights: jax.Array) -> jax.Array:
-    """Separable blur of [B, h, w, C] by [B, size]; border pixels repeat beyond the border."""
+def blur(image: jax.Array, weights: jax.Array, border: str = "edge") -> jax.Array:
+    """Separable blur of [B, h, w, C] by [B, size].
+
+    Beyond the border, border pixels repeat ("edge"), or the image is mirrored ("reflect").
+    """
     size = weights.shape[1]
-    border = (size // 2, size // 2)
-    padded = jnp.pad(image, ((0, 0), border, border, (0, 0)), mode="edge")
+    beyond = (size // 2, size // 2)
+    padded = jnp.pad(image, ((0, 0), beyond, beyond, (0, 0)), mode=border)
     weights = weights[:, :, None, None, None]
     rows = sum(weights[:, k] * padded[:, k : k + image.shape[1]] for k in range(size))
     return sum(weights[:, k] * rows[:, :, k : k + image.shape[2]] for k in range(size))
@@ -68,7 +72,7 @@ def condition(
     """
     clean = quantized(low_res)
     if damage.blur_weights is not None:
-        clean = blur(clean, damage.blur_weights)
+        clean = blur(clean, damage.blur_weights, damage.blur_border)
     if damage.aug_level is None:
         if already_noisy:
             raise ValueError("this stage was trained without Gaussian conditioning augmentation")
@@ -101,13 +105,15 @@ class BlurAugment(NoAugment):
     kernel_size: int  # pixels, odd
     sigmas: tuple[float, float]  # lowest and highest standard deviation, in pixels
     prob: float  # the share of examples that are blurred
+    border: str = "edge"  # see `blur`
 
     def for_training(self, key: jax.Array, shape: tuple[int, ...]) -> Damage:
         sigma_key, chosen_key = jax.random.split(key)
         low, high = self.sigmas
         sigma = jax.random.uniform(sigma_key, shape[:1], minval=low, maxval=high)
         chosen = jax.random.bernoulli(chosen_key, self.prob, shape[:1])
-        return Damage(blur_weights=gaussian_weights(jnp.where(chosen, sigma, 0), self.kernel_size))
+        weights = gaussian_weights(jnp.where(chosen, sigma, 0), self.kernel_size)
+        return Damage(blur_weights=weights, blur_border=self.border)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

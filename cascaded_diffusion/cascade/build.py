@@ -42,7 +42,12 @@ def build_augment(config: StageConfig) -> Augment | None:
     if augment.name == "none":
         return NoAugment()
     if augment.name == "blur":
-        return BlurAugment(augment.blur_kernel_size, augment.blur_sigmas, augment.blur_prob)
+        return BlurAugment(
+            augment.blur_kernel_size,
+            augment.blur_sigmas,
+            augment.blur_prob,
+            augment.blur_border or "edge",
+        )
     return GaussianAugment(
         schedule=build_schedule(low_res_schedule, config.low_res_resolution),
         num_timesteps=low_res_schedule.discrete_timesteps,

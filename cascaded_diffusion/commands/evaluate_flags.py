@@ -66,7 +66,7 @@ def define_evaluate(argv: Sequence[str]) -> flags.FlagValues:
     for name, (text, least) in numbers.items():
         flags.DEFINE_integer(name, None, text, lower_bound=least, flag_values=fv)
     resize = "how images get to Inception's 299 px; default: legacy, or as the reference"
-    flags.DEFINE_enum("resize", None, ["legacy", "clean"], resize, flag_values=fv)
+    flags.DEFINE_enum("resize", None, ["legacy", "clean", "pytorch_fid"], resize, flag_values=fv)
     network = "the classifier of cas; default: resnet50 from 64 px on"
     flags.DEFINE_enum("network", None, ["resnet", "resnet50"], network, flag_values=fv)
     define_data_path(fv)

@@ -129,7 +129,8 @@ def _check_eval(config: RunConfig) -> None:
     if (settings.features == "inception") != (settings.resize is not None):
         expected = "None, since config.eval.features is not 'inception'"
         if settings.features == "inception":
-            expected = "'legacy' (as the original FID and ADM's evaluator) or 'clean' (clean-fid)"
+            expected = "'legacy' (as the original FID and ADM's evaluator), 'clean' (clean-fid)"
+            expected += " or 'pytorch_fid'"
         refuse("eval.resize", expected)
     if settings.features in LABELLED_FEATURES and stage.num_classes < 2:
         refuse(

@@ -108,6 +108,7 @@ class AugmentConfig:
     blur_kernel_size: int | None = _range(3, 255)  # pixels; odd
     blur_sigmas: tuple[float, ...] | None = _above(0.0, 1000.0)  # pixels: lowest, highest
     blur_prob: float | None = _range(0.0, 1.0)  # of blurring an image at all
+    blur_border: Literal["edge", "reflect"] | None  # what lies beyond the border; None: "edge"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,7 +177,7 @@ class DataConfig:
     eval_split: str  # a split that is not trained on
     resolution: int = _range(1, MAX_SIZE)  # of the images that the host gives, in pixels
     crop: Literal["center", "none"]  # "none": images are square already
-    resize: Literal["area", "bilinear"]  # the filter that shrinks images
+    resize: Literal["area", "bilinear", "adm"]  # the filter that shrinks images; ADM's own way
     low_res: Literal["derived", "stored"]  # from the high-res image, or from the crop itself
     random_flip: bool  # left to right, with probability 1/2
     shuffle_seed: int = _range(0, _MAX_SEED)  # of the order of the images
@@ -224,7 +225,7 @@ class EvalConfig:
     """`eval`: how checkpoints are scored, and when training may stop."""
 
     features: Literal["classifier", "resnet", "resnet50", "rotation", "inception"]  # extractor
-    resize: Literal["legacy", "clean"] | None  # to the 299 px of inception alone
+    resize: Literal["legacy", "clean", "pytorch_fid"] | None  # to the 299 px of inception alone
     num_samples: int = _range(2, _MAX_SAMPLES)  # by which checkpoints are compared
     final_num_samples: int = _range(2, _MAX_SAMPLES)  # of `evaluate final`
     sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun"] | None  # None: the stage's

@@ -180,6 +180,17 @@ def _check_augment(stage: StageConfig) -> None:
     augment, gaussian = stage.augment, stage.augment.name == "gaussian"
     uses = {key: "blur" for key in ("blur_kernel_size", "blur_sigmas", "blur_prob")}
     _check_used("stage.augment", augment, {"max_level": "gaussian", **uses}, "name")
+    if augment.blur_border is not None and augment.name != "blur":
+        refuse(
+            "stage.augment.blur_border",
+            f"None, since config.stage.augment.name is {augment.name!r}, not 'blur'",
+        )
+    half, size = (augment.blur_kernel_size or 0) // 2, stage.low_res_resolution or 0
+    if augment.blur_border == "reflect" and half >= size:
+        refuse(
+            "stage.augment.blur_kernel_size",
+            f"less than {2 * size}: an image of {size} px cannot be mirrored so far",
+        )
     _check_pair("stage.augment.blur_sigmas", augment.blur_sigmas)
     if augment.blur_kernel_size is not None and augment.blur_kernel_size % 2 == 0:
         refuse("stage.augment.blur_kernel_size", "an odd number")

@@ -22,7 +22,7 @@ from cascaded_diffusion.data import manifests, records
 from cascaded_diffusion.data.decode import decode_image
 from cascaded_diffusion.data.record_files import ArrayRecordShards, ShardPart
 from cascaded_diffusion.data.records import CorruptRecord, RawExample, RawSource, Sized, Source
-from cascaded_diffusion.data.transforms import CROPS, resize_uint8
+from cascaded_diffusion.data.transforms import cropped_and_resized
 from cascaded_diffusion.errors import UserError
 
 # What `measure_parts` measures at most.
@@ -95,11 +95,11 @@ class ProcessedSource(Source):
 
     def sized(self, pixels: np.ndarray, label: int) -> Sized:
         """Crops pixels, and resizes the crop to every size that is wanted."""
-        crop, method = CROPS[self._config.crop](pixels), self._config.resize
-        image = resize_uint8(crop, self.image_shape[0], method)
+        how = (self._config.crop, self._config.resize)
+        image = cropped_and_resized(pixels, self.image_shape[0], *how)
         record: Sized = {"image": image, "label": np.int32(label)}
         if self.low_res_shape is not None:
-            record["low_res"] = resize_uint8(crop, self.low_res_shape[0], method)
+            record["low_res"] = cropped_and_resized(pixels, self.low_res_shape[0], *how)
         return record
 
 

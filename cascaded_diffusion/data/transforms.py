@@ -2,6 +2,10 @@
 
 An image is cropped, the crop is resized to every size that is wanted, and the results are
 flipped. The paper takes the largest centred square (BigGAN's crop) and area averages of it.
+
+`adm_resize` is what guided-diffusion does instead, so that its numbers can be reproduced: it halves
+the whole image while its shorter side is at least twice the size, then resizes it bicubically, and
+cuts the centre out at last.
 """
 
 from collections.abc import Callable
@@ -10,6 +14,7 @@ from functools import cache, partial
 import cv2
 import numpy as np
 import scipy.sparse
+from PIL import Image
 
 from cascaded_diffusion.data.records import CorruptRecord
 from cascaded_diffusion.resize_weights import area_weights, bilinear_weights
@@ -74,8 +79,35 @@ RESIZES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 }
 
 
+def adm_resize(image: np.ndarray, resolution: int) -> np.ndarray:
+    """uint8 [H, W, C] -> uint8 [resolution, resolution, C], as guided-diffusion has it.
+
+    Dhariwal & Nichol 2021, `center_crop_arr` of their code; every step is rounded.
+    """
+    picture = Image.fromarray(image if image.shape[2] > 1 else image[..., 0])
+    while min(picture.size) >= 2 * resolution:
+        half = (picture.size[0] // 2, picture.size[1] // 2)
+        picture = picture.resize(half, Image.Resampling.BOX)
+    scale = resolution / min(picture.size)
+    size = (round(picture.size[0] * scale), round(picture.size[1] * scale))
+    pixels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    pixels = pixels.reshape(*pixels.shape[:2], image.shape[2])
+    top, left = ((n - resolution) // 2 for n in pixels.shape[:2])
+    return np.ascontiguousarray(pixels[top : top + resolution, left : left + resolution])
+
+
+def cropped_and_resized(image: np.ndarray, resolution: int, crop: str, method: str) -> np.ndarray:
+    """uint8 [H, W, C] -> uint8 [resolution, resolution, C] by names of crop and resizing."""
+    if method == "adm":
+        CROPS[crop](image)  # refuses what is no square where none is to be made
+        return adm_resize(image, resolution)
+    return resize_uint8(CROPS[crop](image), resolution, method)
+
+
 def resize_uint8(image: np.ndarray, resolution: int, method: str) -> np.ndarray:
     """uint8 [H, W, C] -> uint8 [resolution, resolution, C]: computed in float, rounded once."""
+    if method == "adm":
+        return adm_resize(image, resolution)
     if image.shape[:2] == (resolution, resolution):
         return np.ascontiguousarray(image)
     # Weights are not negative and add up to one, so averages stay within 0 and 255.

@@ -27,8 +27,8 @@ def measure_files(
     """Measures the first samples, by default all, against images or statistics.
 
     `samples` are from `stored_images.open_images`; `reference` is the path of an `.npz` or of a
-    folder of PNGs; `resize` is "legacy" or "clean", by default the reference's own way.
-    `allow_few_samples` allows an FID of fewer than 2,048 samples. Returns the record. Raises
+    folder of PNGs; `resize` is "legacy", "clean" or "pytorch_fid", by default the reference's own
+    way. `allow_few_samples` allows an FID of fewer than 2,048 samples. Returns the record. Raises
     UserError if a file cannot be read, images differ in size, or the reference is of another
     extractor or resolution.
     """
@@ -81,7 +81,8 @@ def _chosen_resize(resize: str | None, reference: str, statistics: Reference | N
     if statistics is None:
         return resize or "legacy"
     if statistics.fingerprint is not None:
-        own = "clean" if ":clean:" in statistics.fingerprint.features else "legacy"
+        features = statistics.fingerprint.features
+        own = next((m for m in ("clean", "pytorch_fid") if f":{m}:" in features), "legacy")
     elif statistics.spatial is not None:  # ADM's files have them, and were resized like this
         own = "legacy"
     elif resize is not None:  # the file may have been made either way
@@ -89,7 +90,7 @@ def _chosen_resize(resize: str | None, reference: str, statistics: Reference | N
     else:
         raise UserError(
             f"--reference={reference}: does not say how its images came to Inception's 299 px; say"
-            " it with --resize=legacy or --resize=clean"
+            " it with --resize=legacy, --resize=clean or --resize=pytorch_fid"
         )
     if resize not in (None, own):
         foreign = "" if statistics.fingerprint else " (as those of every file that does not say)"

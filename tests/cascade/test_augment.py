@@ -130,3 +130,14 @@ def test_noise_of_sampling_belongs_to_the_image():
     whole = GAUSSIAN.for_sampling(keys, (4, 8, 8, 1), 0.3)
     part = GAUSSIAN.for_sampling(keys[1:3], (2, 8, 8, 1), 0.3)
     np.testing.assert_array_equal(whole.noise[1:3], part.noise)
+
+
+def test_a_reflected_border_is_that_of_scipy():
+    image = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 6, 1)), jnp.float32)
+    weights = lib.gaussian_weights(jnp.asarray([0.8]), 5)
+    for border, mode in (("edge", "nearest"), ("reflect", "mirror")):
+        expected = np.asarray(image[0, :, :, 0], np.float64)
+        for axis in (0, 1):
+            expected = ndimage.correlate1d(expected, np.asarray(weights[0]), axis, mode=mode)
+        blurred = lib.blur(image, weights, border)[0, :, :, 0]
+        np.testing.assert_allclose(blurred, expected, atol=1e-6)

@@ -106,3 +106,30 @@ def test_a_flip_mirrors_all_images_of_the_row():
 
 
 _GOLDEN = [214, 42]
+
+
+def test_adms_way_halves_then_resizes_then_crops():
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (130, 90, 3), np.uint8).repeat(2, 0).repeat(2, 1)
+    found = transforms.adm_resize(image, 32)
+    # 180 x 260 is halved twice, to 45 x 65, and resized to 32 x 46; 7 rows go at either end.
+    picture = Image.fromarray(image).resize((90, 130), Image.Resampling.BOX)
+    picture = picture.resize((45, 65), Image.Resampling.BOX)
+    expected = np.asarray(picture.resize((32, 46), Image.Resampling.BICUBIC))[7:39]
+    np.testing.assert_array_equal(found, expected)
+    grey = transforms.adm_resize(image[..., :1], 32)
+    assert grey.shape == (32, 32, 1)
+    np.testing.assert_array_equal(transforms.adm_resize(expected, 32), expected)
+
+
+def test_adms_way_takes_another_window_than_the_crop():
+    # Seven rows go at either end of 46, which is another window than the largest square's.
+    image = np.zeros((130, 90, 3), np.uint8)
+    image[20:110] = np.linspace(0, 255, 90).astype(np.uint8)[:, None, None]
+    ours = transforms.cropped_and_resized(image, 32, "center", "area")
+    adms = transforms.cropped_and_resized(image, 32, "center", "adm")
+    assert 0 < np.abs(ours.astype(int) - adms).mean() < 10
+    with pytest.raises(CorruptRecord, match="expected a square"):
+        transforms.cropped_and_resized(image, 32, "none", "adm")

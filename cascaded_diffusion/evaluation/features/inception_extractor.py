@@ -1,6 +1,6 @@
 r"""FID's feature extractor: resizing to 299 px and the Inception network, on all devices.
 
-Two ways of resizing are in use, whose FIDs differ by whole points. They are named modes, belong
+Three ways of resizing are in use, whose FIDs differ by whole points. They are named modes, belong
 to the extractor's identity and are never mixed. For output pixel i, with r = n_in / n_out:
 
 (1)  "legacy", the original graph and ADM's evaluator: linear between the two pixels around i r,
@@ -8,8 +8,11 @@ to the extractor's identity and are never mixed. For output pixel i, with r = n_
 (2)  "clean", clean-fid (Parmar et al. 2022), Pillow's bicubic filter on floats: the pixels j
      within two widths have the weights w((j + 1/2 - (i + 1/2) r) / max(r, 1)), normalised, where
      w(x) is cubic with a = -1/2; the result is clipped to [0, 255] and not rounded.
+(3)  "pytorch_fid", that package's: linear between the two pixels around (i + 1/2) r - 1/2, border
+     pixels repeated, without antialiasing.
 
-Both are products with one matrix per axis. The network's input is (x - 128) / 128.
+All are products with one matrix per axis. The network's input is (x - 128) / 128, but with (3)
+x / 127.5 - 1.
 """
 
 import dataclasses
@@ -51,7 +54,19 @@ def clean_matrix(size_in: int, size_out: int) -> np.ndarray:
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-RESIZES = {"legacy": legacy_matrix, "clean": clean_matrix}
+def pytorch_fid_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Eq. (3): [size_out, size_in] float32, rows sum to 1."""
+    source = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+    source = np.clip(source, 0, size_in - 1)
+    distance = np.abs(source[:, None] - np.arange(size_in))
+    return np.clip(1 - distance, 0, None).astype(np.float32)
+
+
+RESIZES = {
+    "legacy": legacy_matrix,
+    "clean": clean_matrix,
+    "pytorch_fid": pytorch_fid_matrix,
+}
 
 
 def at_inception_size(images: jax.Array, mode: str) -> jax.Array:
@@ -109,7 +124,8 @@ class InceptionExtractor:
         return jax.device_put(variables, mesh_lib.replicated(self.mesh))
 
     def _resized(self, images: jax.Array) -> jax.Array:
-        return (at_inception_size(images, self.resize) - 128.0) / 128.0
+        x = at_inception_size(images, self.resize)
+        return x / 127.5 - 1.0 if self.resize == "pytorch_fid" else (x - 128.0) / 128.0
 
     @functools.cached_property
     def _network(self) -> jax.stages.Compiled:

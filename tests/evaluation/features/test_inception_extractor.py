@@ -81,6 +81,18 @@ def test_grey_images_are_taken_as_rgb():
         np.testing.assert_array_equal(one, three)
 
 
+@pytest.mark.parametrize("size", [32, 256, 299])
+def test_pytorch_fid_has_half_pixel_centres_and_another_scale(size):
+    image = np.random.default_rng(size).integers(0, 256, (1, size, size, 3), np.uint8)
+    ours = inception.at_inception_size(jnp.asarray(image), "pytorch_fid")
+    expected = jax.image.resize(image.astype(np.float32), ours.shape, "linear", antialias=False)
+    np.testing.assert_allclose(ours, expected, atol=1e-2)
+    inputs = _extractor("pytorch_fid")._resized(jnp.full((1, 299, 299, 3), 255, jnp.uint8))
+    np.testing.assert_allclose(inputs, 1.0, atol=1e-6)
+    with_others = _extractor("legacy")._resized(jnp.full((1, 299, 299, 3), 255, jnp.uint8))
+    np.testing.assert_allclose(with_others, 127 / 128, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [32, 64, 256, 512])
 def test_clean_is_pillows_bicubic_of_floats(size):
     image = np.random.default_rng(size).integers(0, 256, (size, size, 3), np.uint8)
