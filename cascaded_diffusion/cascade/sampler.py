@@ -48,6 +48,8 @@ def step_of(sampler: AnySampler) -> Step:
         variance=sampler.variance,
         variance_interpolation=sampler.variance_interpolation,
         eta=sampler.eta,
+        churn=sampler.churn,
+        num_steps=sampler.num_steps,
     )
 
 

@@ -115,14 +115,16 @@ class AugmentConfig:
 class SamplerConfig:
     """`stage.sampler`, `cascade.samplers[i]`: how a stage is sampled. Free after training."""
 
-    name: Literal["ancestral", "ddim", "dpmpp_2m", "heun"]  # the method
+    name: Literal["ancestral", "ddim", "dpmpp_2m", "heun", "edm"]  # the method
     num_steps: int = _range(1, 10**6)  # steps from noise to image
-    # How the steps' times are spaced; the last two as guided-diffusion respaces discrete steps.
-    grid: Literal["uniform", "quadratic", "logsnr", "respaced", "ddim_respaced"]
+    # How the steps' times are spaced: "karras" as EDM does, the last two as guided-diffusion
+    # respaces discrete steps.
+    grid: Literal["uniform", "quadratic", "logsnr", "karras", "respaced", "ddim_respaced"]
     # ancestral alone; "interpolated" is log-linear, 0 is small and 1 is large.
     variance: Literal["small", "large", "interpolated", "learned"] | None
     variance_interpolation: float | None = _range(0.0, 1.0)  # of "interpolated" alone
     eta: float | None = _range(0.0, 1.0)  # ddim alone; 0 is deterministic
+    churn: tuple[float, ...] | None = _range(0.0, 1e6)  # edm alone: S_churn, S_min, S_max, S_noise
     guidance_scale: float = _range(0.0, 1000.0)  # 1 is no guidance
     guidance_interval: tuple[float, ...] = _range(0.0, 1.0)  # times t, low and high
     threshold: Literal["none", "static", "dynamic"]  # how the predicted image is clipped
@@ -228,7 +230,7 @@ class EvalConfig:
     resize: Literal["legacy", "clean", "pytorch_fid"] | None  # to the 299 px of inception alone
     num_samples: int = _range(2, _MAX_SAMPLES)  # by which checkpoints are compared
     final_num_samples: int = _range(2, _MAX_SAMPLES)  # of `evaluate final`
-    sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun"] | None  # None: the stage's
+    sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun", "edm"] | None  # None: the stage's
     num_steps: int | None = _range(1, 10**6)  # to score a checkpoint; None: the stage's sampler's
     batch_size: int = _range(1, _MAX_BATCH)  # of samples
     seed: int = _range(0, _MAX_SEED)  # of the samples' noise
@@ -323,6 +325,7 @@ def sampler_named(name: str, like: SamplerConfig, stage: StageConfig) -> Sampler
         variance=learned if name == "ancestral" else None,
         variance_interpolation=None,
         eta=0.0 if name == "ddim" else None,
+        churn=None,
     )
 
 

@@ -268,6 +268,10 @@ def check_sampler(key: str, sampler: SamplerConfig, stage: StageConfig) -> None:
             " learned variance",
         )
     _check_used(key, sampler, {"variance": "ancestral", "eta": "ddim"}, "name")
+    if sampler.churn is not None and (sampler.name != "edm" or len(sampler.churn) != 4):
+        four = "four values (S_churn, S_min, S_max, S_noise)"
+        expected = four if sampler.name == "edm" else f"None, since config.{key}.name is"
+        refuse(f"{key}.churn", expected + ("" if sampler.name == "edm" else f" {sampler.name!r}"))
     _check_used(key, sampler, {"variance_interpolation": "interpolated"}, "variance")
     _check_used(key, sampler, {"threshold_percentile": "dynamic"}, "threshold")
     if sampler.variance == "learned" and stage.diffusion.variance != "learned":

@@ -16,6 +16,12 @@ Networks of the guided-diffusion family are sampled at these of T discrete steps
 so that (4) has the first step and the last one, and (5) begins at pure noise though the level of
 its first step is less.
 
+Karras et al. 2022 (EDM, eq. 5) space s = exp(-logsnr / 2) evenly under a root, with rho = 7:
+
+    (6)  karras      s_i = (s_0^(1/rho) + i / (N - 1) (s_{N-1}^(1/rho) - s_0^(1/rho)))^rho, i < N
+
+from the largest level of the schedule or 80 to the least one or 0.002; then 0.
+
 A model of T discrete steps knows only the times i / T. A grid is rounded to them, and its points
 are kept apart, so that N <= T steps have N different times.
 """
@@ -25,7 +31,21 @@ import numpy as np
 
 from cascaded_diffusion.types import Schedule
 
-GRIDS = ("uniform", "quadratic", "logsnr", "respaced", "ddim_respaced")
+GRIDS = ("uniform", "quadratic", "logsnr", "karras", "respaced", "ddim_respaced")
+_RHO, _LEAST_S, _LARGEST_S = 7, 0.002, 80.0
+
+
+def _karras(num_steps: int, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
+    """Eq. (6) as times; the largest s may be reached before t = 1."""
+    with jax.ensure_compile_time_eval():
+        logsnr = np.asarray(schedule(knots), np.float64)
+    ascending, first = np.unique(logsnr[::-1], return_index=True)
+    largest = min(_LARGEST_S, float(np.exp(-ascending[0] / 2)))
+    least = max(_LEAST_S, float(np.exp(-ascending[-1] / 2)))
+    place = np.arange(num_steps) / max(num_steps - 1, 1)
+    roots = largest ** (1 / _RHO) * (1 - place) + least ** (1 / _RHO) * place
+    times = np.interp(-2 * np.log(roots**_RHO), ascending, knots[::-1][first])
+    return np.append(times, 0.0)
 
 
 def _respaced(num_steps: int, num_timesteps: int) -> np.ndarray:
@@ -75,8 +95,8 @@ def time_grid(
     """The times of a chain, float32 [num_steps + 1], strictly descending from 1 to 0.
 
     `grid` is one of `GRIDS`; `discrete_timesteps` is T if only the times i / T exist, else None.
-    Eqs. (4) and (5) are of discrete steps, and (5) begins below 1. Raises ValueError if there are
-    more steps than times, or no n of eq. (5).
+    Eqs. (4) and (5) are of discrete steps; (5) and (6) may begin below 1. Raises ValueError if
+    there are more steps than times, or no n of eq. (5).
     """
     if discrete_timesteps is not None and num_steps > discrete_timesteps:
         raise ValueError(f"{num_steps} steps of {discrete_timesteps} discrete times")
@@ -87,7 +107,9 @@ def time_grid(
             raise ValueError(f"{num_steps} steps of {discrete_timesteps} by {grid!r}")
         return (np.append(steps, 0) / discrete_timesteps).astype(np.float32)
     u = np.arange(num_steps + 1) / num_steps
-    if grid == "logsnr":
+    if grid == "karras":
+        times = _karras(num_steps, schedule, _knots(discrete_timesteps))
+    elif grid == "logsnr":
         times = _even_in_logsnr(u, schedule, _knots(discrete_timesteps))
     else:
         times = 1 - u if grid == "uniform" else (1 - u) ** 2

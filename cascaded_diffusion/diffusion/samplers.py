@@ -24,6 +24,13 @@ DDIM is Euler's method for (3). Two methods of second order:
                          xs = (sigma_s / sigma_t) xt - alpha_s expm1(-h) D
                          (Lu et al. 2022, algorithm 2)
 
+Karras et al. 2022 (EDM, algorithm 2) take the same correction in z = x / alpha over the noise level
+s = sigma / alpha = exp(-logsnr / 2), with u the step's noise, optional:
+
+    (6)  EDM             s^ = (1 + g) s_t,  z^ = z + sqrt(s^ ^2 - s_t^2) S_noise u
+                         g = min(S_churn / N, sqrt(2) - 1) where S_min <= s_t <= S_max, else 0
+                         d(z, s) = (z - x0_hat) / s;  Heun's method for dz / ds = d from s^ to s_s
+
 A last step to t = 0 returns x0_hat itself.
 
 Truncation (Ho et al. 2021, section 3.2) stops the chain at t = stop_t > 0 and returns the still
@@ -148,7 +155,40 @@ def dpmpp_2m_step(denoise: DenoiseFn, at: Transition) -> tuple[jax.Array, Predic
     return (sigma_s / sigma_t) * at.xt - alpha_s * jnp.expm1(-h) * extrapolated, prediction
 
 
-SAMPLERS = ("ancestral", "ddim", "dpmpp_2m", "heun")
+def make_edm(churn: tuple[float, ...] | None = None, num_steps: int = 1) -> Step:
+    """Eq. (6). `churn` is (S_churn, S_min, S_max, S_noise); None adds no noise."""
+    amount, low, high, inflation = churn or (0.0, 0.0, 0.0, 1.0)
+    largest = min(amount / num_steps, 2**0.5 - 1)
+
+    def step(denoise: DenoiseFn, at: Transition) -> tuple[jax.Array, Prediction]:
+        def evaluate(z: jax.Array, s: jax.Array) -> tuple[jax.Array, Prediction]:
+            logsnr = -2 * jnp.log(s)
+            alpha, _ = gaussian.alpha_sigma_like(logsnr, z)
+            prediction = denoise(alpha * z, logsnr)
+            return (z - prediction.x0) / gaussian.broadcast_right(s, z), prediction
+
+        s_t, s_s = (jnp.exp(-0.5 * logsnr) for logsnr in (at.logsnr_t, at.logsnr_s))
+        g = jnp.where((s_t >= low) & (s_t <= high), largest, 0.0)
+        raised = (1 + g) * s_t
+        added = jnp.sqrt(jnp.maximum(raised**2 - s_t**2, 0.0)) * inflation
+        alpha_t, _ = gaussian.alpha_sigma_like(at.logsnr_t, at.xt)
+        alpha_s, _ = gaussian.alpha_sigma_like(at.logsnr_s, at.xt)
+        z = at.xt / alpha_t
+        if largest > 0:
+            z = z + gaussian.broadcast_right(added, z) * at.noise
+        slope, prediction = evaluate(z, raised)
+        length = gaussian.broadcast_right(s_s - raised, z)
+
+        def corrected() -> jax.Array:
+            second, _ = evaluate(z + length * slope, s_s)
+            return alpha_s * (z + length * 0.5 * (slope + second))
+
+        return jax.lax.cond(at.is_last, lambda: prediction.x0, corrected), prediction
+
+    return step
+
+
+SAMPLERS = ("ancestral", "ddim", "dpmpp_2m", "heun", "edm")
 
 
 def make_step(
@@ -157,12 +197,17 @@ def make_step(
     variance: str | None = None,
     variance_interpolation: float | None = None,
     eta: float | None = None,
+    churn: tuple[float, ...] | None = None,
+    num_steps: int = 1,
 ) -> Step:
     """The step of the sampler `name`, one of `SAMPLERS`.
 
     "ancestral" has a `variance`, one of `VARIANCES`, "interpolated" its
-    `variance_interpolation`, and "ddim" its `eta`.
+    `variance_interpolation`, "ddim" its `eta`, and "edm" perhaps a `churn`, which depends on the
+    number of steps.
     """
+    if name == "edm":
+        return make_edm(churn, num_steps)
     if name == "ancestral":
         return make_ancestral(make_log_variance(variance, variance_interpolation))
     if name == "ddim":
@@ -173,7 +218,7 @@ def make_step(
 def evaluation_times(name: str, times: np.ndarray, stop_t: float) -> np.ndarray:
     """The times at which a chain along `times`, stopped at `stop_t`, evaluates the network."""
     visited = times[:-1][times[:-1] > stop_t * (1 + 1e-6)]  # as `sample` has it
-    if name != "heun":
+    if name not in ("heun", "edm"):
         return visited
     ends = np.append(visited[1:], stop_t)
     return np.concatenate([visited, ends[ends > 0]])

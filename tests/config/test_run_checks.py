@@ -265,6 +265,46 @@ BAD_RUNS = [
     ),
     ({"stage.sampler.eta": None}, "config.stage.sampler.eta = None: expected a value, since"),
     (
+        {"stage.network.channel_mults": (1, 1.03)},
+        "config.stage.network.channel_mults = (1, 1.03): expected multiples of config.stage.network",
+    ),
+    (
+        {"stage.network.num_head_channels": 8},
+        "expected None, since config.stage.network.num_head_channels is 8",
+    ),
+    (
+        {"stage.network.num_heads": None},
+        "config.stage.network.num_heads = None: expected a number, or config.stage.network.num_head",
+    ),
+    (
+        {"stage.network.num_heads": None, "stage.network.num_head_channels": 5},
+        "config.stage.network.num_head_channels = 5: expected a divisor",
+    ),
+    (
+        {"stage.network.null_label": False},
+        "config.stage.network.null_label = False: expected True, since config.stage.diffusion.label",
+    ),
+    (
+        {"stage.network.noise_input": "step_index"},
+        "config.stage.network.noise_input = 'step_index': expected 'cosine_time' or 'noise_level'",
+    ),
+    (
+        {"stage.sampler.grid": "respaced"},
+        "config.stage.sampler.grid = 'respaced': expected 'uniform', 'quadratic' or 'logsnr'",
+    ),
+    (
+        {"stage.sampler.churn": (1.0, 0.0, 1.0, 1.0)},
+        "config.stage.sampler.churn = (1.0, 0.0, 1.0, 1.0): expected None, since",
+    ),
+    (
+        {"stage.sampler.name": "edm", "stage.sampler.eta": None, "stage.sampler.churn": (1.0,)},
+        "config.stage.sampler.churn = (1.0,): expected four values",
+    ),
+    (
+        {"stage.augment.blur_border": "reflect"},
+        "config.stage.augment.blur_border = 'reflect': expected None, since",
+    ),
+    (
         {"stage.sampler.name": "heun"},
         "config.stage.sampler.eta = 0.0: expected None, since config.stage.sampler.name is 'heun'",
     ),

@@ -108,3 +108,16 @@ def test_the_discrete_logsnr_grid_is_uniform_up_to_the_first_step():
     # At the noise end the model's own steps are further apart than the grid's.
     middle = np.asarray(schedule(times))[6:-1]
     np.testing.assert_allclose(np.diff(middle), np.diff(middle).mean(), rtol=0.05)
+
+
+@pytest.mark.parametrize("num_timesteps", [None, 1000])
+def test_the_karras_grid_is_even_under_the_seventh_root(num_timesteps):
+    schedule = COSINE if num_timesteps is None else cosine_steps(num_timesteps)
+    times = grids.time_grid("karras", 18, schedule=schedule, discrete_timesteps=num_timesteps)
+    assert times[-1] == 0
+    assert (np.diff(times) < 0).all()
+    sigmas = np.exp(-0.5 * np.asarray(schedule(times[:-1]), np.float64))
+    assert sigmas[0] == pytest.approx(80, rel=1e-3 if num_timesteps is None else 0.3)
+    steps = np.diff(sigmas ** (1 / 7))
+    if num_timesteps is None:  # else the levels are those of the nearest steps
+        np.testing.assert_allclose(steps, steps.mean(), rtol=2e-2)

@@ -27,8 +27,9 @@ STEPS = {
     "ddim eta 1": samplers.make_step("ddim", eta=1.0),
     "dpmpp_2m": samplers.make_step("dpmpp_2m"),
     "heun": samplers.make_step("heun"),
+    "edm": samplers.make_step("edm"),
 }
-ORDERS = {"ddim eta 0": 1, "heun": 2, "dpmpp_2m": 2}
+ORDERS = {"ddim eta 0": 1, "heun": 2, "dpmpp_2m": 2, "edm": 2}
 
 
 def uniform_times(num_steps):
@@ -336,3 +337,49 @@ def test_noise_of_an_image_does_not_depend_on_its_batch():
     whole = samplers.normal_per_image(keys, (8, 8, 1))
     np.testing.assert_array_equal(whole[2:4], samplers.normal_per_image(keys[2:4], (8, 8, 1)))
     assert np.unique(np.asarray(whole)).size == whole.size
+
+
+def edm_by_the_paper(x, sigmas, draws, churn):
+    """Algorithm 2 of Karras et al. 2022 in float64, of images in their coordinates."""
+    amount, low, high, inflation = churn
+
+    def slope(x, sigma):
+        logsnr = np.full(len(x), -2 * np.log(sigma))
+        alpha = 1 / np.sqrt(1 + sigma**2)
+        x0 = np.asarray(DATA.denoise(jnp.asarray(alpha * x), jnp.asarray(logsnr)).x0, np.float64)
+        return (x - x0) / sigma
+
+    for sigma, following, draw in zip(sigmas[:-1], sigmas[1:], draws, strict=True):
+        gamma = min(amount / (len(sigmas) - 1), 2**0.5 - 1) if low <= sigma <= high else 0.0
+        raised = sigma * (1 + gamma)
+        x = x + np.sqrt(raised**2 - sigma**2) * inflation * draw
+        d = slope(x, raised)
+        moved = x + (following - raised) * d
+        if following > 0:
+            moved = x + (following - raised) * (d + slope(moved, following)) / 2
+        x = moved
+    return x
+
+
+@pytest.mark.parametrize("churn", [None, (6.0, 0.05, 20.0, 1.003)])
+def test_edm_is_its_papers_algorithm(churn):
+    num_steps = 9
+    times = time_grid("karras", num_steps, schedule=SCHEDULE, discrete_timesteps=None)
+    sigmas = np.append(np.exp(-0.5 * np.asarray(SCHEDULE(times[:-1]), np.float64)), 0.0)
+    xt, keys = (x[:8] for x in drawn())
+    step = samplers.make_step("edm", churn=churn, num_steps=num_steps)
+    found = jax.jit(
+        lambda xt, keys: samplers.sample(
+            DATA.denoise, xt, keys, schedule=SCHEDULE, step=step, times=times
+        )
+    )(xt, keys)
+    draws = [
+        samplers.normal_per_image(samplers.fold_in_each(keys, i), DATA.shape)
+        for i in range(num_steps)
+    ]
+    # Their images are not scaled: x / alpha.
+    start = np.asarray(xt, np.float64) * np.sqrt(1 + sigmas[0] ** 2)
+    expected = edm_by_the_paper(
+        start, sigmas, [np.asarray(z) for z in draws], churn or (0.0, 0.0, 0.0, 1.0)
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-4)
