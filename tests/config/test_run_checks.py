@@ -266,15 +266,15 @@ BAD_RUNS = [
     ({"stage.sampler.eta": None}, "config.stage.sampler.eta = None: expected a value, since"),
     (
         {"stage.network.channel_mults": (1, 1.03)},
-        "config.stage.network.channel_mults = (1, 1.03): expected multiples of config.stage.network",
+        "config.stage.network.channel_mults = (1, 1.03): expected multiples of config.stage.",
     ),
     (
         {"stage.network.num_head_channels": 8},
-        "expected None, since config.stage.network.num_head_channels is 8",
+        "config.stage.network.num_heads = 4: expected None, since config.stage.network.num_head_",
     ),
     (
         {"stage.network.num_heads": None},
-        "config.stage.network.num_heads = None: expected a number, or config.stage.network.num_head",
+        "config.stage.network.num_heads = None: expected a number, or config.stage.network.num_",
     ),
     (
         {"stage.network.num_heads": None, "stage.network.num_head_channels": 5},
@@ -282,7 +282,7 @@ BAD_RUNS = [
     ),
     (
         {"stage.network.null_label": False},
-        "config.stage.network.null_label = False: expected True, since config.stage.diffusion.label",
+        "config.stage.network.null_label = False: expected True, since config.stage.diffusion.",
     ),
     (
         {"stage.network.noise_input": "step_index"},
