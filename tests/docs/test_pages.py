@@ -32,7 +32,9 @@ KEY = re.compile(rf"(?:--)?(?:config\.)?((?:{'|'.join(SECTIONS)})(?:\.\w+)+)")
 # Flags of programs of others.
 # Of ssh and kubectl, and of guided-diffusion.
 OTHERS_FLAGS = {"ssh-flag", "command", "timestep_respacing", "clip_denoised", "classifier_scale"}
-OTHERS_FLAGS |= {"use_new_attention_order"}
+OTHERS_FLAGS |= {"use_new_attention_order", "num_channels", "channel_mult", "num_res_blocks"}
+OTHERS_FLAGS |= {"attention_resolutions", "num_heads", "num_head_channels", "resblock_updown"}
+OTHERS_FLAGS |= {"learn_sigma", "use_fp16", "microbatch", "lr_anneal_steps"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
