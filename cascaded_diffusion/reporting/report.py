@@ -38,12 +38,19 @@ _MAX_STEPS = 12  # checkpoints whose samples are shown
 
 def write_report(output: pathlib.Path, root: pathlib.Path, runs: Sequence[RunFolder]) -> None:
     """Writes the page of `runs`, which `runs_in(root)` found, to a file."""
+    # Names that are not UTF-8 are shown with escapes.
+    write_whole(output, report_of(root, runs).encode(errors="backslashreplace"))
+
+
+def report_of(root: pathlib.Path, runs: Sequence[RunFolder]) -> str:
+    """The page of `runs`, which `runs_in(root)` found."""
     parts = [*_about(), *_cascade_parts(CascadeFolder(root))]
+    if len(runs) > 1:
+        parts += _together(runs)
     for run in runs:
         parts += _run_parts(run)
     title = f"{root.resolve().name}: {', '.join(r.read_config().stage.name for r in runs)}"
-    # Names that are not UTF-8 are shown with escapes.
-    write_whole(output, page(title, parts).encode(errors="backslashreplace"))
+    return page(title, parts)
 
 
 def runs_in(root: pathlib.Path) -> list[RunFolder]:
@@ -72,6 +79,46 @@ def _about() -> list[Element]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     return [element("h2", "About this page"), key_values(versions)]
+
+
+def _together(runs: Sequence[RunFolder]) -> list[Element]:
+    """The curves of several runs over each other: of training, and of the first score."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = collections.defaultdict(dict)
+    for run in runs:
+        for name in _CURVES:
+            if points := _points(run.metrics(), name):
+                curves[name][run.path.name] = points
+        scores: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
+        for r in run.scores():
+            if r["metric"].startswith(("fid_", "fd_")) and _is_number(r["value"]):
+                scores[f"{r['metric']}, low-res {_source(r) or 'none'}"].append(
+                    (r["step"], r["value"])
+                )
+        for metric, points in scores.items():
+            curves[metric][run.path.name] = sorted(points)
+    parts = [
+        picture(
+            line_plot(
+                series,
+                x_label="step",
+                y_label=name.partition(",")[0],
+                title=name.replace("_", " "),
+                markers=name not in _CURVES,
+                log_scale=_CURVES.get(name, False)
+                and all(y > 0 for points in series.values() for _, y in points),
+            ),
+            f"{name} of {', '.join(series)}",
+        )
+        for name, series in curves.items()
+        if len(series) > 1
+    ]
+    return [element("h2", "All runs over each other"), *parts] if parts else []
+
+
+def _points(lines: Sequence[Record], name: str) -> list[tuple[int, float]]:
+    """A scalar over steps, thinned out to what a plot shows."""
+    points = [(r["step"], r[name]) for r in lines if _is_number(r.get(name))]
+    return points[:: -(-len(points) // _MAX_POINTS)] if points else []
 
 
 def _cascade_parts(runs: CascadeFolder) -> list[Element]:
@@ -166,10 +213,9 @@ def _training(folder: RunFolder) -> list[Element]:
     lines = folder.metrics()
     parts = []
     for name, log_scale in _CURVES.items():
-        points = [(r["step"], r[name]) for r in lines if _is_number(r.get(name))]
-        if points:
+        if points := _points(lines, name):
             plot = line_plot(
-                {name: points[:: -(-len(points) // _MAX_POINTS)]},
+                {name: points},
                 x_label="step",
                 y_label=name,
                 title=name.replace("_", " "),
