@@ -19,11 +19,11 @@ _POLL_MS = 3000
 _PATTERNS = ("*.json", "*.jsonl", "*.png", "EARLY_STOP", "TRAIN_COMPLETE")
 _SCRIPT = """
 <script>
-let version = null;
+let version = "VERSION";
 async function follow() {
-  const known = version, found = await (await fetch("/version")).text();
+  const found = await (await fetch("/version")).text();
+  if (version === found) return;
   version = found;
-  if (known === null || known === found) return;
   const positions = [...document.querySelectorAll(".slider input")].map(x => x.value);
   const text = await (await fetch("/")).text(), top = scrollY;
   const fresh = new DOMParser().parseFromString(text, "text/html");
@@ -76,7 +76,8 @@ def make_server(
     def page() -> bytes:
         version = version_of(root)
         if version not in kept:
-            script = _SCRIPT.replace("POLL_MS", str(_POLL_MS))
+            # Of the files before they are read: what changes meanwhile is a change.
+            script = _SCRIPT.replace("POLL_MS", str(_POLL_MS)).replace("VERSION", version)
             text = build().replace("</body>", f"{script}</body>")
             kept.clear()
             kept[version] = text.encode(errors="backslashreplace")

@@ -25,9 +25,13 @@ def runs(tmp_path):
     return tmp_path
 
 
-@contextlib.contextmanager
 def served(root):
-    with make_server(root, lambda: report_of(root, runs_in(root)), 0) as server:
+    return served_by(root, lambda: report_of(root, runs_in(root)))
+
+
+@contextlib.contextmanager
+def served_by(root, build):
+    with make_server(root, build, 0) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
