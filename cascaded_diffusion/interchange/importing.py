@@ -29,7 +29,7 @@ from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.types import Params
 
 _FLAG = "FILE"
-_FILE_BYTES = 1 << 24  # of a checkpoint's files
+_FILE_BYTES = 1 << 22  # of a checkpoint's files; with larger ones a save holds more in memory
 _SHOWN = 5  # names of tensors in an error
 # Inputs of a stage that no published network has. Their last layer begins at zero, so that the
 # network computes what it did; the first one does not, or neither would ever learn.
