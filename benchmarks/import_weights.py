@@ -53,7 +53,7 @@ def main() -> None:
         print("\n| parameters | file | seconds | largest resident memory |\n|---|---|---|---|")
         size = path.stat().st_size
         print(f"| {count:,} | {size / 1e9:.2f} GB | {seconds:.1f} | {memory / 1e9:.2f} GB |")
-    print(f"\nMeasured on: {machine.describe()}; commit {machine.commit()}.")
+    print(f"\nMeasured on: {machine.describe()}.")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,11 @@ class UserError(Exception):
 
     The message is one line. It names the value, what was expected, and the
     config key or flag to change. The binaries print it and exit with code 2.
+
+        try:
+            config = cd.load_config("configs/mnist_base16.py", {"train.batch_size": 0})
+        except cd.UserError as e:
+            print(e)  # config.train.batch_size = 0: expected a value from 1 to 1048576
     """
 
 

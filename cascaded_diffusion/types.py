@@ -31,7 +31,10 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Everything a stage is conditioned on. Each field is optional."""
+    """Everything a stage is conditioned on. Each field is optional.
+
+    cond = cd.Conditioning(label=jnp.array([3, 7]), low_res=small, aug_level=jnp.full(2, 0.1))
+    """
 
     label: jax.Array | None = None  # [B] int32 class ids; `num_classes` stands for "dropped"
     # [B, h, w, C] float32, already damaged by conditioning augmentation; the network enlarges it.
@@ -42,7 +45,10 @@ class Conditioning:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A network's output in both of its useful forms, [B, H, W, C] each."""
+    """A network's output in both of its useful forms, [B, H, W, C] each.
+
+    prediction = cd.Prediction(x0=x0, eps=predict_eps_from_x0(xt, logsnr, x0))
+    """
 
     x0: jax.Array  # the predicted clean image
     eps: jax.Array  # the predicted noise, consistent with `x0` and `xt`

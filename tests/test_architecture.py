@@ -169,6 +169,7 @@ def test_public_names_are_few_and_there():
     assert len(cascaded_diffusion.__all__) <= 20
     for name in cascaded_diffusion.__all__:
         assert getattr(cascaded_diffusion, name).__name__ == name
+        assert "cd." in getattr(cascaded_diffusion, name).__doc__, f"{name} has no example"
     with pytest.raises(AttributeError):
         cascaded_diffusion.nothing  # noqa: B018
 

@@ -85,7 +85,10 @@ def check_precision() -> None:
 
 
 def build_stage(config: StageConfig) -> Stage:
-    """A section's stage. Raises UserError as `build_schedule` and `check_precision`."""
+    """A section's stage. Raises UserError as `build_schedule` and `check_precision`.
+
+    stage = cd.build_stage(cd.load_config("configs/mnist_base16.py").stage)
+    """
     check_precision()
     return Stage(
         config=config,

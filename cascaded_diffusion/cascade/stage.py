@@ -45,6 +45,11 @@ class Stage:
     """One diffusion model, made by `build.build_stage`. It holds no parameters.
 
     `augment` says how the low-res input is damaged; it is None for a base model.
+
+        stage = cd.build_stage(config.stage)
+        params = stage.init(jax.random.key(0))
+        keys = jax.random.split(jax.random.key(1), 2)
+        images = stage.sample(params, keys, label=jnp.array([3, 7]))  # [2, H, W, C] float32
     """
 
     config: StageConfig

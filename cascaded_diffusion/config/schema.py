@@ -120,8 +120,9 @@ class SamplerConfig:
     # How the steps' times are spaced: "karras" as EDM does, the last two as guided-diffusion
     # respaces discrete steps.
     grid: Literal["uniform", "quadratic", "logsnr", "karras", "respaced", "ddim_respaced"]
-    # ancestral alone; "interpolated" is log-linear, 0 is small and 1 is large.
-    variance: Literal["small", "large", "interpolated", "learned"] | None
+    # ancestral alone; "interpolated" is log-linear, 0 is small and 1 is large; "adm_large" differs
+    # from "large" in bits per dimension alone.
+    variance: Literal["small", "large", "interpolated", "learned", "adm_large"] | None
     variance_interpolation: float | None = _range(0.0, 1.0)  # of "interpolated" alone
     eta: float | None = _range(0.0, 1.0)  # ddim alone; 0 is deterministic
     churn: tuple[float, ...] | None = _range(0.0, 1e6)  # edm alone: S_churn, S_min, S_max, S_noise
@@ -268,7 +269,10 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The configuration of one stage's run."""
+    """The configuration of one stage's run.
+
+    config = cd.load_config("configs/mnist_base16.py")  # config.stage.resolution is 16
+    """
 
     stage: StageConfig
     data: DataConfig
@@ -294,7 +298,10 @@ class CascadeSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CascadeConfig:
-    """Everything that sampling a cascade needs besides the run folders."""
+    """Everything that sampling a cascade needs besides the run folders.
+
+    config = cd.load_config("configs/mnist_cascade32.py")  # config.cascade.aug_levels
+    """
 
     cascade: CascadeSection
     mesh: MeshConfig

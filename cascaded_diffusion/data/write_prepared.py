@@ -45,6 +45,9 @@ def prepare_splits(
 
     Raises UserError if a split is missing, damaged, or prepared with other settings, the classes
     do not fit, a folder cannot be written, or a worker process dies.
+
+        config = cd.load_config("configs/cifar10_base16.py")
+        cd.prepare_splits(config.data, config.stage)
     """
     if of_tfds(config):
         from cascaded_diffusion.data.tfds import get_tfds

@@ -76,8 +76,12 @@ LogVariance = Callable[..., jax.Array]
 def make_log_variance(kind: str, interpolation: float | None = None) -> LogVariance:
     """The variance of an ancestral step, one of `VARIANCES`; "learned" is gaussian eq. (7).
 
-    An `interpolation` of 0 is small, 1 is large (log-linear; Imagen's gamma).
+    An `interpolation` of 0 is small, 1 is large (log-linear; Imagen's gamma). "adm_large" is
+    large, but at the step to t = 0 the small one of the step before, as guided-diffusion has it;
+    it differs in the bound alone, since no noise is drawn there.
     """
+    if kind == "adm_large":
+        return _adm_large
     fixed = {"small": 0.0, "large": 1.0, "interpolated": interpolation, "learned": None}[kind]
 
     def log_variance(
@@ -95,7 +99,18 @@ def make_log_variance(kind: str, interpolation: float | None = None) -> LogVaria
     return log_variance
 
 
-VARIANCES = ("small", "large", "interpolated", "learned")
+def _adm_large(
+    prediction: Prediction,
+    logsnr_s: jax.Array,
+    logsnr_t: jax.Array,
+    min_logvar: jax.Array | float = -jnp.inf,
+) -> jax.Array:
+    small, large = gaussian.step_logvars(logsnr_s, logsnr_t)
+    # Small variances grow with t, so only that of the last step is below the one before it.
+    return jnp.where(small < min_logvar, min_logvar, large)
+
+
+VARIANCES = ("small", "large", "interpolated", "learned", "adm_large")
 
 
 def make_ancestral(log_variance: LogVariance) -> Step:

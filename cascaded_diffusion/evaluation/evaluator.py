@@ -168,7 +168,11 @@ def run_reference(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a run is evaluated with."""
+    """What a run is evaluated with.
+
+    run = cd.RunFolder("RUN/base16")
+    evaluation = cd.Evaluation(real_splits(run, run.read_config(), data_path=None))
+    """
 
     splits: Splits
     allow_few_samples: bool = False  # allow an FID of fewer than 2,048, which is mostly bias

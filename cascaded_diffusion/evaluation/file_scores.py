@@ -31,6 +31,8 @@ def measure_files(
     way. `allow_few_samples` allows an FID of fewer than 2,048 samples. Returns the record. Raises
     UserError if a file cannot be read, images differ in size, or the reference is of another
     extractor or resolution.
+
+        record = cd.measure_files(open_images("A.npz", flag="samples"), "B.npz", resize="legacy")
     """
     count = num_samples or len(samples)
     check_sample_count(count, "inception", allow_few=allow_few_samples)

@@ -51,6 +51,8 @@ def score_checkpoints(
     `settings.open_runs_below`), and of `low_res_samples` (see `settings.open_low_res_samples`) are
     scored as well. With `follow`, new checkpoints are scored until training ends. Raises UserError
     if no checkpoint could be scored.
+
+        best = cd.score_checkpoints(run, evaluation)  # a record with step, ema_decay and value
     """
     config = folder.read_config()
     evaluation.check_count(config.eval.num_samples, config)
@@ -126,6 +128,8 @@ def final_numbers(
     `settings.open_low_res_samples`, are enlarged instead of real images. The number of samples is
     `config.eval.final_num_samples` by default. Returns the content of
     RUN/eval/final_<source>.json. Raises UserError if a sample is not finite.
+
+        record = cd.final_numbers(run, evaluation, num_samples=1000)["metrics"]
     """
     config = folder.read_config()
     count = num_samples or config.eval.final_num_samples
@@ -243,6 +247,8 @@ def sweep_settings(
     `evaluation` is with the real images of that stage's run, `settings` are from
     `settings.checked_settings`. With `write_best`, RUNS/cascade.json is written, the cascade with
     the best setting. Raises UserError if another process sweeps the cascade, or all settings fail.
+
+        best = cd.sweep_settings(runs, config, evaluation, settings, index=1)
     """
     section = config.cascade
     folders = runs.stage_folders(section)[: index + 1]

@@ -58,7 +58,11 @@ class Chosen:
 
 
 class RunFolder:
-    """The paths and small files of one run; errors name its `flag`. Opening it writes nothing."""
+    """The paths and small files of one run; errors name its `flag`. Opening it writes nothing.
+
+    run = cd.RunFolder("RUN/base16")
+    print(run.read_config().stage.name, run.chosen().step)
+    """
 
     def __init__(self, path: str | os.PathLike[str], *, flag: str = "workdir"):
         self.path = pathlib.Path(path)

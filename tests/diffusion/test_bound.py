@@ -281,3 +281,27 @@ def test_terms_of_random_steps_times_their_number_average_to_the_whole_bound():
     error = np.hypot(terms.std(), whole.std()) / np.sqrt(batch)
     assert abs(terms.mean() - whole.mean()) < 4 * error
     assert error < 0.02 * whole.mean()
+
+
+def test_adms_large_variance_differs_at_the_last_step_alone():
+    steps = make_schedule(
+        "linear",
+        resolution=8,
+        num_timesteps=10,
+        between_steps=False,
+        linear_beta_range=(1e-6, 2e-4),
+    )
+    betas = np.linspace(1e-6, 2e-4, 10) * 100
+    kept = np.cumprod(1 - betas)
+    posterior = betas * (1 - np.append(1.0, kept[:-1])) / (1 - kept)
+    adms = np.append(posterior[1], betas[1:])  # as their code has it
+    times = np.arange(11) / 10
+    least = bound.second_step_logvar(steps, times[::-1][-3:])
+    t, s = steps(jnp.asarray(times[1:])), steps(jnp.asarray(times[:-1]))
+    prediction = Prediction(x0=t, eps=t)
+    found = samplers.make_log_variance("adm_large")(prediction, s, t, least)
+    np.testing.assert_allclose(np.exp(found), adms, rtol=1e-3)
+    large = samplers.make_log_variance("large")(prediction, s, t, least)
+    np.testing.assert_allclose(np.exp(large), betas, rtol=1e-3)
+    sampled = samplers.make_log_variance("adm_large")(prediction, s, t)
+    np.testing.assert_allclose(sampled, large)
