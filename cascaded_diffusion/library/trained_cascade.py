@@ -192,6 +192,8 @@ def load_cascade(
 
     JAX is set up as the binaries do. Where evaluation has chosen no checkpoint yet, the newest one
     is taken, which is printed. Raises UserError if a run is missing or runs do not chain.
+
+        cascade = cd.load_cascade("RUN", "configs/mnist_cascade32.py")
     """
     set_up_jax()
     alone = RunFolder(workdir)
