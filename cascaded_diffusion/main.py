@@ -13,7 +13,8 @@ find each other, on a Cloud TPU with --distributed=tpu, elsewhere with
 
 A run is resumed only with the images that it began with. If they were moved, copied or touched,
 say where they are now with --data_path=FOLDER. A run whose checkpoints are lost begins again
-only with --start_over.
+only with --start_over. A config key that decides what is trained may change only where
+--allow_changed names it, as --allow_changed=train.learning_rate,train.batch_size.
 
 --profile_steps=100:105 writes a trace of these steps to WORKDIR/profile.
 """
@@ -48,12 +49,13 @@ def main(argv: Sequence[str]) -> int:
         fv.workdir = str(pathlib.Path("RUN") / config.stage.name)
         notes.append(f"--workdir was not given: the run goes to {fv.workdir}")
     flag_checks.check_paths(fv, "workdir", "data_path")
+    allowed = train_flags.allowed_keys(fv)
     profile_steps = train_flags.profile_steps(fv.profile_steps, config.train.train_steps)
     resolved = run_images.with_absolute_paths(config, fv.data_path)
     folder = RunFolder(fv.workdir)
     folder.check_writable()
     if folder.exists():
-        check_resume(folder.read_config(), resolved, fv.workdir)
+        check_resume(folder.read_config(), resolved, fv.workdir, allowed=allowed)
 
     jax_setup.set_up_jax(cluster_flags.join_cluster(fv, resolved, "workdir"))
     from cascaded_diffusion.commands.train_stage import print_outcome, train_stage
@@ -63,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
         folder,
         data_path=fv.data_path,
         start_over=fv.start_over,
+        allow_changed=allowed,
         profile_steps=profile_steps,
         notes=notes,
     )

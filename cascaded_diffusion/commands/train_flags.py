@@ -16,8 +16,15 @@ def define(fv: flags.FlagValues) -> None:
     flags.DEFINE_string("profile_steps", None, text, flag_values=fv)
     text = "begin at step 0 where a run is in --workdir but none of its checkpoints is intact"
     flags.DEFINE_bool("start_over", False, text, flag_values=fv)
+    text = "config keys that may change what a run trains from here on, as train.batch_size"
+    flags.DEFINE_list("allow_changed", [], text, flag_values=fv)
     run_images.define_data_path(fv)
     cluster_flags.define_cluster(fv)
+
+
+def allowed_keys(fv: flags.FlagValues) -> list[str]:
+    """The keys of `--allow_changed`, with or without "config." before them."""
+    return [key.strip().removeprefix("config.") for key in fv.allow_changed]
 
 
 def profile_steps(text: str | None, train_steps: int) -> tuple[int, int] | None:

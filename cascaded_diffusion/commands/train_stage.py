@@ -1,6 +1,6 @@
 """Training of one stage, from its config to the outcome: `train_stage`."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 
@@ -25,6 +25,7 @@ def train_stage(
     *,
     data_path: str | None = None,
     start_over: bool = False,
+    allow_changed: Collection[str] = (),
     profile_steps: tuple[int, int] | None = None,
     notes: Sequence[str] = (),
 ) -> Outcome:
@@ -79,6 +80,7 @@ def train_stage(
                 given_anew=data_path is not None,
             ),
             start_over=start_over,
+            allow_changed=allow_changed,
             grid_examples=grid_examples,
             profile_steps=profile_steps,
             mesh=mesh,

@@ -1,6 +1,7 @@
 """Which values of a run's config may change when the run is resumed."""
 
 import dataclasses
+from collections.abc import Collection
 
 from cascaded_diffusion.config.convert import flattened
 from cascaded_diffusion.config.schema import RunConfig
@@ -30,17 +31,30 @@ _FREE_TO_CHANGE = (
 )
 
 
-def check_resume(old: RunConfig, new: RunConfig, workdir: str) -> list[str]:
+def check_resume(
+    old: RunConfig, new: RunConfig, workdir: str, *, allowed: Collection[str] = ()
+) -> list[str]:
     """One line for every key that changed, and may, since the run in a folder was started.
 
-    Raises UserError if a key changed that decides what the run computes.
+    `allowed` are further keys that may change, or the beginnings of some ("stage.diffusion."),
+    without "config.". Raises UserError if another key changed that decides what the run computes,
+    or one that is allowed is no key of a config.
     """
     old_flat, new_flat = flattened(dataclasses.asdict(old)), flattened(dataclasses.asdict(new))
-    changed = [key for key in new_flat if old_flat.get(key) != new_flat[key]]
+    for name in allowed:
+        if not any(_is_within(key, name) for key in (*old_flat, *new_flat)):
+            raise UserError(f"--allow_changed={name}: expected config keys, as train.batch_size")
+    changed = [key for key in {**old_flat, **new_flat} if old_flat.get(key) != new_flat.get(key)]
     for key in changed:
-        if not key.startswith(_FREE_TO_CHANGE):
+        free = key.startswith(_FREE_TO_CHANGE)
+        if not free and not any(_is_within(key, name) for name in allowed):
             raise UserError(
-                f"config.{key} = {new_flat[key]!r}: the run in {workdir} was started with"
-                f" {old_flat.get(key)!r}; set it back, or choose another --workdir"
+                f"config.{key} = {new_flat.get(key)!r}: the run in {workdir} was started with"
+                f" {old_flat.get(key)!r}; set it back, choose another --workdir, or change what is"
+                f" trained from here on by --allow_changed={key}"
             )
-    return [f"config.{key}: {old_flat.get(key)!r} -> {new_flat[key]!r}" for key in changed]
+    return [f"config.{key}: {old_flat.get(key)!r} -> {new_flat.get(key)!r}" for key in changed]
+
+
+def _is_within(key: str, name: str) -> bool:
+    return key == name or key.startswith(f"{name.rstrip('.')}.")

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -41,6 +41,7 @@ def train(
     low_res_shape: Shape | None = None,
     data: RunData | None = None,
     start_over: bool = False,
+    allow_changed: Collection[str] = (),
     profile_steps: tuple[int, int] | None = None,
     mesh: Mesh | None = None,
 ) -> Outcome:
@@ -50,8 +51,9 @@ def train(
     `image_shape`, and (h, w, C) as `low_res_shape` where low-res ones are stored. `grid_examples`
     are GRID_ROWS * GRID_COLUMNS real examples for `GridSampler`. A run resumes only with the same
     `data`; None is not compared. A run without an intact checkpoint is refused unless it is to
-    `start_over` at step 0. The first to the last of `profile_steps` are traced to RUN/profile. The
-    default `mesh` is what `config.mesh` says, with fsdp 1 where it says None.
+    `start_over` at step 0. `allow_changed` are keys that may change what is trained from here on,
+    see `resume_checks.check_resume`. The first to the last of `profile_steps` are traced to
+    RUN/profile. The default `mesh` is what `config.mesh` says, with fsdp 1 where it says None.
 
     Raises UserError if JAX computes with 64 bits, the folder belongs to another run, to other
     images or another process, checkpoints are damaged or cannot be written, or the loss is not
@@ -66,7 +68,7 @@ def train(
                 stack.enter_context(folder.writer_lock("train"))
         mesh_lib.check_shared(folder.path, "workdir")
         with mesh_lib.fail_on_all_processes():
-            changed = resume.check_folder(folder, config, data)
+            changed = resume.check_folder(folder, config, data, allow_changed)
         outcome = resume.finished(folder, config, start_over=start_over)
         if outcome is not None:
             resume.store(folder, config, data, changed)

@@ -1,10 +1,11 @@
 """Whether and how a run folder's training resumes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 
+from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.resume_checks import check_resume
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
@@ -13,7 +14,7 @@ from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.manifest import finished_steps
 from cascaded_diffusion.runtime.run_data import RunData, check_run_data, write_run_data
 from cascaded_diffusion.runtime.run_folder import CONFIG_REMEDY, RunFolder
-from cascaded_diffusion.training.step import build_learning_rate
+from cascaded_diffusion.training.step import build_learning_rate, state_shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,16 +29,21 @@ class Outcome:
 _REASONS = ("complete", "early_stop")
 
 
-def check_folder(folder: RunFolder, config: RunConfig, data: RunData | None) -> list[str]:
+def check_folder(
+    folder: RunFolder, config: RunConfig, data: RunData | None, allowed: Collection[str] = ()
+) -> list[str]:
     """Lists what has changed since the run began, with which it may resume.
 
-    Raises UserError if the config or the images would change what is computed, or the config of a
-    run that was begun is missing.
+    Raises UserError if the config or the images would change what is computed, but for keys that
+    are `allowed` to; if these change what parameters there are; or if the config of a run that was
+    begun is missing.
     """
     changed = []
     if folder.exists():
         old = folder.read_config()
-        changed = check_resume(old, config, str(folder.path))
+        changed = check_resume(old, config, str(folder.path), allowed=allowed)
+        if allowed:
+            _check_same_parameters(old, config)
         changed += _stretched_schedule(old, config, folder)
     elif folder.has_checkpoints() or folder.saved_path.exists():
         path = folder.config_path
@@ -58,6 +64,20 @@ def store(
             folder.write_config(config)
             if data is not None:
                 write_run_data(folder, data)
+
+
+def _check_same_parameters(old: RunConfig, new: RunConfig) -> None:
+    before, after = (
+        {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(s)}
+        for s in (state_shapes(build_stage(c.stage), c.train) for c in (old, new))
+    )
+    differ = sorted(k for k in {**before, **after} if before.get(k) != after.get(k))
+    if differ:
+        raise UserError(
+            f"--allow_changed: what changed needs other parameters than the run has: {differ[0]}"
+            f" was {before.get(differ[0])} and would be {after.get(differ[0])}; choose another"
+            " --workdir"
+        )
 
 
 def _stretched_schedule(old: RunConfig, new: RunConfig, folder: RunFolder) -> list[str]:

@@ -28,5 +28,19 @@ def test_resuming_with_another_config():
         ("stage__network__channels", 16),
         ("train__batch_size", 32),
     ):
-        with pytest.raises(UserError, match="set it back, or choose another --workdir"):
+        with pytest.raises(
+            UserError, match="set it back, choose another --workdir, or change what"
+        ):
             check_resume(config, round_trip(config, **{key: value}), "RUN")
+
+
+def test_keys_that_are_allowed_may_change_what_is_trained():
+    config = tiny_base()
+    other = round_trip(config, train__batch_size=32, train__learning_rate=0.5)
+    with pytest.raises(UserError, match=r"--allow_changed=train\.learning_rate"):
+        check_resume(config, other, "RUN", allowed=["train.batch_size"])
+    for allowed in (["train.batch_size", "train.learning_rate"], ["train"], ["train."]):
+        assert len(check_resume(config, other, "RUN", allowed=allowed)) == 2
+    for wrong in ("batch_size", "train.batch", ""):
+        with pytest.raises(UserError, match=f"--allow_changed={wrong}: expected config keys"):
+            check_resume(config, other, "RUN", allowed=[wrong])

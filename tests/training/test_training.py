@@ -35,7 +35,7 @@ def _data(config):
     return lambda start: iterate(stream, SOURCE, config.data, start_step=start)
 
 
-def _train(config, path, data_from=None):
+def _train(config, path, data_from=None, **settings):
     return loop.train(
         config,
         RunFolder(path),
@@ -43,6 +43,7 @@ def _train(config, path, data_from=None):
         image_shape=SOURCE.image_shape,
         grid_examples=EXAMPLES,
         mesh=two_devices(),
+        **settings,
     )
 
 
@@ -52,6 +53,25 @@ def _losses(path):
 
 def _records(path):
     return read_lines(RunFolder(path).metrics_path)
+
+
+def test_what_is_trained_changes_only_where_it_is_allowed(tmp_path, capsys):
+    begun = {"train__train_steps": 2, "train__warmup_steps": 0}
+    _train(smallest_base(**begun), tmp_path)
+    changed = {**begun, "train__train_steps": 3, "train__learning_rate": 0.5}
+    with pytest.raises(UserError, match=r"--allow_changed=train\.learning_rate"):
+        _train(smallest_base(**changed), tmp_path)
+    allowed = ["train.learning_rate"]
+    assert _train(smallest_base(**changed), tmp_path, allow_changed=allowed).step == 3
+    assert "changed since the run began: config.train.learning_rate" in capsys.readouterr().out
+    assert RunFolder(tmp_path).read_config().train.learning_rate == 0.5
+    for other, message in (
+        ({"stage__network__channels": 16}, "needs other parameters than the run has: .* was"),
+        ({"train__ema_decays": (0.5,), "eval__ema_decays": (0.5,)}, "needs other parameters"),
+    ):
+        config = smallest_base(**{**changed, **other})
+        with pytest.raises(UserError, match=message):
+            _train(config, tmp_path, allow_changed=["train", "stage.network"])
 
 
 def test_a_longer_run_resumes_from_a_finished_one(tmp_path, monkeypatch):
