@@ -2,6 +2,7 @@
 
     RUN/config.json               the resolved config
     RUN/data.json                 which images it is trained on (`run_data`)
+    RUN/environment.json          versions, devices and mesh it was last trained with
     RUN/imported.json             where weights are from that others trained (`interchange`)
     RUN/checkpoints/<step>/       Orbax (`checkpoint`), with checksums (`manifest`)
     RUN/saved.json                the step of the newest checkpoint that was completed
@@ -71,6 +72,7 @@ class RunFolder:
         self._held: dict[pathlib.Path, int] = {}
         self.config_path = self.path / "config.json"
         self.data_path = self.path / "data.json"
+        self.environment_path = self.path / "environment.json"
         self.checkpoints = self.path / "checkpoints"
         self.metrics_path = self.path / "metrics.jsonl"
         self.eval = self.path / "eval"

@@ -89,7 +89,7 @@ def train(
         else:
             state = step_lib.init_state(stage, config.train, mesh)
         # A run that is refused keeps the config that it has.
-        resume.store(folder, config, data, changed)
+        resume.store(folder, config, data, changed, mesh)
         step = int(state.step)
         if is_first_process:
             # Whoever waits for a shorter run that now resumes, waits for the new end.

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 
 import jax
+from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.resume_checks import check_resume
@@ -11,6 +12,7 @@ from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import read_record
 from cascaded_diffusion.runtime import mesh as mesh_lib
+from cascaded_diffusion.runtime.environment import store_environment
 from cascaded_diffusion.runtime.manifest import finished_steps
 from cascaded_diffusion.runtime.run_data import RunData, check_run_data, write_run_data
 from cascaded_diffusion.runtime.run_folder import CONFIG_REMEDY, RunFolder
@@ -54,13 +56,22 @@ def check_folder(
 
 
 def store(
-    folder: RunFolder, config: RunConfig, data: RunData | None, changed: Sequence[str]
+    folder: RunFolder,
+    config: RunConfig,
+    data: RunData | None,
+    changed: Sequence[str],
+    mesh: Mesh | None = None,
 ) -> None:
-    """Stores the config and the images' record, and prints what changed. Every process calls it."""
+    """Stores the config and the images' record, and prints what changed. Every process calls it.
+
+    With a `mesh`, on which the run goes on, the environment is stored and compared, too.
+    """
     with mesh_lib.fail_on_all_processes():
         if jax.process_index() == 0:
             for line in changed:
                 print(f"changed since the run began: {line}", flush=True)
+            for line in [] if mesh is None else store_environment(folder, mesh):
+                print(f"changed since the run was last started: {line}", flush=True)
             folder.write_config(config)
             if data is not None:
                 write_run_data(folder, data)
