@@ -104,7 +104,7 @@ def _check_network(stage: StageConfig) -> None:
     if network.null_label is False and stage.diffusion.label_dropout_prob:
         refuse(
             "stage.network.null_label",
-            "True, since config.stage.diffusion.label_dropout_prob ="
+            "True or None, since config.stage.diffusion.label_dropout_prob ="
             f" {stage.diffusion.label_dropout_prob} drops labels",
         )
     if network.noise_input.endswith("step_index") and stage.schedule.num_timesteps is None:
@@ -123,7 +123,13 @@ def _check_heads(stage: StageConfig) -> None:
         given = f"is {network.num_head_channels}"
         expected = f"None, since {other} {given}" if network.num_heads else f"a number, or {other}"
         fail_at(stage, "stage.network.num_heads", expected)
-    for width in network.widths:
+    sizes = [stage.resolution // network.patch_size // 2**i for i in range(len(network.widths))]
+    attending = {
+        width
+        for size, width in zip(sizes, network.widths, strict=True)
+        if size in network.attention_resolutions or network.name == "efficient_unet"
+    }
+    for width in sorted({*attending, network.widths[-1]}):  # the middle always attends
         for key in ("num_heads", "num_head_channels"):
             divisor = getattr(network, key)
             if divisor is not None and width % divisor:
@@ -291,8 +297,8 @@ def check_sampler(key: str, sampler: SamplerConfig, stage: StageConfig) -> None:
     if steps is None and sampler.grid in ("respaced", "ddim_respaced"):
         refuse(
             f"{key}.grid",
-            f"'uniform', 'quadratic' or 'logsnr': the noise levels of stage {stage.name!r} are"
-            " not discrete",
+            f"'uniform', 'quadratic', 'logsnr' or 'karras': the noise levels of stage"
+            f" {stage.name!r} are not discrete",
         )
     if sampler.grid == "ddim_respaced" and ddim_stride(steps, sampler.num_steps) is None:
         refuse(

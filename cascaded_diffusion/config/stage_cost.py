@@ -48,7 +48,7 @@ def stage_cost(stage: StageConfig) -> StageCost:
     cost._linear(network.channels + embedding, embedding, 1 + stage.has_aug_level)
     image = stage.channels * network.patch_size**2
     size = stage.resolution // network.patch_size
-    width = network.channels
+    width = min(network.channels, network.widths[0])
     cost._conv(image * (1 if stage.low_res_resolution is None else 2), width, size)
     cost._conv(width, image * (1 if stage.diffusion.variance == "fixed" else 2), size)
     levels = list(zip(network.widths, network.num_res_blocks, strict=True))

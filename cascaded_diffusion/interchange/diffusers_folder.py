@@ -34,6 +34,8 @@ _PREDICTS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 def config_changes(path: pathlib.Path, flag: str) -> tuple[dict[str, object], bool]:
     """The config keys that a folder decides, and whether its embedding has cosines first.
 
+    A folder without a scheduler leaves `stage.schedule` as it is.
+
     Raises UserError, which names the setting, if our U-Net cannot be that network.
     """
     folder = unet_folder(path, flag)
@@ -50,9 +52,15 @@ def config_changes(path: pathlib.Path, flag: str) -> tuple[dict[str, object], bo
         reason = f"{type(e).__name__}: {e}"[:100]
         raise UserError(f"{file}: not the config of a UNet2DModel ({reason})") from e
     for scheduler in (folder, folder.parent / "scheduler"):
-        if (scheduler / "scheduler_config.json").exists():
-            changes |= _schedule(scheduler / "scheduler_config.json")
-            break
+        file = scheduler / "scheduler_config.json"
+        if not file.exists():
+            continue
+        try:
+            changes |= _schedule(file)
+        except (KeyError, TypeError, ValueError) as e:
+            reason = f"{type(e).__name__}: {e}"[:100]
+            raise UserError(f"{file}: not the config of a scheduler ({reason})") from e
+        break
     return changes, config.get("flip_sin_to_cos", True) is not False
 
 
@@ -64,8 +72,10 @@ def _network(config: Record, file: pathlib.Path) -> dict[str, object]:
         size = size[0]
     attends = ["Attn" in name for name in config["down_block_types"]]
     up = ["Attn" in name for name in config["up_block_types"]][::-1]
-    kinds = {name.replace("Attn", "") for name in config["down_block_types"]}
-    if attends != up or kinds != {"DownBlock2D"}:
+    names = [{*config[f"{way}_block_types"]} for way in ("down", "up")]
+    known = [{f"{kind}{way}Block2D" for kind in ("", "Attn")} for way in ("Down", "Up")]
+    fits = all(found <= all_ for found, all_ in zip(names, known, strict=True))
+    if attends != up or not fits or len(attends) != len(widths):
         raise UserError(
             f"{file}: block types {config['down_block_types']} and {config['up_block_types']}:"
             " expected DownBlock2D and AttnDownBlock2D, and the same on the way up"
@@ -113,6 +123,9 @@ def _schedule(file: pathlib.Path) -> dict[str, object]:
     predicts = config.get("prediction_type", "epsilon")
     if predicts not in _PREDICTS:
         raise UserError(f"{file}: prediction_type = {predicts!r}: expected one of {_PREDICTS}")
+    for key, plain in (("trained_betas", None), ("rescale_betas_zero_snr", False)):
+        if config.get(key, plain) not in (plain, None):
+            raise UserError(f"{file}: {key} is set: expected {plain}, as our schedules have it")
     schedule: dict[str, object] = {"num_timesteps": steps, "noise_levels": "discrete"}
     if betas == "linear":
         # Ours are those of 1,000 steps.

@@ -59,6 +59,10 @@ def check_expressible(stage: StageConfig, family: Family) -> None:
             fail_at(stage, "stage.network.channel_mults", "multiples of 32 channels at every level")
     if stage.low_res_resolution is not None:
         refuse_unless("stage.network.upsample", network.upsample, "bilinear")
+    if family.name == "guided_diffusion" and network.widths[0] > network.channels:
+        fail_at(stage, "stage.network.channel_mults", "at most 1 first: it begins there with that")
+    if family.name == "improved_diffusion" and network.widths[0] < network.channels:
+        fail_at(stage, "stage.network.channel_mults", "at least 1 first: it begins there with 1")
     if family.name == "diffusers":
         refuse_unless("stage.kind", stage.kind, "base")
         refuse_unless("stage.network.resample", network.resample, "conv")
@@ -107,6 +111,8 @@ def export_weights(
         "ema_decay": str(chosen.ema_decay),
         "timesteps": _TIMESTEPS[stage.network.noise_input],
     }
+    if family.name != "diffusers" and output.suffix != ".safetensors":
+        raise UserError(f"--output={output}: expected a name that ends with .safetensors")
     if output.exists():
         raise UserError(f"--output={output}: is there already; name a new one")
     if family.name == "diffusers":

@@ -1,5 +1,6 @@
 """Makes a run folder of weights that were trained elsewhere."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -13,6 +14,7 @@ from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.schema import RunConfig, StageConfig, ema_name
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import Record, write_json
+from cascaded_diffusion.files.paths import held_lock
 from cascaded_diffusion.files.whole import sha256_of
 from cascaded_diffusion.interchange.names import (
     Family,
@@ -21,16 +23,22 @@ from cascaded_diffusion.interchange.names import (
     translations,
 )
 from cascaded_diffusion.interchange.published import Published, looks_like
-from cascaded_diffusion.interchange.weights_files import kind_of, read_weights, without_prefix
+from cascaded_diffusion.interchange.weights_files import (
+    OWN_KINDS,
+    kind_of,
+    read_weights,
+    without_prefix,
+)
 from cascaded_diffusion.networks.classifier import flatten_params, unflatten_params
 from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
-from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.runtime.run_folder import IMPORTED, RunFolder
 from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.types import Params
 
 _FLAG = "FILE"
 _FILE_BYTES = 1 << 22  # of a checkpoint's files; with larger ones a save holds more in memory
-_SHOWN = 5  # names of tensors in an error
+_SHOWN, _MAX_NAME = 5, 100  # names of tensors in an error, and characters of one
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Inputs of a stage that no published network has. Their last layer begins at zero, so that the
 # network computes what it did; the first one does not, or neither would ever learn.
 _ZERO_AT_FIRST = "aug_level/Dense_1/"
@@ -48,7 +56,7 @@ def params_from(
     shape, or have values that are not finite.
     """
     shapes = build_stage(stage).shapes()[0]
-    wanted = [_without_null_label(t, stage) for t in translations(family, stage, shapes)]
+    wanted = [_with_known_rows(t, stage, tensors) for t in translations(family, stage, shapes)]
     _check_names(tensors, wanted, stage)
     params = {}
     for translated in wanted:
@@ -59,20 +67,31 @@ def params_from(
                     f"tensor {name} is {tuple(x.shape)}, expected {translated.their_shape} for"
                     f" stage {stage.name!r}{_meant(tensors)}"
                 )
-            if not np.isfinite(x.astype(np.float32, copy=False)).all():
+            if str(x.dtype) not in _DTYPES:
+                expected = ", ".join(_DTYPES)
+                raise UserError(f"tensor {name} is of {x.dtype}, expected one of {expected}")
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(x.astype(np.float32, copy=False)).all()
+            if not finite:
                 raise UserError(f"tensor {name} has values that are not finite")
         params[translated.path] = translated.to_ours(theirs)
-    if stage.num_classes and stage.network.null_label is not False:
+    if stage.num_classes and len(params["label/embedding"]) < shapes["label"]["embedding"].shape[0]:
         table = params["label/embedding"]
         params["label/embedding"] = np.concatenate([table, np.zeros_like(table[:1])])
     return params
 
 
-def _without_null_label(translated: Translated, stage: StageConfig) -> Translated:
+def _with_known_rows(
+    translated: Translated, stage: StageConfig, tensors: Mapping[str, np.ndarray]
+) -> Translated:
+    """The classes alone, unless the table there has a row for the "dropped" label as ours does."""
     if translated.path != "label/embedding":
         return translated
-    _, size = translated.shape
-    return dataclasses.replace(translated, shape=(stage.num_classes, size))
+    rows, size = translated.shape
+    found = tensors.get(translated.names[0])
+    if found is None or found.shape[:1] != (rows,):
+        rows = stage.num_classes
+    return dataclasses.replace(translated, shape=(rows, size))
 
 
 def _check_names(
@@ -81,10 +100,11 @@ def _check_names(
     names = [name for translated in wanted for name in translated.names]
     missing = [name for name in names if name not in tensors]
     surplus = sorted(tensors.keys() - set(names))
-    if len(missing) > len(names) / 2:
-        raise UserError(f"it is {kind_of(tensors)}, not the U-Net of stage {stage.name!r}")
+    kind = kind_of(tensors)
+    if len(missing) > len(names) / 2 and kind not in OWN_KINDS:
+        raise UserError(f"it is {kind}, not the U-Net of stage {stage.name!r}")
     problems = [
-        f"{len(found)} tensors {what}: {', '.join(found[:_SHOWN])}"
+        f"{len(found)} tensors {what}: {', '.join(x[:_MAX_NAME] for x in found[:_SHOWN])}"
         + (" ..." if len(found) > _SHOWN else "")
         for found, what in ((missing, "are missing"), (surplus, "have no place"))
         if found
@@ -123,7 +143,8 @@ def import_weights(
     Raises UserError if a run is there, or the file is no such network's.
     """
     path = pathlib.Path(path)
-    if folder.path.exists() and any(folder.path.iterdir()):
+    target = folder.path.resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--workdir={folder.path}: there is something already; name a new folder")
     tensors = without_prefix(read_weights(path, _FLAG))
     try:
@@ -141,7 +162,7 @@ def import_weights(
     if published is not None:
         about["published"] = published.url
         about["as_published"] = None if published.sha256 is None else _same(published, about)
-    _write_run(folder, config, params, about)
+    _write_run(folder, target, config, params, about)
     return about
 
 
@@ -149,11 +170,22 @@ def _same(published: Published, about: Record) -> bool:
     return published.sha256 == about.get("sha256")
 
 
+def _remove_unfinished(target: pathlib.Path) -> None:
+    """Removes what killed imports have left; one that is alive holds its folder."""
+    for left in target.parent.glob(f".{target.name}.importing.*"):
+        with contextlib.suppress(UserError), held_lock(left, "train", "workdir"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _write_run(
-    folder: RunFolder, config: RunConfig, params: Mapping[str, np.ndarray], about: Record
+    folder: RunFolder,
+    target: pathlib.Path,
+    config: RunConfig,
+    params: Mapping[str, np.ndarray],
+    about: Record,
 ) -> None:
-    unfinished = folder.path.with_name(f".{folder.path.name}.importing")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _remove_unfinished(target)
+    unfinished = target.with_name(f".{target.name}.importing.{os.getpid()}")
     made = RunFolder(unfinished)
     made.check_writable()
     with made.writer_lock("train"):
@@ -165,12 +197,16 @@ def _write_run(
         finally:
             checkpoints.close()
         write_json(made.path / "imported.json", about)
-        chosen = {"step": 0, "ema_decay": config.eval.ema_decays[0], "metric": "imported"}
+        chosen = {"step": 0, "ema_decay": config.eval.ema_decays[0], "metric": IMPORTED}
         write_json(made.best_path, {**chosen, "value": None})
-    folder.path.parent.mkdir(parents=True, exist_ok=True)
-    if folder.path.exists():
-        folder.path.rmdir()  # it is empty
-    os.replace(unfinished, folder.path)
+    try:
+        os.replace(unfinished, target)  # also where an empty folder is
+    except OSError as e:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"--workdir={folder.path}: something has appeared there meanwhile ({e.strerror}); name"
+            " a new folder"
+        ) from e
 
 
 class _Uncopied(np.ndarray):

@@ -30,6 +30,8 @@ _SIGNS = {
     "mid_block.": "a U-Net of diffusers",
     "down_blocks.": "a U-Net of diffusers",
 }
+# Of those, what can be imported.
+OWN_KINDS = ("a U-Net of guided-diffusion or improved-diffusion", "a U-Net of diffusers")
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

@@ -44,6 +44,8 @@ from cascaded_diffusion.files.paths import check_writable, held_lock
 # What a record must have: best.json, a line of eval/results.jsonl.
 _CHOSEN: json_files.Types = {"step": int, "ema_decay": (int, float)}
 _SCORE: json_files.Types = {**_CHOSEN, "metric": str, "value": (int, float, type(None))}
+# The metric of a checkpoint that was chosen because it was imported.
+IMPORTED = "imported"
 CONFIG_REMEDY = (
     "bring it back from a backup, or copy the file that the run's command writes into another"
     " --workdir"
@@ -179,6 +181,12 @@ class RunFolder:
         record = json_files.readable_record(self.early_stop_path, types)
         return None if record is None else record["patience_evals"]
 
+    def forget_imported(self) -> None:
+        """Takes the choice back that importing weights made: they are trained further now."""
+        best = readable_best(self.best_path)
+        if best is not None and best.get("metric") == IMPORTED:
+            self.best_path.unlink(missing_ok=True)
+
     def chosen(self) -> Chosen:
         """The checkpoint that evaluation chose. Raises UserError if none was chosen yet."""
         best = self.best()
@@ -198,6 +206,11 @@ class RunFolder:
                 yield
             finally:
                 del self._held[lock]
+
+
+def readable_best(path: pathlib.Path) -> json_files.Record | None:
+    """The record of a best.json, or None if there is none that can be read."""
+    return json_files.readable_record(path) if path.exists() else None
 
 
 def level_picture(final: pathlib.Path, level: float) -> pathlib.Path:

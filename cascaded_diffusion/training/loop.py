@@ -94,6 +94,7 @@ def train(
         if is_first_process:
             # Whoever waits for a shorter run that now resumes, waits for the new end.
             folder.complete_path.unlink(missing_ok=True)
+            folder.forget_imported()
             print_parameter_overview(state.params)
         local_batches = data_from(step)
         batches = mesh_lib.DeviceBatches(local_batches, mesh)

@@ -282,7 +282,7 @@ BAD_RUNS = [
     ),
     (
         {"stage.network.null_label": False},
-        "config.stage.network.null_label = False: expected True, since config.stage.diffusion.",
+        "config.stage.network.null_label = False: expected True or None, since config.stage.",
     ),
     (
         {"stage.network.noise_input": "step_index"},
@@ -290,7 +290,7 @@ BAD_RUNS = [
     ),
     (
         {"stage.sampler.grid": "respaced"},
-        "config.stage.sampler.grid = 'respaced': expected 'uniform', 'quadratic' or 'logsnr'",
+        "config.stage.sampler.grid = 'respaced': expected 'uniform', 'quadratic', 'logsnr' or 'k",
     ),
     (
         {"stage.sampler.churn": (1.0, 0.0, 1.0, 1.0)},

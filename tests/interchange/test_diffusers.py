@@ -109,6 +109,11 @@ def test_there_and_back_is_the_same_to_the_bit(tmp_path):
         ({"sample_size": None}, None, "not the config of a UNet2DModel (TypeError"),
         ({"out_channels": 4}, None, "out_channels = 4: expected 3 or 6"),
         ({}, {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid': expected 'linear' or"),
+        ({}, {"trained_betas": [0.1] * 10}, "trained_betas is set: expected None"),
+        ({}, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is set: expected False"),
+        ({}, {"beta_start": "a"}, "not the config of a scheduler (TypeError"),
+        ({}, {"prediction_type": ["epsilon"]}, "not the config of a scheduler (TypeError"),
+        ({"up_block_types": ["AttnSkipUpBlock2D", "UpBlock2D"]}, None, "the same on the way up"),
         ({}, {"prediction_type": "flow"}, "prediction_type = 'flow': expected one of"),
     ],
 )

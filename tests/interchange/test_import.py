@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def test_a_run_that_is_there_stays(imported):
 
 def test_what_a_killed_import_left_is_no_run_and_in_nobodys_way(tensors, tmp_path):
     write_pt(tmp_path / "weights.pt", tensors)
-    left = tmp_path / ".run.importing" / "checkpoints" / "0"
+    left = tmp_path / ".run.importing.1" / "checkpoints" / "0"
     left.mkdir(parents=True)
     assert run_import(tmp_path / "weights.pt", tmp_path / "run") == 0
     assert not left.exists()
@@ -159,7 +160,7 @@ WRONG = {
     ),
     "another family": (
         lambda t: {"down_blocks.0.resnets.0.conv1.weight": t["out.2.bias"]},
-        "it is a U-Net of diffusers, not the U-Net of stage",
+        r"145 tensors are missing: \S+, .* \.\.\.; 1 tensors have no place: down_blocks",
     ),
     "Stable Diffusion": (
         lambda t: {f"model.diffusion_model.{n}": x for n, x in t.items()},
@@ -340,3 +341,52 @@ def test_a_network_that_they_do_not_have_is_not_exported(changes, message):
     stage = run_config_from(values).stage
     with pytest.raises(UserError, match=message):
         exporting.check_expressible(stage, names.GUIDED_DIFFUSION)
+
+
+def test_weights_that_are_trained_further_are_no_longer_chosen(imported, tmp_path):
+    shutil.copytree(imported.path, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    assert folder.chosen().step == 0
+    folder.forget_imported()
+    assert folder.best() is None
+    folder.best_path.write_text('{"step": 20, "ema_decay": 0.9999, "metric": "fd", "value": 1.0}')
+    folder.forget_imported()  # evaluation's own choice stays
+    assert folder.chosen().step == 20
+
+
+def test_a_null_label_comes_back_from_what_was_exported(tensors, imported, tmp_path):
+    guided = ("--config.stage.network.null_label=None",)
+    guided += ("--config.stage.diffusion.label_dropout_prob=0.1",)
+    write_pt(tmp_path / "weights.pt", tensors)
+    assert run_import(tmp_path / "weights.pt", tmp_path / "run", *guided) == 0
+    out = tmp_path / "out.safetensors"
+    argv = ["prog", f"--workdir={tmp_path / 'run'}", "--source=guided_diffusion"]
+    assert export_weights.main([*argv, "--qkv_order=new", f"--output={out}"]) == 0
+    assert run_import(out, tmp_path / "again", *guided) == 0
+    first, second = (params_of(RunFolder(tmp_path / name)) for name in ("run", "again"))
+    np.testing.assert_array_equal(first["label/embedding"], second["label/embedding"])
+
+
+def test_a_name_that_says_another_format_is_refused(imported, tmp_path):
+    argv = ["prog", f"--workdir={imported.path}", "--source=guided_diffusion"]
+    with pytest.raises(UserError, match=r"expected a name that ends with \.safetensors"):
+        export_weights.main([*argv, f"--output={tmp_path / 'a.pt'}"])
+
+
+@pytest.mark.parametrize("dtype", [np.int32, bool, np.complex64])
+def test_numbers_that_are_no_weights_are_refused(tensors, dtype):
+    stage = run_config_from(with_overrides(config_values("adm_base64"), SMALL)).stage
+    odd = {**tensors, "out.2.bias": np.ones(6, dtype)}
+    with pytest.raises(UserError, match="tensor out.2.bias is of "):
+        importing.params_from(odd, names.GUIDED_DIFFUSION, stage)
+
+
+def test_a_link_to_an_empty_folder_takes_a_run(tensors, tmp_path):
+    write_pt(tmp_path / "weights.pt", tensors)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    assert run_import(tmp_path / "weights.pt", tmp_path / "link") == 0
+    assert RunFolder(tmp_path / "link").chosen().step == 0
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="there is something already"):
+        run_import(tmp_path / "weights.pt", tmp_path / "file")
