@@ -44,7 +44,7 @@ ALLOWED = {
     "planning": {"cascade", "networks", "runtime", "training", *_LEAVES},
     "interchange": {"cascade", "networks", "runtime", "training", *_LEAVES},
     # What a notebook calls: it sets JAX up and reads configs as the binaries do.
-    "library": {"commands", "cascade", "evaluation", "runtime", *_LEAVES},
+    "library": {"commands", "cascade", "data", "evaluation", "runtime", *_LEAVES},
     # A deferred import: Ctrl-C is answered from the package's first line on.
     "__init__": {"commands", *_ROOMS},
     "commands": _ROOMS | _LEAVES,

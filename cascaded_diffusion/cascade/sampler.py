@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from cascaded_diffusion.config.schema import SamplerConfig
-from cascaded_diffusion.diffusion import grids, samplers
+from cascaded_diffusion.diffusion import grids, guidance, samplers
 from cascaded_diffusion.diffusion.samplers import Step
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.types import DenoiseFn, Schedule
 
 
@@ -34,6 +35,21 @@ class Sampler:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     threshold: str = "static"  # one of `diffusion.guidance.THRESHOLDS`
     threshold_percentile: float | None = None
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("grid", self.grid, grids.GRIDS),
+            ("threshold", self.threshold, guidance.THRESHOLDS),
+        ):
+            if value not in known:
+                raise UserError(f"{name} = {value!r}: expected one of {', '.join(known)}")
+        if type(self.num_steps) is not int or self.num_steps < 1:
+            raise UserError(f"num_steps = {self.num_steps!r}: expected a number of steps")
+        if self.threshold == "dynamic" and self.threshold_percentile is None:
+            raise UserError(
+                "threshold_percentile = None: expected a share, for a dynamic threshold"
+            )
+        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
 
 
 AnySampler = SamplerConfig | Sampler
@@ -67,12 +83,17 @@ def sample_chain(
       denoise: any function `(xt [n, H, W, C], logsnr [n]) -> Prediction`.
       shape: (n, H, W, C).
       schedule: `t -> logsnr`, of `diffusion.schedules`.
-      sampler: of a config, or one's own; its guidance and threshold are not applied.
-      seed: of the noise.
+      sampler: of a config, or one's own. What it says of guidance and thresholds is not applied:
+        the denoiser does that itself, if it is wanted.
+      seed: of the noise, from 0 to 2^32 - 1.
+
+    Raises UserError for a grid that is of discrete steps alone.
 
         schedule = make_cosine_schedule(offset=0.008)
         x = cd.sample_chain(denoise, (4, 16, 16, 3), schedule=schedule, sampler=sampler)
     """
+    if sampler.grid in ("respaced", "ddim_respaced"):
+        raise UserError(f"grid = {sampler.grid!r}: expected a grid of continuous time")
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(shape[0]))
     xt_keys, step_keys = (samplers.fold_in_each(keys, n) for n in range(2))
     times = grids.time_grid(

@@ -108,16 +108,19 @@ def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
         problem = f"cannot be read, expected an .npz with arr_0 (images) that is whole ({e})"
         raise UserError(f"{file}: {problem}") from e
     try:
-        images, labels, names = _checked(stored, num_classes)
+        images, labels, names = check_arrays(stored, num_classes)
     except ValueError as e:
         raise UserError(f"{file}: {e}") from e
     return ArraySource(images, labels, names, name="npz", split=split)
 
 
-def _checked(
+def check_arrays(
     stored: Mapping[str, np.ndarray], num_classes: int
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Images, labels and class names. Raises ValueError if they are not as they must be."""
+    """Images, labels and class names of the arrays of a file, by name.
+
+    Raises ValueError if they are not as they must be.
+    """
     if "arr_0" not in stored:
         raise ValueError("no images (arr_0)")
     images = stored["arr_0"]

@@ -1,13 +1,16 @@
 """Training a stage on images in memory."""
 
 import os
+from collections.abc import Collection
 
 import numpy as np
 
 from cascaded_diffusion.commands.jax_setup import set_up_jax
 from cascaded_diffusion.commands.train_stage import train_stage
+from cascaded_diffusion.config.resume_checks import check_resume
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import RunConfig, to_dict
+from cascaded_diffusion.data.arrays import check_arrays
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import write_npz_whole
@@ -20,6 +23,7 @@ def train(
     images: np.ndarray,
     labels: np.ndarray | None = None,
     workdir: str | os.PathLike[str] | None = None,
+    allow_changed: Collection[str] = (),
 ) -> RunFolder:
     """Trains a stage on images, or resumes its run, and returns the run's folder.
 
@@ -31,13 +35,17 @@ def train(
       config: of the stage's run. Its data section gives the crop and the flips alone.
       images: uint8 [n, h, w, C], at least as large as the stage's.
       labels: integers [n] from 0 to `config.stage.num_classes` - 1, if there are classes.
-      workdir: the run's folder; by default RUN/<name of the stage>.
+      workdir: the run's folder; by default RUN/<name of the stage>. A run of imported weights is
+        trained further.
+      allow_changed: config keys that may change what the run trains from here on.
 
     Raises UserError if images or labels do not fit the config, or training fails.
 
         run = cd.train(cd.load_config("configs/mnist_base16.py"), images=x, labels=y)
     """
     set_up_jax()
+    if not isinstance(config, RunConfig):
+        raise UserError(f"config is a {type(config).__name__}: expected a RunConfig, of a stage")
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) < 20:
         raise UserError(
@@ -49,13 +57,19 @@ def train(
         raise UserError(
             f"labels: {given}, and config.stage.num_classes is {config.stage.num_classes}"
         )
+    arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": np.asarray(labels)})
+    try:
+        check_arrays(arrays, config.stage.num_classes)
+    except ValueError as e:
+        raise UserError(f"images, labels: {e}") from e
+    if images.shape[3] != config.stage.channels:
+        raise UserError(
+            f"images have {images.shape[3]} channels: expected config.stage.channels ="
+            f" {config.stage.channels}"
+        )
     folder = RunFolder(workdir or f"RUN/{config.stage.name}")
     path = folder.path / "images.npz"
-    arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": np.asarray(labels)})
-    if not path.exists():
-        write_npz_whole(path, arrays)
-    elif any(not np.array_equal(x, read_arrays(path).get(k)) for k, x in arrays.items()):
-        raise UserError(f"{path}: has other images; resume with the same, or name another workdir")
+    imported = (folder.path / "imported.json").exists() and not folder.data_path.exists()
     values = to_dict(config)
     values["data"].update(
         name="npz",
@@ -68,5 +82,17 @@ def train(
         low_res="derived",
     )
     config = run_config_from(values)
-    train_stage(config, folder)
+    allowed = [*allow_changed, *(["data"] if imported else [])]
+    if folder.exists():
+        if not path.exists() and not imported:
+            raise UserError(
+                f"workdir={folder.path}: a run that was trained on other data is there; name"
+                " another folder"
+            )
+        check_resume(folder.read_config(), config, str(folder.path), allowed=allowed)
+    if not path.exists():
+        write_npz_whole(path, arrays)
+    elif any(not np.array_equal(x, read_arrays(path).get(k)) for k, x in arrays.items()):
+        raise UserError(f"{path}: has other images; resume with the same, or name another workdir")
+    train_stage(config, folder, allow_changed=allowed)
     return folder

@@ -4,9 +4,11 @@ It listens on this machine alone. A script asks once in a while whether somethin
 then replaces the page's contents; sliders and the scroll position stay where they are.
 """
 
+import contextlib
 import hashlib
 import http.server
 import pathlib
+import threading
 from collections.abc import Callable, Iterator
 
 from cascaded_diffusion.errors import UserError
@@ -23,9 +25,11 @@ let version = "VERSION";
 async function follow() {
   const found = await (await fetch("/version")).text();
   if (version === found) return;
-  version = found;
   const positions = [...document.querySelectorAll(".slider input")].map(x => x.value);
-  const text = await (await fetch("/")).text(), top = scrollY;
+  const answer = await fetch("/");
+  if (!answer.ok) return;
+  const text = await answer.text(), top = scrollY;
+  version = found;
   const fresh = new DOMParser().parseFromString(text, "text/html");
   document.title = fresh.title;
   document.body.replaceWith(fresh.body);
@@ -46,7 +50,8 @@ follow().catch(() => {});
 
 
 def _files(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    for folder in (root, *(p for p in sorted(root.iterdir()) if p.is_dir())):
+    children = sorted(root.iterdir()) if root.is_dir() else []
+    for folder in (root, *(p for p in children if p.is_dir())):
         for part in (folder, folder / "eval", folder / "samples", folder / "sweep"):
             for pattern in _PATTERNS:
                 yield from sorted(part.glob(pattern))
@@ -72,8 +77,13 @@ def make_server(
     Raises UserError if the port is taken.
     """
     kept: dict[str, bytes] = {}
+    building = threading.Lock()
 
     def page() -> bytes:
+        with building:  # once, for all who ask
+            return built()
+
+    def built() -> bytes:
         version = version_of(root)
         if version not in kept:
             # Of the files before they are read: what changes meanwhile is a change.
@@ -104,7 +114,8 @@ def make_server(
                 self.send_header(key, value)
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
-            self.wfile.write(data)
+            with contextlib.suppress(ConnectionError):  # the page was closed meanwhile
+                self.wfile.write(data)
 
         def log_message(self, *args: object) -> None:
             pass

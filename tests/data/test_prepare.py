@@ -19,6 +19,7 @@ from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.data import workers
 from cascaded_diffusion.data.manifests import digest_of_json
 from cascaded_diffusion.data.sources import load_source, load_splits
+from cascaded_diffusion.data.write_prepared import verify_splits
 from cascaded_diffusion.errors import UserError
 from tests.data.photos import photo, photo_config, write_tree
 from tests.tiny import ROOT, round_trip
@@ -95,9 +96,9 @@ def test_prepared_records_are_those_of_the_photos(prepared):
 def test_splits_are_prepared_and_verified_without_flags(tmp_path, capsys):
     config = _config(write_tree(tmp_path, per_class=2))
     cascaded_diffusion.prepare_splits(config.data, config.stage, ["train"])
-    cascaded_diffusion.verify_splits(config.data, config.stage, ["train"])
+    verify_splits(config.data, config.stage, ["train"])
     assert "train: the images are those that it was prepared from" in capsys.readouterr().out
-    assert len(cascaded_diffusion.load_splits(config.data, ["train"], config.stage)["train"]) == 6
+    assert len(load_splits(config.data, ["train"], config.stage)["train"]) == 6
 
 
 def test_the_manifest_says_what_is_there(prepared):

@@ -34,6 +34,8 @@ KEY = re.compile(rf"(?:--)?(?:config\.)?((?:{'|'.join(SECTIONS)})(?:\.\w+)+)")
 OTHERS_FLAGS = {"ssh-flag", "command", "timestep_respacing", "clip_denoised", "classifier_scale"}
 OTHERS_FLAGS |= {"use_new_attention_order", "num_channels", "channel_mult", "num_res_blocks"}
 OTHERS_FLAGS |= {"attention_resolutions", "num_heads", "num_head_channels", "resblock_updown"}
+OTHERS_FLAGS |= {"noise_schedule", "diffusion_steps", "rescale_timesteps", "class_cond"}
+OTHERS_FLAGS |= {"predict_xstart", "use_kl"}
 OTHERS_FLAGS |= {"learn_sigma", "use_fp16", "microbatch", "lr_anneal_steps"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 

@@ -27,6 +27,11 @@ RUN = {
 CASCADE = str(ROOT / "configs" / "mnist_cascade32.py:smoke")
 
 
+def euler(denoise, at):
+    prediction = denoise(at.xt, at.logsnr_t)
+    return diffuse(prediction.x0, at.logsnr_s, prediction.eps), prediction
+
+
 def drawn(count=100, size=32):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, size, size, 1), np.uint8)
@@ -94,6 +99,30 @@ def test_one_run_is_a_cascade_of_its_own(runs):
         top.sample(labels=[1])
 
 
+def test_runs_in_a_folder_are_a_cascade_by_themselves(runs, cascade, tmp_path):
+    alone = cd.load_cascade(runs, mesh=one_device())
+    assert alone.section.stages == ("base16", "sr32")
+    assert alone.sample(labels=[3]).shape == (1, 32, 32, 1)
+    with pytest.raises(cd.UserError, match="no runs there, nor a cascade.json"):
+        cd.load_cascade(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"grid": "foo"}, "grid = 'foo': expected one of uniform"),
+        ({"num_steps": 0}, "num_steps = 0: expected"),
+        ({"num_steps": 2.5}, "num_steps = 2.5: expected"),
+        ({"threshold": "foo"}, "threshold = 'foo': expected one of"),
+        ({"threshold": "dynamic"}, "threshold_percentile = None"),
+    ],
+)
+def test_a_sampler_that_cannot_be_is_refused_when_it_is_made(wrong, message):
+    with pytest.raises(cd.UserError, match=message):
+        cd.Sampler(step=euler, **wrong)
+    assert cd.Sampler(step=euler, guidance_interval=[0, 1]).guidance_interval == (0, 1)
+
+
 def test_the_newest_checkpoint_stands_in_until_one_is_chosen(runs, capsys):
     cd.load_cascade(runs / "base16", mesh=one_device())
     assert "no checkpoint was chosen yet; the newest, of step 2" in capsys.readouterr().out
@@ -104,23 +133,37 @@ def test_what_cannot_be_sampled_is_refused(cascade, runs):
         ({"labels": [10]}, "labels"),
         ({"labels": []}, r"labels: float64 \(0,\): expected a list of classes"),
         ({"labels": [0.5]}, "labels: float64"),
-        ({"num": 0}, "num = 0: expected the number of images"),
+        ({"num": 0}, "num = 0: expected an integer from 1"),
+        ({"num": "3"}, "num = '3': expected an integer from 1"),
+        ({"labels": [1, 2, 3], "num": 2}, "labels: 3 for num = 2 images: expected at most"),
+        ({"seed": 2**32}, "seed = 4294967296: expected an integer from 0 to 4294967295"),
+        ({"seed": -1}, "seed = -1"),
+        ({"seed": None}, "seed = None"),
+        ({"batch_size": -1}, "batch_size = -1"),
+        ({"aug_levels": 0.3}, "aug_levels, samplers: expected a list of each"),
+        ({"aug_levels": ["a"]}, "expected levels from 0 to 1"),
+        ({"samplers": ["ddim", "ddim"]}, "samplers.0. = 'ddim': expected a SamplerConfig or"),
+        (
+            {"samplers": [cd.Sampler(step=euler, guidance_scale=2.0, grid="respaced")] * 2},
+            r"cascade.samplers\[0\].grid = 'respaced'",
+        ),
         ({"aug_levels": (0.1, 0.2)}, "aug_levels: expected 1, got 2"),
         ({"aug_levels": (-0.1,)}, "expected levels from 0 to 1"),
         ({"samplers": []}, "samplers: expected 2, got 0"),
     ):
         with pytest.raises(cd.UserError, match=message):
             cascade.sample(**wrong)
-    for images in (np.zeros((2, 8, 8, 1), np.uint8), np.zeros((2, 16, 16, 1))):
-        with pytest.raises(cd.UserError, match=r"expected uint8 \(n, h, h, C\) of a size .* 16 px"):
+    grey, colour = np.zeros((2, 16, 16, 1), np.uint8), np.zeros((2, 16, 16, 3), np.uint8)
+    for images in (grey[:, :8, :8], grey.astype(float), colour):
+        with pytest.raises(cd.UserError, match=r"expected uint8 \(n, h, h, 1\) of a size .* 16 px"):
             cascade.enlarge(images)
+    for labels in (None, [1], [1, 2, 3]):
+        with pytest.raises(cd.UserError, match=r"labels: \d for 2 images: expected one for each"):
+            cascade.enlarge(grey, labels=labels)
+    with pytest.raises(cd.UserError, match="the config of a stage, expected a cascade's"):
+        cd.load_cascade(runs, cd.load_config(ROOT / "configs" / "mnist_base16.py"))
     with pytest.raises(cd.UserError, match="the config of a stage, expected a cascade's"):
         cd.load_cascade(runs, ROOT / "configs" / "mnist_base16.py")
-
-
-def euler(denoise, at):
-    prediction = denoise(at.xt, at.logsnr_t)
-    return diffuse(prediction.x0, at.logsnr_s, prediction.eps), prediction
 
 
 def test_a_sampler_of_ones_own_takes_the_place_of_the_configs(cascade):
@@ -160,12 +203,27 @@ def test_a_run_on_arrays_resumes_and_keeps_its_images(runs):
         (np.zeros((3, 16, 16, 1), np.uint8), np.zeros(3, int), "of at least 20 images"),
         (np.zeros((40, 16, 16, 1), np.uint8), None, "labels: none are given, and config.stage.num"),
         (np.zeros((40, 16, 16, 1), np.uint8), np.zeros(40, int), "class 1 has no images"),
+        (np.zeros((40, 16, 16, 1), np.uint8), np.arange(40) % 11, "labels from 0 to 10"),
+        (np.zeros((40, 16, 16, 1), np.uint8), np.arange(39) % 10, "expected 40 integer labels"),
+        (np.zeros((40, 16, 16, 3), np.uint8), np.arange(40) % 10, "images have 3 channels"),
         (np.zeros((40, 8, 8, 1), np.uint8), np.arange(40) % 10, "resolution"),
     ],
 )
 def test_arrays_that_do_not_fit_the_config_are_refused(images, labels, message, tmp_path):
     with pytest.raises(cd.UserError, match=message):
         cd.train(smallest_base(**RUN), images=images, labels=labels, workdir=tmp_path / "run")
+    if "resolution" not in message:
+        assert not (tmp_path / "run").exists()
+
+
+def test_another_runs_folder_stays_as_it_is(tmp_path):
+    images, labels = drawn()
+    cd.RunFolder(tmp_path).write_config(smallest_base(**RUN))
+    with pytest.raises(cd.UserError, match="a run that was trained on other data is there"):
+        cd.train(smallest_base(**RUN), images=images, labels=labels, workdir=tmp_path)
+    assert not (tmp_path / "images.npz").exists()
+    with pytest.raises(cd.UserError, match="config is a dict: expected a RunConfig"):
+        cd.train({}, images=images, labels=labels, workdir=tmp_path)
 
 
 def test_a_config_has_its_overrides(tmp_path):
