@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -21,10 +20,10 @@ from cascaded_diffusion.commands.overrides import with_overrides
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.files.paths import check_local_path
 from cascaded_diffusion.interchange.diffusers_folder import config_changes
 from cascaded_diffusion.interchange.published import PUBLISHED, Published
+from cascaded_diffusion.library.configs import with_values
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def read_import(argv: Sequence[str], usage: str) -> ImportRequest:
         if not path.is_dir():
             raise UserError(f"FILE={path}: expected a folder, with config.json and the weights")
         changes, cos_first = config_changes(path, "FILE")
-        values = with_overrides(_changed(values, changes), argv)
+        values = with_overrides(with_values(values, changes), argv)
     by_head = published.qkv_by_head if published is not None else True
     if fv.qkv_order is not None:
         by_head = fv.qkv_order == "legacy"
@@ -118,13 +117,6 @@ def _configs(published: Published) -> pathlib.Path:
         if (folder / name).exists():
             return folder
     raise UserError(f"--model: no configs/{name} here; run it in a clone, or give --config")
-
-
-def _changed(values: Record, changes: Mapping[str, object]) -> Record:
-    for key, value in changes.items():
-        *sections, last = key.split(".")
-        functools.reduce(dict.__getitem__, sections, values)[last] = value
-    return values
 
 
 def run_import(request: ImportRequest) -> None:

@@ -125,7 +125,8 @@ class SamplerConfig:
     variance: Literal["small", "large", "interpolated", "learned", "adm_large"] | None
     variance_interpolation: float | None = _range(0.0, 1.0)  # of "interpolated" alone
     eta: float | None = _range(0.0, 1.0)  # ddim alone; 0 is deterministic
-    churn: tuple[float, ...] | None = _range(0.0, 1e6)  # edm alone: S_churn, S_min, S_max, S_noise
+    # edm alone: S_churn, S_min, S_max (1e6 for no bound), S_noise
+    churn: tuple[float, ...] | None = _range(0.0, 1e6)
     guidance_scale: float = _range(0.0, 1000.0)  # 1 is no guidance
     guidance_interval: tuple[float, ...] = _range(0.0, 1.0)  # times t, low and high
     threshold: Literal["none", "static", "dynamic"]  # how the predicted image is clipped

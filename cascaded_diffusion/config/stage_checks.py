@@ -278,6 +278,8 @@ def check_sampler(key: str, sampler: SamplerConfig, stage: StageConfig) -> None:
         four = "four values (S_churn, S_min, S_max, S_noise)"
         expected = four if sampler.name == "edm" else f"None, since config.{key}.name is"
         refuse(f"{key}.churn", expected + ("" if sampler.name == "edm" else f" {sampler.name!r}"))
+    if sampler.churn is not None and sampler.churn[1] > sampler.churn[2]:
+        refuse(f"{key}.churn", "S_min, the second value, at most S_max, the third")
     _check_used(key, sampler, {"variance_interpolation": "interpolated"}, "variance")
     _check_used(key, sampler, {"threshold_percentile": "dynamic"}, "threshold")
     if sampler.variance == "learned" and stage.diffusion.variance != "learned":

@@ -49,11 +49,8 @@ def load_trained(
     if newest_if_none_chosen and folder.best() is None and (steps := finished_steps(folder)):
         chosen = Chosen(step=max(steps), ema_decay=config.eval.ema_decays[0])
         print(f"{folder.path}: no checkpoint was chosen yet; the newest, of step {chosen.step}")
-        params = checkpoint.load_ema_params(
-            folder, chosen.step, chosen.ema_decay, abstract_params(stage, mesh)
-        )
-        digest = checkpoint_digest(folder, stage.config, chosen.step)
-        return TrainedStage(stage=stage, params=params, chosen=chosen, digest=digest)
+        with pinned(folder, chosen.step):
+            return _loaded(folder, stage, chosen, mesh)
     chosen = folder.chosen()
     while True:
         with pinned(folder, chosen.step) as is_there:
@@ -62,10 +59,14 @@ def load_trained(
             if not is_there and latest != chosen:
                 chosen = latest
                 continue
-            shapes = abstract_params(stage, mesh)
-            params = checkpoint.load_ema_params(folder, chosen.step, chosen.ema_decay, shapes)
-            digest = checkpoint_digest(folder, stage.config, chosen.step)
-        return TrainedStage(stage=stage, params=params, chosen=chosen, digest=digest)
+            return _loaded(folder, stage, chosen, mesh)
+
+
+def _loaded(folder: RunFolder, stage: Stage, chosen: Chosen, mesh: Mesh) -> TrainedStage:
+    shapes = abstract_params(stage, mesh)
+    params = checkpoint.load_ema_params(folder, chosen.step, chosen.ema_decay, shapes)
+    digest = checkpoint_digest(folder, stage.config, chosen.step)
+    return TrainedStage(stage=stage, params=params, chosen=chosen, digest=digest)
 
 
 def checkpoint_digest(folder: RunFolder, config: StageConfig, step: int) -> str:
