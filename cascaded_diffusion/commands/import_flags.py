@@ -20,6 +20,7 @@ from cascaded_diffusion.commands.overrides import with_overrides
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.files.paths import check_local_path
 from cascaded_diffusion.interchange.diffusers_folder import config_changes
 from cascaded_diffusion.interchange.published import PUBLISHED, Published
