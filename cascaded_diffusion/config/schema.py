@@ -155,6 +155,11 @@ class StageConfig:
         """The label that stands for "dropped"."""
         return self.num_classes
 
+    def attends(self, level: int) -> bool:
+        """Whether the blocks of a U-Net's level have self-attention."""
+        size = self.resolution // self.network.patch_size // 2**level
+        return size in self.network.attention_resolutions
+
     @property
     def has_aug_level(self) -> bool:
         """Whether the stage has an `aug_level` to choose."""

@@ -123,12 +123,9 @@ def _check_heads(stage: StageConfig) -> None:
         given = f"is {network.num_head_channels}"
         expected = f"None, since {other} {given}" if network.num_heads else f"a number, or {other}"
         fail_at(stage, "stage.network.num_heads", expected)
-    sizes = [stage.resolution // network.patch_size // 2**i for i in range(len(network.widths))]
-    attending = {
-        width
-        for size, width in zip(sizes, network.widths, strict=True)
-        if size in network.attention_resolutions or network.name == "efficient_unet"
-    }
+    # The Efficient U-Net's levels have other sizes; all of them are checked.
+    every = network.name == "efficient_unet"
+    attending = {w for i, w in enumerate(network.widths) if every or stage.attends(i)}
     for width in sorted({*attending, network.widths[-1]}):  # the middle always attends
         for key in ("num_heads", "num_head_channels"):
             divisor = getattr(network, key)

@@ -106,8 +106,6 @@ def cropped_and_resized(image: np.ndarray, resolution: int, crop: str, method: s
 
 def resize_uint8(image: np.ndarray, resolution: int, method: str) -> np.ndarray:
     """uint8 [H, W, C] -> uint8 [resolution, resolution, C]: computed in float, rounded once."""
-    if method == "adm":
-        return adm_resize(image, resolution)
     if image.shape[:2] == (resolution, resolution):
         return np.ascontiguousarray(image)
     # Weights are not negative and add up to one, so averages stay within 0 and 255.

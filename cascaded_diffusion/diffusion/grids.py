@@ -35,16 +35,24 @@ GRIDS = ("uniform", "quadratic", "logsnr", "karras", "respaced", "ddim_respaced"
 _RHO, _LEAST_S, _LARGEST_S = 7, 0.002, 80.0
 
 
-def _karras(num_steps: int, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
-    """Eq. (6) as times; the largest s may be reached before t = 1."""
+def _inverted(schedule: Schedule, knots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The levels at the knots, ascending and each once, and the times that have them."""
     with jax.ensure_compile_time_eval():
         logsnr = np.asarray(schedule(knots), np.float64)
+    # np.interp needs an ascending abscissa. Equal values, where a schedule is cut, would map a
+    # level to the wrong end of the cut.
     ascending, first = np.unique(logsnr[::-1], return_index=True)
+    return ascending, knots[::-1][first]
+
+
+def _karras(num_steps: int, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
+    """Eq. (6) as times; the largest s may be reached before t = 1."""
+    ascending, times_of = _inverted(schedule, knots)
     largest = min(_LARGEST_S, float(np.exp(-ascending[0] / 2)))
     least = max(_LEAST_S, float(np.exp(-ascending[-1] / 2)))
     place = np.arange(num_steps) / max(num_steps - 1, 1)
     roots = largest ** (1 / _RHO) * (1 - place) + least ** (1 / _RHO) * place
-    times = np.interp(-2 * np.log(roots**_RHO), ascending, knots[::-1][first])
+    times = np.interp(-2 * np.log(roots**_RHO), ascending, times_of)
     return np.append(times, 0.0)
 
 
@@ -63,15 +71,11 @@ def _every_nth(num_steps: int, num_timesteps: int) -> np.ndarray:
 
 
 def _even_in_logsnr(u: np.ndarray, schedule: Schedule, knots: np.ndarray) -> np.ndarray:
-    with jax.ensure_compile_time_eval():
-        logsnr = np.asarray(schedule(knots), np.float64)
-    # np.interp needs an ascending abscissa. Equal values, where a schedule is cut, would map a
-    # level to the wrong end of the cut.
-    ascending, first = np.unique(logsnr[::-1], return_index=True)
+    ascending, times_of = _inverted(schedule, knots)
     if knots[0] > 0:  # the last step leads from the first knot to 0, which has no level
         u = np.minimum(u * (len(u) - 1) / max(len(u) - 2, 1), 1)
     levels = ascending[0] + u * (ascending[-1] - ascending[0])
-    times = np.interp(levels, ascending, knots[::-1][first])
+    times = np.interp(levels, ascending, times_of)
     times[0], times[-1] = 1.0, 0.0
     return times
 

@@ -17,7 +17,6 @@ from cascaded_diffusion.networks.classifier import flatten_params
 from cascaded_diffusion.runtime.checkpoint import load_ema_params
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
-_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 # What the number is of which a network there embeds sines and cosines.
 _TIMESTEPS = {
     "cosine_time": "1000 * atan(exp(-logsnr / 2)) / (pi / 2)",
@@ -25,21 +24,6 @@ _TIMESTEPS = {
     "step_index": "the step, from 0",
     "scaled_step_index": "1000 / T times the step, from 0",
 }
-
-
-def tensors_of(
-    params: Mapping[str, np.ndarray], family: Family, stage: StageConfig
-) -> dict[str, np.ndarray]:
-    """A stage's parameters, by path, as the family's tensors by name.
-
-    Raises UserError, which names the config key, if the family has no such network.
-    """
-    check_expressible(stage, family)
-    shapes, tensors = build_stage(stage).shapes()[0], {}
-    for translated in translations(family, stage, shapes):
-        ours = np.asarray(params[translated.path])
-        tensors.update(zip(translated.names, translated.to_theirs(ours), strict=True))
-    return tensors
 
 
 def check_expressible(stage: StageConfig, family: Family) -> None:
@@ -78,12 +62,7 @@ def check_expressible(stage: StageConfig, family: Family) -> None:
 
 def _head_channels(stage: StageConfig) -> set[int]:
     network = stage.network
-    sizes = [stage.resolution // 2**level for level in range(len(network.widths))]
-    attending = {
-        width
-        for size, width in zip(sizes, network.widths, strict=True)
-        if size in network.attention_resolutions
-    }
+    attending = {width for i, width in enumerate(network.widths) if stage.attends(i)}
     return {width // network.heads_of(width) for width in {*attending, network.widths[-1]}}
 
 
@@ -104,7 +83,11 @@ def export_weights(
     step = chosen.step if step is None else step
     shapes = build_stage(stage).shapes()[0]
     params = load_ema_params(folder, step, chosen.ema_decay, shapes)
-    tensors = tensors_of(flatten_params(jax.device_get(params)), family, stage)
+    ours = flatten_params(jax.device_get(params))
+    tensors: dict[str, np.ndarray] = {}
+    for translated in translations(family, stage, shapes):
+        theirs = translated.to_theirs(ours[translated.path])
+        tensors.update(zip(translated.names, theirs, strict=True))
     about = {
         "stage": stage.name,
         "step": str(step),
@@ -134,11 +117,7 @@ def _write_safetensors(
 
 def _diffusers_config(stage: StageConfig, tensors: Mapping[str, np.ndarray]) -> Record:
     network = stage.network
-    attends = [
-        stage.resolution // 2**level in network.attention_resolutions
-        for level in range(len(network.widths))
-    ]
-    kinds = ["Attn" if has else "" for has in attends]
+    kinds = ["Attn" if stage.attends(level) else "" for level in range(len(network.widths))]
     (head,) = _head_channels(stage)
     rows = len(tensors["class_embedding.weight"]) if stage.num_classes else None
     return {

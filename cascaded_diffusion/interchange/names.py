@@ -78,11 +78,6 @@ DIFFUSERS = Family(
 )
 
 
-def _attends(stage: StageConfig, level: int) -> bool:
-    size = stage.resolution // stage.network.patch_size // 2**level
-    return size in stage.network.attention_resolutions
-
-
 def _guided_blocks(stage: StageConfig) -> dict[str, str]:
     blocks = {
         **{"noise_level": "time_embed", "label": "label_emb", "conv_in": "input_blocks.0.0"},
@@ -104,7 +99,7 @@ def _guided_blocks(stage: StageConfig) -> dict[str, str]:
             blocks[f"up{level}_block{i}"] = f"output_blocks.{number}.0"
             blocks[f"up{level}_block{i}_attention"] = f"output_blocks.{number}.1"
             if level and i == count:
-                place = 1 + _attends(stage, level)
+                place = 1 + stage.attends(level)
                 blocks[f"up{level}_resample"] = f"output_blocks.{number}.{place}"
             number += 1
     return blocks

@@ -262,11 +262,9 @@ def _cascade_in(runs: CascadeFolder) -> CascadeConfig:
     """The cascade that a sweep wrote, or that the runs in a folder make by themselves."""
     if runs.cascade_path.exists():
         return cascade_config_from(runs.read_cascade())
-    children = sorted(runs.path.iterdir()) if runs.path.is_dir() else []
-    folders = [RunFolder(p) for p in children if p.is_dir() and RunFolder(p).exists()]
+    folders = runs.runs()
     if not folders:
         raise UserError(f"{runs.path}: no runs there, nor a cascade.json; expected trained stages")
-    folders.sort(key=lambda folder: folder.read_config().stage.resolution)
     section = to_dict(chain_of([folder.read_config() for folder in folders]))
     section["stages"] = [folder.path.name for folder in folders]
     return cascade_config_from({"cascade": section, "mesh": {"data": -1, "fsdp": 1}})

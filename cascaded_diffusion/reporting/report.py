@@ -60,14 +60,13 @@ def runs_in(root: pathlib.Path) -> list[RunFolder]:
     """
     if RunFolder(root).exists():
         return [RunFolder(root)]
-    children = sorted(root.iterdir()) if root.is_dir() else []
-    folders = [RunFolder(p) for p in children if p.is_dir() and RunFolder(p).exists()]
+    folders = CascadeFolder(root).runs()
     if not folders:
         raise UserError(
             f"--workdir={root}: no run there, nor in a folder in it; expected a folder that"
             " `python -m cascaded_diffusion.main --workdir=...` has written"
         )
-    return sorted(folders, key=lambda f: (f.read_config().stage.resolution, f.path.name))
+    return folders
 
 
 def _about() -> list[Element]:

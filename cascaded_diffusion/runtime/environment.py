@@ -35,8 +35,9 @@ def environment_of(mesh: Mesh) -> Record:
 
 def store_environment(folder: RunFolder, mesh: Mesh) -> list[str]:
     """Writes the record, and returns a line for each value that is not that of the last time."""
-    now = flattened(environment_of(mesh))
+    record = environment_of(mesh)
+    now = flattened(record)
     before = flattened(readable_record(folder.environment_path) or {})
-    write_json(folder.environment_path, environment_of(mesh))
+    write_json(folder.environment_path, record)
     changed = [key for key in now if before and before.get(key) != now[key]]
     return [f"{key}: {before.get(key)} -> {now[key]}" for key in changed]

@@ -183,7 +183,7 @@ class RunFolder:
 
     def forget_imported(self) -> None:
         """Takes the choice back that importing weights made: they are trained further now."""
-        best = readable_best(self.best_path)
+        best = json_files.readable_record(self.best_path)
         if best is not None and best.get("metric") == IMPORTED:
             self.best_path.unlink(missing_ok=True)
 
@@ -208,11 +208,6 @@ class RunFolder:
                 del self._held[lock]
 
 
-def readable_best(path: pathlib.Path) -> json_files.Record | None:
-    """The record of a best.json, or None if there is none that can be read."""
-    return json_files.readable_record(path) if path.exists() else None
-
-
 def level_picture(final: pathlib.Path, level: float) -> pathlib.Path:
     """Where the final numbers in a file have the enlargements at a level of augmentation."""
     return final.with_name(f"{final.stem}_level_{level:g}.png")
@@ -225,6 +220,12 @@ class CascadeFolder:
         self.path = pathlib.Path(path)
         self.sweep = self.path / "sweep"
         self.cascade_path = self.path / "cascade.json"
+
+    def runs(self) -> list[RunFolder]:
+        """All runs in folders here, in order of resolution."""
+        children = self.path.iterdir() if self.path.is_dir() else ()
+        found = [RunFolder(p) for p in children if p.is_dir() and RunFolder(p).exists()]
+        return sorted(found, key=lambda f: (f.read_config().stage.resolution, f.path.name))
 
     def stage_folders(self, section: CascadeSection) -> list[RunFolder]:
         """The runs of a cascade's stages. Raises UserError if one is missing."""

@@ -13,21 +13,11 @@ import pytest
 
 from cascaded_diffusion.files.torch_file import read_tensors
 from tests.evaluation.features.test_inception_weights import FIXTURES, SMALL
+from tests.interchange.files import integer as _int
+from tests.interchange.files import integers as _ints
+from tests.interchange.files import text as _text
 
 _HEADERS = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
-
-
-def _text(value):
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def _int(value):
-    data = pickle.encode_long(value)
-    return b"\x8a" + bytes([len(data)]) + data
-
-
-def _ints(values):
-    return b"(" + b"".join(map(_int, values)) + b"t"
 
 
 def _storage(count, key="0", kind="FloatStorage"):

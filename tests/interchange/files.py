@@ -9,17 +9,17 @@ import numpy as np
 _STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
 
 
-def _text(value):
+def text(value):
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
-def _int(value):
+def integer(value):
     data = pickle.encode_long(value)
     return b"\x8a" + bytes([len(data)]) + data
 
 
-def _ints(values):
-    return b"(" + b"".join(map(_int, values)) + b"t"
+def integers(values):
+    return b"(" + b"".join(map(integer, values)) + b"t"
 
 
 def write_pt(path, tensors):
@@ -28,11 +28,11 @@ def write_pt(path, tensors):
     for key, (name, x) in enumerate(tensors.items()):
         strides = np.cumprod([1, *x.shape[:0:-1]])[::-1] if x.ndim else ()
         state += [
-            _text(name),
+            text(name),
             b"ctorch._utils\n_rebuild_tensor_v2\n((",
-            _text("storage") + f"ctorch\n{_STORAGES[str(x.dtype)]}\n".encode(),
-            _text(str(key)) + _text("cpu") + _int(x.size) + b"tQ" + _int(0),
-            _ints(x.shape) + _ints(map(int, strides)),
+            text("storage") + f"ctorch\n{_STORAGES[str(x.dtype)]}\n".encode(),
+            text(str(key)) + text("cpu") + integer(x.size) + b"tQ" + integer(0),
+            integers(x.shape) + integers(map(int, strides)),
             b"\x89ccollections\nOrderedDict\n)RtR",
         ]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
