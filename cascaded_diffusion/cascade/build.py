@@ -62,6 +62,7 @@ def build_network(config: StageConfig) -> Network:
     schedule = build_schedule(config.schedule, config.resolution)
     noise_input = NOISE_INPUTS[section.pop("noise_input")](schedule, config.schedule.num_timesteps)
     null_label = section.pop("null_label") is not False
+    ddpm_details = section.pop("ddpm_details") is True
     module = NETWORKS[name](
         out_channels=config.channels * (2 if config.diffusion.variance == "learned" else 1),
         num_classes=config.num_classes,
@@ -69,6 +70,7 @@ def build_network(config: StageConfig) -> Network:
         upsample=None if config.low_res_resolution is None else UPSAMPLERS[upsample],
         noise_input=noise_input,
         null_label=null_label,
+        ddpm_details=ddpm_details,
         dtype=jnp.dtype(dtype),
         **section,
     )

@@ -73,6 +73,7 @@ class NetworkConfig:
     scale_skips: bool  # skip connections are multiplied by 1/sqrt(2), as in SR3
     # What is embedded as the noise level; the last two are guided-diffusion's time steps.
     noise_input: Literal["cosine_time", "noise_level", "step_index", "scaled_step_index"]
+    ddpm_details: bool | None  # padding, epsilon and sinusoids of DDPM's own code; None: ADM's
     null_label: bool | None  # whether the "dropped" label of guidance exists; None: it does
     upsample: Literal["bilinear", "bicubic"]  # of the low-res input
     dtype: Literal["float32", "bfloat16"]  # of the computation

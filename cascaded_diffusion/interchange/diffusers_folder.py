@@ -12,23 +12,27 @@ _FIXED: Mapping[str, tuple[object, ...]] = {
     "_class_name": ("UNet2DModel",),
     "center_input_sample": (False, None),
     "time_embedding_type": ("positional", None),
-    "freq_shift": (0, None),
     "mid_block_scale_factor": (1, None),
     "mid_block_type": ("UNetMidBlock2D", None),
-    "downsample_padding": (1, None),
     "downsample_type": ("conv", None),
     "upsample_type": ("conv", None),
     "act_fn": ("silu", "swish", None),
     "norm_num_groups": (32, None),
     "attn_norm_num_groups": (None,),
-    "norm_eps": (1e-5, None),
     "add_attention": (True, None),
     "class_embed_type": (None,),
     # With "scale_shift" the attention in the middle has no norm there.
     "resnet_time_scale_shift": ("default", None),
     "num_train_timesteps": (None,),
 }
-_PREDICTS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+# What goes together in `config.stage.network.ddpm_details`, without it and with it.
+DETAILS: Mapping[str, tuple[float, float]] = {
+    "downsample_padding": (1, 0),
+    "freq_shift": (0, 1),
+    "norm_eps": (1e-5, 1e-6),
+}
+PREDICTS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+_VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large"}
 
 
 def config_changes(path: pathlib.Path, flag: str) -> tuple[dict[str, object], bool]:
@@ -46,8 +50,9 @@ def config_changes(path: pathlib.Path, flag: str) -> tuple[dict[str, object], bo
     for key, known in _FIXED.items():
         if (value := config.get(key)) not in known:
             raise UserError(f"{file}: {key} = {value!r}: expected {known[0]!r}")
+    details = _has_ddpm_details(config, file)
     try:
-        changes = _network(config, file)
+        changes = {**_network(config, file), "stage.network.ddpm_details": details}
     except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError) as e:
         reason = f"{type(e).__name__}: {e}"[:100]
         raise UserError(f"{file}: not the config of a UNet2DModel ({reason})") from e
@@ -62,6 +67,16 @@ def config_changes(path: pathlib.Path, flag: str) -> tuple[dict[str, object], bo
             raise UserError(f"{file}: not the config of a scheduler ({reason})") from e
         break
     return changes, config.get("flip_sin_to_cos", True) is not False
+
+
+def _has_ddpm_details(config: Record, file: pathlib.Path) -> bool:
+    given = {k: plain if config.get(k) is None else config[k] for k, (plain, _) in DETAILS.items()}
+    for ddpm in (False, True):
+        if all(given[key] == values[ddpm] for key, values in DETAILS.items()):
+            return ddpm
+    together = [", ".join(f"{k} = {v[ddpm]}" for k, v in DETAILS.items()) for ddpm in (0, 1)]
+    found = ", ".join(f"{key} = {value!r}" for key, value in given.items())
+    raise UserError(f"{file}: {found}: expected {together[0]}, or as DDPM has it {together[1]}")
 
 
 def _network(config: Record, file: pathlib.Path) -> dict[str, object]:
@@ -121,8 +136,8 @@ def _schedule(file: pathlib.Path) -> dict[str, object]:
         raise UserError(f"{file}: is no object; expected the config of a scheduler")
     steps, betas = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
     predicts = config.get("prediction_type", "epsilon")
-    if predicts not in _PREDICTS:
-        raise UserError(f"{file}: prediction_type = {predicts!r}: expected one of {_PREDICTS}")
+    if predicts not in PREDICTS:
+        raise UserError(f"{file}: prediction_type = {predicts!r}: expected one of {PREDICTS}")
     for key, plain in (("trained_betas", None), ("rescale_betas_zero_snr", False)):
         if config.get(key, plain) not in (plain, None):
             raise UserError(f"{file}: {key} is set: expected {plain}, as our schedules have it")
@@ -137,7 +152,10 @@ def _schedule(file: pathlib.Path) -> dict[str, object]:
         raise UserError(
             f"{file}: beta_schedule = {betas!r}: expected 'linear' or 'squaredcos_cap_v2'"
         )
-    return {
+    changes: dict[str, object] = {
         "stage.schedule": schedule,
-        "stage.diffusion.parameterization": _PREDICTS[predicts],
+        "stage.diffusion.parameterization": PREDICTS[predicts],
     }
+    if (variance := config.get("variance_type")) in _VARIANCES:
+        changes["stage.sampler.variance"] = _VARIANCES[variance]
+    return changes

@@ -12,6 +12,7 @@ from cascaded_diffusion.config.schema import StageConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import Record, write_json
 from cascaded_diffusion.files.whole import whole_file
+from cascaded_diffusion.interchange.diffusers_folder import DETAILS, PREDICTS
 from cascaded_diffusion.interchange.names import Family, translations
 from cascaded_diffusion.networks.classifier import flatten_params
 from cascaded_diffusion.runtime.checkpoint import load_ema_params
@@ -47,7 +48,9 @@ def check_expressible(stage: StageConfig, family: Family) -> None:
         fail_at(stage, "stage.network.channel_mults", "at most 1 first: it begins there with that")
     if family.name == "improved_diffusion" and network.widths[0] < network.channels:
         fail_at(stage, "stage.network.channel_mults", "at least 1 first: it begins there with 1")
-    if family.name == "diffusers":
+    if family.name != "diffusers":
+        refuse_unless("stage.network.ddpm_details", network.ddpm_details, None, False)
+    else:
         refuse_unless("stage.kind", stage.kind, "base")
         refuse_unless("stage.network.resample", network.resample, "conv")
         # With it, the attention in the middle has no norm there.
@@ -100,6 +103,8 @@ def export_weights(
         raise UserError(f"--output={output}: is there already; name a new one")
     if family.name == "diffusers":
         write_json(output / "config.json", _diffusers_config(stage, tensors))
+        if (scheduler := _diffusers_scheduler(stage)) is not None:
+            write_json(output / "scheduler_config.json", scheduler)
         _write_safetensors(output / "diffusion_pytorch_model.safetensors", tensors, about)
     else:
         _write_safetensors(output, tensors, about)
@@ -135,11 +140,37 @@ def _diffusers_config(stage: StageConfig, tensors: Mapping[str, np.ndarray]) -> 
         "dropout": network.dropout_rate,
         "time_embedding_type": "positional",
         "flip_sin_to_cos": True,
-        "freq_shift": 0,
+        **{key: values[bool(network.ddpm_details)] for key, values in DETAILS.items()},
         "norm_num_groups": 32,
-        "norm_eps": 1e-5,
         "act_fn": "silu",
         "center_input_sample": False,
-        "downsample_padding": 1,
         "add_attention": True,
+    }
+
+
+def _diffusers_scheduler(stage: StageConfig) -> Record | None:
+    """The settings of a DDPMScheduler; None if the network is told no step of such a schedule."""
+    schedule, variance = stage.schedule, stage.diffusion.variance
+    steps = schedule.num_timesteps
+    if stage.network.noise_input != "step_index" or steps is None:
+        return None
+    if schedule.name == "linear" and schedule.linear_betas is not None:
+        # Ours are those of 1,000 steps.
+        start, end = (beta * 1000 / steps for beta in schedule.linear_betas)
+        betas: Record = {"beta_schedule": "linear", "beta_start": start, "beta_end": end}
+    elif schedule.name == "cosine" and schedule.cosine_offset == 0.008:
+        betas = {"beta_schedule": "squaredcos_cap_v2"}
+    else:
+        return None
+    predicts = {ours: theirs for theirs, ours in PREDICTS.items()}
+    large = stage.sampler.variance == "large"
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": steps,
+        **betas,
+        "prediction_type": predicts[stage.diffusion.parameterization],
+        "variance_type": {"learned": "learned_range"}.get(
+            variance, "fixed_large" if large else "fixed_small"
+        ),
+        "clip_sample": stage.sampler.threshold == "static",
     }

@@ -27,7 +27,7 @@ from cascaded_diffusion.interchange.weights_files import (
     OWN_KINDS,
     kind_of,
     read_weights,
-    without_prefix,
+    with_usual_names,
 )
 from cascaded_diffusion.networks.classifier import flatten_params, unflatten_params
 from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
@@ -146,7 +146,7 @@ def import_weights(
     target = folder.path.resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--workdir={folder.path}: there is something already; name a new folder")
-    tensors = without_prefix(read_weights(path, _FLAG))
+    tensors = with_usual_names(read_weights(path, _FLAG))
     try:
         params = params_from(tensors, family, config.stage)
     except UserError as e:

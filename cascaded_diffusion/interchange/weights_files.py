@@ -1,6 +1,7 @@
 """Files of weights: PyTorch's, safetensors', folders of diffusers. No code of theirs is run."""
 
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -32,7 +33,10 @@ _SIGNS = {
 }
 # Of those, what can be imported.
 OWN_KINDS = ("a U-Net of guided-diffusion or improved-diffusion", "a U-Net of diffusers")
-_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# How diffusers called the parts of an attention block until its version 0.15.
+_FORMER_PARTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_FORMER = re.compile(rf"(\.attentions\.\d+)\.({'|'.join(_FORMER_PARTS)})\.")
 
 
 def read_weights(path: pathlib.Path, flag: str) -> dict[str, np.ndarray]:
@@ -41,7 +45,8 @@ def read_weights(path: pathlib.Path, flag: str) -> dict[str, np.ndarray]:
     Raises UserError, which begins with `flag` and the path, if there are none.
     """
     if path.is_dir():
-        path = unet_folder(path, flag) / _DIFFUSERS_WEIGHTS
+        folder = unet_folder(path, flag)
+        path = next(folder / name for name in _DIFFUSERS_WEIGHTS if (folder / name).exists())
     if not path.is_file():
         raise UserError(f"{flag}={path}: no such file; expected the weights of a U-Net")
     with path.open("rb") as f:
@@ -72,11 +77,12 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 def unet_folder(path: pathlib.Path, flag: str) -> pathlib.Path:
     """Where a folder of diffusers has its U-Net: itself, or its folder `unet`."""
     for folder in (path, path / "unet"):
-        if (folder / _DIFFUSERS_WEIGHTS).exists() and (folder / "config.json").exists():
+        weights = any((folder / name).exists() for name in _DIFFUSERS_WEIGHTS)
+        if weights and (folder / "config.json").exists():
             return folder
     raise UserError(
-        f"{flag}={path}: has no config.json beside a {_DIFFUSERS_WEIGHTS}, neither itself nor in"
-        " unet/; expected a folder that diffusers' save_pretrained has written"
+        f"{flag}={path}: has no config.json beside a {_DIFFUSERS_WEIGHTS[0]}, neither itself nor"
+        " in unet/; expected a folder that diffusers' save_pretrained has written"
     )
 
 
@@ -91,9 +97,13 @@ def kind_of(names: Iterable[str]) -> str:
     return f"of an unknown kind (its first tensor is {min(names)[:80]!r})" if names else "empty"
 
 
-def without_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors without what all names begin with because of a wrapper: `module.`."""
-    prefix = "module."
-    if tensors and all(name.startswith(prefix) for name in tensors):
-        return {name.removeprefix(prefix): x for name, x in tensors.items()}
-    return dict(tensors)
+def with_usual_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors without a wrapper's `module.`, and without diffusers' former names."""
+    wrapped = bool(tensors) and all(name.startswith("module.") for name in tensors)
+    return {
+        _FORMER.sub(
+            lambda m: f"{m[1]}.{_FORMER_PARTS[m[2]]}.",
+            name.removeprefix("module.") if wrapped else name,
+        ): x
+        for name, x in tensors.items()
+    }

@@ -24,6 +24,9 @@ Between steps, i is interpolated linearly in logsnr. The number is embedded by
 (5)  sinusoidal(x) = [sin(1000 x w_k), cos(1000 x w_k)],
      w_k = 10000^(-k / (E/2)),  k = 0 .. E/2 - 1   (Vaswani et al. 2017;
      the factor 1000 puts x in [0, 1] on the scale of DDPM's time steps)
+
+with E/2 - 1 in place of E/2 in DDPM's own code, which has other details besides
+(`ConditionalNetwork.ddpm_details`).
 """
 
 import functools
@@ -37,6 +40,7 @@ import numpy as np
 
 from cascaded_diffusion.networks import initializers, layers
 from cascaded_diffusion.networks.kernels.execution import Execution
+from cascaded_diffusion.networks.kernels.norms import EPSILON
 from cascaded_diffusion.types import Conditioning, Schedule, check_shape
 
 # logsnr [B] -> what a network is told of it, [B].
@@ -76,10 +80,14 @@ NOISE_INPUTS: dict[str, Callable[[Schedule, int | None], NoiseInput]] = {
 }
 
 
-def sinusoidal(x: jax.Array, size: int) -> jax.Array:
-    """Eq. (5): [B] -> [B, size] float32; `size` is even."""
+def sinusoidal(x: jax.Array, size: int, *, down_to_period: bool = False) -> jax.Array:
+    """Eq. (5): [B] -> [B, size] float32; `size` is even.
+
+    With `down_to_period` the last frequency is 1/10,000 itself, as in DDPM's own code.
+    """
     half = size // 2
-    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    steps = max(half - down_to_period, 1)
+    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / steps)
     angles = 1000.0 * x.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
@@ -90,10 +98,11 @@ class ScalarEmbedding(nn.Module):
     size: int
     sinusoids: int
     dtype: jnp.dtype = jnp.float32
+    down_to_period: bool = False  # see `sinusoidal`
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = sinusoidal(x, self.sinusoids)
+        h = sinusoidal(x, self.sinusoids, down_to_period=self.down_to_period)
         h = layers.dense(self.size, self.dtype, "Dense_0")(h)
         return layers.dense(self.size, self.dtype, "Dense_1")(nn.swish(h))
 
@@ -119,6 +128,9 @@ class ConditionalNetwork(nn.Module):
     scale_shift: bool = True  # how the embedding modulates a block, see `layers.ResBlock`
     # Whether feature maps that skip across the U are multiplied by 1/sqrt(2), as in SR3 and Imagen.
     scale_skips: bool = False
+    # As DDPM's own code has it: strided convolutions pad at the bottom and right alone, norms have
+    # an epsilon of 1e-6, and the sinusoids of the noise level end at the period itself.
+    ddpm_details: bool = False
     noise_input: NoiseInput = cosine_time  # what it is told of the noise level
     aug_level_input: bool = False  # whether `aug_level` is an input
     upsample: Upsampler | None = None  # how the low-res image is enlarged; None for a base model
@@ -129,6 +141,11 @@ class ConditionalNetwork(nn.Module):
     def widths(self) -> tuple[int, ...]:
         """The channels of each level."""
         return tuple(round(self.channels * mult) for mult in self.channel_mults)
+
+    @property
+    def epsilon(self) -> float:
+        """That of every norm."""
+        return 1e-6 if self.ddpm_details else EPSILON
 
     def prepare(
         self, xt: jax.Array, logsnr: jax.Array, cond: Conditioning
@@ -163,6 +180,7 @@ class ConditionalNetwork(nn.Module):
             dropout_rate=self.dropout_rate,
             scale_shift=self.scale_shift,
             dtype=self.dtype,
+            epsilon=self.epsilon,
             name=name,
             **settings,
         )
@@ -174,6 +192,7 @@ class ConditionalNetwork(nn.Module):
             self.num_heads or h.shape[-1] // self.num_head_channels,
             self.dtype,
             self.execution.per_device,
+            self.epsilon,
             name=name,
         )
         return self.constrain_sharding(block(h))
@@ -198,7 +217,8 @@ class ConditionalNetwork(nn.Module):
         size = 4 * self.channels
 
         def embedded(x: jax.Array, name: str) -> jax.Array:
-            return ScalarEmbedding(size, self.channels, self.dtype, name=name)(x)
+            embed = ScalarEmbedding(size, self.channels, self.dtype, self.ddpm_details, name=name)
+            return embed(x)
 
         embedding = embedded(self.noise_input(logsnr), "noise_level")
         if (cond.label is None) != (self.num_classes == 0):

@@ -51,7 +51,9 @@ class EfficientUNet(ConditionalNetwork):
         h = self.constrain_sharding(h)  # [B, H, W, channels]
         skips = []
         for level, (features, count) in levels:
-            h = layers.Conv3x3(features, self.dtype, name=f"down{level}_resample", stride=2)(h)
+            name = f"down{level}_resample"
+            halve = layers.Conv3x3(features, self.dtype, 2, pad_ends=self.ddpm_details, name=name)
+            h = halve(h)
             h = self.constrain_sharding(h)  # [B, 2h, 2w, *] -> [B, h, w, M]
             h = blocks(h, features, count, f"down{level}")  # [B, h, w, M]
             skips.append(h)
@@ -65,4 +67,6 @@ class EfficientUNet(ConditionalNetwork):
             h = self.constrain_sharding(h)  # [B, 2h, 2w, M]
         assert not skips
 
-        return layers.image_out(h, self.out_channels, self.dtype)  # [B, H, W, out_channels] float32
+        return layers.image_out(
+            h, self.out_channels, self.dtype, self.epsilon
+        )  # [B, H, W, *] float32

@@ -7,7 +7,7 @@ The layout is NHWC throughout, which suits XLA on every back end. Parameters are
 import itertools
 import math
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from cascaded_diffusion.networks import initializers
 from cascaded_diffusion.networks.kernels import convolution, winograd
 from cascaded_diffusion.networks.kernels.attention import attention
 from cascaded_diffusion.networks.kernels.dropout import kept
-from cascaded_diffusion.networks.kernels.norms import GroupNorm, Parts
+from cascaded_diffusion.networks.kernels.norms import EPSILON, GroupNorm, Parts
 from cascaded_diffusion.networks.kernels.platforms import for_platform
 from cascaded_diffusion.networks.kernels.sums import add_to_pixels, multiply_pixels
 from cascaded_diffusion.types import PerDevice
@@ -66,12 +66,16 @@ def _convolved(
 
 
 class Conv3x3(nn.Module):
-    """A 3x3 convolution, `stride` 1 or 2, padding 1 on every side."""
+    """A 3x3 convolution, `stride` 1 or 2.
+
+    A pixel of zeros is added on every side, or, if `pad_ends`, at the bottom and right alone.
+    """
 
     features: int
     dtype: jnp.dtype
     stride: int = 1
     zero_init: bool = False
+    pad_ends: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -80,6 +84,8 @@ class Conv3x3(nn.Module):
         def product(kernel: jax.Array) -> jax.Array:
             if self.stride == 1 and winograd.pays(x, kernel):
                 return winograd.convolve(x, kernel)
+            if self.pad_ends:
+                return convolution.direct(x, kernel, self.stride, padding=(0, 1))
             return convolution.convolve(x, kernel, self.stride)
 
         return _convolved(self, x.shape[-1], (3, 3), product)
@@ -126,13 +132,13 @@ def concat_skip(h: jax.Array, skip: jax.Array, *, scale: bool) -> Parts:
     return for_platform(gpu=lambda: parts, default=lambda: (jnp.concatenate(parts, -1),))()
 
 
-def image_out(h: jax.Array, features: int, dtype: jnp.dtype) -> jax.Array:
+def image_out(h: jax.Array, features: int, dtype: jnp.dtype, epsilon: float = EPSILON) -> jax.Array:
     """The end of a network: norm, swish, convolution. -> [B, H, W, features] float32.
 
     The output is float32 whatever `dtype` is, since the loss and the samplers subtract nearly
     equal numbers.
     """
-    h = GroupNorm(dtype, swish=True, name="norm_out")(h).astype(jnp.float32)
+    h = GroupNorm(dtype, swish=True, epsilon=epsilon, name="norm_out")(h).astype(jnp.float32)
     return Conv3x3(features, jnp.float32, name="conv_out", zero_init=True)(h)
 
 
@@ -170,21 +176,23 @@ class ResBlock(nn.Module):
     # Whether the skip branch has a 1x1 convolution even if the number of channels stays the same.
     project_skip: bool = False
     dtype: jnp.dtype = jnp.float32
+    epsilon: float = EPSILON  # of the norms
 
     @nn.compact
     def __call__(
         self, x: FeatureMap, embedding: jax.Array, rows: jax.Array | None = None
     ) -> jax.Array:
         features, dtype = self.features, self.dtype
+        group_norm = partial(GroupNorm, dtype, swish=True, epsilon=self.epsilon)
         parts = x if isinstance(x, tuple) else (x,)
-        h = GroupNorm(dtype, swish=True, name="norm0")(*parts)
+        h = group_norm(name="norm0")(*parts)
         if self.resample is not None:
             resample = {"down": downsample_mean, "up": upsample_nearest}[self.resample]
             h, parts = resample(h), tuple(map(resample, parts))
         changed = self.project_skip or h.shape[-1] != features
         h = Conv3x3(features, dtype, name="conv0")(h)
 
-        norm, modulation = GroupNorm(dtype, swish=True, name="norm1"), nn.swish(embedding)
+        norm, modulation = group_norm(name="norm1"), nn.swish(embedding)
         if self.scale_shift:
             modulation = dense(2 * features, dtype, "scale_shift", zero_init=True)(modulation)
             h = norm(h, modulation=jnp.split(modulation, 2, axis=-1))
@@ -204,11 +212,13 @@ class AttentionBlock(nn.Module):
     num_heads: int
     dtype: jnp.dtype = jnp.float32
     per_device: PerDevice | None = None
+    epsilon: float = EPSILON  # of the norm
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
-        qkv = Conv1x1(3 * c, self.dtype, name="qkv")(GroupNorm(self.dtype, name="norm")(x))
+        norm = GroupNorm(self.dtype, epsilon=self.epsilon, name="norm")
+        qkv = Conv1x1(3 * c, self.dtype, name="qkv")(norm(x))
         qkv = qkv.reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
         # The gradient of a split is one concatenation, that of indexing three padded sums.
         q, k, v = (part[:, :, 0] for part in jnp.split(qkv, 3, axis=2))
@@ -222,11 +232,13 @@ class Downsample(nn.Module):
 
     method: str
     dtype: jnp.dtype = jnp.float32
+    pad_ends: bool = False  # see `Conv3x3`
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.method == "conv":
-            return Conv3x3(x.shape[-1], self.dtype, name="conv", stride=2)(x)
+            conv = Conv3x3(x.shape[-1], self.dtype, 2, pad_ends=self.pad_ends, name="conv")
+            return conv(x)
         return downsample_mean(x)
 
 

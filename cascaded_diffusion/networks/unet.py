@@ -45,8 +45,11 @@ class UNet(ConditionalNetwork):
         def resample(h: jax.Array, direction: str, name: str) -> jax.Array:
             if self.resample == "biggan":
                 return res_block(h, h.shape[-1], name, resample=direction)
-            layer = {"down": layers.Downsample, "up": layers.Upsample}[direction]
-            return self.constrain_sharding(layer(self.resample, self.dtype, name=name)(h))
+            if direction == "up":
+                layer = layers.Upsample(self.resample, self.dtype, name=name)
+            else:
+                layer = layers.Downsample(self.resample, self.dtype, self.ddpm_details, name=name)
+            return self.constrain_sharding(layer(h))
 
         levels = list(enumerate(zip(self.widths, self.num_res_blocks, strict=True)))
         h = layers.space_to_depth(h, self.patch_size)  # [B, H/p, W/p, p * p * (C or 2C)]
@@ -75,7 +78,7 @@ class UNet(ConditionalNetwork):
                 h = resample(h, "up", f"up{level}_resample")  # [B, h, w, M] -> [B, 2h, 2w, M]
         assert not skips
 
-        h = layers.image_out(h, self.out_channels * self.patch_size**2, self.dtype)
+        h = layers.image_out(h, self.out_channels * self.patch_size**2, self.dtype, self.epsilon)
         return layers.depth_to_space(h, self.patch_size)  # [B, H, W, out_channels] float32
 
 

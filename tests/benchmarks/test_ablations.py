@@ -146,8 +146,10 @@ def test_neighbours_tell_what_was_seen_from_what_was_not(run):
     code, results, path = run("memorised")
     assert code == 0
     samples, real, train = (row["scores"] for row in results["rows"])
+    assert train["pixels_train"] == 0
     for kind in ("pixels", "features"):
-        assert train[f"{kind}_train"] == 0 < train[f"{kind}_held_out"]
+        # A network rounds an image's features by where in a batch it stands.
+        assert train[f"{kind}_train"] < 1e-5 * train[f"{kind}_held_out"]
         assert real[f"{kind}_train"] > 0 < real[f"{kind}_held_out"]
         assert samples[f"{kind}_train"] > real[f"{kind}_train"]
     assert path.with_suffix(".png").exists()

@@ -30,9 +30,10 @@ def swish(x):
     return x / (1 + np.exp(-x))
 
 
-def conv(t, name, x, outputs, size=3, stride=1):
+def conv(t, name, x, outputs, size=3, stride=1, padding=None):
     weight = t(f"{name}.weight", outputs, x.shape[1], size, size)
-    x = np.pad(x, ((0, 0), (0, 0), (size // 2,) * 2, (size // 2,) * 2))
+    padding = (size // 2,) * 2 if padding is None else padding
+    x = np.pad(x, ((0, 0), (0, 0), padding, padding))
     windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(2, 3))
     y = np.einsum("nchwij,ocij->nohw", windows[:, :, ::stride, ::stride], weight, optimize=True)
     return y + t(f"{name}.bias", outputs)[:, None, None]
@@ -73,8 +74,8 @@ def bilinear(x, size):
     return x
 
 
-def timestep_embedding(steps, size, cos_first=True):
-    frequencies = np.exp(-math.log(10_000) * np.arange(size // 2) / (size // 2))
+def timestep_embedding(steps, size, cos_first=True, freq_shift=0):
+    frequencies = np.exp(-math.log(10_000) * np.arange(size // 2) / (size // 2 - freq_shift))
     angles = np.asarray(steps, np.float64)[:, None] * frequencies
     parts = [np.cos(angles), np.sin(angles)]
     return np.concatenate(parts if cos_first else parts[::-1], axis=1)
@@ -196,11 +197,17 @@ class Diffusers:
     flip_sin_to_cos: bool = True
     outputs: int = 3
     classes: int | None = None
+    freq_shift: int = 0
+    norm_eps: float = 1e-5
+    downsample_padding: int = 1
+
+    def _norm(self, t, name, x):
+        return group_norm(t, name, x, self.norm_eps)
 
     def _res(self, t, name, x, emb, outputs):
-        h = conv(t, f"{name}.conv1", swish(group_norm(t, f"{name}.norm1", x)), outputs)
+        h = conv(t, f"{name}.conv1", swish(self._norm(t, f"{name}.norm1", x)), outputs)
         told = linear(t, f"{name}.time_emb_proj", swish(emb), outputs)
-        h = group_norm(t, f"{name}.norm2", h + told[:, :, None, None])
+        h = self._norm(t, f"{name}.norm2", h + told[:, :, None, None])
         h = conv(t, f"{name}.conv2", swish(h), outputs)
         if x.shape[1] != outputs:
             x = conv(t, f"{name}.conv_shortcut", x, outputs, size=1)
@@ -208,7 +215,7 @@ class Diffusers:
 
     def _attention(self, t, name, x):
         n, c, height, width = x.shape
-        h = group_norm(t, f"{name}.group_norm", x).reshape(n, c, -1).swapaxes(1, 2).reshape(-1, c)
+        h = self._norm(t, f"{name}.group_norm", x).reshape(n, c, -1).swapaxes(1, 2).reshape(-1, c)
 
         def projected(part):
             y = linear(t, f"{name}.{part}", h, c).reshape(n, height * width, -1, self.head_channels)
@@ -221,7 +228,7 @@ class Diffusers:
     def __call__(self, t, x, steps, labels=None, low_res=None):
         assert low_res is None
         wide = 4 * self.widths[0]
-        emb = timestep_embedding(steps, self.widths[0], cos_first=self.flip_sin_to_cos)
+        emb = timestep_embedding(steps, self.widths[0], self.flip_sin_to_cos, self.freq_shift)
         emb = linear(t, "time_embedding.linear_1", emb, wide)
         emb = linear(t, "time_embedding.linear_2", swish(emb), wide)
         if labels is not None:
@@ -236,7 +243,10 @@ class Diffusers:
                     h = self._attention(t, f"{name}.attentions.{i}", h)
                 skips.append(h)
             if level < last:
-                h = conv(t, f"{name}.downsamplers.0.conv", h, width, stride=2)
+                # Without padding, its layer adds a pixel at the bottom and right by itself.
+                padding = (1, 1) if self.downsample_padding else (0, 1)
+                name = f"{name}.downsamplers.0.conv"
+                h = conv(t, name, h, width, stride=2, padding=padding)
                 skips.append(h)
         h = self._res(t, "mid_block.resnets.0", h, emb, h.shape[1])
         h = self._attention(t, "mid_block.attentions.0", h)
@@ -250,7 +260,7 @@ class Diffusers:
                     h = self._attention(t, f"{name}.attentions.{i}", h)
             if place < last:
                 h = conv(t, f"{name}.upsamplers.0.conv", twice(h), width)
-        return conv(t, "conv_out", swish(group_norm(t, "conv_norm_out", h)), self.outputs)
+        return conv(t, "conv_out", swish(self._norm(t, "conv_norm_out", h)), self.outputs)
 
 
 def linear_betas(num_steps):

@@ -75,6 +75,49 @@ def test_a_folder_says_what_its_network_is(tmp_path):
     assert stage.schedule.num_timesteps == 500
 
 
+def test_ddpm_and_what_was_tuned_from_it_come_with_its_details_and_former_names(tmp_path):
+    config = {
+        **{"downsample_padding": 0, "freq_shift": 1, "norm_eps": 1e-6, "flip_sin_to_cos": False},
+        **{"attention_head_dim": None, "num_class_embeds": None},
+    }
+    network = reference.Diffusers(size=16, widths=(32, 64), attention=(8,), head_channels=64)
+    tensors = reference.Tensors()
+    network(tensors, np.zeros((1, 3, 16, 16)), [0])
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, x in tensors.items():
+        for new, old in former.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = x
+    assert "mid_block.attentions.0.query.weight" in renamed
+    scheduler = {**SCHEDULER, "prediction_type": "epsilon", "variance_type": "fixed_large"}
+    write_folder(tmp_path / "theirs", config, scheduler, renamed)
+    features = "--config.eval.features=rotation"
+    assert run_import(tmp_path / "theirs", tmp_path / "run", features) == 0
+    stage = RunFolder(tmp_path / "run").read_config().stage
+    assert stage.network.ddpm_details
+    assert (stage.network.num_heads, stage.num_classes) == (1, 0)
+    assert stage.sampler.variance == "large"
+
+    back = tmp_path / "back"
+    argv = ["prog", f"--workdir={tmp_path / 'run'}", "--source=diffusers", f"--output={back}"]
+    assert export_weights.main(argv) == 0
+    written = json.loads((back / "config.json").read_text())
+    details = {"downsample_padding": 0, "freq_shift": 1, "norm_eps": 1e-6}
+    assert {key: written[key] for key in details} == details
+    assert written["num_class_embeds"] is None
+    scheduler_there = json.loads((back / "scheduler_config.json").read_text())
+    assert {key: scheduler_there[key] for key in scheduler} == pytest.approx(scheduler)
+    assert run_import(back, tmp_path / "again", features) == 0
+    first, second = (params_of(RunFolder(tmp_path / name)) for name in ("run", "again"))
+    for path, x in first.items():
+        np.testing.assert_array_equal(x, second[path], err_msg=path)
+    again = RunFolder(tmp_path / "again").read_config().stage
+    assert again.sampler == stage.sampler
+    assert again.schedule.linear_betas == pytest.approx(stage.schedule.linear_betas)
+    assert again.network.ddpm_details
+
+
 def test_there_and_back_is_the_same_to_the_bit(tmp_path):
     tensors = write_folder(tmp_path / "theirs")
     assert run_import(tmp_path / "theirs", tmp_path / "run") == 0
@@ -100,9 +143,14 @@ def test_there_and_back_is_the_same_to_the_bit(tmp_path):
     ("config", "scheduler", "message"),
     [
         ({"_class_name": "UNet2DConditionModel"}, None, "_class_name = 'UNet2DConditionModel': ex"),
-        ({"downsample_padding": 0}, None, "downsample_padding = 0: expected 1"),
-        ({"norm_eps": 1e-6}, None, "norm_eps = 1e-06: expected 1e-05"),
-        ({"freq_shift": 1}, None, "freq_shift = 1: expected 0"),
+        (
+            {"downsample_padding": 0},
+            None,
+            "downsample_padding = 0, freq_shift = 0, norm_eps = 1e-05: expected downsample_padding"
+            " = 1, freq_shift = 0, norm_eps = 1e-05, or as DDPM has it downsample_padding = 0,",
+        ),
+        ({"norm_eps": 1e-6}, None, "norm_eps = 1e-06: expected downsample_padding = 1, freq_"),
+        ({"freq_shift": 1, "norm_eps": 1e-6}, None, "downsample_padding = 1, freq_shift = 1, norm"),
         ({"resnet_time_scale_shift": "scale_shift"}, None, "= 'scale_shift': expected 'default'"),
         ({"up_block_types": ["UpBlock2D"] * 2}, None, "and the same on the way up"),
         ({"sample_size": [16, 32]}, None, "sample_size = [16, 32]: expected a square"),

@@ -128,6 +128,16 @@ CASES = {
         diffusers(head_channels=16, flip_sin_to_cos=False, classes=None),
         SIN_FIRST,
     ),
+    "diffusers, DDPM's own details, one head": (
+        "iddpm_base64",
+        {"stage.network.scale_shift": False, **heads(1), **FIXED, **UNCONDITIONAL}
+        | {"stage.network.ddpm_details": True},
+        diffusers(
+            **{"head_channels": 64, "classes": None, "flip_sin_to_cos": False},
+            **{"freq_shift": 1, "norm_eps": 1e-6, "downsample_padding": 0},
+        ),
+        SIN_FIRST,
+    ),
 }
 
 

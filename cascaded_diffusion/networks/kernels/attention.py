@@ -143,8 +143,13 @@ def _by_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _forward(q, k, v)[0]
 
 
-@partial(jax.jit, inline=True)
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    y, weights, total = _attended(q, k, v)
+    return y, (q, k, v, weights, total, y)
+
+
+@partial(jax.jit, inline=True)
+def _attended(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     heads, c = q.shape[2:]
     # 1/sqrt(C) is applied to float32 numbers: in bfloat16, q would be rounded once more.
     scores = _product("btc,bcs->bts", _rows(q), _columns(k))
@@ -153,7 +158,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple
     total = _by_slices(jnp.add, weights.astype(jnp.float32)).sum(-1, keepdims=True)
     y = _product("bts,bsc->btc", weights, _rows(v)) / total
     y, total = _from_rows(y, heads).astype(v.dtype), _from_rows(total, heads)
-    return y, (q, k, v, weights, total, y)
+    return y, weights, total
 
 
 @partial(jax.jit, inline=True)

@@ -27,9 +27,14 @@ _convolution = partial(
 )
 
 
-def direct(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-    """[B, H, W, C] and [3, 3, C, K] -> [B, H / stride, W / stride, K], padding 1, by XLA."""
-    return _convolution(x, kernel, window_strides=(stride, stride), padding=((1, 1), (1, 1)))
+def direct(
+    x: jax.Array, kernel: jax.Array, stride: int = 1, *, padding: tuple[int, int] = (1, 1)
+) -> jax.Array:
+    """[B, H, W, C] and [3, 3, C, K] -> [B, H / stride, W / stride, K], by XLA.
+
+    `padding` are the zeros before and behind each axis.
+    """
+    return _convolution(x, kernel, window_strides=(stride, stride), padding=(padding, padding))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

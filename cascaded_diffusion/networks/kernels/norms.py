@@ -69,14 +69,14 @@ def _joined(parts: Iterable[jax.Array]) -> jax.Array:
     return jnp.concatenate(list(parts), -1)
 
 
-def _statistics(parts: Parts, groups: int) -> tuple[jax.Array, jax.Array]:
+def _statistics(parts: Parts, groups: int, epsilon: float) -> tuple[jax.Array, jax.Array]:
     """Eq. (1): m and d, [B, C] float32."""
     _, h, w, _ = parts[0].shape
     wide = [x.astype(jnp.float32) for x in parts]
     sums, squares = (_joined(map(sum_pixels, xs)) for xs in (wide, [x * x for x in wide]))
     count = h * w * sums.shape[-1] // groups
     mean, square = (_over_groups(x, groups) / count for x in (sums, squares))
-    return mean, jnp.sqrt(jnp.maximum(square - mean * mean, 0.0) + EPSILON)
+    return mean, jnp.sqrt(jnp.maximum(square - mean * mean, 0.0) + epsilon)
 
 
 def _affine(
@@ -87,34 +87,52 @@ def _affine(
     return x.astype(jnp.float32) * _pixelwise(a) + _pixelwise(b)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def normalize(
-    parts: Parts, scale: jax.Array, shift: jax.Array, groups: int, swish: bool
+    parts: Parts,
+    scale: jax.Array,
+    shift: jax.Array,
+    groups: int,
+    swish: bool,
+    epsilon: float = EPSILON,
 ) -> jax.Array:
     """Eqs. (1) to (3) for x [B, H, W, C], in its dtype; computed in float32.
 
     `parts` are x, in pieces side by side. `scale` and `shift` are [B, C] float32, and `groups`
     divides C.
     """
-    return _forward(parts, scale, shift, groups, swish)[0]
+    return _forward(parts, scale, shift, groups, swish, epsilon)[0]
 
 
-@partial(jax.jit, static_argnums=(3, 4), inline=True)
 def _forward(
-    parts: Parts, scale: jax.Array, shift: jax.Array, groups: int, swish: bool
+    parts: Parts, scale: jax.Array, shift: jax.Array, groups: int, swish: bool, epsilon: float
 ) -> tuple[jax.Array, tuple[Parts, tuple[jax.Array, ...]]]:
-    affine = (scale, shift, *_statistics(parts, groups))
+    # What a jitted function hands back as it was given is another array to some versions of JAX.
+    y, statistics = _normalized(parts, scale, shift, groups, swish, epsilon)
+    return y, (parts, (scale, shift, *statistics))
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
+def _normalized(
+    parts: Parts, scale: jax.Array, shift: jax.Array, groups: int, swish: bool, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    statistics = _statistics(parts, groups, epsilon)
 
     def normalized(x: jax.Array, own: tuple[jax.Array, ...]) -> jax.Array:
         u = _affine(x, *own)
         return (nn.swish(u) if swish else u).astype(x.dtype)
 
-    return _joined(map(normalized, parts, _channels(parts, *affine))), (parts, affine)
+    affine = _channels(parts, scale, shift, *statistics)
+    return _joined(map(normalized, parts, affine)), statistics
 
 
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _backward(
-    groups: int, swish: bool, saved: tuple[Parts, tuple[jax.Array, ...]], dy: jax.Array
+    groups: int,
+    swish: bool,
+    epsilon: float,
+    saved: tuple[Parts, tuple[jax.Array, ...]],
+    dy: jax.Array,
 ) -> tuple[Parts, jax.Array, jax.Array]:
     parts, affine = saved
     scale, _, mean, sd = affine
@@ -172,6 +190,7 @@ class GroupNorm(nn.Module):
 
     dtype: jnp.dtype = jnp.float32
     swish: bool = False
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(
@@ -189,4 +208,4 @@ class GroupNorm(nn.Module):
             scale, shift = scale * (1 + by), shift * (1 + by) + plus
         scale, shift = (jnp.broadcast_to(v, (b, c)).astype(jnp.float32) for v in (scale, shift))
         parts = tuple(part.astype(self.dtype) for part in parts)
-        return normalize(parts, scale, shift, math.gcd(32, c), self.swish)
+        return normalize(parts, scale, shift, math.gcd(32, c), self.swish, self.epsilon)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from cascaded_diffusion.networks.kernels.norms import GroupNorm
+from cascaded_diffusion.networks.kernels.norms import GroupNorm, normalize
 
 
 def _variables(channels, seed=0):
@@ -67,6 +67,16 @@ def test_the_gradient_is_that_of_finite_differences():
         return GroupNorm(swish=True).apply(variables, x, modulation=(scale, shift))
 
     check_grads(f, (x, *modulation), order=1, modes=["rev"], rtol=2e-2, atol=2e-2)
+
+
+def test_epsilon_counts_where_an_image_is_flat():
+    x = 1e-3 * jax.random.normal(jax.random.key(0), (2, 4, 4, 32))
+    x = x - x.mean((1, 2), keepdims=True)
+    ones, zeros = jnp.ones((2, 32)), jnp.zeros((2, 32))
+    variance = np.square(x).mean((1, 2), keepdims=True)
+    for epsilon in (1e-5, 1e-6):
+        found = normalize((x,), ones, zeros, 32, False, epsilon)
+        np.testing.assert_allclose(found, x / np.sqrt(variance + epsilon), atol=1e-5)
 
 
 def test_bfloat16_is_normalized_in_float32():
