@@ -1,5 +1,9 @@
 """Errors that are meant for people: one line, no traceback, exit code 2."""
 
+EXIT_BAD_INPUT = 2
+# EX_TEMPFAIL: the same command goes on, as after a signal, or after another process was lost.
+EXIT_TRY_AGAIN = 75
+
 
 class UserError(Exception):
     """Something the user can put right.

@@ -5,7 +5,8 @@
 Without --workdir the run goes to RUN/<name of the stage>.
 
 The same command run again resumes the run. Exit codes: 0 finished (or stopped early, as
-evaluation asked), 2 bad input, 75 stopped by SIGTERM or SIGINT after saving.
+evaluation asked), 2 bad input, 75 stopped by SIGTERM or SIGINT after saving, or because another
+process of the job was lost or no step has finished for long: run it again.
 
 On several hosts every process runs the same command. On Slurm (srun) and in GKE the processes
 find each other, on a Cloud TPU with --distributed=tpu, elsewhere with
@@ -35,6 +36,7 @@ from cascaded_diffusion.commands import (
 )
 from cascaded_diffusion.config.resume_checks import check_resume
 from cascaded_diffusion.config.run_checks import run_config_from
+from cascaded_diffusion.errors import EXIT_TRY_AGAIN
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         notes=notes,
     )
     print_outcome(outcome, config, folder)
-    return entry.EXIT_PREEMPTED if outcome.reason == "preempted" else 0
+    return EXIT_TRY_AGAIN if outcome.reason == "preempted" else 0
 
 
 if __name__ == "__main__":

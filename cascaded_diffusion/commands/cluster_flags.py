@@ -12,6 +12,7 @@ from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster
 from cascaded_diffusion.runtime.meeting import meet
+from cascaded_diffusion.runtime.peers import JOB
 
 
 def define_cluster(fv: flags.FlagValues) -> None:
@@ -27,6 +28,8 @@ def define_cluster(fv: flags.FlagValues) -> None:
     flags.DEFINE_integer("process_id", None, "index of this process, from 0", flag_values=fv)
     name, text = "coordinator_timeout_secs", "how long to wait for the other processes"
     flags.DEFINE_float(name, 300.0, text, lower_bound=0.1, flag_values=fv)
+    name, text = "peer_timeout_secs", "silence after which another process counts as lost"
+    flags.DEFINE_float(name, 12.0, text, lower_bound=2.0, flag_values=fv)
 
 
 def join_cluster(
@@ -34,6 +37,7 @@ def join_cluster(
 ) -> Cluster | None:
     """Meets the other processes of the job, if there are any, before JAX is set up.
 
+    From then on this process ends when one of the others does not live any more (`peers`).
     The config and the folders of the flags that `folders` names must be the same in all processes.
     Returns the argument of `set_up_jax`. Raises UserError if a process is late, cannot be reached,
     or is configured differently.
@@ -44,7 +48,8 @@ def join_cluster(
         for name in folders:
             given = fv[name].value
             facts[f"--{name}"] = None if given is None else str(pathlib.Path(given).resolve())
-        meet(cluster, facts, timeout_secs=fv.coordinator_timeout_secs)
+        peers = meet(cluster, facts, timeout_secs=fv.coordinator_timeout_secs)
+        JOB.watch(peers, timeout_secs=fv.peer_timeout_secs)
     return cluster
 
 

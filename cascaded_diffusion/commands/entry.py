@@ -13,11 +13,14 @@ from collections.abc import Callable, Sequence
 from cascaded_diffusion.commands.config_flags import config_argument
 from cascaded_diffusion.commands.interrupts import EXIT_INTERRUPTED, INTERRUPTS
 from cascaded_diffusion.commands.overrides import overrides_in
-from cascaded_diffusion.errors import SingleProcessError, UserError, is_out_of_memory
+from cascaded_diffusion.errors import (
+    EXIT_BAD_INPUT,
+    SingleProcessError,
+    UserError,
+    is_out_of_memory,
+)
+from cascaded_diffusion.runtime.peers import JOB
 
-EXIT_BAD_INPUT = 2
-# EX_TEMPFAIL: stopped by a signal after saving; the same command goes on.
-EXIT_PREEMPTED = 75
 _MAX_LINE = 4000  # characters of an error: values can be long
 # What asyncio says of it.
 _LOOP_CLOSED = "Event loop is closed"
@@ -44,21 +47,27 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except (UserError, OSError) as e:
+        JOB.await_verdict()
         print(f"error: {one_line(e)}", file=sys.stderr, flush=True)
+        JOB.farewell(one_line(e))
         code = EXIT_BAD_INPUT
         if isinstance(e, SingleProcessError):
-            # Exit at once: JAX would first wait for the other processes, which do not listen.
+            # Exit at once: JAX would first wait for the other processes, which are in a step.
             sys.stdout.flush()
             os._exit(code)
     except BaseException as e:
+        JOB.await_verdict()
         # A library may have made another error of it.
         if isinstance(e, KeyboardInterrupt) or INTERRUPTS.seen:
             print("interrupted", file=sys.stderr)
+            JOB.farewell("interrupted")
             code = EXIT_INTERRUPTED
         elif (memory := _lacking_memory(e)) is not None:
             print(f"error: {memory}", file=sys.stderr)
+            JOB.farewell(memory)
             code = EXIT_BAD_INPUT
         else:
+            JOB.farewell(f"{type(e).__name__}: {e}"[:_MAX_LINE])
             raise
     INTERRUPTS.at_once = True
     sys.stdout.flush()

@@ -31,7 +31,9 @@ def _meet_all(address, facts, timeout_secs=20.0, ids=None, num_processes=None):
 
     def run(place, i, facts):
         try:
-            meet(Cluster(address, num_processes or len(ids), i), facts, timeout_secs=timeout_secs)
+            cluster = Cluster(address, num_processes or len(ids), i)
+            for peer in meet(cluster, facts, timeout_secs=timeout_secs):
+                peer.connection.close()
             found[place] = None
         except UserError as e:
             found[place] = str(e)
@@ -163,5 +165,6 @@ def test_differences_of_configs_reach_the_user(address):
 def test_messages_are_json_and_short():
     assert meeting._message(b"x" * 10) is None
     whole = {"greeting": meeting._GREETING, "process_id": 1, "num_processes": 2, "facts": {}}
+    whole["host"] = "here"
     assert meeting._message(json.dumps(whole).encode()) == whole
     assert meeting._message(json.dumps({**whole, "process_id": "1"}).encode()) is None

@@ -10,8 +10,10 @@ import pathlib
 import sys
 
 from cascaded_diffusion.commands import entry, jax_setup
+from cascaded_diffusion.errors import EXIT_TRY_AGAIN
 from cascaded_diffusion.runtime.cluster import Cluster
 from cascaded_diffusion.runtime.meeting import meet
+from cascaded_diffusion.runtime.peers import JOB
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
@@ -31,7 +33,7 @@ def main():
     cluster = None
     if int(count) > 1:
         cluster = Cluster(address, int(count), int(index))
-        meet(cluster, {"config": "the same"}, timeout_secs=120)
+        JOB.watch(meet(cluster, {"config": "the same"}, timeout_secs=120), timeout_secs=4)
     jax = jax_setup.set_up_jax(cluster)
     from cascaded_diffusion.data.loader import build_stream, iterate
     from cascaded_diffusion.runtime import mesh as mesh_lib
@@ -69,7 +71,7 @@ def main():
         )
     assert jax.process_count() == int(count)
     print(f"ended: {outcome.reason} at {outcome.step}", flush=True)
-    return entry.EXIT_PREEMPTED if outcome.reason == "preempted" else 0
+    return EXIT_TRY_AGAIN if outcome.reason == "preempted" else 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Job:
     """The processes of one training, `DEVICES` simulated devices in all."""
 
     def __init__(self, folder: pathlib.Path, count: int, steps: int = STEPS):
-        address = _free_address()
+        address, self._folder = _free_address(), RunFolder(folder)
         flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
         env = {**os.environ, "XLA_FLAGS": f"{flags} {NO_OPTIMIZATION}"}
         self._logs = [folder.with_name(f"{folder.name}.{count}.{i}.log") for i in range(count)]
@@ -42,6 +42,14 @@ class Job:
                 self.processes.append(
                     subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=f)
                 )
+
+    def wait_for_steps(self, count):
+        """Returns when so many steps are logged."""
+        deadline = time.monotonic() + 240
+        while len(_curve(self._folder)) < count:
+            time.sleep(0.05)
+            assert all(p.poll() is None for p in self.processes), self.wait()[1]
+            assert time.monotonic() < deadline, self.wait(1)[1]
 
     def wait(self, secs=300):
         """Exit codes, and what was printed."""
@@ -79,10 +87,7 @@ def alone(tmp_path_factory):
 def test_stopped_as_two_processes_and_ended_as_four_it_is_the_same_training(alone, tmp_path):
     folder = RunFolder(tmp_path / "spread")
     job = Job(folder.path, 2)
-    deadline = time.monotonic() + 240
-    while len(_curve(folder)) < 4 and time.monotonic() < deadline:
-        time.sleep(0.05)
-        assert all(p.poll() is None for p in job.processes), job.wait()[1]
+    job.wait_for_steps(4)
     # A signal to one of them stops all, at the same step, with a checkpoint.
     job.processes[1].send_signal(signal.SIGTERM)
     codes, text = job.wait()
@@ -108,6 +113,40 @@ def test_stopped_as_two_processes_and_ended_as_four_it_is_the_same_training(alon
     assert set(range(saved, STEPS)) <= set(four)
     for spread in (two, four):
         assert all(ids[step] == rows for step, rows in spread.items() if step in ids)
+
+
+@pytest.mark.parametrize(
+    ("number", "lost", "said"),
+    [
+        (signal.SIGKILL, 0, "process 0 on {host} is gone: it was killed"),
+        (signal.SIGKILL, 1, "process 1 on {host} is gone: it was killed"),
+        (signal.SIGSTOP, 1, "process 1 on {host} has not answered for 4 s: it hangs, was stopped"),
+    ],
+)
+def test_whoever_loses_a_peer_ends_with_one_line_and_the_code_to_run_again(
+    number, lost, said, tmp_path
+):
+    folder = RunFolder(tmp_path / "run")
+    job = Job(folder.path, 2, steps=100_000)
+    job.wait_for_steps(3)
+    start = time.monotonic()
+    job.processes[lost].send_signal(number)
+    survivor = job.processes[1 - lost]
+    try:
+        assert survivor.wait(timeout=60) == 75
+        took = time.monotonic() - start
+        assert took < 15
+    finally:
+        for p in job.processes:
+            p.kill()
+        _, text = job.wait()
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    host = socket.gethostname()
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {said.format(host=host)}"), text
+    assert errors[0].endswith("; the job cannot go on without it; run the same command again")
+    assert "***" not in text
+    assert "Traceback" not in text
 
 
 def test_early_stop_is_seen_by_all_processes_at_the_same_step(tmp_path):
