@@ -5,8 +5,9 @@
 Without --workdir the run goes to RUN/<name of the stage>.
 
 The same command run again resumes the run. Exit codes: 0 finished (or stopped early, as
-evaluation asked), 2 bad input, 75 stopped by SIGTERM or SIGINT after saving, or because another
-process of the job was lost or no step has finished for long: run it again.
+evaluation asked), 2 bad input, 75 stopped by SIGTERM or SIGINT after saving, by SIGTERM before the
+first step, or because another process of the job was lost or no step has finished for long: run it
+again.
 
 On several hosts every process runs the same command. On Slurm (srun) and in GKE the processes
 find each other, on a Cloud TPU with --distributed=tpu, elsewhere with
@@ -38,6 +39,7 @@ from cascaded_diffusion.config.resume_checks import check_resume
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.errors import EXIT_TRY_AGAIN
 from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.runtime.signals import START_SIGNALS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,4 +78,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    START_SIGNALS.install(entry.end_without_saving)
     entry.run(main)

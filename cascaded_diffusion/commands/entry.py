@@ -6,15 +6,17 @@ import functools
 import io
 import os
 import shlex
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 
 from cascaded_diffusion.commands.config_flags import config_argument
-from cascaded_diffusion.commands.interrupts import EXIT_INTERRUPTED, INTERRUPTS
+from cascaded_diffusion.commands.interrupts import EXIT_INTERRUPTED, INTERRUPTS, end_interrupted
 from cascaded_diffusion.commands.overrides import overrides_in
 from cascaded_diffusion.errors import (
     EXIT_BAD_INPUT,
+    EXIT_TRY_AGAIN,
     SingleProcessError,
     UserError,
     is_out_of_memory,
@@ -72,6 +74,14 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     INTERRUPTS.at_once = True
     sys.stdout.flush()
     sys.exit(code)
+
+
+def end_without_saving(number: int) -> None:
+    """Ends a trainer at once that gets a signal before it has done a step."""
+    if number == signal.SIGINT:
+        end_interrupted()
+    os.write(2, b"stopped by a signal before a step was done; run it again\n")
+    os._exit(EXIT_TRY_AGAIN)
 
 
 def _lacking_memory(error: BaseException) -> str | None:

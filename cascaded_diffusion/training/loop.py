@@ -23,6 +23,7 @@ from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
 from cascaded_diffusion.runtime.metric_writer import print_parameter_overview
 from cascaded_diffusion.runtime.run_data import RunData
 from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.runtime.signals import START_SIGNALS
 from cascaded_diffusion.training import resume
 from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.training.recorder import GridSampler, Recorder, Records
@@ -75,8 +76,6 @@ def train(
             return outcome
         checkpoints = CheckpointWriter(folder, config.checkpoint)
         stack.enter_context(contextlib.closing(checkpoints))
-        # From here on a signal is only noted: the step is finished and saved first.
-        asked_to_stop = stack.enter_context(_stop_requests())
         stage = build_stage(config.stage)
         abstract = step_lib.abstract_state(stage, config.train, mesh)
         # What is refused is refused before anything is compiled.
@@ -110,6 +109,8 @@ def train(
         recorder = Recorder(
             config, folder, mesh, checkpoints, make_grid, local_batches, step, flops, compile_secs
         )
+        # From here on a signal is only noted: the step is finished and saved first.
+        asked_to_stop = stack.enter_context(_stop_requests())
         reason = "complete"
         with recorder, contextlib.closing(profiler):
             while step < total:
@@ -143,6 +144,7 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
     process calls at every step, is asked instead: a signal to one process stops all.
     """
     noted: list[int] = []
+    START_SIGNALS.end()
     if jax.process_count() > 1:
         # JAX notices SIGTERM only.
         handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}

@@ -2,12 +2,15 @@
 
     python -m tests.training.distributed_job WORKDIR IDS ADDRESS NUM_PROCESSES PROCESS_ID STEPS
 
-trains a stage of one layer and writes which images were at which row of which step to IDS.
+trains a stage of one layer and writes which images were at which row of which step to IDS. With
+SLOW_COMPILATION in the environment, compiling the step takes a minute.
 """
 
 import json
+import os
 import pathlib
 import sys
+import time
 
 from cascaded_diffusion.commands import entry, jax_setup
 from cascaded_diffusion.errors import EXIT_TRY_AGAIN
@@ -15,6 +18,7 @@ from cascaded_diffusion.runtime.cluster import Cluster
 from cascaded_diffusion.runtime.meeting import meet
 from cascaded_diffusion.runtime.peers import JOB
 from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.runtime.signals import START_SIGNALS
 
 
 def main():
@@ -60,6 +64,8 @@ def main():
                 f.write(json.dumps([step, ids]) + "\n")
             yield batch
 
+    if "SLOW_COMPILATION" in os.environ:
+        loop.step_lib.compile_train_step = lambda *given, **named: time.sleep(60)
     raw = source.raw
     with in_place_of_the_unet():
         outcome = loop.train(
@@ -75,4 +81,5 @@ def main():
 
 
 if __name__ == "__main__":
+    START_SIGNALS.install(entry.end_without_saving)
     entry.run(lambda argv: main())

@@ -51,6 +51,14 @@ class Job:
             assert all(p.poll() is None for p in self.processes), self.wait()[1]
             assert time.monotonic() < deadline, self.wait(1)[1]
 
+    def wait_for_text(self, text):
+        """Returns when the first process has printed a text."""
+        deadline = time.monotonic() + 240
+        while text not in self._logs[0].read_text():
+            time.sleep(0.05)
+            assert all(p.poll() is None for p in self.processes), self.wait()[1]
+            assert time.monotonic() < deadline, self.wait(1)[1]
+
     def wait(self, secs=300):
         """Exit codes, and what was printed."""
         try:
@@ -146,6 +154,20 @@ def test_whoever_loses_a_peer_ends_with_one_line_and_the_code_to_run_again(
     assert errors[0].startswith(f"error: {said.format(host=host)}"), text
     assert errors[0].endswith("; the job cannot go on without it; run the same command again")
     assert "***" not in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_signal_while_the_step_compiles_ends_all_at_once(count, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLOW_COMPILATION", "1")
+    job = Job(tmp_path / "run", count)
+    job.wait_for_text("compiling the training step")
+    start = time.monotonic()
+    job.processes[-1].send_signal(signal.SIGTERM)
+    codes, text = job.wait(30)
+    assert time.monotonic() - start < 5
+    assert codes == [75] * count, text
+    assert "stopped by a signal before a step was done; run it again\n" in text
     assert "Traceback" not in text
 
 
