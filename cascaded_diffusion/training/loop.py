@@ -26,6 +26,7 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.runtime.signals import START_SIGNALS
 from cascaded_diffusion.training import resume
 from cascaded_diffusion.training import step as step_lib
+from cascaded_diffusion.training.hang import HangWatch
 from cascaded_diffusion.training.recorder import GridSampler, Recorder, Records
 from cascaded_diffusion.training.resume import Outcome
 
@@ -112,7 +113,8 @@ def train(
         # From here on a signal is only noted: the step is finished and saved first.
         asked_to_stop = stack.enter_context(_stop_requests())
         reason = "complete"
-        with recorder, contextlib.closing(profiler):
+        hang_watch = HangWatch(config.train.hang_secs)
+        with hang_watch, recorder, contextlib.closing(profiler):
             while step < total:
                 if _evaluation_asks_to_stop(folder, config, step):
                     reason = "early_stop"
@@ -124,6 +126,7 @@ def train(
                 if (traced := profiler.after(step, metrics)) is not None:
                     recorder.say(traced)
                 recorder.add(step, metrics)
+                hang_watch.step_done()
                 stopping = asked_to_stop(step)
                 recorder.keep(step, state, stopping=stopping)
                 if stopping and step < total:
