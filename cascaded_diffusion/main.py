@@ -19,6 +19,10 @@ only with --start_over. A config key that decides what is trained may change onl
 --allow_changed names it, as --allow_changed=train.learning_rate,train.batch_size.
 
 --profile_steps=100:105 writes a trace of these steps to WORKDIR/profile.
+
+A step whose loss or gradient is not finite changes nothing, and is a line of
+WORKDIR/nonfinite.jsonl. Training ends if they are too many. --replay=WORKDIR/nonfinite/STEP, given
+alone, does the last one again and names the gradients and the records that are not finite.
 """
 
 import pathlib
@@ -35,9 +39,10 @@ from cascaded_diffusion.commands import (
     run_images,
     train_flags,
 )
+from cascaded_diffusion.commands.overrides import overrides_in
 from cascaded_diffusion.config.resume_checks import check_resume
 from cascaded_diffusion.config.run_checks import run_config_from
-from cascaded_diffusion.errors import EXIT_TRY_AGAIN
+from cascaded_diffusion.errors import EXIT_TRY_AGAIN, UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.runtime.signals import START_SIGNALS
 
@@ -47,7 +52,10 @@ def main(argv: Sequence[str]) -> int:
     fv = flags.FlagValues()
     config_flags.define_config(fv, argv, "the stage's config file, e.g. configs/mnist_base16.py")
     train_flags.define(fv)
-    config_flags.parse(fv, argv, __doc__, "config")
+    config_flags.parse(fv, argv, __doc__)
+    if fv.replay is not None:
+        return _replay(fv, argv)
+    flag_checks.require(fv, "config")
     config, notes = run_config_from(config_flags.config_values(fv, argv)), []
     if fv.workdir is None:
         fv.workdir = str(pathlib.Path("RUN") / config.stage.name)
@@ -75,6 +83,16 @@ def main(argv: Sequence[str]) -> int:
     )
     print_outcome(outcome, config, folder)
     return EXIT_TRY_AGAIN if outcome.reason == "preempted" else 0
+
+
+def _replay(fv: flags.FlagValues, argv: Sequence[str]) -> int:
+    if fv.config is not None or overrides_in(argv):
+        raise UserError("--replay: expected no --config, since the run has its own")
+    flag_checks.check_paths(fv, "replay", "data_path")
+    jax_setup.set_up_jax()
+    from cascaded_diffusion.commands.replay_step import replay_step
+
+    return replay_step(pathlib.Path(fv.replay), fv.data_path)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,13 @@ class Stage:
 
         `noised` comes from `self.noised` with the same `key`, this step's.
         """
+        means = {k: jnp.mean(x) for k, x in self.losses_of(params, noised, key).items()}
+        return means["loss"], means
+
+    def losses_of(
+        self, params: Params, noised: NoisedBatch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """What `loss_of` averages: the loss and, if it has several, its parts, name -> [B]."""
         logsnr = self.schedule(noised.t)
         xt = gaussian.diffuse(noised.x0, logsnr, noised.eps)
         *_, dropout_key = jax.random.split(key, 5)  # the others are those of `noised`
@@ -134,14 +141,12 @@ class Stage:
         output = self.network.apply(
             params, xt, logsnr, noised.cond, dropout_key=dropout_key, rows=noised.rows
         )
-        per_example = self._losses(output, xt, logsnr, noised)
-        means = {name: jnp.mean(values) for name, values in per_example.items()}
-        return means["loss"], means
+        return self._losses(output, xt, logsnr, noised)
 
     def _losses(
         self, output: jax.Array, xt: jax.Array, logsnr: jax.Array, noised: NoisedBatch
     ) -> dict[str, jax.Array]:
-        """The loss and, if it has several, its parts, per example: name -> [B]."""
+        """The same, from the network's output."""
         diffusion, x0 = self.config.diffusion, noised.x0
         steps = self.config.schedule.discrete_timesteps
         simple = losses.simple_loss(

@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from types import FrameType
 
 EXIT_INTERRUPTED = 130
+_ENDING = threading.Lock()
 _IMPORTING = "<frozen importlib._bootstrap>"
 
 
@@ -50,9 +53,13 @@ INTERRUPTS = Interrupts()
 
 
 def end_interrupted() -> None:
-    """Ends the process with one line."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.write(2, b"interrupted\n")
+    """Ends the process with one line, whichever thread calls it first."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if _ENDING.acquire(blocking=False):
+        os.write(2, b"interrupted\n")
+    else:
+        time.sleep(1)  # for the other thread to end the process
     os._exit(EXIT_INTERRUPTED)
 
 

@@ -14,6 +14,8 @@ def define(fv: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, text, flag_values=fv)
     text = "FIRST:LAST, the steps to write a trace of"
     flags.DEFINE_string("profile_steps", None, text, flag_values=fv)
+    text = "RUN/nonfinite/STEP: do that step again, and say what is not finite in it"
+    flags.DEFINE_string("replay", None, text, flag_values=fv)
     text = "begin at step 0 where a run is in --workdir but none of its checkpoints is intact"
     flags.DEFINE_bool("start_over", False, text, flag_values=fv)
     text = "config keys that may change what a run trains from here on, as train.batch_size"

@@ -1,14 +1,17 @@
 """Training of one stage, from its config to the outcome: `train_stage`."""
 
+import dataclasses
 from collections.abc import Collection, Sequence
 
 import jax
+from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.commands.run_images import with_absolute_paths
 from cascaded_diffusion.config.run_checks import check_devices
 from cascaded_diffusion.config.schema import RunConfig
-from cascaded_diffusion.data.loader import build_stream, iterate
+from cascaded_diffusion.data.loader import Stream, build_stream, iterate
+from cascaded_diffusion.data.records import Source
 from cascaded_diffusion.data.sources import load_splits, spread_examples
 from cascaded_diffusion.errors import SingleProcessError, UserError, is_out_of_memory
 from cascaded_diffusion.planning import fit
@@ -17,6 +20,25 @@ from cascaded_diffusion.runtime.run_data import RunData
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training.loop import Outcome, train
 from cascaded_diffusion.training.recorder import GRID_COLUMNS, GRID_ROWS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A stage's images and its place on the devices."""
+
+    config: RunConfig  # with absolute paths
+    placed: RunConfig  # with the mesh that was chosen
+    path_as_given: str | None
+    sources: dict[str, Source]  # by split
+    stream: Stream  # this process's batches
+    mesh: Mesh
+    memory_bytes: int  # of a device
+    notes: list[str]  # about the choice of the mesh and its memory
+
+    @property
+    def source(self) -> Source:
+        """The images to train on."""
+        return self.sources[self.config.data.train_split]
 
 
 def train_stage(
@@ -38,14 +60,50 @@ def train_stage(
     Raises UserError if the data cannot be read, the devices or their memory do not suffice, the
     folder holds another run, or training fails. Nothing is written before all checks have passed.
     """
+    given = prepared(config, data_path)
+    config, source = given.config, given.source
+    held_out = given.sources[config.data.eval_split]
+    with mesh_lib.fail_on_all_processes():
+        grid_examples = spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS)
+    if jax.process_index() == 0:
+        for line in [*notes, *given.notes]:
+            print(f"{config.stage.name}: {line}", flush=True)
+    try:
+        return train(
+            config,
+            folder,
+            lambda start_step: iterate(given.stream, source, config.data, start_step=start_step),
+            image_shape=source.image_shape,
+            low_res_shape=source.low_res_shape,
+            data=RunData(
+                splits=given.sources,
+                path=config.data.path,
+                path_as_given=given.path_as_given,
+                given_anew=data_path is not None,
+            ),
+            start_over=start_over,
+            allow_changed=allow_changed,
+            grid_examples=grid_examples,
+            profile_steps=profile_steps,
+            mesh=given.mesh,
+        )
+    except jax.errors.JaxRuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        about = fit.out_of_memory(given.placed, jax.device_count(), given.memory_bytes)
+        line = f"out of memory ({str(e).splitlines()[0]}): {about}"
+        # Other processes are in the middle of a step and cannot be told.
+        raise (UserError if jax.process_count() == 1 else SingleProcessError)(line) from e
+
+
+def prepared(config: RunConfig, data_path: str | None) -> Prepared:
+    """Loads a stage's images and places it on the devices. Raises UserError like `train_stage`."""
     path_as_given = data_path or config.data.path
     config = with_absolute_paths(config, data_path)
     build_stage(config.stage)
     with mesh_lib.fail_on_all_processes():
         splits = [config.data.train_split, config.data.eval_split]
         sources = load_splits(config.data, list(dict.fromkeys(splits)), config.stage)
-        source, held_out = (sources[split] for split in splits)
-        grid_examples = spread_examples(held_out, rows=GRID_ROWS, columns=GRID_COLUMNS)
     # The first process decides, so that all processes have the same mesh.
     (memory_mib,) = mesh_lib.broadcast_from_process_0([int(fit.device_bytes() / 2**20)])
     memory_bytes, num_devices = memory_mib * 2**20, jax.device_count()
@@ -56,42 +114,22 @@ def train_stage(
     index, count = mesh_lib.batch_share(mesh)
     with mesh_lib.fail_on_all_processes():
         stream = build_stream(
-            source,
+            sources[config.data.train_split],
             config.data,
             global_batch_size=config.train.batch_size,
             process_index=index,
             process_count=count,
         )
-    if jax.process_index() == 0:
-        for line in [*notes, choice, warning and f"warning: {warning}"]:
-            if line:
-                print(f"{config.stage.name}: {line}", flush=True)
-    try:
-        return train(
-            config,
-            folder,
-            lambda start_step: iterate(stream, source, config.data, start_step=start_step),
-            image_shape=source.image_shape,
-            low_res_shape=source.low_res_shape,
-            data=RunData(
-                splits=sources,
-                path=config.data.path,
-                path_as_given=path_as_given,
-                given_anew=data_path is not None,
-            ),
-            start_over=start_over,
-            allow_changed=allow_changed,
-            grid_examples=grid_examples,
-            profile_steps=profile_steps,
-            mesh=mesh,
-        )
-    except jax.errors.JaxRuntimeError as e:
-        if not is_out_of_memory(e):
-            raise
-        about = fit.out_of_memory(placed, num_devices, memory_bytes)
-        line = f"out of memory ({str(e).splitlines()[0]}): {about}"
-        # Other processes are in the middle of a step and cannot be told.
-        raise (UserError if jax.process_count() == 1 else SingleProcessError)(line) from e
+    return Prepared(
+        config=config,
+        placed=placed,
+        path_as_given=path_as_given,
+        sources=sources,
+        stream=stream,
+        mesh=mesh,
+        memory_bytes=memory_bytes,
+        notes=[line for line in (choice, warning and f"warning: {warning}") if line],
+    )
 
 
 def print_outcome(outcome: Outcome, config: RunConfig, folder: RunFolder) -> None:

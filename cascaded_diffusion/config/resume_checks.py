@@ -13,6 +13,9 @@ _FREE_TO_CHANGE = (
     "train.train_steps",
     "train.log_every_steps",
     "train.sample_every_steps",
+    "train.hang_secs",
+    "train.max_nonfinite_in_row",
+    "train.max_nonfinite_per_thousand",
     # How it is computed, not what.
     "train.accumulation_steps",
     "train.remat",

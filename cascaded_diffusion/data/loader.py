@@ -25,6 +25,8 @@ from cascaded_diffusion.config.schema import DataConfig
 from cascaded_diffusion.data import transforms, workers
 from cascaded_diffusion.data.records import CorruptionGuard, Source
 
+Stream = grain.MapDataset
+
 
 def build_stream(
     source: Source,
@@ -33,7 +35,7 @@ def build_stream(
     global_batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.MapDataset:
+) -> Stream:
     """The endless stream as a random-access data set: element `k` is step `k`.
 
     Elements are dicts of `image` uint8 [b, H, W, C], `label` int32 [b], `low_res` uint8
@@ -46,10 +48,14 @@ def build_stream(
     if global_batch_size > len(source):
         expected = f"at most {len(source)}, the size of {config.name!r}"
         fail("train.batch_size", global_batch_size, expected)
-    stream = grain.MapDataset.range(len(source)).seed(config.shuffle_seed).shuffle().repeat(None)
-    stream = stream.batch(global_batch_size // process_count)
+    stream = _shuffled(source, config).batch(global_batch_size // process_count)
     stream = stream.map_with_index(functools.partial(_read_batch, source, config))
     return stream[process_index::process_count]
+
+
+def _shuffled(source: Source, config: DataConfig) -> Stream:
+    """The number of the record at every position of the stream."""
+    return grain.MapDataset.range(len(source)).seed(config.shuffle_seed).shuffle().repeat(None)
 
 
 def _read_batch(
@@ -69,9 +75,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     Threads or processes of the config read ahead.
     """
 
-    def __init__(
-        self, stream: grain.MapDataset, source: Source, config: DataConfig, *, start_step: int
-    ):
+    def __init__(self, stream: Stream, source: Source, config: DataConfig, *, start_step: int):
+        self._source, self._config = source, config
         # The source's own guard counts in each reading process.
         self._guard = CorruptionGuard(config, len(source))
         if config.read_workers:
@@ -90,6 +95,11 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         """How many corrupt records this process has met, each counted once."""
         return self._guard.num_found
 
+    def records_of(self, step: int, batch_size: int) -> list[int]:
+        """The numbers of the records in the global batch of `step`, from 0, in order."""
+        order = _shuffled(self._source, self._config)
+        return [int(order[i]) for i in range(step * batch_size, (step + 1) * batch_size)]
+
     def __next__(self) -> dict[str, np.ndarray]:
         """Raises UserError for a corrupt record, or too many, as the config says."""
         batch = dict(next(self._iterator))
@@ -105,8 +115,6 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         self._iterator.close()
 
 
-def iterate(
-    stream: grain.MapDataset, source: Source, config: DataConfig, *, start_step: int
-) -> Batches:
+def iterate(stream: Stream, source: Source, config: DataConfig, *, start_step: int) -> Batches:
     """Iterates a stream from `start_step` on."""
     return Batches(stream, source, config, start_step=start_step)

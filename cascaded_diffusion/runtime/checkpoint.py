@@ -180,6 +180,11 @@ class CheckpointWriter:
                 os.replace(self._folder.checkpoints / str(step), self._deleted / str(step))
         shutil.rmtree(self._deleted, ignore_errors=True)
 
+    def write_apart(self, path: pathlib.Path, state: object) -> None:
+        """Writes a state to a folder of its own, which is none of the checkpoints."""
+        with self._as_user_error(0), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+            writer.save(path.absolute(), args=ocp.args.PyTreeSave(_storable(state)), force=True)
+
     def _finish(self) -> None:
         if self._completing is not None:
             completing, self._completing = self._completing, None
@@ -245,11 +250,27 @@ class CheckpointWriter:
         except Exception as e:
             path = self._folder.checkpoints / str(step)
             raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
-        return jax.tree.map(
-            lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x,
-            stored,
-            abstract_state,
-        )
+        return _with_keys(stored, abstract_state)
+
+
+def read_apart(path: pathlib.Path, abstract_state: Tree) -> Tree:
+    """The state that `CheckpointWriter.write_apart` wrote. Raises UserError if it cannot be read.
+
+    `abstract_state` is as for `CheckpointWriter.restore`.
+    """
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            stored = reader.restore(path.absolute(), args=_restore_args(abstract_state))
+    except Exception as e:
+        raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
+    return _with_keys(stored, abstract_state)
+
+
+def _with_keys(stored: Tree, abstract: Tree) -> Tree:
+    """The inverse of `_storable`, of arrays."""
+    return jax.tree.map(
+        lambda x, like: jax.random.wrap_key_data(x) if _is_key(like) else x, stored, abstract
+    )
 
 
 def _restore_args(abstract: object, *, partial: bool = False) -> ocp.args.PyTreeRestore:

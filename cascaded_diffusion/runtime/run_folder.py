@@ -17,6 +17,8 @@
     RUN/eval/samples/             samples while they are made
     RUN/eval/*.png, *.npz         sample grids and samples
     RUN/eval/events.out.tfevents.*  scores for TensorBoard
+    RUN/nonfinite.jsonl           one line per step that was skipped (`training.nonfinite`)
+    RUN/nonfinite/<step>/         the state before a step that ended the training
     RUN/profile/                  traces of single steps (`main --profile_steps`)
     RUN/EARLY_STOP, RUN/TRAIN_COMPLETE
 
@@ -86,6 +88,8 @@ class RunFolder:
         self.cas_path = self.eval / "cas.jsonl"
         self.samples = self.eval / "samples"
         self.profile = self.path / "profile"
+        self.nonfinite = self.path / "nonfinite"
+        self.nonfinite_log = self.path / "nonfinite.jsonl"
         self.early_stop_path = self.path / "EARLY_STOP"
         self.complete_path = self.path / "TRAIN_COMPLETE"
 

@@ -125,7 +125,7 @@ def train(
                 state, metrics = train_step(state, records)
                 if (traced := profiler.after(step, metrics)) is not None:
                     recorder.say(traced)
-                recorder.add(step, metrics)
+                recorder.add(step, state, metrics)
                 hang_watch.step_done()
                 stopping = asked_to_stop(step)
                 recorder.keep(step, state, stopping=stopping)

@@ -22,6 +22,7 @@ from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
 from cascaded_diffusion.runtime.metric_writer import MetricWriter
 from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.training import nonfinite
 from cascaded_diffusion.training.clock import Clock
 from cascaded_diffusion.training.step import Metrics, TrainState
 from cascaded_diffusion.types import Params
@@ -101,6 +102,7 @@ class Recorder:
         compile_secs: float,
     ):
         self._config, self._checkpoints, self._make_grid = config, checkpoints, make_grid
+        self._folder = folder
         self._local_batches, self._compile_secs = local_batches, compile_secs
         self._total = config.train.train_steps
         self._first_step = self._saved_step = first_step
@@ -115,6 +117,9 @@ class Recorder:
         self._clock = Clock(config.train.batch_size, flops_per_step, peak_flops=peak, say=self.say)
         self._compiles = monitor.CompileWatch()
         self._pending: tuple[int, Metrics] | None = None
+        self._nonfinite = nonfinite.NonFiniteSteps(
+            config.train, folder, first_step=first_step, writes=not silent
+        )
 
     def __enter__(self) -> Self:
         self._compiles.__enter__()
@@ -134,10 +139,16 @@ class Recorder:
         self._clock.data_waited(time.monotonic() - start)
         return records
 
-    def add(self, step: int, metrics: Metrics) -> None:
-        """Takes a dispatched step's metrics. Raises UserError if those before are not finite."""
+    def add(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Takes a dispatched step's metrics, and the state after it.
+
+        Raises UserError if too many steps were not finite.
+        """
         self._read_pending()
-        self._pending = step, metrics
+        self._latest, self._pending = (step, state), (step, metrics)
+        if self._nonfinite.near(step):
+            # The state must still be there if this step is the last that is tolerated.
+            self._read_pending()
 
     def keep(self, step: int, state: TrainState, *, stopping: bool) -> None:
         """Saves and samples from the state after `step` where it is time, or `stopping`."""
@@ -147,7 +158,7 @@ class Recorder:
         if not (save or sample):
             self._report_compilations(step)
             return
-        self._read_pending()  # nothing is kept of a step that is not finite
+        self._read_pending()
         with self._clock.pause():
             if save:
                 self._checkpoints.save(step, state)
@@ -172,8 +183,11 @@ class Recorder:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._check_finite(values, step)
+        metrics = jax.device_get(metrics)
+        squares = metrics.pop("grad_squares")
+        values = {name: float(value) for name, value in metrics.items()}
+        if not all(map(math.isfinite, values.values())):
+            self._tolerate(step, values, squares)
         if step == self._first_step + 1 and (secs := monitor.secs_since_start()) is not None:
             name = self._config.stage.name
             self.say(f"{name}: first step done {secs:.1f} s after the start")
@@ -184,8 +198,11 @@ class Recorder:
         num_skipped = getattr(self._local_batches, "num_skipped", 0)
         if self._writer is not None:
             counts = {"compile_secs": self._compile_secs, "data_skipped_records": num_skipped}
+            if self._nonfinite.count:
+                counts["nonfinite_steps"] = self._nonfinite.count
+            finite = {name: x for name, x in values.items() if math.isfinite(x)}
             with _one_process():
-                self._writer.write_scalars(step, {**values, **speed, **counts})
+                self._writer.write_scalars(step, {**finite, **speed, **counts})
         details = {"skipped_records": str(num_skipped)} if num_skipped else {}
         if "model_flops_utilization" in speed:
             details["mfu"] = f"{100 * speed['model_flops_utilization']:.0f} %"
@@ -197,15 +214,34 @@ class Recorder:
             **details,
         )
 
-    def _check_finite(self, values: dict[str, float], step: int) -> None:
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            last = max(self._checkpoints.steps(), default="none")
-            raise UserError(
-                f"{bad[0]} is {values[bad[0]]} at step {step}: training has diverged; nothing of"
-                f" this step was saved (last checkpoint: {last}); lower"
-                " config.train.learning_rate or config.train.grad_clip_norm"
+    def _tolerate(self, step: int, values: dict[str, float], squares: np.ndarray) -> None:
+        """Records a step that is not finite. Raises UserError if it is one too many."""
+        at, state = self._latest
+        leaves = nonfinite.bad_leaves(nonfinite.leaf_names(state.params), squares)
+        records = None
+        if hasattr(self._local_batches, "records_of"):
+            records = self._local_batches.records_of(step - 1, self._config.train.batch_size)
+        what = nonfinite.described(values, leaves)
+        with _one_process():
+            too_many = self._nonfinite.add(step, values, leaves, records)
+        if too_many is None:
+            self.say(
+                f"step {step} is not finite and was skipped ({what}); the records of its batch are"
+                f" in {self._folder.nonfinite_log}"
             )
+            return
+        last = max(self._checkpoints.steps(), default="none")
+        dump = nonfinite.state_path(self._folder, step)
+        if at == step:
+            self._checkpoints.write_apart(dump, state)
+            if self._writer is not None:
+                self._nonfinite.store(step, values, leaves)
+        raise UserError(
+            f"{too_many}, the last of them step {step} ({what}): training has diverged; none of"
+            f" them has changed anything (last checkpoint: {last}); lower"
+            " config.train.learning_rate or config.train.grad_clip_norm, and see what the step"
+            f" does by `python -m cascaded_diffusion.main --replay={dump.parent}`"
+        )
 
     def _report_compilations(self, step: int) -> None:
         if step <= self._first_step + _FIRST_STEPS:

@@ -1,6 +1,8 @@
 """The state of training, the optimizer, and one step of it as a program over the mesh."""
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Mapping
 
 import jax
@@ -129,7 +131,9 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
 
     `records` is a dict of `image` uint8 [B, H, W, C], `label` int32 [B] and, if the data has it
     stored, `low_res` uint8 [B, h, w, C], sharded over the mesh. `metrics` are scalars of the
-    global batch; they do not depend on the number of parts.
+    global batch, which do not depend on the number of parts, and `grad_squares`, the squared norms
+    of the gradients of all parameters (`nonfinite.leaf_names`). If one of them is not finite, the
+    step changes nothing but its number.
     """
     optimizer = build_optimizer(config)
     parts, params = config.parts, stage.shapes()[0]
@@ -158,34 +162,52 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
         return jax.tree.map(lambda x: x / parts, total)
 
     def train_step(state: TrainState, records: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        low_res = float_from_uint8(records["low_res"]) if "low_res" in records else None
-        image = float_from_uint8(records["image"])
-        batch = Batch(image=image, label=records["label"], low_res=low_res)
-        key = jax.random.fold_in(state.key, state.step)
-        # Noise is drawn for the whole batch, so that it depends on the row alone.
-        grads, metrics = gradient(state.params, stage.noised(batch, key), key)
+        noised, key = _noised(stage, state, records)
+        grads, metrics = gradient(state.params, noised, key)
         grads = jax.tree.map(in_order, grads, sharding.state_shardings(grads, mesh))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        new_state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=params,
-            ema_params={
-                ema_name(decay): updated_ema(
-                    state.ema_params[ema_name(decay)], params, state.step, decay=decay
-                )
-                for decay in config.ema_decays
-            },
-            opt_state=opt_state,
-        )
-        metrics |= {
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(build_learning_rate(config)(state.step), jnp.float32),
+        ema_params = {
+            ema_name(decay): updated_ema(
+                state.ema_params[ema_name(decay)], params, state.step, decay=decay
+            )
+            for decay in config.ema_decays
         }
-        return new_state, metrics
+        # Clipping has the same sums, which the compiler finds.
+        squares = [jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)]
+        metrics |= {"grad_norm": jnp.sqrt(functools.reduce(operator.add, squares))}
+        finite = functools.reduce(operator.and_, map(jnp.isfinite, metrics.values()))
+        new = {"params": params, "ema_params": ema_params, "opt_state": opt_state}
+        old = {name: getattr(state, name) for name in new}
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        metrics |= {
+            "learning_rate": jnp.asarray(build_learning_rate(config)(state.step), jnp.float32),
+            "grad_squares": jnp.stack(squares),
+        }
+        return dataclasses.replace(state, step=state.step + 1, **kept), metrics
 
     return train_step
+
+
+def make_losses(stage: Stage) -> Callable[[TrainState, dict[str, jax.Array]], jax.Array]:
+    """Returns `losses(state, records) -> [B]`: what the step after `state` averages."""
+
+    def losses(state: TrainState, records: dict[str, jax.Array]) -> jax.Array:
+        return stage.losses_of(state.params, *_noised(stage, state, records))["loss"]
+
+    return losses
+
+
+def _noised(
+    stage: Stage, state: TrainState, records: dict[str, jax.Array]
+) -> tuple[NoisedBatch, jax.Array]:
+    """The batch of the step after `state`, and the step's key."""
+    low_res = float_from_uint8(records["low_res"]) if "low_res" in records else None
+    image = float_from_uint8(records["image"])
+    batch = Batch(image=image, label=records["label"], low_res=low_res)
+    key = jax.random.fold_in(state.key, state.step)
+    # Noise is drawn for the whole batch, so that it depends on the row alone.
+    return stage.noised(batch, key), key
 
 
 def _stored(tree: Tree, mesh: Mesh) -> Tree:
