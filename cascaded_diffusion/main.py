@@ -44,7 +44,6 @@ from cascaded_diffusion.config.resume_checks import check_resume
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.errors import EXIT_TRY_AGAIN, UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder
-from cascaded_diffusion.runtime.signals import START_SIGNALS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,5 +95,5 @@ def _replay(fv: flags.FlagValues, argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    START_SIGNALS.install(entry.end_without_saving)
+    entry.end_at_once_before_training()
     entry.run(main)

@@ -16,6 +16,8 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.runtime.run_folder import CascadeFolder
 
+_CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+
 
 def define_config(fv: flags.FlagValues, argv: Sequence[str], help_text: str) -> None:
     """Adds `--config=FILE.py[:variant]`; see `config_values` for its overrides."""
@@ -111,6 +113,15 @@ def load_config_file(folder: pathlib.Path, name: str) -> Record:
     define_config(fv, argv, "")
     parse(fv, argv, "")
     return config_values(fv, argv)
+
+
+def shipped_configs(name: str) -> pathlib.Path:
+    """The folder of the configs that a clone has, with `name`, which may have a variant, in it."""
+    file = name.partition(":")[0]
+    for folder in (pathlib.Path("configs"), _CONFIGS):
+        if (folder / file).exists():
+            return folder
+    raise UserError(f"--config is missing, and no configs/{file} is here; run this in a clone")
 
 
 def stage_configs(

@@ -22,6 +22,7 @@ from cascaded_diffusion.errors import (
     is_out_of_memory,
 )
 from cascaded_diffusion.runtime.peers import JOB
+from cascaded_diffusion.runtime.signals import START_SIGNALS
 
 _MAX_LINE = 4000  # characters of an error: values can be long
 # What asyncio says of it.
@@ -76,8 +77,12 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     sys.exit(code)
 
 
-def end_without_saving(number: int) -> None:
-    """Ends a trainer at once that gets a signal before it has done a step."""
+def end_at_once_before_training() -> None:
+    """A trainer that gets a signal before its first step ends at once, whatever it is doing."""
+    START_SIGNALS.install(_end_without_saving)
+
+
+def _end_without_saving(number: int) -> None:
     if number == signal.SIGINT:
         end_interrupted()
     os.write(2, b"stopped by a signal before a step was done; run it again\n")

@@ -14,6 +14,7 @@ from cascaded_diffusion.commands.config_flags import (
     define_config,
     load_config_file,
     parse,
+    shipped_configs,
 )
 from cascaded_diffusion.commands.flag_checks import check_paths, require
 from cascaded_diffusion.commands.overrides import with_overrides
@@ -29,8 +30,6 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from cascaded_diffusion.interchange.names import Family
-
-_CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,9 @@ def read_import(argv: Sequence[str], usage: str) -> ImportRequest:
     if fv.model is not None:
         published = _published(fv)
     if published is not None and fv.config is None:
-        values = with_overrides(load_config_file(_configs(published), published.config), argv)
+        values = with_overrides(
+            load_config_file(shipped_configs(published.config), published.config), argv
+        )
     else:
         require(fv, "config")
         values = config_values(fv, argv)
@@ -110,14 +111,6 @@ def _published(fv: flags.FlagValues) -> Published:
         known = ", ".join(models) or "none: give --config"
         raise UserError(f"--model={fv.model}: of --source={fv.source} there is {known}")
     return models[fv.model]
-
-
-def _configs(published: Published) -> pathlib.Path:
-    name = published.config.partition(":")[0]
-    for folder in (pathlib.Path("configs"), _CONFIGS):
-        if (folder / name).exists():
-            return folder
-    raise UserError(f"--model: no configs/{name} here; run it in a clone, or give --config")
 
 
 def run_import(request: ImportRequest) -> None:

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from cascaded_diffusion.config.schema import CheckpointConfig, ema_name
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import write_json
+from cascaded_diffusion.files.whole import sha256_of_arrays
 from cascaded_diffusion.runtime import manifest
 from cascaded_diffusion.runtime.mesh import broadcast_from_process_0, fail_on_all_processes
 from cascaded_diffusion.runtime.run_folder import RunFolder
@@ -264,6 +265,22 @@ def read_apart(path: pathlib.Path, abstract_state: Tree) -> Tree:
     except Exception as e:
         raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
     return _with_keys(stored, abstract_state)
+
+
+def state_digest(folder: RunFolder, step: int) -> str:
+    """SHA-256 of all arrays of a checkpoint: equal for states that are equal to the bit."""
+    path = (folder.checkpoints / str(step) / _ITEM).absolute()
+    handler = ocp.PyTreeCheckpointHandler()
+    args = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree
+    )
+    with ocp.Checkpointer(handler) as reader:
+        state = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
+    arrays = {
+        jax.tree_util.keystr(place): np.asarray(x)
+        for place, x in jax.tree_util.tree_leaves_with_path(state)
+    }
+    return sha256_of_arrays(arrays)
 
 
 def _with_keys(stored: Tree, abstract: Tree) -> Tree:

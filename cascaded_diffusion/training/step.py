@@ -162,7 +162,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
         return jax.tree.map(lambda x: x / parts, total)
 
     def train_step(state: TrainState, records: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        noised, key = _noised(stage, state, records)
+        noised, key = noised_batch(stage, state, records)
         grads, metrics = gradient(state.params, noised, key)
         grads = jax.tree.map(in_order, grads, sharding.state_shardings(grads, mesh))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -193,12 +193,12 @@ def make_losses(stage: Stage) -> Callable[[TrainState, dict[str, jax.Array]], ja
     """Returns `losses(state, records) -> [B]`: what the step after `state` averages."""
 
     def losses(state: TrainState, records: dict[str, jax.Array]) -> jax.Array:
-        return stage.losses_of(state.params, *_noised(stage, state, records))["loss"]
+        return stage.losses_of(state.params, *noised_batch(stage, state, records))["loss"]
 
     return losses
 
 
-def _noised(
+def noised_batch(
     stage: Stage, state: TrainState, records: dict[str, jax.Array]
 ) -> tuple[NoisedBatch, jax.Array]:
     """The batch of the step after `state`, and the step's key."""

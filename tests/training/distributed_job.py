@@ -18,7 +18,6 @@ from cascaded_diffusion.runtime.cluster import Cluster
 from cascaded_diffusion.runtime.meeting import meet
 from cascaded_diffusion.runtime.peers import JOB
 from cascaded_diffusion.runtime.run_folder import RunFolder
-from cascaded_diffusion.runtime.signals import START_SIGNALS
 
 
 def main():
@@ -81,5 +80,5 @@ def main():
 
 
 if __name__ == "__main__":
-    START_SIGNALS.install(entry.end_without_saving)
+    entry.end_at_once_before_training()
     entry.run(lambda argv: main())

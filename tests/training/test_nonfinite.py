@@ -36,14 +36,14 @@ def poisoned(one_layer, monkeypatch):
     given = prepared(CONFIG, None)
     bad = int(given.stream[1]["index"][37])
     image = jnp.asarray(given.source[bad]["image"])
-    drawn = step_lib._noised
+    drawn = step_lib.noised_batch
 
     def with_poison(stage, state, records):
         noised, key = drawn(stage, state, records)
         is_bad = (records["image"] == image).all((1, 2, 3), keepdims=True)
         return dataclasses.replace(noised, x0=jnp.where(is_bad, jnp.inf, noised.x0)), key
 
-    monkeypatch.setattr(step_lib, "_noised", with_poison)
+    monkeypatch.setattr(step_lib, "noised_batch", with_poison)
     return bad
 
 

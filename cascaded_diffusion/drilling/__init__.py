@@ -1,0 +1,1 @@
+"""What a run survives, shown: processes killed, files damaged, disks full."""

@@ -1,0 +1,238 @@
+"""Drills of a training: kills, signals, damage, a full disk, two writers, a bad step."""
+
+import dataclasses
+import pathlib
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from cascaded_diffusion.cascade.stage import NoisedBatch, Stage
+from cascaded_diffusion.drilling import faults
+from cascaded_diffusion.drilling.bench import STEPS, Bench, Result, Row, curve_of, goes_on
+from cascaded_diffusion.files.json_files import read_lines
+from cascaded_diffusion.runtime import manifest
+from cascaded_diffusion.training import step as step_lib
+from cascaded_diffusion.training.step import TrainState
+
+
+def undisturbed(bench: Bench) -> tuple[Result, float, list[faults.Point]]:
+    """The result of a run that nothing disturbs, its seconds, and the points that it passes."""
+    seen = bench.root / "points"
+    for name in ("warm", "undisturbed"):  # the first compiles
+        folder = bench.folder(name)
+        ended = bench.start("main", bench.flags(folder), root=folder.path, seen=seen).wait()
+        if ended.code != 0:
+            raise RuntimeError(f"an undisturbed training failed:\n{ended.text}")
+    return bench.result(folder), ended.secs, faults.read_points(seen)
+
+
+def random_kills(bench: Bench, expected: Result, secs: float, kills: int, deadline: float) -> Row:
+    """SIGKILL at random moments of as many runs as it takes."""
+    row, number = Row("SIGKILL at random moments"), 0
+    while row.tries < kills and time.monotonic() < deadline:
+        number += 1
+        folder = bench.folder(f"random_{number}")
+        while True:
+            child = bench.train(folder)
+            if row.tries < kills and time.monotonic() < deadline:
+                ended = child.wait(bench.rng.uniform(0.0, secs))
+                if ended.code == -signal.SIGKILL:
+                    row.tries += 1
+                    bench.note_redone(row, folder)
+                    continue
+            bench.check_ended(row, child, folder, expected)
+            break
+        bench.say(f"{row.tries} of {kills} kills, {number} runs")
+        shutil.rmtree(folder.path)
+    return row
+
+
+def kills_at_points(bench: Bench, expected: Result, points: list[faults.Point]) -> Row:
+    """SIGKILL at every point, one run after the other as long as its points can be reached."""
+    row, left, number = Row("SIGKILL at every point where a file appears"), list(points), 0
+    unreached: list[faults.Point] = []
+    while left:
+        number += 1
+        folder, reached = bench.folder(f"points_{number}"), 0
+        while left:
+            child = bench.start("main", bench.flags(folder), root=folder.path, kill_at=left[0])
+            ended = child.wait()
+            if ended.code != -signal.SIGKILL:
+                break
+            row.tries, reached = row.tries + 1, reached + 1
+            bench.note_redone(row, folder)
+            left.pop(0)
+        if left and not reached:  # not even by a run of its own
+            unreached.append(left.pop(0))
+        if not left:
+            child = bench.train(folder)
+        bench.check_ended(row, child, folder, expected)
+        shutil.rmtree(folder.path)
+        bench.say(f"{row.tries} of {len(points)} points")
+    row.notes += [f"not reached: {point}" for point in unreached]
+    return row
+
+
+def signals(bench: Bench, expected: Result, secs: float, number: int, tries: int) -> Row:
+    """A signal at random moments, compilation and saves among them."""
+    row = Row(f"{signal.Signals(number).name} at random moments")
+    folder = bench.folder(f"signal_{number}")
+    while row.tries < tries:
+        child = bench.train(folder)
+        time.sleep(bench.rng.uniform(0.1, secs))
+        start = time.monotonic()
+        child.signal(number)
+        ended = child.wait()
+        row.took(time.monotonic() - start)
+        row.tries += 1
+        if ended.code == 0:
+            bench.check_ended(row, child, folder, expected)
+            shutil.rmtree(folder.path)
+        elif not goes_on(ended.code) and ended.code not in (130, -number):
+            row.repairs += 1
+            row.notes.append(f"code {ended.code}: {ended.text[-300:]}")
+    bench.check_finish(row, folder, expected)
+    return row
+
+
+Damage = Callable[[pathlib.Path], object]
+
+
+def damages(bench: Bench, flips: int) -> list[Row]:
+    """Damage to the newest checkpoint: which one a run would resume from, and what it says."""
+    whole = bench.folder("undisturbed")
+    newest, *_ = sorted(manifest.finished_steps(whole), reverse=True)
+    before = sorted(manifest.finished_steps(whole))[-2]
+
+    def files(checkpoint: pathlib.Path) -> list[pathlib.Path]:
+        return sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.stat().st_size)
+
+    def one_of(checkpoint: pathlib.Path) -> pathlib.Path:
+        return bench.rng.choice(files(checkpoint))
+
+    def flip(checkpoint: pathlib.Path) -> None:
+        path = one_of(checkpoint)
+        data = bytearray(path.read_bytes())
+        data[bench.rng.randrange(len(data))] ^= 1 << bench.rng.randrange(8)
+        path.write_bytes(data)
+
+    def cut(checkpoint: pathlib.Path) -> None:
+        path = one_of(checkpoint)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    def emptied(checkpoint: pathlib.Path) -> None:
+        shutil.rmtree(checkpoint)
+        checkpoint.mkdir()
+
+    kinds: list[tuple[str, int, Damage]] = [
+        ("a bit of the newest checkpoint flipped", flips, flip),
+        ("a file of it cut in half", 5, cut),
+        ("a file of it removed", 5, lambda checkpoint: one_of(checkpoint).unlink()),
+        ("its folder emptied", 1, emptied),
+        ("a stray folder 999 beside it", 1, lambda c: shutil.copytree(c, c.with_name("999"))),
+    ]
+    rows = []
+    for what, tries, damage in kinds:
+        row = Row(what)
+        for _ in range(tries):
+            folder = bench.copy(whole, "damaged")
+            damage(folder.checkpoints / str(newest))
+            said: list[str] = []
+            found = manifest.newest_intact(folder, start_over=False, say=said.append)
+            row.tries += 1
+            wanted = newest if what.startswith("a stray") else before
+            if found != wanted or len(said) != 1:
+                row.silent += 1
+                row.notes.append(f"resumes from {found}, and says {said}")
+            shutil.rmtree(folder.path)
+        rows.append(row)
+    return rows
+
+
+def resumes_after_damage(bench: Bench, expected: Result) -> Row:
+    """A whole training after a bit flipped in its newest checkpoint."""
+    row, folder = Row("a run that goes on after such damage"), bench.folder("repaired")
+    child = bench.train(folder)
+    child.wait_for(lambda: (folder.checkpoints / f"{STEPS // 2 // 25 * 25}").exists())
+    child.signal(signal.SIGTERM)
+    child.wait()
+    newest = max(manifest.finished_steps(folder))
+    data = next(p for p in (folder.checkpoints / str(newest)).rglob("d/*") if p.is_file())
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    row.tries += 1
+    bench.note_redone(row, folder)
+    bench.check_finish(row, folder, expected)
+    return row
+
+
+def full_disk(bench: Bench, expected: Result) -> Row:
+    """Files may not grow beyond a size, as on a full disk; then they may again."""
+    row, folder = Row("no room: files end at a limit"), bench.folder("full")
+    for limit in (300, 3_000, 30_000):
+
+        def lower(limit: int = limit) -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        child = bench.start("main", bench.flags(folder), also=lower)
+        start = time.monotonic()
+        ended = child.wait()
+        row.tries += 1
+        row.took(time.monotonic() - start)
+        errors = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+        if ended.code != 2 or len(errors) != 1 or "Traceback" in ended.text:
+            row.repairs += 1
+            row.notes.append(f"limit {limit}: code {ended.code}: {ended.text[-300:]}")
+    bench.check_finish(row, folder, expected)
+    return row
+
+
+def two_writers(bench: Bench, expected: Result) -> Row:
+    """A second trainer on the same folder is refused and disturbs nothing."""
+    row, folder = Row("a second trainer on the same folder"), bench.folder("writers")
+    first = bench.train(folder)
+    first.wait_for(lambda: bool(curve_of(folder)))
+    start = time.monotonic()
+    ended = bench.train(folder).wait()
+    row.took(time.monotonic() - start)
+    row.tries += 1
+    if ended.code != 2 or "another train process" not in ended.text:
+        row.silent += 1
+        row.notes.append(f"code {ended.code}: {ended.text[-300:]}")
+    bench.check_ended(row, first, folder, expected)
+    return row
+
+
+def bad_step(bench: Bench) -> Row:
+    """A step that is not finite changes nothing and is recorded; the run goes on."""
+    row, folder, at = Row("a step whose loss is not finite"), bench.folder("bad_step"), 40
+
+    def poison() -> None:
+        drawn = step_lib.noised_batch
+
+        def poisoned(
+            stage: Stage, state: TrainState, records: dict[str, jax.Array]
+        ) -> tuple[NoisedBatch, jax.Array]:
+            batch, key = drawn(stage, state, records)
+            factor = jnp.where(state.step == at - 1, jnp.inf, 1.0)
+            return dataclasses.replace(batch, x0=batch.x0 * factor), key
+
+        step_lib.noised_batch = poisoned
+
+    ended = bench.start("main", bench.flags(folder), also=poison).wait()
+    row.tries += 1
+    steps = [line["step"] for line in read_lines(folder.nonfinite_log)]
+    if ended.code != 0:
+        row.repairs += 1
+        row.notes.append(f"code {ended.code}: {ended.text[-300:]}")
+    elif steps != [at] or "is not finite and was skipped" not in ended.text:
+        row.silent += 1
+        row.notes.append(f"recorded {steps}, expected {[at]}")
+    return row
