@@ -11,9 +11,10 @@
     python -m cascaded_diffusion.evaluate sweep --workdir=RUN --config=configs/mnist_cascade32.py
         --aug_levels=0,0.1,0.2,0.3 --truncated=false,true --write_best
 
-It runs as a process of its own, beside the trainer or after it. Killed at any time, the same
-command resumes where it stopped. The modes, which `--final`, `--cas`, `--sweep`, `--samples` and
-`--bits_per_dim` select without the mode's name, too:
+It runs beside the trainer or after it. Killed at any time, the same command resumes where it
+stopped. Several processes, started as for `main`, may score checkpoints and measure final numbers:
+they divide the samples, and the numbers are the same. The modes, which `--final`, `--cas`,
+`--sweep`, `--samples` and `--bits_per_dim` select without the mode's name, too:
 
 checkpoints (the default) scores every checkpoint of a run that has no score yet, with the
 few-step sampler and the number of samples of the run's config. It writes RUN/eval/results.jsonl,
@@ -57,8 +58,10 @@ def main(argv: Sequence[str]) -> int:
     paths = ("workdir", "samples", "reference", "low_res_run", "low_res_samples", "data_path")
     check_paths(fv, *paths)
     check_inception(fv)
-    refuse_cluster(fv)
-    return run_mode(fv, argv, check_mode(fv, argv, mode))
+    mode = check_mode(fv, argv, mode)
+    if mode not in ("checkpoints", "final"):
+        refuse_cluster(fv, mode)
+    return run_mode(fv, argv, mode)
 
 
 if __name__ == "__main__":

@@ -53,14 +53,13 @@ def join_cluster(
     return cluster
 
 
-def refuse_cluster(fv: flags.FlagValues) -> None:
-    """Raises UserError if this is one of several processes, for a binary that runs as one."""
+def refuse_cluster(fv: flags.FlagValues, mode: str) -> None:
+    """Raises UserError if this is one of several processes, in a mode that is for one."""
     cluster = _cluster(fv)
     if cluster is not None and cluster.num_processes > 1:
         raise UserError(
-            f"evaluate is one process, not {cluster.num_processes}: have `sample` make the samples"
-            " on all hosts and measure them by `evaluate --samples`, or start it on one host with"
-            " --distributed=none"
+            f"`evaluate {mode}` is one process, not {cluster.num_processes}: start it on one host"
+            " with --distributed=none; `evaluate` of checkpoints and `evaluate final` take several"
         )
 
 

@@ -9,6 +9,7 @@ from absl import flags
 
 import cascaded_diffusion as library
 from cascaded_diffusion.commands import jax_setup
+from cascaded_diffusion.commands.cluster_flags import join_cluster
 from cascaded_diffusion.commands.flag_checks import require
 from cascaded_diffusion.commands.inception_flags import inception_loader
 from cascaded_diffusion.commands.run_images import real_splits
@@ -28,7 +29,7 @@ def open_evaluation(
 ) -> "library.Evaluation":  # importing it imports JAX
     """Checks the number of samples, sets up JAX and opens what a run is evaluated with."""
     check_sample_count(num_samples, config.eval.features, allow_few=fv.allow_few_samples)
-    jax_setup.set_up_jax()
+    jax_setup.set_up_jax(join_cluster(fv, config, "workdir"))
     splits = real_splits(folder, config, data_path=fv.data_path)
     return library.Evaluation(splits, fv.allow_few_samples, inception_loader(fv))
 

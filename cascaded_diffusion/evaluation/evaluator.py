@@ -65,8 +65,12 @@ class Evaluator:
 
 
 def default_mesh(settings: RunConfig | CascadeConfig) -> Mesh:
-    """The mesh that samples are made on. Raises UserError if a batch cannot be split over it."""
-    return build_mesh(run_checks.evaluation_mesh(settings, jax.device_count()))
+    """The mesh of this process's devices, on which it makes samples.
+
+    Raises UserError if a batch cannot be split over it.
+    """
+    devices = jax.local_devices()
+    return build_mesh(run_checks.evaluation_mesh(settings, len(devices)), devices)
 
 
 def evaluated_labels(labels: np.ndarray, num_classes: int) -> np.ndarray | None:
@@ -183,14 +187,27 @@ class Evaluation:
         allow_few = self.allow_few_samples
         run_checks.check_sample_count(num_samples, config.eval.features, allow_few=allow_few)
 
+    def extractor(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        mesh: Mesh,
+        *,
+        say: Callable[[str], None] = print,
+    ) -> FeatureExtractor:
+        """The extractor that a run is scored by, see `build_extractor`."""
+        splits, load = (
+            (self.splits["train"], self.splits["val"]),
+            partial(self.inception, mesh=mesh),
+        )
+        return build_extractor(config, folder, *splits, mesh, load_inception=load, say=say)
+
     @contextlib.contextmanager
     def evaluator(
         self, folder: RunFolder, config: RunConfig, mesh: Mesh, roles: Sequence[str] = ("train",)
     ) -> Iterator[Evaluator]:
         """Holds a run's lock and yields its evaluator, with the references of these roles."""
-        train, held_out = self.splits["train"], self.splits["val"]
-        load = partial(self.inception, mesh=mesh)
         wanted = {role: self.splits[role] for role in roles}
         with folder.writer_lock("eval"):
-            extractor = build_extractor(config, folder, train, held_out, mesh, load_inception=load)
+            extractor = self.extractor(folder, config, mesh)
             yield build_evaluator(config, folder, extractor, wanted)

@@ -20,11 +20,12 @@ import numpy as np
 
 from cascaded_diffusion.evaluation import health
 from cascaded_diffusion.evaluation.evaluator import Evaluator
+from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.samples import sample_sources
-from cascaded_diffusion.evaluation.samples.generate import fill
 from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.score import measure_store, save_grid
+from cascaded_diffusion.evaluation.team import Order, Team, with_features
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.files.json_files import Record, readable_record, write_json
 from cascaded_diffusion.files.whole import write_whole
@@ -42,16 +43,18 @@ def measure_final(
     sampling: sample_sources.StageSampling,
     source: sample_sources.SampleSource,
     levels: sample_sources.LevelSource | None,
-    batch_size: int,
+    order: Order,
+    team: Team,
 ) -> Record:
     """Makes and measures the samples of a run's chosen checkpoint; resumes an earlier call.
 
     `evaluator` has the references "train" and "val". `source` and `levels`, of a stage with a level
-    of conditioning augmentation, are of `sampling`. Returns the content of final_<source>.json.
+    of conditioning augmentation, are of `sampling`, and `order` is `final_order`. Returns the
+    content of final_<source>.json.
     """
     stage, path = trained.stage.config, folder.eval / f"final_{source.kind}.json"
     num_samples, references = sampling.num_samples, evaluator.references.items()
-    identity = {**source.record, "seed": sampling.seed, "weights": trained.identity}
+    identity = _identity(trained, sampling, source)
     about = {
         "stage": stage.name,
         "step": trained.chosen.step,
@@ -61,12 +64,11 @@ def measure_final(
         "features": evaluator.extractor.identity,
         "references": {role: {"name": r.name, **vars(r.fingerprint)} for role, r in references},
     }
-    store = SampleStore(folder.samples, identity, num_samples=num_samples, batch_size=batch_size)
+    store = order.store
     if (known := _stored(path, about)) is not None:
         store.remove()
         return known
-    make = partial(source.make, trained.params)
-    fill(store, make, label=f"{trained.name}, low-res {source.about}")
+    team.fill(store, order.make, {}, label=f"{trained.name}, low-res {source.about}")
     measurement, errors = measure_store(evaluator, store, stage.num_classes)
     metrics = {
         f"{metric}_{role}": value
@@ -106,6 +108,29 @@ def measure_final(
     write_json(path, record)
     store.remove()
     return record
+
+
+def final_order(
+    folder: RunFolder,
+    trained: TrainedStage,
+    extractor: FeatureExtractor,
+    sampling: sample_sources.StageSampling,
+    source: sample_sources.SampleSource,
+    batch_size: int,
+) -> Order:
+    """The samples that `measure_final` measures, to be made by every process."""
+    identity = {**_identity(trained, sampling, source), "features": extractor.identity}
+    sizes = {"num_samples": sampling.num_samples, "batch_size": batch_size}
+    store = SampleStore(folder.samples, identity, **sizes)
+    return Order(store, with_features(partial(source.make, trained.params), extractor))
+
+
+def _identity(
+    trained: TrainedStage,
+    sampling: sample_sources.StageSampling,
+    source: sample_sources.SampleSource,
+) -> Record:
+    return {**source.record, "seed": sampling.seed, "weights": trained.identity}
 
 
 def _stored(path: pathlib.Path, about: Record) -> Record | None:

@@ -1,6 +1,7 @@
 """The work of `evaluate` and `reference` on a run and its samples, as functions of settings.
 
-All of them raise UserError if another process evaluates the run at the same time.
+All of them raise UserError if another job evaluates the run at the same time. Every process of a
+job calls `score_checkpoints` and `final_numbers`; the others are for one process.
 """
 
 import contextlib
@@ -17,17 +18,28 @@ from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, eval_sampler, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.evaluator import Evaluation, default_mesh, evaluated_labels
-from cascaded_diffusion.evaluation.final import measure_final
+from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
+from cascaded_diffusion.evaluation.final import final_order, measure_final
 from cascaded_diffusion.evaluation.reference import Reference
 from cascaded_diffusion.evaluation.samples.generate import put_batch
-from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit, StageSampling
+from cascaded_diffusion.evaluation.samples.sample_sources import (
+    RealSplit,
+    SampleSource,
+    StageSampling,
+)
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages
-from cascaded_diffusion.evaluation.score import RunScorer
+from cascaded_diffusion.evaluation.score import RunScorer, SampleWork
 from cascaded_diffusion.evaluation.settings import Setting, bound_chain, with_setting
 from cascaded_diffusion.evaluation.sweep import Sweep, best_setting
+from cascaded_diffusion.evaluation.team import Order, Team
 from cascaded_diffusion.evaluation.trained import load_trained
-from cascaded_diffusion.files.json_files import Record, append_line, write_json
+from cascaded_diffusion.files.json_files import (
+    Record,
+    append_line,
+    readable_record,
+    write_json,
+)
 from cascaded_diffusion.files.paths import held_lock
 from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
@@ -56,22 +68,33 @@ def score_checkpoints(
     """
     config = folder.read_config()
     evaluation.check_count(config.eval.num_samples, config)
-    mesh = default_mesh(config)
-    with evaluation.evaluator(folder, config, mesh) as evaluator:
-        sampling = StageSampling(
-            stage=build_stage(config.stage),
-            sampler=eval_sampler(config),
-            aug_level=config.eval.aug_level,
-            num_samples=config.eval.num_samples,
-            seed=config.eval.seed,
-            mesh=mesh,
-        )
-        sources = [sampling.alone(evaluation.splits["val"])]  # by which checkpoints are chosen
+    mesh, team = default_mesh(config), Team(folder)
+    sampling = StageSampling(
+        stage=build_stage(config.stage),
+        sampler=eval_sampler(config),
+        aug_level=config.eval.aug_level,
+        num_samples=config.eval.num_samples,
+        seed=config.eval.seed,
+        mesh=mesh,
+    )
+
+    def sources() -> list[SampleSource]:
+        found = [sampling.alone(evaluation.splits["val"])]  # by which checkpoints are chosen
         if below:
-            sources.append(sampling.of_runs(below))
+            found.append(sampling.of_runs(below))
         if low_res_samples is not None:
-            sources.append(sampling.of_file(low_res_samples))
-        with contextlib.closing(RunScorer(config, folder, evaluator, sources, mesh)) as scorer:
+            found.append(sampling.of_file(low_res_samples))
+        return found
+
+    if not team.leads:
+        team.await_ready()
+        extractor = evaluation.extractor(folder, config, mesh, say=_silent)
+        work = SampleWork(config, folder, sources(), extractor, mesh)
+        team.help(work.understand)
+        return folder.best() or {}
+    with evaluation.evaluator(folder, config, mesh) as evaluator, team.leading():
+        scorer = RunScorer(config, folder, evaluator, sources(), mesh, team)
+        with contextlib.closing(scorer):
             while True:
                 # Asked before scoring, so that this scoring sees what was saved before the end.
                 ended = not follow or folder.complete_path.exists()
@@ -86,6 +109,10 @@ def score_checkpoints(
         if not scored:
             scorer.say_best(best)
         return best
+
+
+def _silent(text: str) -> None:
+    """What process 0 says already."""
 
 
 def measure_samples(
@@ -136,30 +163,43 @@ def final_numbers(
     evaluation.check_count(count, config)
     mesh, held_out = default_mesh(cascade or config), evaluation.splits["val"]
     section = None if cascade is None else cascade.cascade
-    settings = section or config.eval
-    with evaluation.evaluator(folder, config, mesh, ("train", "val")) as evaluator:
-        trained = load_trained(folder, mesh)
-        sampling = StageSampling(
-            stage=trained.stage,
-            sampler=config.stage.sampler if section is None else section.samplers[-1],
-            aug_level=config.eval.aug_level,
-            num_samples=count,
-            seed=settings.seed,
-            mesh=mesh,
-        )
-        if below:
-            source = sampling.of_runs(below, section)
-        elif low_res_samples is not None:
-            source = sampling.of_file(low_res_samples)
-        else:
-            source = sampling.alone(held_out)
+    settings, team = section or config.eval, Team(folder)
+    trained = load_trained(folder, mesh)
+    sampling = StageSampling(
+        stage=trained.stage,
+        sampler=config.stage.sampler if section is None else section.samplers[-1],
+        aug_level=config.eval.aug_level,
+        num_samples=count,
+        seed=settings.seed,
+        mesh=mesh,
+    )
+    if below:
+        source = sampling.of_runs(below, section)
+    elif low_res_samples is not None:
+        source = sampling.of_file(low_res_samples)
+    else:
+        source = sampling.alone(held_out)
+
+    def order(extractor: FeatureExtractor) -> Order:
+        return final_order(folder, trained, extractor, sampling, source, settings.batch_size)
+
+    if not team.leads:
+        team.await_ready()
+        wanted = order(evaluation.extractor(folder, config, mesh, say=_silent))
+        team.help(lambda record: wanted)
+        return readable_record(folder.eval / f"final_{source.kind}.json") or {}
+    with (
+        evaluation.evaluator(folder, config, mesh, ("train", "val")) as evaluator,
+        team.leading(),
+    ):
         levels = None
         if config.stage.has_aug_level:
             fewest = min(_LEVEL_IMAGES, config.eval.batch_size)
             levels = sampling.at_levels(held_out, num_images=fewest)
+        wanted = order(evaluator.extractor)
         try:
             record = measure_final(
-                folder, trained, evaluator, sampling, source, levels, settings.batch_size
+                folder, trained, evaluator, sampling, source, levels, wanted, team
             )
         except (ValueError, DamagedBatchError) as e:  # a sample that is not finite, for one
             raise UserError(f"`evaluate final`: {e}") from e

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
+from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor, Features
 from cascaded_diffusion.evaluation.metrics.frechet import frechet_distance
 from cascaded_diffusion.evaluation.metrics.inception_score import ScoreStatistics
 from cascaded_diffusion.evaluation.metrics.kernel_distance import kernel_distance
@@ -52,9 +52,14 @@ class Measurement:
         # of 1, so the splits are random.
         self._order = np.random.default_rng(_SEED).permutation(num_samples)
 
-    def add(self, images: np.ndarray, labels: np.ndarray | None) -> None:
-        """Adds samples uint8 [b, H, W, C], labels int [b]. Raises ValueError if not finite."""
-        features = self._extractor(images)
+    def add(
+        self, images: np.ndarray, labels: np.ndarray | None, features: Features | None = None
+    ) -> None:
+        """Adds samples uint8 [b, H, W, C], labels int [b], and their features if they are known.
+
+        Raises ValueError if features are not finite.
+        """
+        features = self._extractor(images) if features is None else features
         rows = self._order[self.sums.count :][: len(images)]
         self.sums.add(images, features)
         self._features.append(features.pooled.astype(np.float32))

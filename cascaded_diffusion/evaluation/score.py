@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 from jax.sharding import Mesh
@@ -13,10 +12,15 @@ from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import early_stopping, health
 from cascaded_diffusion.evaluation.evaluator import Evaluator, evaluated_labels
+from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.measure import Measurement, counted, metric_name
-from cascaded_diffusion.evaluation.samples.generate import fill
 from cascaded_diffusion.evaluation.samples.sample_sources import SampleSource
-from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
+from cascaded_diffusion.evaluation.samples.sample_store import (
+    Arrays,
+    DamagedBatchError,
+    SampleStore,
+)
+from cascaded_diffusion.evaluation.team import Order, Team, features_in, with_features
 from cascaded_diffusion.evaluation.trained import abstract_params, checkpoint_digest
 from cascaded_diffusion.files.json_files import Record, append_line, write_json
 from cascaded_diffusion.runtime import checkpoint, pictures
@@ -38,6 +42,58 @@ class _Weights:
 
 
 @dataclasses.dataclass
+class SampleWork:
+    """How samples of a run's checkpoints are made, by whichever process."""
+
+    config: RunConfig
+    folder: RunFolder
+    sources: Sequence[SampleSource]
+    extractor: FeatureExtractor
+    mesh: Mesh
+
+    def __post_init__(self) -> None:
+        self._abstract_params = abstract_params(build_stage(self.config.stage), self.mesh)
+        self._loaded: tuple[_Weights, Params] | None = None
+
+    def params(self, weights: _Weights) -> Params:
+        """The parameters, loaded once in a row. Raises UserError like `load_ema_params`."""
+        if self._loaded is None or self._loaded[0] != weights:
+            self._loaded = None  # two at a time may not fit
+            which = (weights.step, weights.ema_decay)
+            params = checkpoint.load_ema_params(self.folder, *which, self._abstract_params)
+            self._loaded = weights, params
+        return self._loaded[1]
+
+    def order(self, weights: _Weights, source: SampleSource) -> Order:
+        """The samples of a source."""
+        store = SampleStore(self.folder.samples, self._identity(weights, source), **self._sizes())
+
+        def make(indices: np.ndarray) -> Arrays:
+            return source.make(self.params(weights), indices)
+
+        return Order(store, with_features(make, self.extractor))
+
+    def discard(self, weights: _Weights, source: SampleSource) -> None:
+        """Deletes what a process has left that was killed after it had recorded the samples."""
+        identity = self._identity(weights, source)
+        SampleStore.discard(self.folder.samples, identity, **self._sizes())
+
+    def _identity(self, weights: _Weights, source: SampleSource) -> Record:
+        of_weights = {"weights": weights.digest, "ema": weights.ema_decay}
+        features = self.extractor.identity
+        return {**source.record, "seed": self.config.eval.seed, **of_weights, "features": features}
+
+    def _sizes(self) -> dict[str, int]:
+        settings = self.config.eval
+        return {"num_samples": settings.num_samples, "batch_size": settings.batch_size}
+
+    def understand(self, record: Record) -> Order:
+        """The samples that `RunScorer` orders."""
+        weights = _Weights(record["step"], record["ema_decay"], record["weights"])
+        return self.order(weights, self.sources[record["source"]])
+
+
+@dataclasses.dataclass
 class RunScorer:
     """Scores every EMA of every finished checkpoint of a run that has no score yet.
 
@@ -50,11 +106,13 @@ class RunScorer:
     evaluator: Evaluator
     sources: Sequence[SampleSource]
     mesh: Mesh
+    team: Team | None = None  # None: this process alone
 
     def __post_init__(self) -> None:
-        num_samples = self.config.eval.num_samples
-        self._metric = metric_name("fid", self.evaluator.extractor.name, num_samples)
-        self._abstract_params = abstract_params(build_stage(self.config.stage), self.mesh)
+        num_samples, extractor = self.config.eval.num_samples, self.evaluator.extractor
+        self._metric = metric_name("fid", extractor.name, num_samples)
+        self._work = SampleWork(self.config, self.folder, self.sources, extractor, self.mesh)
+        self._team = Team(self.folder) if self.team is None else self.team
         self._curves = ScoreCurves(self.folder)
 
     def score_new_checkpoints(self) -> int:
@@ -117,22 +175,19 @@ class RunScorer:
         return "gone"
 
     def _score_ema(self, weights: _Weights) -> str:
-        missing = [s for s in self.sources if not self._recorded(weights, s, self._metric)]
-        settings = self.config.eval
-        sizes = {"num_samples": settings.num_samples, "batch_size": settings.batch_size}
-        params: Params | None = None
-        for source in missing:
-            of_weights = {"weights": weights.digest, "ema": weights.ema_decay}
-            identity = {**source.record, "seed": settings.seed, **of_weights}
-            store = SampleStore(self.folder.samples, identity, **sizes)
+        missing = []
+        for source in self.sources:
+            if self._recorded(weights, source, self._metric):
+                self._work.discard(weights, source)
+                continue
+            missing.append(source)
+            order = self._work.order(weights, source)
             try:
-                if params is None:
-                    which = (weights.step, weights.ema_decay)
-                    params = checkpoint.load_ema_params(self.folder, *which, self._abstract_params)
+                self._work.params(weights)
                 try:
-                    values = self._score_source(weights, source, params, store)
+                    values = self._score_source(weights, source, order)
                 except DamagedBatchError:  # what was damaged is made again
-                    values = self._score_source(weights, source, params, store)
+                    values = self._score_source(weights, source, order)
             except (UserError, ValueError, OSError) as e:
                 if not is_finished(self.folder, weights.step):  # somebody removed it
                     return self._gone(weights.step)
@@ -142,7 +197,7 @@ class RunScorer:
                 self._record(weights, source, {self._metric: None}, failed=str(e))
                 continue
             self._record(weights, source, values)
-            store.remove()
+            order.store.remove()
         return "scored" if missing else "known"
 
     def _recorded(self, weights: _Weights, source: SampleSource, metric: str) -> bool:
@@ -174,10 +229,13 @@ class RunScorer:
             self._curves.add(record)
 
     def _score_source(
-        self, weights: _Weights, source: SampleSource, params: Params, store: SampleStore
+        self, weights: _Weights, source: SampleSource, order: Order
     ) -> dict[str, float]:
+        store = order.store
         about = f"step {weights.step}, EMA {weights.ema_decay:g}, low-res {source.about}"
-        fill(store, partial(source.make, params), label=about)
+        what = {"step": weights.step, "ema_decay": weights.ema_decay, "weights": weights.digest}
+        what["source"] = self.sources.index(source)
+        self._team.fill(store, order.make, what, label=about)
         measurement, errors = measure_store(self.evaluator, store, self.config.stage.num_classes)
         values = {**measurement.distances(self.evaluator.references["train"]), **measurement.own()}
         if errors is not None:
@@ -208,10 +266,14 @@ class RunScorer:
 def measure_store(
     evaluator: Evaluator, store: SampleStore, num_classes: int
 ) -> tuple[Measurement, np.ndarray | None]:
-    """The sums over a full store, and `low_res_errors` of its images if they are enlargements."""
+    """The sums over a full store, and `low_res_errors` of its images if they are enlargements.
+
+    Its batches are of `with_features`.
+    """
     measurement, errors = evaluator.measurement(store.num_samples), []
     for arrays in store.batches():
-        measurement.add(arrays["images"], evaluated_labels(arrays["labels"], num_classes))
+        labels = evaluated_labels(arrays["labels"], num_classes)
+        measurement.add(arrays["images"], labels, features_in(arrays))
         if "low_res" in arrays:
             errors.append(health.low_res_errors(arrays["images"], arrays["low_res"]))
     return measurement, np.concatenate(errors) if errors else None

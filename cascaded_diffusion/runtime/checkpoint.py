@@ -308,7 +308,12 @@ def load_ema_params(folder: RunFolder, step: int, ema_decay: float, shapes: Para
     if problem is not None:
         raise UserError(f"{path}: not an intact checkpoint ({problem})")
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        # The other processes of a job may read something else meanwhile.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             restored = checkpointer.restore((path / _ITEM).absolute(), args=args)
     except Exception as e:
         # It is intact but of another stage, or a trainer has deleted it meanwhile.

@@ -22,8 +22,8 @@ class Extractor:
 
     _matrix = np.random.default_rng(1).normal(size=(64, 12)).astype(np.float32)
 
-    def __init__(self, name="projection", *, spatial=False):
-        self.name, self.identity, self._spatial = name, f"{name}:1", spatial
+    def __init__(self, name="projection", *, spatial=False, identity=None):
+        self.name, self.identity, self._spatial = name, identity or f"{name}:1", spatial
 
     def __call__(self, images):
         features = np.tanh(images.reshape(len(images), -1)[:, :64] / 255 @ self._matrix)
@@ -38,7 +38,7 @@ class Evaluator:
     """
 
     reference = "stub"
-    extractor = types.SimpleNamespace(name="stub", identity="stub")
+    extractor = Extractor("stub", identity="stub")
     references = types.MappingProxyType({"train": None})
 
     def __init__(self, distances):
@@ -59,7 +59,8 @@ class _Measurement:
         self._evaluator, self._num_samples = evaluator, num_samples
         self._images, self._labels = [], []
 
-    def add(self, images, labels):
+    def add(self, images, labels, features=None):
+        assert features is None or len(features.pooled) == len(images)
         self._images.append(images)
         self._labels.append(labels)
 

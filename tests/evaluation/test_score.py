@@ -19,10 +19,11 @@ from cascaded_diffusion.data.sources import examples
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import score
 from cascaded_diffusion.evaluation.evaluator import build_evaluator
-from cascaded_diffusion.evaluation.final import measure_final
+from cascaded_diffusion.evaluation.final import final_order, measure_final
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit, StageSampling
 from cascaded_diffusion.evaluation.samples.stored_images import open_images, save_samples
+from cascaded_diffusion.evaluation.team import Team
 from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime import manifest
@@ -301,7 +302,9 @@ def _final(folder, mesh, *, num_samples=30, below=(), held_out=HELD_OUT):
         source = sampling.of_stages(below, samplers, [0.2], truncated=True, kind="cascade")
     evaluator = build_evaluator(config, folder, Extractor(), {"train": HELD_OUT, "val": HELD_OUT})
     levels = sampling.at_levels(HELD_OUT, num_images=8)
-    return measure_final(folder, trained, evaluator, sampling, source, levels, batch_size=16)
+    order = final_order(folder, trained, evaluator.extractor, sampling, source, 16)
+    team = Team(folder)
+    return measure_final(folder, trained, evaluator, sampling, source, levels, order, team)
 
 
 def test_final_numbers_are_one_table_one_json_and_the_samples(clean):
@@ -452,7 +455,7 @@ def test_the_best_is_chosen_before_the_next_checkpoint_is_read(clean, monkeypatc
 
 def test_a_stored_batch_that_is_damaged_is_made_again(clean, monkeypatch):
     folder, damaged = clean["base16"], []
-    original = score.fill
+    original = generate.fill
 
     def fill(store, *args, **kwargs):
         original(store, *args, **kwargs)
@@ -460,6 +463,6 @@ def test_a_stored_batch_that_is_damaged_is_made_again(clean, monkeypatch):
             damaged.append(sorted(folder.samples.rglob("0*.npz"))[0])
             damaged[0].write_bytes(damaged[0].read_bytes()[:100])
 
-    monkeypatch.setattr(score, "fill", fill)
+    monkeypatch.setattr(generate, "fill", fill)
     assert _scorer(folder, Evaluator([3.0, 2.0, 1.0])).score_new_checkpoints() == 3
     assert all(r["value"] is not None for r in read_lines(folder.results_path))

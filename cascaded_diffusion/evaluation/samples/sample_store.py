@@ -51,15 +51,22 @@ class SampleStore:
     def __init__(
         self, parent: pathlib.Path, identity: Record, *, num_samples: int, batch_size: int
     ):
-        whole = {**identity, "num_samples": num_samples, "batch_size": batch_size}
-        text = json.dumps(whole, sort_keys=True).encode()
-        name = hashlib.sha256(text).hexdigest()[:16]
-        self._folder, self.number = parent / name, int(name[:7], 16)
+        text = _text(identity, num_samples, batch_size)
+        self._folder = parent / _name(text)
+        self.number = int(self._folder.name[:7], 16)
         self.num_samples, self.batch_size = num_samples, batch_size
         self.num_batches = -(-num_samples // batch_size)
         self.failed, about = self._folder / "failed", self._folder / "identity.json"
         if not about.exists():
             write_whole(about, text + b"\n")
+
+    @staticmethod
+    def discard(
+        parent: pathlib.Path, identity: Record, *, num_samples: int, batch_size: int
+    ) -> None:
+        """Deletes what a store has left that nobody needs, if there is such a store."""
+        name = _name(_text(identity, num_samples, batch_size))
+        shutil.rmtree(parent / name, ignore_errors=True)
 
     def rows(self, batch: int) -> np.ndarray:
         """[b]: the sample indices of a batch."""
@@ -125,3 +132,12 @@ class SampleStore:
 
     def _path(self, batch: int) -> pathlib.Path:
         return self._folder / f"{batch:06d}.npz"
+
+
+def _text(identity: Record, num_samples: int, batch_size: int) -> bytes:
+    whole = {**identity, "num_samples": num_samples, "batch_size": batch_size}
+    return json.dumps(whole, sort_keys=True).encode()
+
+
+def _name(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]

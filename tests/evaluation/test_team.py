@@ -1,0 +1,198 @@
+"""An evaluation by several processes gives the record of one, to the last bit."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from cascaded_diffusion.data.loader import build_stream, iterate
+from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
+from cascaded_diffusion.evaluation.team import Order, Team, features_in, with_features
+from cascaded_diffusion.files.json_files import read_lines, write_json
+from cascaded_diffusion.files.npz_archive import read_arrays
+from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.training import loop
+from tests.evaluation.stubs import Extractor
+from tests.tiny import ROOT, random_source, smallest_base, two_devices
+from tests.training.test_distributed import _free_address
+from tests.xla import NO_OPTIMIZATION
+
+CONFIG = smallest_base(
+    train__train_steps=4,
+    train__warmup_steps=1,
+    checkpoint__save_every_steps=2,
+    checkpoint__max_to_keep=5,
+    eval__num_samples=70,
+    eval__batch_size=10,
+    eval__patience_evals=100,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, one_layer):
+    folder = RunFolder(tmp_path_factory.mktemp("team") / "run")
+    source = random_source(64)
+    stream = build_stream(source, CONFIG.data, global_batch_size=CONFIG.train.batch_size)
+    raw = source.raw
+    loop.train(
+        CONFIG,
+        folder,
+        lambda start: iterate(stream, source, CONFIG.data, start_step=start),
+        image_shape=source.image_shape,
+        grid_examples={"image": raw.images[:40], "label": raw.labels[:40]},
+        mesh=two_devices(),
+    )
+    return folder
+
+
+def _start(folder, count):
+    """As many processes of one device, and where they print."""
+    address, env = _free_address(), {**os.environ, "XLA_FLAGS": NO_OPTIMIZATION}
+    processes = []
+    for i in range(count):
+        command = [sys.executable, "-m", "tests.evaluation.team_job", str(folder.path)]
+        log = folder.path.with_name(f"{folder.path.name}.{count}.{i}.log")
+        with log.open("w") as f:
+            command += [address, str(count), str(i)]
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=f)
+        processes.append((process, log))
+    return processes
+
+
+def _wait(processes):
+    codes = [p.wait(timeout=300) for p, _ in processes]
+    texts = [log.read_text() for _, log in processes]
+    assert codes == [0] * len(codes), "\n".join(texts)
+    return [text.count("made a batch") for text in texts]
+
+
+def _outcome(folder):
+    """All that an evaluation leaves."""
+    (path,) = folder.eval.glob("final_*.json")
+    arrays = read_arrays(path.with_suffix(".npz"))
+    return (
+        read_lines(folder.results_path),
+        json.loads(folder.best_path.read_text()),
+        json.loads(path.read_text()),
+        {name: x.tobytes() for name, x in arrays.items()},
+    )
+
+
+def _copy(trained, name):
+    return RunFolder(shutil.copytree(trained.path, trained.path.with_name(name)))
+
+
+def test_two_processes_and_four_after_a_kill_give_the_record_of_one(trained):
+    alone = _copy(trained, "alone")
+    (batches,) = _wait(_start(alone, 1))
+    assert batches == 2 * 7 + 5  # two checkpoints of 70 samples, and the final 50
+    expected = _outcome(alone)
+    assert len(expected[0]) > 2
+
+    together = _copy(trained, "together")
+    assert _wait(_start(together, 2)) == [4 + 4 + 3, 3 + 3 + 2]
+    assert _outcome(together) == expected
+    assert not any(together.samples.iterdir())
+
+    killed = _copy(trained, "killed")
+    processes = _start(killed, 2)
+    while not list(killed.samples.rglob("0*.npz")):
+        assert all(p.poll() is None for p, _ in processes)
+    for process, _ in processes:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    made = len(list(killed.samples.rglob("0*.npz")))
+    assert sum(_wait(_start(killed, 4))) == batches - made
+    assert _outcome(killed) == expected
+
+
+def test_features_come_with_the_images():
+    def make(indices):
+        return {"images": np.full((len(indices), 8, 8, 1), 7, np.uint8), "labels": indices}
+
+    extractor = Extractor(spatial=True)
+    arrays = with_features(make, extractor)(np.arange(3))
+    assert set(arrays) == {
+        *("images", "labels", "features_pooled", "features_logits", "features_spatial")
+    }
+    found, expected = features_in(arrays), extractor(arrays["images"])
+    for name in ("pooled", "logits", "spatial"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert features_in(with_features(make, Extractor())(np.arange(3))).spatial is None
+
+
+@pytest.fixture
+def team(tmp_path, monkeypatch):
+    """Process 0 of two, which reads no collective."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("cascaded_diffusion.runtime.mesh.broadcast_from_process_0", list)
+    monkeypatch.setattr("cascaded_diffusion.runtime.mesh.check_shared", lambda *a: None)
+    return Team(RunFolder(tmp_path / "run"))
+
+
+def _store(folder):
+    return SampleStore(folder / "samples", {"of": "these"}, num_samples=4, batch_size=2)
+
+
+def _make(indices):
+    return {"images": np.zeros((len(indices), 2, 2, 1), np.uint8)}
+
+
+def test_an_order_that_comes_while_others_prepare_is_not_lost(team, tmp_path):
+    store = _store(tmp_path)
+    record = {"job": team._job, "number": 2, "kind": "samples", "store": store.number}
+    write_json(tmp_path / "run/eval/work.json", record)
+    team.await_ready()
+    assert next(team._orders()) == record
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [
+        ({"error": "a sample is not finite", "samples": True}, ValueError),
+        ({"error": "process 1: no space left", "samples": False}, UserError),
+    ],
+)
+def test_who_leads_learns_why_another_cannot_go_on(team, tmp_path, failure, error):
+    store = _store(tmp_path)
+
+    def make(indices):
+        write_json(store.failed, failure)
+        return _make(indices)
+
+    with team.leading(), pytest.raises(error, match=failure["error"]):
+        team.fill(store, make, {}, label="")
+    assert json.loads((tmp_path / "run/eval/work.json").read_text())["kind"] == "end"
+
+
+def test_orders_are_carried_out_once_and_a_wrong_one_is_said(team, tmp_path, monkeypatch):
+    store, work = _store(tmp_path), pathlib.Path(tmp_path / "run/eval/work.json")
+    stale = {"job": team._job + 1, "number": 9, "kind": "samples", "store": store.number}
+    write_json(work, stale)
+    orders = iter(
+        [
+            {"job": team._job, "number": 1, "kind": "samples", "store": store.number},
+            {"job": team._job, "number": 2, "kind": "samples", "store": store.number + 1},
+            {"job": team._job, "number": 3, "kind": "end"},
+        ]
+    )
+    monkeypatch.setattr("time.sleep", lambda secs: write_json(work, next(orders)))
+    understood = []
+
+    def understand(record):
+        understood.append(record["number"])
+        return Order(store, _make)
+
+    team.help(understand)
+    assert understood == [1, 2]
+    assert store.missing() == [1]  # the other process makes it
+    said = json.loads(store.failed.read_text())
+    assert "process 0 has other samples to make than process 0: run" in said["error"]
