@@ -12,8 +12,8 @@
         --aug_levels=0,0.1,0.2,0.3 --truncated=false,true --write_best
 
 It runs beside the trainer or after it. Killed at any time, the same command resumes where it
-stopped. Several processes, started as for `main`, may score checkpoints and measure final numbers:
-they divide the samples, and the numbers are the same. The modes, which `--final`, `--cas`,
+stopped. Several processes, started as for `main`, may score checkpoints, measure final numbers and
+sweep: they divide the samples, and the numbers are the same. The modes, which `--final`, `--cas`,
 `--sweep`, `--samples` and `--bits_per_dim` select without the mode's name, too:
 
 checkpoints (the default) scores every checkpoint of a run that has no score yet, with the
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     check_paths(fv, *paths)
     check_inception(fv)
     mode = check_mode(fv, argv, mode)
-    if mode not in ("checkpoints", "final"):
+    if mode not in ("checkpoints", "final", "sweep"):
         refuse_cluster(fv, mode)
     return run_mode(fv, argv, mode)
 

@@ -59,7 +59,7 @@ def refuse_cluster(fv: flags.FlagValues, mode: str) -> None:
     if cluster is not None and cluster.num_processes > 1:
         raise UserError(
             f"`evaluate {mode}` is one process, not {cluster.num_processes}: start it on one host"
-            " with --distributed=none; `evaluate` of checkpoints and `evaluate final` take several"
+            " with --distributed=none; `evaluate` of checkpoints, `final` and `sweep` take several"
         )
 
 

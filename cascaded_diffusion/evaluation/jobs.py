@@ -1,7 +1,8 @@
 """The work of `evaluate` and `reference` on a run and its samples, as functions of settings.
 
 All of them raise UserError if another job evaluates the run at the same time. Every process of a
-job calls `score_checkpoints` and `final_numbers`; the others are for one process.
+job calls `score_checkpoints`, `final_numbers` and `sweep_settings`, of which process 0 returns
+what was found; the others are for one process.
 """
 
 import contextlib
@@ -17,7 +18,12 @@ from cascaded_diffusion.cascade.cascade import keys_for
 from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, eval_sampler, to_dict
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.evaluator import Evaluation, default_mesh, evaluated_labels
+from cascaded_diffusion.evaluation.evaluator import (
+    Evaluation,
+    Evaluator,
+    default_mesh,
+    evaluated_labels,
+)
 from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.final import final_order, measure_final
 from cascaded_diffusion.evaluation.reference import Reference
@@ -294,13 +300,20 @@ def sweep_settings(
     folders = runs.stage_folders(section)[: index + 1]
     run = folders[-1].read_config()
     evaluation.check_count(section.num_samples, run)
-    mesh = default_mesh(config)
+    mesh, team = default_mesh(config), Team(folders[-1])
+    trained = [load_trained(folder, mesh) for folder in folders]
+    if not team.leads:
+        team.await_ready()
+        extractor = evaluation.extractor(folders[-1], run, mesh, say=_silent)
+        search = Sweep(section, trained, Evaluator(extractor, {}, False), runs.sweep, mesh, team)
+        team.help(lambda record: search.order(settings[record["setting"]]))
+        return settings[0]
     with held_lock(runs.path, "sweep", "workdir"):
         with evaluation.evaluator(folders[-1], run, mesh) as evaluator:
             pass  # made; the run's checkpoints may be scored meanwhile
-        trained = [load_trained(folder, mesh) for folder in folders]
-        search = Sweep(section, trained, evaluator, runs.sweep, mesh)
-        best = best_setting(settings, search.run(settings), search.metric)
+        with team.leading():
+            search = Sweep(section, trained, evaluator, runs.sweep, mesh, team)
+            best = best_setting(settings, search.run(settings), search.metric)
         print(f"{section.stages[index]}: best is {best}", flush=True)
         if write_best:
             chosen = with_setting(section, index, best)

@@ -20,15 +20,24 @@ from jax.sharding import Mesh
 from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.config.schema import CascadeSection, SamplerConfig, to_dict
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.evaluator import Evaluator, evaluated_labels
-from cascaded_diffusion.evaluation.measure import metric_name
+from cascaded_diffusion.evaluation.evaluator import Evaluator
+from cascaded_diffusion.evaluation.measure import Measurement, metric_name
 from cascaded_diffusion.evaluation.samples import generate
+from cascaded_diffusion.evaluation.samples.sample_store import (
+    Arrays,
+    DamagedBatchError,
+    SampleStore,
+)
 from cascaded_diffusion.evaluation.samples.stored_images import save_samples, stored_samples
+from cascaded_diffusion.evaluation.score import measure_store
 from cascaded_diffusion.evaluation.settings import Setting, first_stages, with_setting
+from cascaded_diffusion.evaluation.team import Order, Team, with_features
 from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.files.json_files import Record, append_line, read_lines
 from cascaded_diffusion.files.whole import write_whole
+from cascaded_diffusion.runtime.mesh import host_array
 from cascaded_diffusion.runtime.pictures import line_plot
+from cascaded_diffusion.types import Params
 
 
 @dataclasses.dataclass
@@ -36,7 +45,8 @@ class Sweep:
     """Scores settings of one stage of a cascade, which are compared by the metric `metric`.
 
     The trained stages are the cascade's first, up to the one that is swept, and the evaluator is
-    of that stage's run. Records, table, plot and stored samples are kept in the folder.
+    of that stage's run. Records, table, plot and stored samples are kept in the folder. Process 0
+    calls `run`; the others make the samples of an `order`.
     """
 
     section: CascadeSection
@@ -44,6 +54,7 @@ class Sweep:
     evaluator: Evaluator
     folder: pathlib.Path
     mesh: Mesh
+    team: Team
 
     def __post_init__(self) -> None:
         num_samples = self.section.num_samples
@@ -72,7 +83,7 @@ class Sweep:
             record = next((r for r in read_lines(path) if identity.items() <= r.items()), None)
             if record is None:
                 label = f"{self._name}, setting {i}/{len(settings)}"
-                record = {**identity, **self._score(setting, label)}
+                record = {**identity, **self._score(settings, i - 1, label)}
                 append_line(path, record)
             rows.append(record)
             shown = _shown(record, self.metric)
@@ -87,18 +98,47 @@ class Sweep:
         chosen = with_setting(self.section, self._index, setting)
         return dataclasses.replace(chosen, truncated=setting.truncated)
 
-    def _score(self, setting: Setting, label: str) -> Record:
+    def _score(self, settings: Sequence[Setting], index: int, label: str) -> Record:
+        order = self.order(settings[index])
+        try:
+            try:
+                measurement = self._measured(order, index, label)
+            except DamagedBatchError:  # what was damaged is made again
+                measurement = self._measured(order, index, label)
+        except ValueError as e:  # only this setting's samples are not finite
+            order.store.remove()
+            return {self.metric: None, "failed": str(e)}
+        values = {**measurement.distances(self.evaluator.references["train"]), **measurement.own()}
+        order.store.remove()
+        return values
+
+    def _measured(self, order: Order, index: int, label: str) -> Measurement:
+        self.team.fill(order.store, order.make, {"setting": index}, label=label)
+        measurement, _ = measure_store(self.evaluator, order.store, self._stage.config.num_classes)
+        return measurement
+
+    def order(self, setting: Setting) -> Order:
+        """The samples of a setting, to be made by every process."""
         # A truncated chain stops below at the setting's own level, so it is sampled as a whole.
         truncates = setting.truncated and self._stage.config.has_aug_level
         below, first = None, 0
         if self._index > 0 and not truncates:
             below, first = self._samples_below(setting.truncated), self._index
-        try:
-            images = self._sample(self._chain(setting), label, below, first)
-        except ValueError as e:  # only this setting's samples are not finite
-            return {self.metric: None, "failed": str(e)}
-        labels = evaluated_labels(self._labels, self._stage.config.num_classes)
-        return self.evaluator.scores(images, labels)
+        chain = self._chain(setting)
+        sampler, params = self._sampler(chain, below, first)
+
+        def make(indices: np.ndarray) -> Arrays:
+            images = host_array(sampler(params, indices)[-1])
+            return {"images": images, "labels": self._labels[indices].astype(np.int64)}
+
+        identity = {
+            **self._origin(chain),
+            "seed": chain.seed,
+            "features": self.evaluator.extractor.identity,
+        }
+        sizes = {"num_samples": chain.num_samples, "batch_size": chain.batch_size}
+        store = SampleStore(self.folder / "samples", identity, **sizes)
+        return Order(store, with_features(make, self.evaluator.extractor))
 
     def _read_or_make_below(self, truncated: bool) -> np.ndarray:
         """The samples to enlarge; `truncated` concerns the enlargements below them."""
@@ -108,7 +148,10 @@ class Sweep:
         provenance = {**self._origin(chain), "seed": chain.seed}
         images = stored_samples(path, provenance)
         if images is None or len(images) < chain.num_samples:
-            images = self._sample(chain, f"{name}, to be enlarged")
+            sampler, params = self._sampler(chain)
+            sizes = {"num_samples": chain.num_samples, "batch_size": chain.batch_size}
+            about = f"{name}, to be enlarged"
+            images = generate.generate(sampler, params, **sizes, label=about)[-1]
             save_samples(path, images, self._labels, provenance=provenance)
         return images
 
@@ -125,17 +168,15 @@ class Sweep:
         stages = [t.stage for t in self.trained[: len(samplers)]]
         return Cascade(stages=stages, samplers=samplers, truncated=truncated)
 
-    def _sample(
-        self, chain: CascadeSection, label: str, below: np.ndarray | None = None, first: int = 0
-    ) -> np.ndarray:
-        """Samples of the last of the first stages, uint8 [n, H, W, C]."""
+    def _sampler(
+        self, chain: CascadeSection, below: np.ndarray | None = None, first: int = 0
+    ) -> tuple[generate.BatchSampler, list[Params]]:
+        """A sampler of the first stages, and its parameters."""
         cascade = self._cascade(chain.samplers, chain.truncated)
         sampler = generate.make_cascade_sampler(
             cascade, chain.aug_levels, seed=chain.seed, mesh=self.mesh, below=below, first=first
         )
-        params = [t.params for t in self.trained[: len(chain.samplers)]]
-        sizes = {"num_samples": chain.num_samples, "batch_size": chain.batch_size}
-        return generate.generate(sampler, params, **sizes, label=label)[-1]
+        return sampler, [t.params for t in self.trained[: len(chain.samplers)]]
 
     def _table(self, settings: Sequence[Setting], rows: Sequence[Record]) -> str:
         """Markdown with the deciding metric first, then the others of the first good row."""

@@ -2,8 +2,8 @@
 
     python -m tests.evaluation.team_job WORKDIR ADDRESS NUM_PROCESSES PROCESS_ID
 
-scores the checkpoints of a run of one layer and measures its final numbers, by features that take
-no network.
+scores the checkpoints of a run of one layer, measures its final numbers and sweeps its steps, by
+features that take no network. The run is in a folder of runs.
 """
 
 import time
@@ -11,11 +11,13 @@ import time
 import numpy as np
 
 from cascaded_diffusion.commands import entry, jax_setup
+from cascaded_diffusion.config.schema import CascadeConfig, CascadeSection
 from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit
+from cascaded_diffusion.evaluation.settings import make_settings
 from cascaded_diffusion.runtime.cluster import Cluster
 from cascaded_diffusion.runtime.meeting import meet
 from cascaded_diffusion.runtime.peers import JOB
-from cascaded_diffusion.runtime.run_folder import RunFolder
+from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 _IMAGES = np.random.default_rng(0).integers(256, size=(40, 16, 16, 1), dtype=np.uint8)
 
@@ -58,6 +60,23 @@ def main(argv):
     with in_place_of_the_unet():
         best = jobs.score_checkpoints(folder, evaluation)
         record = jobs.final_numbers(folder, evaluation, num_samples=50)
+        config = folder.read_config()
+        section = CascadeSection(
+            stages=(folder.path.name,),
+            configs=("any.py",),
+            samplers=(config.stage.sampler,),
+            aug_levels=(),
+            truncated=False,
+            num_samples=30,
+            batch_size=10,
+            seed=0,
+        )
+        runs, cascade = (
+            CascadeFolder(folder.path.parent),
+            CascadeConfig(cascade=section, mesh=config.mesh),
+        )
+        settings = make_settings(section, 0, config.stage, num_steps=[1, 2])
+        jobs.sweep_settings(runs, cascade, evaluation, settings, index=0)
     assert best["step"] == record["step"]
     return 0
 

@@ -14,6 +14,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.settings import make_settings, with_setting
 from cascaded_diffusion.evaluation.sweep import Sweep, best_setting
+from cascaded_diffusion.evaluation.team import Team
 from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.runtime.run_folder import RunFolder
@@ -56,6 +57,10 @@ def _section(truncated=False):
     )
 
 
+def _sweep(folder, section, trained, evaluator, mesh):
+    return Sweep(section, trained, evaluator, folder, mesh, Team(RunFolder(folder)))
+
+
 def _settings(section, trained, **choices):
     return make_settings(section, 1, trained[1].stage.config, **choices)
 
@@ -64,7 +69,7 @@ def test_every_setting_gives_what_sampling_the_cascade_with_it_gives(trained, tm
     section = _section()
     settings = _settings(section, trained, aug_levels=[0.1, 0.6], truncated=[False, True])
     evaluator = Evaluator([4.0, 3.0, 2.0, 5.0])
-    rows = Sweep(section, trained, evaluator, tmp_path, mesh).run(settings)
+    rows = _sweep(tmp_path, section, trained, evaluator, mesh).run(settings)
     assert [row[METRIC] for row in rows] == [4.0, 3.0, 2.0, 5.0]
     for setting, (images, labels) in zip(settings, evaluator.seen, strict=True):
         chosen = with_setting(section, 1, setting)
@@ -99,16 +104,16 @@ def test_every_setting_gives_what_sampling_the_cascade_with_it_gives(trained, tm
 def test_what_is_scored_is_not_scored_again_and_base_samples_are_made_once(trained, tmp_path, mesh):
     section = _section()
     first = _settings(section, trained, aug_levels=[0.1])
-    Sweep(section, trained, Evaluator([4.0]), tmp_path, mesh).run(first)
+    _sweep(tmp_path, section, trained, Evaluator([4.0]), mesh).run(first)
     stamp = (tmp_path / "base16.npz").stat().st_mtime_ns
     more = _settings(section, trained, aug_levels=[0.1, 0.2])
-    rows = Sweep(section, trained, Evaluator([3.0]), tmp_path, mesh).run(more)
+    rows = _sweep(tmp_path, section, trained, Evaluator([3.0]), mesh).run(more)
     assert [row[METRIC] for row in rows] == [4.0, 3.0]
     assert (tmp_path / "base16.npz").stat().st_mtime_ns == stamp
 
     # Other base samples, other scores.
     other = dataclasses.replace(section, seed=7)
-    rows = Sweep(other, trained, Evaluator([9.0]), tmp_path, mesh).run(first)
+    rows = _sweep(tmp_path, other, trained, Evaluator([9.0]), mesh).run(first)
     assert rows[0][METRIC] == 9.0
     about = read_arrays(tmp_path / "base16.npz")["provenance"]
     assert json.loads(str(about))["seed"] == 7
@@ -126,7 +131,7 @@ def test_a_base_model_is_swept_over_steps_and_samplers(trained, tmp_path, mesh):
         ("heun", 2),
         ("heun", 3),
     ]
-    rows = Sweep(section, base, Evaluator([4.0, 3.0, 2.0, 1.0]), tmp_path, mesh).run(settings)
+    rows = _sweep(tmp_path, section, base, Evaluator([4.0, 3.0, 2.0, 1.0]), mesh).run(settings)
     best = best_setting(settings, rows, METRIC)
     chosen = with_setting(section, 0, best)
     assert (chosen.samplers[0].name, chosen.samplers[0].num_steps) == ("heun", 3)
@@ -137,15 +142,15 @@ def test_a_base_model_is_swept_over_steps_and_samplers(trained, tmp_path, mesh):
 def test_a_setting_that_fails_is_recorded_and_passed_over(trained, tmp_path, mesh, monkeypatch):
     section = _section()
     settings = _settings(section, trained, aug_levels=[0.1, 0.2])
-    whole = generate.generate
+    whole = generate.fill
 
-    def failing(sampler, params, *, label, **kwargs):
+    def failing(store, make, *, label, **kwargs):
         if "1/2" in label:
             raise ValueError("a sample is not finite")
-        return whole(sampler, params, label=label, **kwargs)
+        whole(store, make, label=label, **kwargs)
 
-    monkeypatch.setattr(generate, "generate", failing)
-    rows = Sweep(section, trained, Evaluator([3.0]), tmp_path, mesh).run(settings)
+    monkeypatch.setattr(generate, "fill", failing)
+    rows = _sweep(tmp_path, section, trained, Evaluator([3.0]), mesh).run(settings)
     assert [row[METRIC] for row in rows] == [None, 3.0]
     assert best_setting(settings, rows, METRIC).aug_level == 0.2
     assert "failed (a sample is not finite)" in (tmp_path / "sr32.md").read_text()

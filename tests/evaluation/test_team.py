@@ -38,7 +38,7 @@ CONFIG = smallest_base(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, one_layer):
-    folder = RunFolder(tmp_path_factory.mktemp("team") / "run")
+    folder = RunFolder(tmp_path_factory.mktemp("team") / "runs" / "base16")
     source = random_source(64)
     stream = build_stream(source, CONFIG.data, global_batch_size=CONFIG.train.batch_size)
     raw = source.raw
@@ -59,7 +59,7 @@ def _start(folder, count):
     processes = []
     for i in range(count):
         command = [sys.executable, "-m", "tests.evaluation.team_job", str(folder.path)]
-        log = folder.path.with_name(f"{folder.path.name}.{count}.{i}.log")
+        log = folder.path.with_name(f"{count}.{i}.log")
         with log.open("w") as f:
             command += [address, str(count), str(i)]
             process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=f)
@@ -83,22 +83,26 @@ def _outcome(folder):
         json.loads(folder.best_path.read_text()),
         json.loads(path.read_text()),
         {name: x.tobytes() for name, x in arrays.items()},
+        read_lines(folder.path.parent / "sweep" / "base16.jsonl"),
     )
 
 
 def _copy(trained, name):
-    return RunFolder(shutil.copytree(trained.path, trained.path.with_name(name)))
+    copied = shutil.copytree(trained.path.parent, trained.path.parent.with_name(name))
+    return RunFolder(copied / trained.path.name)
 
 
 def test_two_processes_and_four_after_a_kill_give_the_record_of_one(trained):
     alone = _copy(trained, "alone")
     (batches,) = _wait(_start(alone, 1))
-    assert batches == 2 * 7 + 5  # two checkpoints of 70 samples, and the final 50
+    # Two checkpoints of 70 samples, the final 50, two settings of 30.
+    assert batches == 2 * 7 + 5 + 2 * 3
     expected = _outcome(alone)
     assert len(expected[0]) > 2
+    assert len(expected[-1]) == 2
 
     together = _copy(trained, "together")
-    assert _wait(_start(together, 2)) == [4 + 4 + 3, 3 + 3 + 2]
+    assert _wait(_start(together, 2)) == [4 + 4 + 3 + 2 + 2, 3 + 3 + 2 + 1 + 1]
     assert _outcome(together) == expected
     assert not any(together.samples.iterdir())
 
