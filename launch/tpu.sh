@@ -348,8 +348,8 @@ case $command_name in
   train | supervise)
     check_accelerator
     need share "SERVER:/EXPORT of an NFS share: what is on the workers ends with a preemption"
-    [[ ${rest[0]} == main || ${rest[0]} == sample ]] ||
-      die "train -- ${rest[0]}: expected main or sample, which go on where they stopped"
+    [[ ${rest[0]} =~ ^(main|evaluate|sample)$ ]] ||
+      die "train -- ${rest[0]}: expected main, evaluate or sample, which go on where they stopped"
     [[ ${options[worker]:-all} == all ]] || die "--worker=${options[worker]}: train uses all workers"
     resolve_commit
     train

@@ -258,7 +258,10 @@ BAD = [
     (("setup", *POD, "--share=-o:/x"), "--share=-o:/x"),
     (("setup", *POD, "--mount=relative"), "--mount=relative"),
     (("train", *POD, *SLICE, "--", "main"), "--share: missing"),
-    (("train", *POD, *SLICE, "--share=h:/v", "--", "evaluate"), "train -- evaluate"),
+    (
+        ("train", *POD, *SLICE, "--share=h:/v", "--worker=0", "--", "prepare"),
+        "train -- prepare: expected main, evaluate or sample",
+    ),
     (("train", *POD, *SLICE, "--share=h:/v", "--", "main", "--workdir=RUN"), "--workdir=RUN"),
     (
         ("train", *POD, *SLICE, "--share=h:/v", "--", "main", "--workdir=/mnt/share/../x"),
