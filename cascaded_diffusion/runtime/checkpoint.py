@@ -141,6 +141,10 @@ class CheckpointWriter:
             )
         self._completing = self._completer.submit(self._complete, step, _described(storable))
 
+    def is_complete(self) -> bool:
+        """Whether nothing is being written any more; `wait` tells if that went well."""
+        return self._completing is None or self._completing.done()
+
     def _complete(self, step: int, arrays: _Arrays) -> None:
         """In a thread: waits for Orbax's rename, and then adds the manifest."""
         try:
