@@ -27,6 +27,8 @@ _POLL_SECS = 0.2
 _PREFIX = "features_"
 # Features are trained or loaded by process 0 first, and then by the others.
 _READY, _SAMPLES, _END = "ready", "samples", "end"
+# Of the samples, and of the checkpoint. Others, as a full disk, are of the process.
+_ERRORS: dict[object, type[Exception]] = {"samples": ValueError, "checkpoint": UserError}
 
 
 def with_features(make: generate.BatchMaker, extractor: FeatureExtractor) -> generate.BatchMaker:
@@ -83,16 +85,15 @@ class Team:
     ) -> None:
         """Process 0: fills a store, together with the others, who learn from `what` how.
 
-        Raises ValueError for samples that are not finite, and UserError where another process
-        could not go on.
+        What another process could not do is raised here: ValueError for samples that are not
+        finite, UserError for a checkpoint that cannot be read, else OSError.
         """
         store.failed.unlink(missing_ok=True)
         self._write(_SAMPLES, {**what, "store": store.number})
         generate.fill(store, make, label=label)
         while store.missing():
             if (failure := readable_record(store.failed)) is not None:
-                error = ValueError if failure.get("samples") else UserError
-                raise error(failure.get("error", "another process failed"))
+                raise _ERRORS.get(failure.get("kind"), OSError)(failure.get("error"))
             time.sleep(_POLL_SECS)
 
     def await_ready(self) -> None:
@@ -115,16 +116,16 @@ class Team:
         try:
             order = understand(record)
             if order.store.number != record["store"]:
-                raise UserError(
-                    f"{self._folder.path}: process {jax.process_index()} has other samples to make"
-                    " than process 0: run the same command again"
+                raise OSError(
+                    f"process {jax.process_index()} has other samples to make than process 0"
                 )
             generate.fill(order.store, order.make, label="")
         except (UserError, ValueError, OSError) as e:
             if order is None:
                 raise
-            about = f"process {jax.process_index()}: {e}" if isinstance(e, OSError) else str(e)
-            failure = {"error": about, "samples": isinstance(e, ValueError)}
+            kind = next((name for name, error in _ERRORS.items() if isinstance(e, error)), None)
+            about = f"process {jax.process_index()}: {e}" if kind is None else str(e)
+            failure = {"kind": kind, "error": about}
             with contextlib.suppress(OSError):  # on a full disk, for one
                 write_json(order.store.failed, failure)
 

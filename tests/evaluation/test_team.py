@@ -161,8 +161,9 @@ def test_an_order_that_comes_while_others_prepare_is_not_lost(team, tmp_path):
 @pytest.mark.parametrize(
     ("failure", "error"),
     [
-        ({"error": "a sample is not finite", "samples": True}, ValueError),
-        ({"error": "process 1: no space left", "samples": False}, UserError),
+        ({"kind": "samples", "error": "a sample is not finite"}, ValueError),
+        ({"kind": "checkpoint", "error": "4: cannot be restored"}, UserError),
+        ({"kind": None, "error": "process 1: no space left"}, OSError),
     ],
 )
 def test_who_leads_learns_why_another_cannot_go_on(team, tmp_path, failure, error):
@@ -199,4 +200,19 @@ def test_orders_are_carried_out_once_and_a_wrong_one_is_said(team, tmp_path, mon
     assert understood == [1, 2]
     assert store.missing() == [1]  # the other process makes it
     said = json.loads(store.failed.read_text())
-    assert "process 0 has other samples to make than process 0: run" in said["error"]
+    assert said == {
+        "kind": None,
+        "error": "process 0: process 0 has other samples to make than process 0",
+    }
+
+
+def test_who_helps_says_what_is_wrong(team, tmp_path):
+    store = _store(tmp_path)
+    record = {"job": team._job, "number": 1, "kind": "samples", "store": store.number}
+    for error, kind in ((ValueError, "samples"), (UserError, "checkpoint"), (OSError, None)):
+
+        def fails(indices, error=error):
+            raise error("it is broken")
+
+        team._carry_out(record, lambda record, make=fails: Order(store, make))
+        assert json.loads(store.failed.read_text())["kind"] == kind
