@@ -69,4 +69,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    entry.end_at_once_upon_sigterm()
     entry.run(main)

@@ -89,6 +89,17 @@ def _end_without_saving(number: int) -> None:
     os._exit(EXIT_TRY_AGAIN)
 
 
+def end_at_once_upon_sigterm() -> None:
+    """A binary that may be killed at any time says upon SIGTERM that it is to be run again."""
+    START_SIGNALS.install(_end_upon_sigterm)
+
+
+def _end_upon_sigterm(number: int) -> None:
+    if number == signal.SIGTERM:
+        os.write(2, b"stopped by a signal; run it again\n")
+        os._exit(EXIT_TRY_AGAIN)
+
+
 def _lacking_memory(error: BaseException) -> str | None:
     """A line about a device's memory, if that is what XLA's error is about."""
     if not is_out_of_memory(error):

@@ -56,6 +56,8 @@ class Child:
                 prepare()
             if binary == "main":
                 entry.end_at_once_before_training()
+            else:
+                entry.end_at_once_upon_sigterm()
             entry.run(importlib.import_module(f"cascaded_diffusion.{binary}").main)
         except SystemExit as e:
             sys.stdout.flush()

@@ -1,8 +1,9 @@
-"""SIGTERM and SIGINT to a trainer that has nothing to save yet: it ends at once.
+"""SIGTERM and SIGINT to a process that has nothing to save, or not yet: it ends at once.
 
 Python calls a handler between two of its own instructions, for which a compilation makes it wait
 for minutes. And JAX, by which several processes agree on the step to stop at, puts its own handler
-in the place of Python's. So a thread reads signals as they come, until the first step begins.
+in the place of Python's. So a thread reads signals as they come, in a trainer until the first step
+begins.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 
 class StartSignals:
-    """Calls a function, in a thread, upon the first SIGTERM or SIGINT before training begins."""
+    """Calls a function, in a thread, upon SIGTERM or SIGINT, until `end` is called."""
 
     def __init__(self) -> None:
         self._pipe: int | None = None  # where Python writes the numbers of signals

@@ -377,3 +377,21 @@ def test_importing_the_package_leaves_signals_alone():
         " assert before == (signal.getsignal(signal.SIGINT), sys.unraisablehook)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_sigterm_ends_what_may_be_killed_with_the_code_to_run_again():
+    code = (
+        "import time; from cascaded_diffusion.commands import entry;"
+        " entry.end_at_once_upon_sigterm(); print('ready', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (75, "stopped by a signal; run it again\n")
