@@ -62,7 +62,12 @@ def main(argv: Sequence[str]) -> int:
                 raise UserError(f"--workdir={fv.workdir}: is there already; name a new folder")
             root.mkdir(parents=True)
         path, *variant = config.partition(":")
-        return _drill(fv, root, "".join([os.path.abspath(path), *variant]))
+        try:
+            return _drill(fv, root, "".join([os.path.abspath(path), *variant]))
+        finally:
+            from cascaded_diffusion.drilling.children import kill_all
+
+            kill_all()
 
 
 def _drill(fv: flags.FlagValues, root: pathlib.Path, config: str) -> int:

@@ -19,9 +19,9 @@ class UserError(Exception):
 
 
 class SingleProcessError(UserError):
-    """An error of one process of several, in a place where the others cannot be told.
+    """An error of one process of several, in a place where the others cannot be asked.
 
-    They wait for it in a collective until JAX finds that it is gone.
+    They are in a step. `runtime.peers` tells them, and they end.
     """
 
 

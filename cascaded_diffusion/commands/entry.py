@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -9,6 +10,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 
 from cascaded_diffusion.commands.config_flags import config_argument
@@ -17,7 +19,6 @@ from cascaded_diffusion.commands.overrides import overrides_in
 from cascaded_diffusion.errors import (
     EXIT_BAD_INPUT,
     EXIT_TRY_AGAIN,
-    SingleProcessError,
     UserError,
     is_out_of_memory,
 )
@@ -49,32 +50,41 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     except BrokenPipeError:  # whoever read the output, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+        _leave_job("nobody reads its output any more", code)
     except (UserError, OSError) as e:
         JOB.await_verdict()
         print(f"error: {one_line(e)}", file=sys.stderr, flush=True)
-        JOB.farewell(one_line(e))
         code = EXIT_BAD_INPUT
-        if isinstance(e, SingleProcessError):
-            # Exit at once: JAX would first wait for the other processes, which are in a step.
-            sys.stdout.flush()
-            os._exit(code)
+        _leave_job(one_line(e), code)
     except BaseException as e:
         JOB.await_verdict()
         # A library may have made another error of it.
         if isinstance(e, KeyboardInterrupt) or INTERRUPTS.seen:
             print("interrupted", file=sys.stderr)
-            JOB.farewell("interrupted")
             code = EXIT_INTERRUPTED
+            _leave_job("interrupted", code)
         elif (memory := _lacking_memory(e)) is not None:
             print(f"error: {memory}", file=sys.stderr)
-            JOB.farewell(memory)
             code = EXIT_BAD_INPUT
+            _leave_job(memory, code)
         else:
-            JOB.farewell(f"{type(e).__name__}: {e}"[:_MAX_LINE])
+            if JOB.has_peers:
+                traceback.print_exc()
+                _leave_job(f"{type(e).__name__}: {e}"[:_MAX_LINE], 1)
             raise
     INTERRUPTS.at_once = True
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _leave_job(failure: str, code: int) -> None:
+    """Ends this process if it is one of several: JAX would first wait for all the others."""
+    if JOB.has_peers:
+        JOB.farewell(failure)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def end_at_once_before_training() -> None:

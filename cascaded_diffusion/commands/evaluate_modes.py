@@ -145,6 +145,8 @@ def _final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     record = library.final_numbers(
         folder, evaluation, cascade=cascade, below=below, low_res_samples=stored, num_samples=count
     )
+    if not record:  # of a process that has helped another
+        return 0
     return print_record({"stage": record["stage"], **record["metrics"]})
 
 

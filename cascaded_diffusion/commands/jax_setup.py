@@ -17,6 +17,7 @@ from absl import logging as absl_logging
 from cascaded_diffusion.commands.interrupts import INTERRUPTS
 from cascaded_diffusion.errors import SingleProcessError, UserError
 from cascaded_diffusion.runtime.cluster import Cluster
+from cascaded_diffusion.runtime.peers import JOB
 from cascaded_diffusion.runtime.signals import START_SIGNALS
 
 # XLA's YNN fusions slow down a training step of convolutions (see docs/performance.md). These
@@ -107,6 +108,7 @@ def set_up_jax(cluster: Cluster | None = None, *, platform: str | None = None) -
             coordinator_bind_address=cluster.coordinator,
         )
         START_SIGNALS.set_aside_handler_of_jax()
+        JOB.connected_by_jax()
     try:
         backend = jax.default_backend()
     except (RuntimeError, AssertionError) as e:  # CUDA without a GPU asserts, without text

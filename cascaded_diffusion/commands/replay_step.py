@@ -19,7 +19,8 @@ def replay_step(path: pathlib.Path, data_path: str | None) -> int:
 
     Returns 0 if it gives what was recorded, else 1. Raises UserError if it cannot be done again.
     """
-    folder, about = RunFolder(path.parents[1], flag="replay"), path / "about.json"
+    path = path.resolve()
+    folder, about = RunFolder(path.parent.parent, flag="replay"), path / "about.json"
     if not about.is_file():
         raise UserError(
             f"--replay={path}: no step is kept there; expected RUN/nonfinite/STEP, which a training"

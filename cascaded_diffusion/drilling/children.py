@@ -15,6 +15,14 @@ from collections.abc import Callable, Sequence
 from cascaded_diffusion.commands import entry
 
 _POLL_SECS = 0.005
+_RUNNING: set["Child"] = set()
+
+
+def kill_all() -> None:
+    """Kills what still runs."""
+    for child in list(_RUNNING):
+        child.signal(signal.SIGKILL)
+        child.wait()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Child:
         self.pid = os.fork()
         if self.pid == 0:
             self._run(binary, argv, prepare)
+        _RUNNING.add(self)
 
     def _run(self, binary: str, argv: Sequence[str], prepare: Callable[[], None] | None) -> None:
         try:
@@ -79,6 +88,7 @@ class Child:
             if pid:
                 code = os.waitstatus_to_exitcode(status)
                 self._ended = Ended(code, time.monotonic() - self._start, self.text())
+                _RUNNING.discard(self)
         return self._ended
 
     def wait(self, secs: float = 300.0) -> Ended:

@@ -43,7 +43,6 @@ from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.files.json_files import (
     Record,
     append_line,
-    readable_record,
     write_json,
 )
 from cascaded_diffusion.files.paths import held_lock
@@ -193,7 +192,7 @@ def final_numbers(
         team.await_ready()
         wanted = order(evaluation.extractor(folder, config, mesh, say=_silent))
         team.help(lambda record: wanted)
-        return readable_record(folder.eval / f"final_{source.kind}.json") or {}
+        return {}
     with (
         evaluation.evaluator(folder, config, mesh, ("train", "val")) as evaluator,
         team.leading(),

@@ -27,8 +27,6 @@ _POLL_SECS = 0.2
 _PREFIX = "features_"
 # Features are trained or loaded by process 0 first, and then by the others.
 _READY, _SAMPLES, _END = "ready", "samples", "end"
-# Of the samples, and of the checkpoint. Others, as a full disk, are of the process.
-_ERRORS: dict[object, type[Exception]] = {"samples": ValueError, "checkpoint": UserError}
 
 
 def with_features(make: generate.BatchMaker, extractor: FeatureExtractor) -> generate.BatchMaker:
@@ -74,11 +72,12 @@ class Team:
         try:
             self._write(_READY)
             yield
-        finally:
-            if self._several:
-                # An error must not hide behind one of this file, which a full disk gives, too.
-                with contextlib.suppress(OSError):
-                    self._write(_END)
+        except BaseException:
+            # The error must not hide behind one of this file, which a full disk gives, too.
+            with contextlib.suppress(OSError):
+                self._write(_END, {"failed": True})
+            raise
+        self._write(_END)
 
     def fill(
         self, store: SampleStore, make: generate.BatchMaker, what: Record, *, label: str
@@ -86,14 +85,15 @@ class Team:
         """Process 0: fills a store, together with the others, who learn from `what` how.
 
         What another process could not do is raised here: ValueError for samples that are not
-        finite, UserError for a checkpoint that cannot be read, else OSError.
+        finite, else OSError.
         """
         store.failed.unlink(missing_ok=True)
         self._write(_SAMPLES, {**what, "store": store.number})
         generate.fill(store, make, label=label)
         while store.missing():
             if (failure := readable_record(store.failed)) is not None:
-                raise _ERRORS.get(failure.get("kind"), OSError)(failure.get("error"))
+                error = ValueError if failure.get("samples") is True else OSError
+                raise error(failure.get("error"))
             time.sleep(_POLL_SECS)
 
     def await_ready(self) -> None:
@@ -112,22 +112,22 @@ class Team:
                 self._carry_out(record, understand)
 
     def _carry_out(self, record: Record, understand: Callable[[Record], Order]) -> None:
-        order = None
+        order = understand(record)
+        if order.store.number != record["store"]:
+            raise UserError(
+                f"{self._folder.path}: this process has found other samples to make than process 0,"
+                " as other checkpoints were chosen meanwhile: run the same command again"
+            )
         try:
-            order = understand(record)
-            if order.store.number != record["store"]:
-                raise OSError(
-                    f"process {jax.process_index()} has other samples to make than process 0"
-                )
             generate.fill(order.store, order.make, label="")
         except (UserError, ValueError, OSError) as e:
-            if order is None:
-                raise
-            kind = next((name for name, error in _ERRORS.items() if isinstance(e, error)), None)
-            about = f"process {jax.process_index()}: {e}" if kind is None else str(e)
-            failure = {"kind": kind, "error": about}
-            with contextlib.suppress(OSError):  # on a full disk, for one
-                write_json(order.store.failed, failure)
+            # Process 0 has read the same checkpoint: all but the samples is this process's matter.
+            samples = isinstance(e, ValueError)
+            about = str(e) if samples else f"process {jax.process_index()}: {e}"
+            try:
+                write_json(order.store.failed, {"samples": samples, "error": about})
+            except OSError:  # on a full disk, for one; process 0 learns it by this process's end
+                raise e from None
 
     def _orders(self) -> Iterator[Record]:
         """Each order once, as it comes, until the last."""
@@ -137,9 +137,12 @@ class Team:
                 time.sleep(_POLL_SECS)
                 continue
             self._number = record["number"]
-            if record["kind"] == _END:
+            if record["kind"] != _END:
+                yield record
+            elif "failed" in record:
+                raise UserError("process 0 failed, see what it printed")
+            else:
                 return
-            yield record
 
     def _latest(self) -> Record | None:
         record = readable_record(self._path, {"job": int, "number": int, "kind": str})

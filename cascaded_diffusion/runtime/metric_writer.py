@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -14,6 +15,8 @@ from cascaded_diffusion.files.json_files import Record, append_line
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
+
+_MAX_QUEUE = 1000  # events of TensorBoard; a step that is logged makes about 20
 
 
 def print_parameter_overview(params: Params) -> None:
@@ -34,12 +37,20 @@ class MetricWriter:
             lines = folder.metrics(say=print)
             kept = [record for record in lines if record["step"] <= resume_step]
             write_whole(folder.metrics_path, "".join(json.dumps(r) + "\n" for r in kept).encode())
-        self._tensorboard = SummaryWriter(str(folder.path), purge_step=resume_step + 1)
+        before = set(threading.enumerate())
+        self._tensorboard = SummaryWriter(
+            str(folder.path), purge_step=resume_step + 1, max_queue=_MAX_QUEUE
+        )
+        # A thread writes the events. If it ends, as on a full disk, its queue is never read again,
+        # and who puts more into it than it holds waits forever.
+        self._threads = set(threading.enumerate()) - before
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line of JSON (floats exact) and one point per curve. Raises like `write_image`."""
         self._folder.check_held()
         with self._writing():
+            if not all(thread.is_alive() for thread in self._threads):
+                raise OSError("TensorBoard's events, see above")
             append_line(self._folder.metrics_path, {"step": step, **scalars})
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, step)

@@ -28,7 +28,9 @@ _BEAT_SECS = 1.0
 # A process whose collective fails, since a peer is gone, learns within this time that it is so.
 _VERDICT_SECS = 1.5
 # Others may fail at the same moment and for the same reason; they end by themselves.
-_GRACE_SECS = 5.0
+_GRACE_SECS = 0.3
+# For the others to end before process 0 does, whose end JAX answers with a stack of C++ frames.
+_LAST_SECS = 1.0
 _MAX_MESSAGE = 1 << 16
 
 
@@ -70,6 +72,7 @@ class PeerWatch:
     ):
         self._peers, self._timeout_secs, self._end = list(peers), timeout_secs, end
         self._leaving, self._closed = threading.Event(), False
+        self._finishing, self._done, self._all_done = False, set[int](), threading.Event()
         now = time.monotonic()
         self._selector = selectors.DefaultSelector()
         for peer in self._peers:
@@ -86,10 +89,26 @@ class PeerWatch:
         self._closed = True
         self._leaving.set()
         self._thread.join()
+        if failure is not None and self._is_first():
+            failure = f"process 0 on {socket.gethostname()} failed: {failure}"
         self._tell_all({"left": True} if failure is None else {"failed": failure})
+        if failure is not None and self._is_first():
+            time.sleep(_LAST_SECS)
         for peer in self._peers:
             peer.connection.close()
         self._selector.close()
+
+    def _is_first(self) -> bool:
+        return all(peer.process_id for peer in self._peers)
+
+    def await_others(self) -> None:
+        """Waits for the others to come to their end, too; they may still fail or be lost."""
+        self._finishing = True
+        if not self._is_first():
+            self._tell_all({"done": True})
+        while not self._all_done.wait(_BEAT_SECS):
+            if self._leaving.is_set() or not self._peers:
+                return
 
     def await_verdict(self) -> None:
         """Waits a moment, in which this process ends if its error comes from a peer's end."""
@@ -101,6 +120,11 @@ class PeerWatch:
         while not self._leaving.is_set() and self._peers:
             for key, _ in self._selector.select(timeout=_BEAT_SECS / 4):
                 self._receive(key.data)
+            others = {peer.process_id for peer in self._peers}
+            if self._finishing and self._is_first() and others <= self._done:
+                self._finishing = False
+                self._tell_all({"all_done": True})
+                self._all_done.set()
             now = time.monotonic()
             if now >= next_beat:
                 self._tell_all({"alive": True})
@@ -136,13 +160,18 @@ class PeerWatch:
             self._lose(str(message["lost"]))
         elif "left" in message:
             self._forget(peer)
+        elif "done" in message:
+            self._done.add(peer.process_id)
+        elif "all_done" in message:
+            self._all_done.set()
         elif "failed" in message:
             line = str(message["failed"])
             if peer.process_id:  # those that process 0 tells know who has failed
                 line = f"{peer.name} failed: {line}"
             self._tell_all({"failed": line})
+            grace = _LAST_SECS if self._is_first() else _GRACE_SECS
             self._forget(peer)
-            if not self._leaving.wait(_GRACE_SECS):
+            if not self._leaving.wait(grace):
                 self._end(line, EXIT_BAD_INPUT)
 
     def _lose(self, line: str) -> None:
@@ -170,12 +199,25 @@ class Job:
 
     _watch: PeerWatch | None = None
 
+    @property
+    def has_peers(self) -> bool:
+        """Whether other processes are watched."""
+        return self._watch is not None
+
     def watch(self, peers: Sequence[Peer], *, timeout_secs: float) -> None:
         """Watches the peers until this process ends. JAX must connect the processes later."""
         if peers:
             self._watch = PeerWatch(peers, timeout_secs=timeout_secs)
             # What is registered first is called last: JAX's processes wait for each other before.
             atexit.register(self.farewell)
+
+    def connected_by_jax(self) -> None:
+        """Called when JAX has connected the processes, which it has wait for each other at the end.
+
+        While they do, nothing else of Python runs. So they first wait here.
+        """
+        if self._watch is not None:
+            atexit.register(self._watch.await_others)
 
     def await_verdict(self) -> None:
         """See `PeerWatch.await_verdict`."""

@@ -16,7 +16,8 @@ from types import FrameType
 _SIG_IGN = 1  # from signal.h
 
 
-def _ignore(number: int, frame: FrameType | None) -> None:
+def ignore(number: int, frame: FrameType | None) -> None:
+    """The handler of SIGTERM meanwhile."""
     del number, frame  # the thread has been told
 
 
@@ -34,7 +35,7 @@ class StartSignals:
         source, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
         signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, _ignore)
+        signal.signal(signal.SIGTERM, ignore)
 
         def wait() -> None:
             with os.fdopen(source, "rb", buffering=0) as signals:
@@ -48,17 +49,20 @@ class StartSignals:
         """Called after JAX has connected the processes, and installed its handler of SIGTERM."""
         if self._pipe is not None:
             self._handler_of_jax = _set_handler(_SIG_IGN)
-            signal.signal(signal.SIGTERM, _ignore)
+            signal.signal(signal.SIGTERM, ignore)
 
     def end(self) -> None:
-        """From here on signals are for others to handle, JAX's handler of SIGTERM for one."""
+        """From here on signals are for others to handle, JAX's handler of SIGTERM for one.
+
+        Another handler is set before, so that no signal is lost.
+        """
         if self._pipe is None:
             return
+        if self._handler_of_jax is not None:
+            _set_handler(self._handler_of_jax)
         signal.set_wakeup_fd(-1)
         os.close(self._pipe)
         self._pipe = None
-        if self._handler_of_jax is not None:
-            _set_handler(self._handler_of_jax)
 
 
 def _set_handler(handler: int) -> int:

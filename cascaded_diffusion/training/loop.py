@@ -23,7 +23,7 @@ from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
 from cascaded_diffusion.runtime.metric_writer import print_parameter_overview
 from cascaded_diffusion.runtime.run_data import RunData
 from cascaded_diffusion.runtime.run_folder import RunFolder
-from cascaded_diffusion.runtime.signals import START_SIGNALS
+from cascaded_diffusion.runtime.signals import START_SIGNALS, ignore
 from cascaded_diffusion.training import resume
 from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.training.hang import HangWatch
@@ -147,7 +147,6 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
     process calls at every step, is asked instead: a signal to one process stops all.
     """
     noted: list[int] = []
-    START_SIGNALS.end()
     if jax.process_count() > 1:
         # JAX notices SIGTERM only.
         handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
@@ -160,11 +159,12 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
         return bool(noted)
 
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    START_SIGNALS.end()
     try:
         yield asked
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is ignore else handler)
 
 
 def _start_compiling(

@@ -5,6 +5,7 @@ line of RUN/nonfinite.jsonl. When training ends because of them, RUN/nonfinite/S
 before that step, with which `main --replay` does it again.
 """
 
+import json
 import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from cascaded_diffusion.config.schema import TrainConfig
 from cascaded_diffusion.files.json_files import Record, append_line, read_lines, write_json
+from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
 
@@ -60,8 +62,11 @@ class NonFiniteSteps:
         self.per_thousand = config.max_nonfinite_per_thousand or _PER_THOUSAND
         self._folder, self._writes = folder, writes
         lines = read_lines(folder.nonfinite_log, {"step": int})
-        known = {line["step"] for line in lines if line["step"] <= first_step}
-        self._steps = sorted(known)
+        kept = [line for line in lines if line["step"] <= first_step]
+        if writes and len(kept) < len(lines):  # those steps are done again
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_whole(folder.nonfinite_log, text.encode())
+        self._steps = sorted({line["step"] for line in kept})
 
     @property
     def count(self) -> int:

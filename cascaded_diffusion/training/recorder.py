@@ -232,15 +232,20 @@ class Recorder:
             return
         last = max(self._checkpoints.steps(), default="none")
         dump = nonfinite.state_path(self._folder, step)
-        if at == step:
-            self._checkpoints.write_apart(dump, state)
-            if self._writer is not None:
-                self._nonfinite.store(step, values, leaves)
+        see = (
+            f"see what the step does by `python -m cascaded_diffusion.main --replay={dump.parent}`"
+        )
+        try:
+            if at == step:
+                self._checkpoints.write_apart(dump, state)
+                if self._writer is not None:
+                    self._nonfinite.store(step, values, leaves)
+        except (UserError, OSError) as e:
+            see = f"its state could not be written ({e})"
         raise UserError(
             f"{too_many}, the last of them step {step} ({what}): training has diverged; none of"
             f" them has changed anything (last checkpoint: {last}); lower"
-            " config.train.learning_rate or config.train.grad_clip_norm, and see what the step"
-            f" does by `python -m cascaded_diffusion.main --replay={dump.parent}`"
+            f" config.train.learning_rate or config.train.grad_clip_norm; {see}"
         )
 
     def _report_compilations(self, step: int) -> None:

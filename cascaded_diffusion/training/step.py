@@ -133,7 +133,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     stored, `low_res` uint8 [B, h, w, C], sharded over the mesh. `metrics` are scalars of the
     global batch, which do not depend on the number of parts, and `grad_squares`, the squared norms
     of the gradients of all parameters (`nonfinite.leaf_names`). If one of them is not finite, the
-    step changes nothing but its number.
+    step changes nothing but its number, by which data, noise and the EMA's warm-up go.
     """
     optimizer = build_optimizer(config)
     parts, params = config.parts, stage.shapes()[0]
@@ -181,12 +181,25 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
         old = {name: getattr(state, name) for name in new}
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
         metrics |= {
-            "learning_rate": jnp.asarray(build_learning_rate(config)(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(
+                build_learning_rate(config)(_updates(state.opt_state)), jnp.float32
+            ),
             "grad_squares": jnp.stack(squares),
         }
         return dataclasses.replace(state, step=state.step + 1, **kept), metrics
 
     return train_step
+
+
+def _updates(opt_state: optax.OptState) -> jax.Array:
+    """How many updates the optimizer has made; steps that were skipped made none."""
+
+    def is_schedule(x: object) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    leaves = jax.tree.leaves(opt_state, is_leaf=is_schedule)
+    (count,) = (leaf.count for leaf in leaves if is_schedule(leaf))
+    return count
 
 
 def make_losses(stage: Stage) -> Callable[[TrainState, dict[str, jax.Array]], jax.Array]:

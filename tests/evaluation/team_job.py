@@ -77,7 +77,8 @@ def main(argv):
         )
         settings = make_settings(section, 0, config.stage, num_steps=[1, 2])
         jobs.sweep_settings(runs, cascade, evaluation, settings, index=0)
-    assert best["step"] == record["step"]
+    # Of the final numbers, process 0 alone returns a record.
+    assert not record or best["step"] == record["step"]
     return 0
 
 

@@ -161,9 +161,8 @@ def test_an_order_that_comes_while_others_prepare_is_not_lost(team, tmp_path):
 @pytest.mark.parametrize(
     ("failure", "error"),
     [
-        ({"kind": "samples", "error": "a sample is not finite"}, ValueError),
-        ({"kind": "checkpoint", "error": "4: cannot be restored"}, UserError),
-        ({"kind": None, "error": "process 1: no space left"}, OSError),
+        ({"samples": True, "error": "a sample is not finite"}, ValueError),
+        ({"samples": False, "error": "process 1: no space left"}, OSError),
     ],
 )
 def test_who_leads_learns_why_another_cannot_go_on(team, tmp_path, failure, error):
@@ -178,17 +177,15 @@ def test_who_leads_learns_why_another_cannot_go_on(team, tmp_path, failure, erro
     assert json.loads((tmp_path / "run/eval/work.json").read_text())["kind"] == "end"
 
 
-def test_orders_are_carried_out_once_and_a_wrong_one_is_said(team, tmp_path, monkeypatch):
+def _orders(team, store, *more):
+    return [{"job": team._job, "number": 1, "kind": "samples", "store": store.number}, *more]
+
+
+def test_orders_are_carried_out_once_until_the_end(team, tmp_path, monkeypatch):
     store, work = _store(tmp_path), pathlib.Path(tmp_path / "run/eval/work.json")
     stale = {"job": team._job + 1, "number": 9, "kind": "samples", "store": store.number}
     write_json(work, stale)
-    orders = iter(
-        [
-            {"job": team._job, "number": 1, "kind": "samples", "store": store.number},
-            {"job": team._job, "number": 2, "kind": "samples", "store": store.number + 1},
-            {"job": team._job, "number": 3, "kind": "end"},
-        ]
-    )
+    orders = iter(_orders(team, store, {"job": team._job, "number": 2, "kind": "end"}))
     monkeypatch.setattr("time.sleep", lambda secs: write_json(work, next(orders)))
     understood = []
 
@@ -197,22 +194,42 @@ def test_orders_are_carried_out_once_and_a_wrong_one_is_said(team, tmp_path, mon
         return Order(store, _make)
 
     team.help(understand)
-    assert understood == [1, 2]
+    assert understood == [1]
     assert store.missing() == [1]  # the other process makes it
-    said = json.loads(store.failed.read_text())
-    assert said == {
-        "kind": None,
-        "error": "process 0: process 0 has other samples to make than process 0",
-    }
 
 
-def test_who_helps_says_what_is_wrong(team, tmp_path):
+def test_other_samples_than_those_of_process_0_end_a_process(team, tmp_path):
     store = _store(tmp_path)
-    record = {"job": team._job, "number": 1, "kind": "samples", "store": store.number}
-    for error, kind in ((ValueError, "samples"), (UserError, "checkpoint"), (OSError, None)):
+    (record,) = _orders(team, store)
+    other = SampleStore(tmp_path / "samples", {"of": "others"}, num_samples=4, batch_size=2)
+    with pytest.raises(UserError, match="other samples to make than process 0, as other check"):
+        team._carry_out(record, lambda record: Order(other, _make))
+
+
+def test_when_who_leads_fails_the_others_do(team, tmp_path):
+    with pytest.raises(RuntimeError), team.leading():
+        raise RuntimeError
+    team._number = 0
+    with pytest.raises(UserError, match="process 0 failed, see what it printed"):
+        team.help(lambda record: None)
+
+
+def test_who_helps_says_what_is_wrong(team, tmp_path, monkeypatch):
+    store = _store(tmp_path)
+    (record,) = _orders(team, store)
+    for error, samples in ((ValueError, True), (UserError, False), (OSError, False)):
 
         def fails(indices, error=error):
             raise error("it is broken")
 
         team._carry_out(record, lambda record, make=fails: Order(store, make))
-        assert json.loads(store.failed.read_text())["kind"] == kind
+        said = json.loads(store.failed.read_text())
+        about = "it is broken" if samples else "process 0: it is broken"
+        assert said == {"samples": samples, "error": about}
+
+    def full(path, value):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("cascaded_diffusion.evaluation.team.write_json", full)
+    with pytest.raises(OSError, match="it is broken"):
+        team._carry_out(record, lambda record: Order(store, fails))

@@ -2,6 +2,7 @@
 
 import queue
 import socket
+import threading
 import time
 
 import pytest
@@ -73,6 +74,20 @@ def test_who_fails_says_why(job):
     said = ("process 1 on host1 failed: config.train.seed = -1: expected more", 2)
     assert ends[0].get(timeout=10) == said
     assert ends[2].get(timeout=10) == said
+
+
+def test_all_wait_for_the_last_to_come_to_its_end(job):
+    watches, ends = job(2)
+    waiting = [threading.Thread(target=watches[i].await_others) for i in (0, 1)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(0.4)
+    assert all(thread.is_alive() for thread in waiting)
+    watches[2].await_others()
+    for thread in waiting:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+    assert all(end.empty() for end in ends)
 
 
 @pytest.mark.parametrize("noise", [b"\n", b"{}\n", b"[1]\n", b"\xff\xfe\n", b"x" * 200_000])

@@ -3,7 +3,8 @@
     python -m tests.training.distributed_job WORKDIR IDS ADDRESS NUM_PROCESSES PROCESS_ID STEPS
 
 trains a stage of one layer and writes which images were at which row of which step to IDS. With
-SLOW_COMPILATION in the environment, compiling the step takes a minute.
+SLOW_COMPILATION in the environment, compiling the step takes a minute; FAILING_PROCESS names one
+that fails in its data after some steps.
 """
 
 import json
@@ -13,7 +14,7 @@ import sys
 import time
 
 from cascaded_diffusion.commands import entry, jax_setup
-from cascaded_diffusion.errors import EXIT_TRY_AGAIN
+from cascaded_diffusion.errors import EXIT_TRY_AGAIN, UserError
 from cascaded_diffusion.runtime.cluster import Cluster
 from cascaded_diffusion.runtime.meeting import meet
 from cascaded_diffusion.runtime.peers import JOB
@@ -59,6 +60,8 @@ def main():
         ):
             # The first pixel of an image, flipped or not, spells its number.
             ids = (batch["image"][:, 0, [0, -1], 0]).tolist()
+            if step > 5 and os.environ.get("FAILING_PROCESS") == index:
+                raise UserError("its disk is gone")
             with path.open("a") as f:
                 f.write(json.dumps([step, ids]) + "\n")
             yield batch

@@ -17,7 +17,7 @@ from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import ROOT
 from tests.xla import NO_OPTIMIZATION
 
-STEPS, DEVICES = 12, 4
+STEPS, DEVICES = 80, 4
 
 
 def _free_address():
@@ -153,6 +153,21 @@ def test_whoever_loses_a_peer_ends_with_one_line_and_the_code_to_run_again(
     assert len(errors) == 1
     assert errors[0].startswith(f"error: {said.format(host=host)}"), text
     assert errors[0].endswith("; the job cannot go on without it; run the same command again")
+    assert "***" not in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_when_one_process_fails_alone_all_end_with_its_error(fails, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAILING_PROCESS", str(fails))
+    job = Job(tmp_path / "run", 2)
+    start = time.monotonic()
+    codes, text = job.wait(60)
+    assert time.monotonic() - start < 40
+    assert codes == [2, 2], text
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    told = f"error: process {fails} on {socket.gethostname()} failed: its disk is gone"
+    assert sorted(errors) == sorted(["error: its disk is gone", told])
     assert "***" not in text
     assert "Traceback" not in text
 
