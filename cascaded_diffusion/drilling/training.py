@@ -176,7 +176,7 @@ def full_disk(bench: Bench, expected: Result) -> Row:
     """Files may not grow beyond a size, as on a full disk; then they may again."""
     row, folder = Row("no room: files end at a limit"), bench.folder("full")
     # What the process prints goes to a file, too, which must have room.
-    for limit in (12_000, 40_000, 120_000):
+    for limit in (12_000, 25_000, 40_000):
 
         def lower(limit: int = limit) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
