@@ -13,7 +13,15 @@ import jax.numpy as jnp
 
 from cascaded_diffusion.cascade.stage import NoisedBatch, Stage
 from cascaded_diffusion.drilling import faults
-from cascaded_diffusion.drilling.bench import STEPS, Bench, Result, Row, curve_of, goes_on
+from cascaded_diffusion.drilling.bench import (
+    SAVE_EVERY,
+    STEPS,
+    Bench,
+    Result,
+    Row,
+    curve_of,
+    goes_on,
+)
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime import manifest
 from cascaded_diffusion.training import step as step_lib
@@ -158,7 +166,8 @@ def resumes_after_damage(bench: Bench, expected: Result) -> Row:
     """A whole training after a bit flipped in its newest checkpoint."""
     row, folder = Row("a run that goes on after such damage"), bench.folder("repaired")
     child = bench.train(folder)
-    child.wait_for(lambda: (folder.checkpoints / f"{STEPS // 2 // 25 * 25}").exists())
+    half = STEPS // 2 // SAVE_EVERY * SAVE_EVERY
+    child.wait_for(lambda: (folder.checkpoints / str(half)).exists())
     child.signal(signal.SIGTERM)
     child.wait()
     newest = max(manifest.finished_steps(folder))

@@ -71,6 +71,7 @@ class PeerWatch:
         end: Callable[[str, int], None] = _end,
     ):
         self._peers, self._timeout_secs, self._end = list(peers), timeout_secs, end
+        self._is_first = all(peer.process_id for peer in self._peers)
         self._leaving, self._closed = threading.Event(), False
         self._finishing, self._done, self._all_done = False, set[int](), threading.Event()
         now = time.monotonic()
@@ -89,22 +90,19 @@ class PeerWatch:
         self._closed = True
         self._leaving.set()
         self._thread.join()
-        if failure is not None and self._is_first():
+        if failure is not None and self._is_first:
             failure = f"process 0 on {socket.gethostname()} failed: {failure}"
         self._tell_all({"left": True} if failure is None else {"failed": failure})
-        if failure is not None and self._is_first():
+        if failure is not None and self._is_first:
             time.sleep(_LAST_SECS)
         for peer in self._peers:
             peer.connection.close()
         self._selector.close()
 
-    def _is_first(self) -> bool:
-        return all(peer.process_id for peer in self._peers)
-
     def await_others(self) -> None:
         """Waits for the others to come to their end, too; they may still fail or be lost."""
         self._finishing = True
-        if not self._is_first():
+        if not self._is_first:
             self._tell_all({"done": True})
         while not self._all_done.wait(_BEAT_SECS):
             if self._leaving.is_set() or not self._peers:
@@ -121,7 +119,7 @@ class PeerWatch:
             for key, _ in self._selector.select(timeout=_BEAT_SECS / 4):
                 self._receive(key.data)
             others = {peer.process_id for peer in self._peers}
-            if self._finishing and self._is_first() and others <= self._done:
+            if self._finishing and self._is_first and others <= self._done:
                 self._finishing = False
                 self._tell_all({"all_done": True})
                 self._all_done.set()
@@ -169,7 +167,7 @@ class PeerWatch:
             if peer.process_id:  # those that process 0 tells know who has failed
                 line = f"{peer.name} failed: {line}"
             self._tell_all({"failed": line})
-            grace = _LAST_SECS if self._is_first() else _GRACE_SECS
+            grace = _LAST_SECS if self._is_first else _GRACE_SECS
             self._forget(peer)
             if not self._leaving.wait(grace):
                 self._end(line, EXIT_BAD_INPUT)
