@@ -156,7 +156,7 @@ def test_what_no_metric_can_be_of_is_refused(tmp_path):
     assert lib.evaluated_labels(np.asarray([0, 10]), 0) is None
     section = cascade_config_from(config_values("mnist_cascade32")).cascade
     with pytest.raises(UserError, match=r"config.cascade.num_samples = 1: expected at least 2"):
-        Sweep(dataclasses.replace(section, num_samples=1), [], None, tmp_path, None)
+        Sweep(dataclasses.replace(section, num_samples=1), [], None, tmp_path, None, None)
     folder = RunFolder(tmp_path)
     folder.write_config(config)
     with pytest.raises(UserError, match="bits/dim of 1 image: expected at least 2"):

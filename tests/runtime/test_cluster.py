@@ -68,11 +68,13 @@ def test_a_metadata_server_of_another_kind_is_refused():
         find_cluster("tpu", {}, metadata=lambda name: "x")
 
 
-def test_evaluation_is_one_process(capsys):
+def test_some_modes_of_evaluation_are_for_one_process(capsys):
     from cascaded_diffusion import evaluate
 
     job = ["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=0"]
-    with pytest.raises(UserError, match="evaluate is one process, not 2"):
+    with pytest.raises(UserError, match="`evaluate bits_per_dim` is one process, not 2: start it"):
+        evaluate.main(["prog", "bits_per_dim", "--bits_per_dim=test", "--workdir=nowhere", *job])
+    with pytest.raises(UserError, match="no run there"):
         evaluate.main(["prog", "--workdir=nowhere", *job])
     with pytest.raises(UserError, match="no run there"):
         evaluate.main(["prog", "--workdir=nowhere", "--distributed=none"])
