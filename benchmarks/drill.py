@@ -12,9 +12,13 @@ import subprocess
 import sys
 import tempfile
 
-import machine
-
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+import machine  # noqa: E402
+
+from cascaded_diffusion.drilling.bench import Row, table  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -35,18 +39,10 @@ def main() -> int:
     asked = f"python benchmarks/drill.py --kills={flags.kills} --write"
     about = {"command": asked, "machine": measured}
     (RESULTS / "drill.json").write_text(json.dumps({**about, **found}, indent=2) + "\n")
-    rows = [
-        f"| {row['what']} | {row['tries']} | {row['silent']} | {row['repairs']} |"
-        f" {'' if row['redone'] is None else row['redone']} |"
-        f" {'' if row['secs'] is None else format(row['secs'], '.1f')} |"
-        for row in found["rows"]
-    ]
     lines = [
         "# The drill",
         "",
-        "| fault | tries | silent errors | repairs | steps redone | s to end |",
-        "|---|---|---|---|---|---|",
-        *rows,
+        table([Row(**row) for row in found["rows"]]),
         "",
         "Trainings of 150 steps with a checkpoint every 25, a step of a few milliseconds: a save",
         "that is under way when the process is killed is lost, and with it up to 25 steps more.",

@@ -18,13 +18,6 @@ class UserError(Exception):
     """
 
 
-class SingleProcessError(UserError):
-    """An error of one process of several, in a place where the others cannot be asked.
-
-    They are in a step. `runtime.peers` tells them, and they end.
-    """
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether XLA says that a device's memory does not suffice."""
     # By name, since JAX is not imported yet when flags are refused.

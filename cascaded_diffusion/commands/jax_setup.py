@@ -15,7 +15,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from cascaded_diffusion.commands.interrupts import INTERRUPTS
-from cascaded_diffusion.errors import SingleProcessError, UserError
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.cluster import Cluster
 from cascaded_diffusion.runtime.peers import JOB
 from cascaded_diffusion.runtime.signals import START_SIGNALS
@@ -115,7 +115,7 @@ def set_up_jax(cluster: Cluster | None = None, *, platform: str | None = None) -
         asked = jax.config.jax_platforms or ""
         reason = (str(e).splitlines() or ["JAX finds no such device"])[0].strip()
         error = f"JAX_PLATFORMS={asked}: {reason}; here there is {_platforms_here(jax)}"
-        raise (UserError if cluster is None else SingleProcessError)(error) from e
+        raise UserError(error) from e
     if backend == "cpu":
         _keep_freed_memory()
     INTERRUPTS.at_once = False

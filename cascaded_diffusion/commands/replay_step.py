@@ -11,7 +11,7 @@ from cascaded_diffusion.files.json_files import read_record
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import nonfinite
-from cascaded_diffusion.training.replay import is_finite, replay
+from cascaded_diffusion.training.replay import replay
 
 
 def replay_step(path: pathlib.Path, data_path: str | None) -> int:
@@ -37,7 +37,7 @@ def replay_step(path: pathlib.Path, data_path: str | None) -> int:
         batches.close()
     found = replay(given.config, folder, step, records, mesh=given.mesh)
     name = given.config.stage.name
-    if is_finite(found):
+    if nonfinite.are_finite(found.values):
         print(f"{name}: step {step} is finite here: {found.values}")
     else:
         print(f"{name}: step {step} again: {nonfinite.described(found.values, found.leaves)}")

@@ -13,7 +13,7 @@ from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.data.loader import Stream, build_stream, iterate
 from cascaded_diffusion.data.records import Source
 from cascaded_diffusion.data.sources import load_splits, spread_examples
-from cascaded_diffusion.errors import SingleProcessError, UserError, is_out_of_memory
+from cascaded_diffusion.errors import UserError, is_out_of_memory
 from cascaded_diffusion.planning import fit
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_data import RunData
@@ -92,8 +92,7 @@ def train_stage(
             raise
         about = fit.out_of_memory(given.placed, jax.device_count(), given.memory_bytes)
         line = f"out of memory ({str(e).splitlines()[0]}): {about}"
-        # Other processes are in the middle of a step and cannot be told.
-        raise (UserError if jax.process_count() == 1 else SingleProcessError)(line) from e
+        raise UserError(line) from e
 
 
 def prepared(config: RunConfig, data_path: str | None) -> Prepared:

@@ -4,11 +4,12 @@ import dataclasses
 import pathlib
 import random
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from cascaded_diffusion.drilling import faults
-from cascaded_diffusion.drilling.children import Child
+from cascaded_diffusion.drilling.children import Child, Ended
 from cascaded_diffusion.drilling.faults import Point
 from cascaded_diffusion.runtime.checkpoint import state_digest
 from cascaded_diffusion.runtime.run_folder import RunFolder
@@ -28,8 +29,6 @@ _FLAGS = {
     "checkpoint.save_every_steps": SAVE_EVERY,
     "checkpoint.max_to_keep": 3,
 }
-# What a run's command says if it is run again after it was stopped.
-_GOES_ON = (0, 75)
 
 
 @dataclasses.dataclass
@@ -43,6 +42,11 @@ class Row:
     redone: int | None = None  # the most steps that were done again
     secs: float | None = None  # the longest time from the fault to the end of the process
     notes: list[str] = dataclasses.field(default_factory=list)
+
+    def needs_repair(self, ended: Ended) -> None:
+        """Notes that a process has ended as it should not."""
+        self.repairs += 1
+        self.notes.append(f"code {ended.code}: {ended.text[-300:]}")
 
     def took(self, secs: float) -> None:
         """Notes how long a process took to end."""
@@ -78,11 +82,15 @@ class Bench:
         """A copy of a run folder."""
         return RunFolder(shutil.copytree(folder.path, self.root / name))
 
-    def flags(self, folder: RunFolder, **changes: object) -> list[str]:
-        """The flags of `main` for a run; `changes` of the config, with __ in place of dots."""
-        values = {**_FLAGS, **{key.replace("__", "."): value for key, value in changes.items()}}
-        given = [f"--config.{key}={value}" for key, value in values.items()]
-        return [f"--config={self._config}", f"--workdir={folder.path}", *given]
+    @property
+    def config_flags(self) -> list[str]:
+        """The config, as flags."""
+        given = [f"--config.{key}={value}" for key, value in _FLAGS.items()]
+        return [f"--config={self._config}", *given]
+
+    def flags(self, folder: RunFolder) -> list[str]:
+        """The flags of `main` for a run."""
+        return [*self.config_flags, f"--workdir={folder.path}"]
 
     def start(
         self,
@@ -107,9 +115,42 @@ class Bench:
 
         return Child(binary, argv, log, prepare)
 
-    def train(self, folder: RunFolder, **changes: object) -> Child:
+    def train(self, folder: RunFolder) -> Child:
         """Starts a training without faults."""
-        return self.start("main", self.flags(folder, **changes))
+        return self.start("main", self.flags(folder))
+
+    def kill_at_points(
+        self,
+        row: Row,
+        binary: str,
+        points: Sequence[Point],
+        make: Callable[[int], tuple[Sequence[str], pathlib.Path]],
+        check: Callable[[Ended, pathlib.Path], None],
+        after_kill: Callable[[pathlib.Path], None] = lambda root: None,
+    ) -> None:
+        """Kills a binary at every point, in one folder as long as points can be reached there.
+
+        `make` gives the flags of a fresh try, by its number, and the folder below which its files
+        are. `check` is given the end of each try that went to its end.
+        """
+        left, number = list(points), 0
+        while left:
+            number += 1
+            (argv, root), reached = make(number), 0
+            while left:
+                ended = self.start(binary, argv, root=root, kill_at=left[0]).wait()
+                if ended.code != -signal.SIGKILL:
+                    break
+                row.tries, reached = row.tries + 1, reached + 1
+                after_kill(root)
+                left.pop(0)
+            else:
+                ended = self.start(binary, argv).wait()
+            if left and not reached:  # not even by a try of its own
+                row.notes.append(f"not reached: {left.pop(0)}")
+            check(ended, root)
+            shutil.rmtree(root)
+            self.say(f"{binary}: {row.tries} of {len(points)} points")
 
     def digest(self, folder: RunFolder, steps: int = STEPS) -> str:
         """`state_digest` of the last checkpoint, by a process that may touch a device."""
@@ -129,19 +170,18 @@ class Bench:
         """What a training has come to."""
         return Result(curve_of(folder), self.digest(folder, steps))
 
-    def check_finish(
-        self, row: Row, folder: RunFolder, expected: Result, **changes: object
-    ) -> None:
+    def check_finish(self, row: Row, folder: RunFolder, expected: Result) -> None:
         """Runs the same command to its end, and compares the result."""
-        self.check_ended(row, self.train(folder, **changes), folder, expected)
+        self.check_ended(row, self.train(folder), folder, expected)
 
-    def check_ended(self, row: Row, child: Child, folder: RunFolder, expected: Result) -> None:
-        """Compares the result of a training that goes to its end."""
+    def check_ended(
+        self, row: Row, child: Child | Ended, folder: RunFolder, expected: Result
+    ) -> None:
+        """Compares the result of a training that goes to its end, or has gone there."""
         steps = max(expected.curve)
-        ended = child.wait()
+        ended = child if isinstance(child, Ended) else child.wait()
         if ended.code != 0:
-            row.repairs += 1
-            row.notes.append(f"code {ended.code}: {ended.text[-300:]}")
+            row.needs_repair(ended)
         elif self.result(folder, steps) != expected:
             row.silent += 1
             row.notes.append(f"{folder.path} is not what an undisturbed run gives")
@@ -153,11 +193,6 @@ class Bench:
             (int(p.parent.name) for p in folder.checkpoints.glob("*/manifest.json")), default=0
         )
         row.redone = max(row.redone or 0, logged - saved)
-
-
-def goes_on(code: int) -> bool:
-    """Whether a process has ended well, or is to be run again."""
-    return code in _GOES_ON
 
 
 def table(rows: Sequence[Row]) -> str:

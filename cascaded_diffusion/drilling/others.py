@@ -1,15 +1,16 @@
 """Drills of what comes before and after training: preparing data, scoring, sampling."""
 
-import hashlib
 import json
 import pathlib
 import shutil
-import signal
 from collections.abc import Callable, Sequence
 
 from cascaded_diffusion.drilling import faults
 from cascaded_diffusion.drilling.bench import Bench, Row
+from cascaded_diffusion.drilling.children import Ended
 from cascaded_diffusion.files.json_files import read_lines
+from cascaded_diffusion.files.npz_archive import read_arrays
+from cascaded_diffusion.files.whole import sha256_of, sha256_of_arrays
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 _SCORE = ("step", "ema_decay", "metric", "value")
@@ -31,30 +32,17 @@ def _killed_everywhere(
     ended = bench.start(binary, argv, root=root, seen=seen).wait()
     if ended.code != 0:
         raise RuntimeError(f"an undisturbed {binary} failed:\n{ended.text}")
-    expected, left, number = outcome(root), faults.read_points(seen), 0
-    total = len(left)
-    while left:
-        number += 1
-        argv, root = make(f"killed_{number}")
-        reached = 0
-        while left:
-            ended = bench.start(binary, argv, root=root, kill_at=left[0]).wait()
-            if ended.code != -signal.SIGKILL:
-                break
-            row.tries, reached = row.tries + 1, reached + 1
-            left.pop(0)
-        else:
-            ended = bench.start(binary, argv).wait()
-        if left and not reached:
-            row.notes.append(f"not reached: {left.pop(0)}")
+    expected = outcome(root)
+
+    def check(ended: Ended, root: pathlib.Path) -> None:
         if ended.code != 0:
-            row.repairs += 1
-            row.notes.append(f"code {ended.code}: {ended.text[-300:]}")
+            row.needs_repair(ended)
         elif outcome(root) != expected:
             row.silent += 1
             row.notes.append(f"{root} is not what an undisturbed {binary} gives")
-        shutil.rmtree(root)
-        bench.say(f"{binary}: {row.tries} of {total} points")
+
+    points = faults.read_points(seen)
+    bench.kill_at_points(row, binary, points, lambda number: make(f"killed_{number}"), check)
     return row
 
 
@@ -64,16 +52,11 @@ def prepared_shards(bench: Bench) -> Row:
     def make(name: str) -> tuple[list[str], pathlib.Path]:
         root = bench.root / f"prepared_{name}"
         root.mkdir()
-        flags = bench.flags(RunFolder(root))
-        flags = [flag for flag in flags if not flag.startswith("--workdir=")]
-        return [*flags, f"--config.data.prepared_dir={root}", "--workers=1"], root
+        return [*bench.config_flags, f"--config.data.prepared_dir={root}", "--workers=1"], root
 
     def outcome(root: pathlib.Path) -> dict[str, str]:
         files = (p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
-        return {
-            p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in files
-        }
+        return {p.relative_to(root).as_posix(): sha256_of(p) for p in files}
 
     row = Row("prepare, killed at every point where a file appears")
     return _killed_everywhere(bench, row, "prepare", make, outcome)
@@ -106,9 +89,6 @@ def scores(bench: Bench) -> list[Row]:
         return [f"--workdir={folder.path}", "--per_class=1"], folder.path
 
     def samples(root: pathlib.Path) -> str:
-        from cascaded_diffusion.files.npz_archive import read_arrays
-        from cascaded_diffusion.files.whole import sha256_of_arrays
-
         (path,) = root.rglob("samples.npz")
         return sha256_of_arrays(read_arrays(path))
 

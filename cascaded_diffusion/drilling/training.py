@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from cascaded_diffusion.cascade.stage import NoisedBatch, Stage
+from cascaded_diffusion.commands.interrupts import EXIT_INTERRUPTED
 from cascaded_diffusion.drilling import faults
 from cascaded_diffusion.drilling.bench import (
     SAVE_EVERY,
@@ -20,10 +21,12 @@ from cascaded_diffusion.drilling.bench import (
     Result,
     Row,
     curve_of,
-    goes_on,
 )
+from cascaded_diffusion.drilling.children import Ended
+from cascaded_diffusion.errors import EXIT_TRY_AGAIN
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime import manifest
+from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.training.step import TrainState
 
@@ -62,27 +65,19 @@ def random_kills(bench: Bench, expected: Result, secs: float, kills: int, deadli
 
 def kills_at_points(bench: Bench, expected: Result, points: list[faults.Point]) -> Row:
     """SIGKILL at every point, one run after the other as long as its points can be reached."""
-    row, left, number = Row("SIGKILL at every point where a file appears"), list(points), 0
-    unreached: list[faults.Point] = []
-    while left:
-        number += 1
-        folder, reached = bench.folder(f"points_{number}"), 0
-        while left:
-            child = bench.start("main", bench.flags(folder), root=folder.path, kill_at=left[0])
-            ended = child.wait()
-            if ended.code != -signal.SIGKILL:
-                break
-            row.tries, reached = row.tries + 1, reached + 1
-            bench.note_redone(row, folder)
-            left.pop(0)
-        if left and not reached:  # not even by a run of its own
-            unreached.append(left.pop(0))
-        if not left:
-            child = bench.train(folder)
-        bench.check_ended(row, child, folder, expected)
-        shutil.rmtree(folder.path)
-        bench.say(f"{row.tries} of {len(points)} points")
-    row.notes += [f"not reached: {point}" for point in unreached]
+    row = Row("SIGKILL at every point where a file appears")
+
+    def make(number: int) -> tuple[list[str], pathlib.Path]:
+        folder = bench.folder(f"points_{number}")
+        return bench.flags(folder), folder.path
+
+    def check(ended: Ended, root: pathlib.Path) -> None:
+        bench.check_ended(row, ended, RunFolder(root), expected)
+
+    def after_kill(root: pathlib.Path) -> None:
+        bench.note_redone(row, RunFolder(root))
+
+    bench.kill_at_points(row, "main", points, make, check, after_kill)
     return row
 
 
@@ -101,9 +96,8 @@ def signals(bench: Bench, expected: Result, secs: float, number: int, tries: int
         if ended.code == 0:
             bench.check_ended(row, child, folder, expected)
             shutil.rmtree(folder.path)
-        elif not goes_on(ended.code) and ended.code not in (130, -number):
-            row.repairs += 1
-            row.notes.append(f"code {ended.code}: {ended.text[-300:]}")
+        elif ended.code not in (EXIT_TRY_AGAIN, EXIT_INTERRUPTED, -number):
+            row.needs_repair(ended)
     bench.check_finish(row, folder, expected)
     return row
 
@@ -198,8 +192,7 @@ def full_disk(bench: Bench, expected: Result) -> Row:
         row.took(time.monotonic() - start)
         errors = [line for line in ended.text.splitlines() if line.startswith("error: ")]
         if ended.code != 2 or len(errors) != 1 or "Traceback" in ended.text:
-            row.repairs += 1
-            row.notes.append(f"limit {limit}: code {ended.code}: {ended.text[-300:]}")
+            row.needs_repair(ended)
     bench.check_finish(row, folder, expected)
     return row
 
@@ -240,8 +233,7 @@ def bad_step(bench: Bench) -> Row:
     row.tries += 1
     steps = [line["step"] for line in read_lines(folder.nonfinite_log)]
     if ended.code != 0:
-        row.repairs += 1
-        row.notes.append(f"code {ended.code}: {ended.text[-300:]}")
+        row.needs_repair(ended)
     elif steps != [at] or "is not finite and was skipped" not in ended.text:
         row.silent += 1
         row.notes.append(f"recorded {steps}, expected {[at]}")

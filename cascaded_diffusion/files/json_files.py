@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
 from cascaded_diffusion.errors import UserError
@@ -66,6 +66,11 @@ def append_line(path: pathlib.Path, record: Mapping[str, object]) -> None:
         f.write(json.dumps(record).encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
+
+
+def write_lines(path: pathlib.Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Writes a file of one JSON object per line whole."""
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def read_lines(

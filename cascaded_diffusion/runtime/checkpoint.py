@@ -250,12 +250,17 @@ class CheckpointWriter:
         not be those of the saved state.
         """
         args = ocp.args.Composite(**{_ITEM: _restore_args(abstract_state)})
-        try:
+        with _restoring(self._folder.checkpoints / str(step)):
             stored = self._manager.restore(step, args=args)[_ITEM]
-        except Exception as e:
-            path = self._folder.checkpoints / str(step)
-            raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
         return _with_keys(stored, abstract_state)
+
+
+@contextlib.contextmanager
+def _restoring(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
 
 
 def read_apart(path: pathlib.Path, abstract_state: Tree) -> Tree:
@@ -263,11 +268,8 @@ def read_apart(path: pathlib.Path, abstract_state: Tree) -> Tree:
 
     `abstract_state` is as for `CheckpointWriter.restore`.
     """
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            stored = reader.restore(path.absolute(), args=_restore_args(abstract_state))
-    except Exception as e:
-        raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
+    with _restoring(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        stored = reader.restore(path.absolute(), args=_restore_args(abstract_state))
     return _with_keys(stored, abstract_state)
 
 
@@ -311,17 +313,15 @@ def load_ema_params(folder: RunFolder, step: int, ema_decay: float, shapes: Para
     problem = manifest.damage(path) if path.is_dir() else "it is not there"
     if problem is not None:
         raise UserError(f"{path}: not an intact checkpoint ({problem})")
-    try:
-        # The other processes of a job may read something else meanwhile.
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=jax.process_index(), active_processes={jax.process_index()}
-        )
+    # The other processes of a job may read something else meanwhile.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    # It may be intact but of another stage, or a trainer deletes it meanwhile.
+    with _restoring(path):
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             restored = checkpointer.restore((path / _ITEM).absolute(), args=args)
-    except Exception as e:
-        # It is intact but of another stage, or a trainer has deleted it meanwhile.
-        raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
     params = restored["ema_params"][name]
     # A partial restore does not report what the checkpoint lacks.
     if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(params)):

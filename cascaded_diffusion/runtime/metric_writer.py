@@ -1,7 +1,6 @@
 """What a run logs: metrics.jsonl, TensorBoard, the table of parameters. The only home of clu."""
 
 import contextlib
-import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -11,8 +10,7 @@ from clu import parameter_overview
 from tensorboardX import SummaryWriter
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.json_files import Record, append_line
-from cascaded_diffusion.files.whole import write_whole
+from cascaded_diffusion.files.json_files import Record, append_line, write_lines
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
 
@@ -36,7 +34,7 @@ class MetricWriter:
         if folder.metrics_path.exists():
             lines = folder.metrics(say=print)
             kept = [record for record in lines if record["step"] <= resume_step]
-            write_whole(folder.metrics_path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+            write_lines(folder.metrics_path, kept)
         before = set(threading.enumerate())
         self._tensorboard = SummaryWriter(
             str(folder.path), purge_step=resume_step + 1, max_queue=_MAX_QUEUE

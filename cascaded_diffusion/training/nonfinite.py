@@ -5,7 +5,6 @@ line of RUN/nonfinite.jsonl. When training ends because of them, RUN/nonfinite/S
 before that step, with which `main --replay` does it again.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +13,13 @@ import jax
 import numpy as np
 
 from cascaded_diffusion.config.schema import TrainConfig
-from cascaded_diffusion.files.json_files import Record, append_line, read_lines, write_json
-from cascaded_diffusion.files.whole import write_whole
+from cascaded_diffusion.files.json_files import (
+    Record,
+    append_line,
+    read_lines,
+    write_json,
+    write_lines,
+)
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
 
@@ -28,6 +32,11 @@ def leaf_names(params: Params) -> list[str]:
     """The names of parameters in the order in which `grad_squares` has them."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+def are_finite(values: Mapping[str, float]) -> bool:
+    """Whether nothing is wrong with a step of these metrics."""
+    return all(map(math.isfinite, values.values()))
 
 
 def bad_leaves(names: Sequence[str], grad_squares: np.ndarray) -> list[str]:
@@ -64,8 +73,7 @@ class NonFiniteSteps:
         lines = read_lines(folder.nonfinite_log, {"step": int})
         kept = [line for line in lines if line["step"] <= first_step]
         if writes and len(kept) < len(lines):  # those steps are done again
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_whole(folder.nonfinite_log, text.encode())
+            write_lines(folder.nonfinite_log, kept)
         self._steps = sorted({line["step"] for line in kept})
 
     @property

@@ -1,6 +1,5 @@
 """What training shows and keeps of its steps: metrics, rates, sample grids, checkpoints."""
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from cascaded_diffusion.cascade.cascade import keys_for
 from cascaded_diffusion.cascade.pixels import float_from_uint8, uint8_from_float
 from cascaded_diffusion.cascade.stage import Stage
 from cascaded_diffusion.config.schema import RunConfig, ema_name
-from cascaded_diffusion.errors import SingleProcessError, UserError
+from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import monitor, pictures
 from cascaded_diffusion.runtime.accelerators import accelerator_of
@@ -33,17 +32,6 @@ GRID_ROWS, GRID_COLUMNS = 4, 10
 
 # A compilation is reported after this many steps, and if it takes more than this many seconds.
 _FIRST_STEPS, _REPORTED_COMPILE_SECS = 3, 1.0
-
-
-@contextlib.contextmanager
-def _one_process() -> Iterator[None]:
-    # The other processes are in the middle of a step and cannot be told of an error.
-    try:
-        yield
-    except (UserError, OSError) as e:
-        if jax.process_count() == 1:
-            raise
-        raise SingleProcessError(str(e)) from e
 
 
 class GridSampler:
@@ -134,8 +122,7 @@ class Recorder:
     def next_of(self, batches: Iterator[dict[str, jax.Array]]) -> dict[str, jax.Array]:
         """The next batch. Measures how long it is waited for."""
         start = time.monotonic()
-        with _one_process():
-            records = next(batches)
+        records = next(batches)
         self._clock.data_waited(time.monotonic() - start)
         return records
 
@@ -167,8 +154,7 @@ class Recorder:
                 ema = ema_name(self._config.eval.ema_decays[0])
                 grid = self._make_grid(state.ema_params[ema])
                 if self._writer is not None:
-                    with _one_process():
-                        self._writer.write_image(step, "ema_samples", grid)
+                    self._writer.write_image(step, "ema_samples", grid)
         self._compiles.take()  # saving and sampling compile once
 
     def finish(self, step: int, state: TrainState) -> None:
@@ -186,7 +172,7 @@ class Recorder:
         metrics = jax.device_get(metrics)
         squares = metrics.pop("grad_squares")
         values = {name: float(value) for name, value in metrics.items()}
-        if not all(map(math.isfinite, values.values())):
+        if not nonfinite.are_finite(values):
             self._tolerate(step, values, squares)
         if step == self._first_step + 1 and (secs := monitor.secs_since_start()) is not None:
             name = self._config.stage.name
@@ -201,8 +187,7 @@ class Recorder:
             if self._nonfinite.count:
                 counts["nonfinite_steps"] = self._nonfinite.count
             finite = {name: x for name, x in values.items() if math.isfinite(x)}
-            with _one_process():
-                self._writer.write_scalars(step, {**finite, **speed, **counts})
+            self._writer.write_scalars(step, {**finite, **speed, **counts})
         details = {"skipped_records": str(num_skipped)} if num_skipped else {}
         if "model_flops_utilization" in speed:
             details["mfu"] = f"{100 * speed['model_flops_utilization']:.0f} %"
@@ -222,8 +207,7 @@ class Recorder:
         if hasattr(self._local_batches, "records_of"):
             records = self._local_batches.records_of(step - 1, self._config.train.batch_size)
         what = nonfinite.described(values, leaves)
-        with _one_process():
-            too_many = self._nonfinite.add(step, values, leaves, records)
+        too_many = self._nonfinite.add(step, values, leaves, records)
         if too_many is None:
             self.say(
                 f"step {step} is not finite and was skipped ({what}); the records of its batch are"

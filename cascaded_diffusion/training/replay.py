@@ -1,7 +1,6 @@
 """Does a step again that was not finite, and says which of its rows and gradients are not."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +50,3 @@ def replay(
         leaves=nonfinite.bad_leaves(nonfinite.leaf_names(state.params), squares),
         rows=np.flatnonzero(~np.isfinite(losses)).tolist(),
     )
-
-
-def is_finite(replayed: Replayed) -> bool:
-    """Whether nothing is wrong with the step as it was done again."""
-    return all(map(math.isfinite, replayed.values.values()))

@@ -12,17 +12,16 @@ import jax
 import numpy as np
 import pytest
 
-from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.evaluation.team import Order, Team, features_in, with_features
 from cascaded_diffusion.files.json_files import read_lines, write_json
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.runtime.run_folder import RunFolder
-from cascaded_diffusion.training import loop
 from tests.evaluation.stubs import Extractor
-from tests.tiny import ROOT, random_source, smallest_base, two_devices
+from tests.tiny import ROOT, smallest_base
 from tests.training.test_distributed import _free_address
+from tests.training.test_training import _train
 from tests.xla import NO_OPTIMIZATION
 
 CONFIG = smallest_base(
@@ -39,17 +38,7 @@ CONFIG = smallest_base(
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, one_layer):
     folder = RunFolder(tmp_path_factory.mktemp("team") / "runs" / "base16")
-    source = random_source(64)
-    stream = build_stream(source, CONFIG.data, global_batch_size=CONFIG.train.batch_size)
-    raw = source.raw
-    loop.train(
-        CONFIG,
-        folder,
-        lambda start: iterate(stream, source, CONFIG.data, start_step=start),
-        image_shape=source.image_shape,
-        grid_examples={"image": raw.images[:40], "label": raw.labels[:40]},
-        mesh=two_devices(),
-    )
+    _train(CONFIG, folder.path)
     return folder
 
 
