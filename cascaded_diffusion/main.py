@@ -43,6 +43,7 @@ from cascaded_diffusion.commands.overrides import overrides_in
 from cascaded_diffusion.config.resume_checks import check_resume
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.errors import EXIT_TRY_AGAIN, UserError
+from cascaded_diffusion.files.bucket import path_of
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
@@ -91,7 +92,7 @@ def _replay(fv: flags.FlagValues, argv: Sequence[str]) -> int:
     jax_setup.set_up_jax()
     from cascaded_diffusion.commands.replay_step import replay_step
 
-    return replay_step(pathlib.Path(fv.replay), fv.data_path)
+    return replay_step(path_of(fv.replay), fv.data_path)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ nothing. With --serve no file is written: the page is shown on this machine alon
 http://127.0.0.1:8080 or --port, and follows the runs while they train, until Ctrl-C.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
 
 from cascaded_diffusion.commands import config_flags, entry, flag_checks
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import BucketPath, path_of
 from cascaded_diffusion.files.paths import check_writable
 from cascaded_diffusion.reporting.serve import make_server
 
@@ -34,13 +34,16 @@ def main(argv: Sequence[str]) -> int:
     if fv.serve and fv.output:
         raise UserError(f"--output={fv.output}: --serve writes no file; leave one of them out")
     flag_checks.check_paths(fv, "workdir", "output")
-    root = pathlib.Path(fv.workdir)
-    output = pathlib.Path(fv.output) if fv.output else root / "report.html"
+    root = path_of(fv.workdir)
+    output = path_of(fv.output) if fv.output else root / "report.html"
     # It draws plots, which the other binaries do without.
     from cascaded_diffusion.reporting.report import report_of, runs_in, write_report
 
     runs = runs_in(root)
     if fv.serve:
+        if isinstance(root, BucketPath):
+            problem = "--serve follows files on this machine; without it the page is written"
+            raise UserError(f"--workdir={root}: {problem}")
         with make_server(root, lambda: report_of(root, runs_in(root)), fv.port) as server:
             print(f"http://127.0.0.1:{server.server_port}, until Ctrl-C", flush=True)
             server.serve_forever()

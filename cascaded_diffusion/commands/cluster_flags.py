@@ -10,6 +10,7 @@ from absl import flags
 from cascaded_diffusion.config.convert import flattened
 from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, to_dict
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import path_of
 from cascaded_diffusion.runtime.cluster import MODES, Cluster, find_cluster
 from cascaded_diffusion.runtime.meeting import meet
 from cascaded_diffusion.runtime.peers import JOB
@@ -47,7 +48,7 @@ def join_cluster(
         facts = {**flattened(to_dict(config), "config."), **_versions(), "our code": _code_digest()}
         for name in folders:
             given = fv[name].value
-            facts[f"--{name}"] = None if given is None else str(pathlib.Path(given).resolve())
+            facts[f"--{name}"] = None if given is None else str(path_of(given).resolve())
         peers = meet(cluster, facts, timeout_secs=fv.coordinator_timeout_secs)
         JOB.watch(peers, timeout_secs=fv.peer_timeout_secs)
     return cluster

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,6 +22,7 @@ from cascaded_diffusion.data.loader import Batches, build_stream, iterate
 from cascaded_diffusion.data.records import Source
 from cascaded_diffusion.data.sized import class_counts, measure_parts
 from cascaded_diffusion.data.sources import load_splits
+from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.paths import printable
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.progress import Progress
@@ -35,7 +35,7 @@ _MAX_LABELS_READ = 10_000
 
 
 def report_data(
-    config: RunConfig, split: str, *, picture: pathlib.Path, num_images: int, loader_secs: float
+    config: RunConfig, split: str, *, picture: AnyPath, num_images: int, loader_secs: float
 ) -> None:
     """Writes the PNG `picture` of the first batches, and prints class counts and images/s.
 

@@ -5,7 +5,7 @@ from typing import TypeVar
 from absl import flags
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.paths import check_local_path
+from cascaded_diffusion.files.paths import check_path
 
 # No flag needs a larger number; most have tighter bounds.
 _MAX_NUMBER = 10**9
@@ -19,12 +19,12 @@ def check_number(flag: str, value: object) -> None:
 
 
 def check_paths(fv: flags.FlagValues, *names: str) -> None:
-    """Checks the paths given with these flags, if any; see `check_local_path`."""
+    """Checks the paths given with these flags, if any; see `check_path`."""
     for name in names:
         value = fv[name].value
         for path in value if isinstance(value, list) else [value]:
             if path is not None:
-                check_local_path(path, f"--{name}")
+                check_path(path, f"--{name}")
 
 
 def require(fv: flags.FlagValues, *names: str) -> None:

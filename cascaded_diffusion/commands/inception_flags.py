@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from absl import flags
 import cascaded_diffusion as library
 from cascaded_diffusion.commands.flag_checks import check_paths
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import path_of
 
 if TYPE_CHECKING:
     from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
@@ -29,7 +29,7 @@ def check_inception(fv: flags.FlagValues) -> None:
     """Raises UserError if --inception_weights was given and no file is there."""
     check_paths(fv, "inception_weights")
     weights = fv.inception_weights
-    if weights is not None and not pathlib.Path(weights).is_file():
+    if weights is not None and not path_of(weights).is_file():
         raise UserError(
             f"--inception_weights={weights}: no such file; without this flag the cached weights are"
             " used, or downloaded"

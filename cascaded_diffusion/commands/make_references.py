@@ -1,6 +1,5 @@
 """The two forms of `reference`: for a run, and for images."""
 
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -15,6 +14,7 @@ from cascaded_diffusion.commands.run_images import real_splits
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import open_images
+from cascaded_diffusion.files.bucket import path_of
 from cascaded_diffusion.files.paths import check_writable
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -44,7 +44,7 @@ def references_of_run(fv: flags.FlagValues, argv: Sequence[str]) -> None:
 def reference_of_images(fv: flags.FlagValues) -> None:
     """Makes the reference of a file or folder. Raises UserError for bad input."""
     require(fv, "output")
-    output = pathlib.Path(fv.output)
+    output = path_of(fv.output)
     if output.suffix != ".npz" or output.is_dir():
         raise UserError(f"--output={output}: expected a name that ends with .npz, of a file")
     check_writable(output.parent, "output")

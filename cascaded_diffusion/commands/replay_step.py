@@ -1,12 +1,11 @@
 """`main --replay`: a step that ended a training, done again."""
 
-import pathlib
-
 import numpy as np
 
 from cascaded_diffusion.commands.train_stage import prepared
 from cascaded_diffusion.data.loader import iterate
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.json_files import read_record
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_folder import RunFolder
@@ -14,7 +13,7 @@ from cascaded_diffusion.training import nonfinite
 from cascaded_diffusion.training.replay import replay
 
 
-def replay_step(path: pathlib.Path, data_path: str | None) -> int:
+def replay_step(path: AnyPath, data_path: str | None) -> int:
     """Does the step of RUN/nonfinite/STEP again, and prints what it gives.
 
     Returns 0 if it gives what was recorded, else 1. Raises UserError if it cannot be done again.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
 from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.data.records import DataMissing, Source
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import path_of
 from cascaded_diffusion.runtime.run_data import RunData, check_run_data, trained_classes
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -44,7 +44,7 @@ def with_absolute_paths(config: RunConfig, data_path: str | None = None) -> RunC
         )
     path = data.path if data_path is None else data_path
     paths = {"path": path, "prepared_dir": data.prepared_dir}
-    absolute = {key: os.path.abspath(x) for key, x in paths.items() if x is not None}
+    absolute = {key: str(path_of(x).absolute()) for key, x in paths.items() if x is not None}
     return dataclasses.replace(config, data=dataclasses.replace(data, **absolute))
 
 

@@ -1,7 +1,6 @@
 """The flags of `sample`, and the request that they make up."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +21,9 @@ from cascaded_diffusion.evaluation.samples.sample_request import (
     stage_as_cascade,
 )
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, check_labels
+from cascaded_diffusion.files.bucket import path_of
+from cascaded_diffusion.files.paths import check_local_path
+from cascaded_diffusion.files.whole import files_below
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 
 
@@ -54,7 +56,9 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> SampleRequest:
 
     Raises UserError if flags do not go together, or something is missing.
     """
-    check_paths(fv, "workdir", "output", "low_res", "data_path")
+    check_paths(fv, "workdir", "output", "data_path")
+    if fv.low_res is not None:
+        check_local_path(fv.low_res, "--low_res")
     enlarging = fv.low_res is not None
     if enlarging and fv.per_class is not None:
         raise UserError(
@@ -102,7 +106,7 @@ def read_request(fv: flags.FlagValues, argv: Sequence[str]) -> SampleRequest:
         class_names=class_names,
         chosen=chosen,
         low_res=low_res,
-        output=RunFolder(fv.output or pathlib.Path(fv.workdir, name), flag="output"),
+        output=RunFolder(fv.output or path_of(fv.workdir) / name, flag="output"),
         png_paths=(png_names or [f"{i:06d}.png" for i in range(count)]) if fv.png else [],
     )
     _check_output(request)
@@ -113,7 +117,7 @@ def _check_output(request: SampleRequest) -> None:
     """Raises UserError if the output cannot be written, or images that are there are in its way."""
     output = request.output.path
     if request.low_res is not None:
-        given = pathlib.Path(request.low_res.path).resolve()
+        given = path_of(request.low_res.path).resolve()
         written = [output.resolve() / name for name in request.npz_names()]
         if given in written or (given.is_dir() and output.resolve().is_relative_to(given)):
             raise UserError(
@@ -122,7 +126,7 @@ def _check_output(request: SampleRequest) -> None:
             )
     request.output.check_writable()
     folder = output / "png"
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    found = set(files_below(folder))
     # The same files are those of the same command, run again.
     if found and found != set(request.png_paths):
         raise UserError(

@@ -9,7 +9,6 @@ conditioning augmentation at several strengths. Prints counts per class, and ima
 where the time goes.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -17,6 +16,7 @@ from absl import flags
 from cascaded_diffusion.commands import config_flags, flag_checks, jax_setup
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import path_of
 from cascaded_diffusion.files.paths import check_writable
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("nothing to do: add --show")
     config = run_config_from(config_flags.config_values(fv, argv))
     flag_checks.check_paths(fv, "output")
-    output = pathlib.Path(fv.output)
+    output = path_of(fv.output)
     if output.suffix != ".png":
         raise UserError(f"--output={fv.output}: expected a name that ends with .png")
     check_writable(output.absolute().parent, "output")

@@ -23,7 +23,7 @@ from cascaded_diffusion.config.stage_checks import (
 )
 from cascaded_diffusion.config.stage_cost import stage_cost
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.paths import check_local_path
+from cascaded_diffusion.files.paths import check_path
 
 
 def run_config_from(values: object) -> RunConfig:
@@ -67,7 +67,7 @@ def _check_data(config: RunConfig) -> None:
         refuse("data.path", f"None: {data.name!r} comes with the package")
     for key in ("path", "prepared_dir"):
         if (path := getattr(data, key)) is not None:
-            check_local_path(path, f"config.data.{key}")
+            check_path(path, f"config.data.{key}")
     if data.low_res == "stored" and stage.low_res_resolution is None:
         refuse("data.low_res", "'derived': this stage has no low-res input")
 

@@ -11,8 +11,6 @@ records of the data set that went into it.
 
 import hashlib
 import json
-import os
-import pathlib
 import re
 import types
 import typing
@@ -22,6 +20,7 @@ from cascaded_diffusion.config.run_checks import FILE_DATA
 from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data.records import RawSource
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import AnyPath, path_of
 from cascaded_diffusion.files.json_files import read_json, write_json
 
 MANIFEST = "manifest.json"
@@ -143,14 +142,14 @@ def stored_low_res(config: DataConfig, stage: StageConfig) -> int | None:
     return stage.low_res_resolution if config.low_res == "stored" else None
 
 
-def prepared_folder(config: DataConfig, split: str, stage: StageConfig) -> pathlib.Path:
+def prepared_folder(config: DataConfig, split: str, stage: StageConfig) -> AnyPath:
     """Where a split is if it is prepared as the config wants it."""
     low_res = stored_low_res(config, stage)
     sizes = f"{config.resolution}px" + ("" if low_res is None else f"_low{low_res}px")
-    return pathlib.Path(config.prepared_dir) / _safe(config.name) / f"{_safe(split)}_{sizes}"
+    return path_of(config.prepared_dir) / _safe(config.name) / f"{_safe(split)}_{sizes}"
 
 
-def is_prepared(folder: pathlib.Path) -> bool:
+def is_prepared(folder: AnyPath) -> bool:
     """Whether a split has been prepared in a folder, with whatever settings."""
     return (folder / MANIFEST).exists()
 
@@ -160,7 +159,7 @@ def settings_of(config: DataConfig, split: str, stage: StageConfig) -> Settings:
     return {
         "format": FORMAT,
         "data": config.name,
-        "path": os.path.realpath(config.path) if config.name in FILE_DATA else None,
+        "path": str(path_of(config.path).resolve()) if config.name in FILE_DATA else None,
         "split": split,
         "crop": config.crop,
         "resize": config.resize,
@@ -189,12 +188,12 @@ def digest_of_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
+def write_manifest(folder: AnyPath, manifest: Manifest) -> None:
     """Writes a manifest with its own digest."""
     write_json(folder / MANIFEST, {**manifest, "digest": digest_of_json(manifest)}, indent=1)
 
 
-def read_manifest(folder: pathlib.Path) -> Manifest:
+def read_manifest(folder: AnyPath) -> Manifest:
     """The manifest of a folder. Raises UserError if it is missing, or not as it was written."""
     path = folder / MANIFEST
     anew = "remove the folder and prepare the data anew"
@@ -233,7 +232,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     return None
 
 
-def check_settings(manifest: Manifest, wanted: Settings, folder: pathlib.Path) -> None:
+def check_settings(manifest: Manifest, wanted: Settings, folder: AnyPath) -> None:
     """Raises UserError, naming the config key, if the data was prepared with other settings."""
     for name, key in _KEYS.items():
         if name == "classes" and not wanted[name]:
@@ -246,7 +245,7 @@ def check_settings(manifest: Manifest, wanted: Settings, folder: pathlib.Path) -
             )
 
 
-def check_source(manifest: Manifest, source: RawSource, folder: pathlib.Path) -> None:
+def check_source(manifest: Manifest, source: RawSource, folder: AnyPath) -> None:
     """Raises UserError if data was prepared from another source.
 
     If only the modification times differ, as those of a copy do, a sample of the contents is

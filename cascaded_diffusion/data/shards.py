@@ -8,6 +8,7 @@ import hashlib
 import multiprocessing
 import os
 import pathlib
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.sharedctypes import Synchronized
@@ -21,6 +22,7 @@ from cascaded_diffusion.data.records import CorruptRecord, read_into
 from cascaded_diffusion.data.sized import encode_record
 from cascaded_diffusion.data.sources import processed_source
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath
 from cascaded_diffusion.files.json_files import read_json
 from cascaded_diffusion.files.whole import sha256_of
 
@@ -62,10 +64,10 @@ class Plan:
             }
         )
 
-    def shard_path(self, number: int) -> pathlib.Path:
+    def shard_path(self, number: int) -> AnyPath:
         return self.folder / manifests.shard_name(number)
 
-    def report_path(self, number: int) -> pathlib.Path:
+    def report_path(self, number: int) -> AnyPath:
         return self.folder / "reports" / f"{number:05d}.json"
 
     def manifest(self, reports: Sequence[Report], content_sample: str) -> Manifest:
@@ -121,15 +123,21 @@ def write_shard(given: Given, number: int) -> Report:
                 yield encode_record(record, index, png=plan.encoding == "png")
 
     path = plan.shard_path(number)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with contextlib.ExitStack() as stack:
+        if isinstance(path, BucketPath):
+            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            folder = path.parent
+        temporary = folder / f".{path.name}.{os.getpid()}"
+        stack.callback(temporary.unlink, missing_ok=True)
         write_array_record(str(temporary), records())
         with temporary.open("rb+") as f:
             os.fsync(f.fileno())
         size, digest = temporary.stat().st_size, sha256_of(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if isinstance(path, BucketPath):
+            path.write_bytes(temporary.read_bytes())
+        else:
+            os.replace(temporary, path)
     return {
         "file": path.name,
         "count": labels.total(),

@@ -8,7 +8,6 @@ A record of prepared data, in the ArrayRecord shards of a folder (see `manifests
 all little-endian; the manifest has the shape of the images.
 """
 
-import pathlib
 import struct
 import time
 from collections import Counter
@@ -24,6 +23,8 @@ from cascaded_diffusion.data.record_files import ArrayRecordShards, ShardPart
 from cascaded_diffusion.data.records import CorruptRecord, RawExample, RawSource, Sized, Source
 from cascaded_diffusion.data.transforms import cropped_and_resized
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import AnyPath
+from cascaded_diffusion.files.local_copies import local_copies
 
 # What `measure_parts` measures at most.
 _MAX_IMAGES, _MAX_SECS = 512, 5.0
@@ -121,12 +122,16 @@ def _png(image: np.ndarray) -> bytes:
 class PreparedSource(Source):
     """Reads what `prepare` wrote in a folder."""
 
-    def __init__(self, folder: pathlib.Path, manifest: manifests.Manifest, config: DataConfig):
+    def __init__(self, folder: AnyPath, manifest: manifests.Manifest, config: DataConfig):
         about = folder / manifests.MANIFEST
         remedy = f"remove {about} and prepare again by {records.PREPARE}: what is whole is kept"
-        parts = []
-        for shard in manifest["shards"]:
-            path = folder / shard["file"]
+        parts, shards = [], manifest["shards"]
+        paths = local_copies(
+            {folder / shard["file"]: shard["bytes"] for shard in shards},
+            {folder / shard["file"]: shard["sha256"] for shard in shards},
+            remedy=remedy,
+        )
+        for path, shard in zip(paths, shards, strict=True):
             if path.exists() and path.stat().st_size != shard["bytes"]:
                 raise UserError(
                     f"{path}: {path.stat().st_size} bytes, expected {shard['bytes']}: it was cut or"

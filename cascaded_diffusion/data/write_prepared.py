@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import pathlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,8 +18,10 @@ from cascaded_diffusion.data.sized import measure_parts
 from cascaded_diffusion.data.sources import load_source, of_tfds
 from cascaded_diffusion.data.workers import MakeProgress, NoProgress
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath
 from cascaded_diffusion.files.json_files import write_json
-from cascaded_diffusion.files.paths import check_writable, held_lock, printable
+from cascaded_diffusion.files.locks import held_lock
+from cascaded_diffusion.files.paths import check_writable, printable
 from cascaded_diffusion.files.whole import sha256_of
 
 _say = functools.partial(print, flush=True)
@@ -97,11 +98,13 @@ def _say_cost(split: str, plan: shards.Plan, workers: int) -> None:
     count = len(plan.source)
     millis, done = measure_parts(plan.source, _say)
     secs = sum(millis.values()) / 1000 * count / workers
-    there = next(p for p in [plan.folder, *plan.folder.absolute().parents] if p.exists())
+    room = ""
+    if not isinstance(folder := plan.folder, BucketPath):
+        there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+        room = f" ({_size(shutil.disk_usage(there).free)} free there)"
     _say(
-        f"{split}: {count:,} images -> {plan.folder}: {len(plan.shards)} shards,"
-        f" {_size(count * plan.bytes_per_image)} as raw pixels"
-        f" ({_size(shutil.disk_usage(there).free)} free there), about {_duration(secs)} with"
+        f"{split}: {count:,} images -> {folder}: {len(plan.shards)} shards,"
+        f" {_size(count * plan.bytes_per_image)} as raw pixels{room}, about {_duration(secs)} with"
         f" {workers} workers (from {done} images in one)"
     )
 
@@ -150,7 +153,7 @@ def _prepare(split: str, plan: shards.Plan, workers: int, progress: MakeProgress
     _say(f"{split}: {_summary(manifest, folder)}, in {_duration(time.monotonic() - start)}")
 
 
-def _summary(manifest: Manifest, folder: pathlib.Path) -> str:
+def _summary(manifest: Manifest, folder: AnyPath) -> str:
     size = sum(shard["bytes"] for shard in manifest["shards"])
     notes = [f"{len(manifest['skipped'])} corrupt skipped"] if manifest["skipped"] else []
     notes += [

@@ -1,7 +1,6 @@
 """Samples of any framework against any reference, by Inception; no run is needed."""
 
 import dataclasses
-import pathlib
 
 from cascaded_diffusion.config.run_checks import check_sample_count
 from cascaded_diffusion.errors import UserError
@@ -11,6 +10,7 @@ from cascaded_diffusion.evaluation.features.extractor import Features
 from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
 from cascaded_diffusion.evaluation.reference import Reference
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, open_images
+from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.files.npz_archive import array_names
 
@@ -138,7 +138,7 @@ def _check_features(reference: str, statistics: Reference, features: Features) -
 
 def write_file_reference(
     images: StoredImages,
-    output: pathlib.Path,
+    output: AnyPath,
     *,
     resize: str = "legacy",
     inception: InceptionLoader = load_inception,

@@ -11,7 +11,6 @@ over-fits.
 """
 
 import json
-import pathlib
 import platform
 from functools import partial
 from importlib.metadata import version
@@ -27,6 +26,7 @@ from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batc
 from cascaded_diffusion.evaluation.score import measure_store, save_grid
 from cascaded_diffusion.evaluation.team import Order, Team, with_features
 from cascaded_diffusion.evaluation.trained import TrainedStage
+from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.json_files import Record, readable_record, write_json
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime import pictures
@@ -133,7 +133,7 @@ def _identity(
     return {**source.record, "seed": sampling.seed, "weights": trained.identity}
 
 
-def _stored(path: pathlib.Path, about: Record) -> Record | None:
+def _stored(path: AnyPath, about: Record) -> Record | None:
     """The stored numbers, if they are of exactly the same samples and references."""
     record, wanted = readable_record(path), json.loads(json.dumps(about))
     same = record is not None and wanted.items() <= record.items()

@@ -45,7 +45,7 @@ from cascaded_diffusion.files.json_files import (
     append_line,
     write_json,
 )
-from cascaded_diffusion.files.paths import held_lock
+from cascaded_diffusion.files.locks import held_lock
 from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
 from cascaded_diffusion.types import Params

@@ -9,7 +9,6 @@ reference batches were made with Inception's original, "legacy" resizing and are
 import dataclasses
 import hashlib
 import json
-import pathlib
 import typing
 from collections.abc import Iterable
 from typing import TypeVar
@@ -21,6 +20,7 @@ from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor, F
 from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, Moments
 from cascaded_diffusion.evaluation.metrics.pixel_statistics import PixelStatistics
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, batches
+from cascaded_diffusion.files.bucket import AnyPath, path_of
 from cascaded_diffusion.files.npz_archive import array_names, read_arrays
 from cascaded_diffusion.files.whole import sha256_of_arrays, write_npz_whole
 from cascaded_diffusion.runtime.progress import Progress
@@ -138,7 +138,7 @@ def measure_stored(images: StoredImages, extractor: FeatureExtractor) -> Referen
     return measure_reference(parts, extractor, num_images=len(images), label="reference", **origin)
 
 
-def save_reference(path: pathlib.Path, reference: Reference) -> None:
+def save_reference(path: AnyPath, reference: Reference) -> None:
     """Writes a reference with its fingerprint and the digest of its arrays."""
     arrays = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
     if reference.spatial is not None:
@@ -155,7 +155,7 @@ def save_reference(path: pathlib.Path, reference: Reference) -> None:
 
 def holds_statistics(path: str, *, flag: str) -> bool:
     """Whether a path holds statistics. Raises UserError unless it is a folder or whole `.npz`."""
-    if pathlib.Path(path).is_dir():
+    if path_of(path).is_dir():
         return False
     try:
         return "mu" in array_names(path)
@@ -176,7 +176,7 @@ def read_reference(path: str, *, flag: str) -> Reference:
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"--{flag}={path}: cannot be read as .npz ({reason})") from e
     try:
-        return _reference_of(arrays, pathlib.Path(path).name)
+        return _reference_of(arrays, path_of(path).name)
     except ValueError as e:
         raise UserError(f"--{flag}={path}: {e}") from e
 

@@ -1,7 +1,6 @@
 """Scoring a run's checkpoints as they appear, and choosing the best."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +21,9 @@ from cascaded_diffusion.evaluation.samples.sample_store import (
 )
 from cascaded_diffusion.evaluation.team import Order, Team, features_in, with_features
 from cascaded_diffusion.evaluation.trained import abstract_params, checkpoint_digest
+from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.json_files import Record, append_line, write_json
+from cascaded_diffusion.files.whole import generation_of
 from cascaded_diffusion.runtime import checkpoint, pictures
 from cascaded_diffusion.runtime.manifest import finished_steps, is_finished, pinned
 from cascaded_diffusion.runtime.metric_writer import ScoreCurves
@@ -249,6 +250,7 @@ class RunScorer:
     def _decide(self) -> Record | None:
         """Writes best.json, and EARLY_STOP if patience has run out, from the stored records."""
         settings, like = self.config.eval, self._identity(self.sources[0])
+        seen = generation_of(self.folder.best_path)
         scores, decays = self.folder.scores(), settings.ema_decays
         comparable = early_stopping.series(scores, self._metric, like, decays)
         # The trainer keeps the best and the latest ones; a checkpoint that it removed before it
@@ -256,7 +258,7 @@ class RunScorer:
         on_disk = set(finished_steps(self.folder))
         best = early_stopping.best_record([r for r in comparable if r["step"] in on_disk])
         if best is not None:
-            write_json(self.folder.best_path, best)
+            write_json(self.folder.best_path, best, expected=seen)
         of_steps = early_stopping.lowest_per_step(comparable)
         if early_stopping.should_stop(of_steps, settings.patience_evals):
             self.folder.ask_to_stop(settings.patience_evals)
@@ -279,7 +281,7 @@ def measure_store(
     return measurement, np.concatenate(errors) if errors else None
 
 
-def save_grid(path: pathlib.Path, store: SampleStore) -> None:
+def save_grid(path: AnyPath, store: SampleStore) -> None:
     """Writes a picture of the first samples of a store."""
     images = store.first(_GRID_ROWS * _GRID_COLUMNS)["images"]
     pictures.save_png(path, pictures.grid(images, columns=_GRID_COLUMNS), scale=2)

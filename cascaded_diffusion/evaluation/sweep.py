@@ -11,7 +11,6 @@ stored samples of the stages below, which are made once.
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,6 +32,7 @@ from cascaded_diffusion.evaluation.score import measure_store
 from cascaded_diffusion.evaluation.settings import Setting, first_stages, with_setting
 from cascaded_diffusion.evaluation.team import Order, Team, with_features
 from cascaded_diffusion.evaluation.trained import TrainedStage
+from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.json_files import Record, append_line, read_lines
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime.mesh import host_array
@@ -52,7 +52,7 @@ class Sweep:
     section: CascadeSection
     trained: Sequence[TrainedStage]
     evaluator: Evaluator
-    folder: pathlib.Path
+    folder: AnyPath
     mesh: Mesh
     team: Team
 

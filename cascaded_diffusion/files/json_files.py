@@ -2,11 +2,12 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files import line_parts
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath
 from cascaded_diffusion.files.whole import naming_path, write_whole
 
 # A JSON object. Who indexes into it knows what is there, or had its `Types` checked.
@@ -15,22 +16,25 @@ Record = dict[str, Any]
 Types = Mapping[str, type | tuple[type, ...]]
 
 
-def write_json(path: pathlib.Path, value: object, *, indent: int | None = 2) -> None:
-    """Writes a JSON file whole."""
-    write_whole(path, json.dumps(value, indent=indent).encode() + b"\n")
+def write_json(
+    path: AnyPath, value: object, *, indent: int | None = 2, expected: bytes | None = None
+) -> None:
+    """Writes a JSON file whole; `expected` is as for `write_whole`."""
+    write_whole(path, json.dumps(value, indent=indent).encode() + b"\n", expected=expected)
 
 
-def read_json(path: pathlib.Path, *, remedy: str) -> object:
+def read_json(path: AnyPath, *, remedy: str) -> object:
     """Reads a JSON file. Raises UserError, which ends with `remedy`, if it cannot be read."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as e:
-        reason = e.strerror if isinstance(e, OSError) else " ".join(str(e).split())[:200]
+        strerror = e.strerror if isinstance(e, OSError) else None
+        reason = strerror or " ".join(str(e).split())[:200]
         raise UserError(f"{path}: cannot be read as JSON ({reason}); {remedy}") from e
 
 
 def read_record(
-    path: pathlib.Path,
+    path: AnyPath,
     types: Types,
     *,
     otherwise: str = "not what this program writes",
@@ -46,7 +50,7 @@ def read_record(
     return record
 
 
-def readable_record(path: pathlib.Path, types: Types | None = None) -> Record | None:
+def readable_record(path: AnyPath, types: Types | None = None) -> Record | None:
     """The record of a file, or None where `read_record` raises."""
     try:
         return read_record(path, types or {})
@@ -54,8 +58,12 @@ def readable_record(path: pathlib.Path, types: Types | None = None) -> Record | 
         return None
 
 
-def append_line(path: pathlib.Path, record: Mapping[str, object]) -> None:
+def append_line(path: AnyPath, record: Mapping[str, object]) -> None:
     """Appends one JSON line durably, in a single write; ends a line that a crash cut off first."""
+    line = json.dumps(record).encode() + b"\n"
+    if isinstance(path, BucketPath):
+        line_parts.append(path, line)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming_path(path), path.open("a+b") as f:
         f.seek(0, os.SEEK_END)
@@ -63,27 +71,34 @@ def append_line(path: pathlib.Path, record: Mapping[str, object]) -> None:
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b"\n":
                 f.write(b"\n")
-        f.write(json.dumps(record).encode() + b"\n")
+        f.write(line)
         f.flush()
         os.fsync(f.fileno())
 
 
-def write_lines(path: pathlib.Path, records: Iterable[Mapping[str, object]]) -> None:
+def write_lines(path: AnyPath, records: Iterable[Mapping[str, object]]) -> None:
     """Writes a file of one JSON object per line whole."""
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+    data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if isinstance(path, BucketPath):
+        line_parts.write(path, data)
+    else:
+        write_whole(path, data)
 
 
 def read_lines(
-    path: pathlib.Path, types: Types | None = None, *, say: Callable[[str], None] | None = None
+    path: AnyPath, types: Types | None = None, *, say: Callable[[str], None] | None = None
 ) -> list[Record]:
     """The JSON objects of a file, one per line, that have values of the given types.
 
     Other lines, which a crash may have spoiled, are skipped, and `say` is told of them. Raises
     UserError if what is there is no file.
     """
-    if path.exists() and not path.is_file():
+    if isinstance(path, BucketPath):
+        data = line_parts.read(path)
+    elif path.exists() and not path.is_file():
         raise UserError(f"{path}: expected a file; move away what is there")
-    data = path.read_bytes() if path.exists() else b""
+    else:
+        data = path.read_bytes() if path.exists() else b""
     lines = [line for line in data.split(b"\n") if line.strip()]
     kept = [value for value in map(_parsed, lines) if _is_record(value, types or {})]
     if say is not None and len(kept) < len(lines):

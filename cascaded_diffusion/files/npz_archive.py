@@ -18,6 +18,8 @@ from typing import IO
 
 import numpy as np
 
+from cascaded_diffusion.files.bucket import is_url, path_of
+
 # The size that a compressed array may have: so many bytes, or so many times its stored bytes.
 _FREE_BYTES, _MAX_INFLATION = 256_000_000, 100
 _MAX_HEADER_BYTES = 10_000
@@ -50,7 +52,7 @@ def read_arrays(
             members = _members(archive)
             if names is not None:
                 members = {name: members[name] for name in names if name in members}
-            _check_sizes(members, os.stat(path).st_size, limit)
+            _check_sizes(members, archive.fp.seek(0, os.SEEK_END), limit)
             return {name: _read(archive, name, info) for name, info in members.items()}
     except MemoryError as e:
         raise ValueError("its arrays are larger than the memory that is free") from e
@@ -74,10 +76,10 @@ def layout_hint(shape: tuple[int, ...]) -> str:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if not is_url(path) and not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a file")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path_of(path).open("rb") as file, zipfile.ZipFile(file) as archive:
             yield archive
     except DAMAGED as e:
         raise ValueError(f"damaged, or no .npz: {' '.join(str(e).split())}") from e

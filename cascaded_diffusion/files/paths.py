@@ -1,14 +1,14 @@
-"""Paths: which ones the program can use, write to and lock, and which files it passes over."""
+"""Paths: which ones the program can use and write to, and which files it passes over."""
 
-import contextlib
-import fcntl
 import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files import bucket
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 # Orbax and TFDS pass whole paths to glob, which then matches other names or none.
@@ -29,21 +29,18 @@ def printable(name: str | bytes) -> str:
     )
 
 
-def check_local_path(text: str, name: str) -> pathlib.Path:
+def check_path(text: str, name: str) -> AnyPath:
     """Checks and returns a path that a flag or a config key names, whether or not it exists.
 
-    Raises UserError, which begins with `name` ("--workdir", "config.data.path"), if the path names
-    object storage (`gs://`), is empty or contains a NUL character, or its absolute form contains
-    one of `*`, `?`, `[` and `]`.
+    It may be a `gs://` address. Raises UserError, which begins with `name` ("--workdir",
+    "config.data.path"), if the path is of another scheme, is empty or contains a NUL character, or
+    its absolute form contains one of `*`, `?`, `[` and `]`.
     """
     if not text or "\0" in text:
         raise UserError(f"{name}={text!r}: expected the path of a file or folder")
     if _SCHEME.match(text):
-        raise UserError(
-            f"{name}={text}: expected a path on this machine or a mounted file system; object"
-            " storage is not supported yet (mount the bucket, for example with gcsfuse)"
-        )
-    path = pathlib.Path(text)
+        bucket.check_url(text, name)
+    path = bucket.path_of(text)
     whole = str(path.absolute())
     if found := _GLOB.search(whole):
         raise UserError(
@@ -53,8 +50,19 @@ def check_local_path(text: str, name: str) -> pathlib.Path:
     return path
 
 
-def check_writable(path: pathlib.Path, flag: str) -> None:
+def check_local_path(text: str, name: str) -> pathlib.Path:
+    """As `check_path`, for what must be on this machine: raises UserError for `gs://`, too."""
+    path = check_path(text, name)
+    if isinstance(path, BucketPath):
+        raise UserError(f"{name}={text}: expected a path on this machine, copy it there first")
+    return path
+
+
+def check_writable(path: AnyPath, flag: str) -> None:
     """Raises UserError if the folder cannot be written; leaves no trace."""
+    if isinstance(path, BucketPath):
+        bucket.check_usable(path, f"--{flag}")
+        return
     parent = path
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
@@ -66,30 +74,6 @@ def check_writable(path: pathlib.Path, flag: str) -> None:
     except OSError as e:
         problem = f"cannot write to {parent} ({e.strerror}); choose a folder that you may write to"
         raise UserError(f"--{flag}={path}: {problem}") from e
-
-
-@contextlib.contextmanager
-def held_lock(path: pathlib.Path, role: str, flag: str) -> Iterator[pathlib.Path]:
-    """Holds a folder for one writer of a kind, or raises UserError. Yields the lock's file.
-
-    The lock is the operating system's, so it ends with the process that holds it.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    lock = path / f".{role}.lock"
-    with lock.open("a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            f.seek(0)
-            holder = f.read().strip() or "unknown"
-            raise UserError(
-                f"--{flag}={path}: another {role} process (pid {holder}) is writing"
-                " there; wait for it, or choose another folder"
-            ) from e
-        f.truncate(0)
-        f.write(str(os.getpid()))
-        f.flush()
-        yield lock
 
 
 def is_litter(name: str | bytes) -> bool:

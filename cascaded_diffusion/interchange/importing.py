@@ -14,7 +14,7 @@ from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.schema import RunConfig, StageConfig, ema_name
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import Record, write_json
-from cascaded_diffusion.files.paths import held_lock
+from cascaded_diffusion.files.locks import held_lock
 from cascaded_diffusion.files.whole import sha256_of
 from cascaded_diffusion.interchange.names import (
     Family,

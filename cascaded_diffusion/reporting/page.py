@@ -5,12 +5,12 @@ Its one script shows the picture that a slider points at. Without it, all pictur
 
 import base64
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from cascaded_diffusion.config.convert import flattened
+from cascaded_diffusion.files.bucket import AnyPath
 
 # A picture of more bytes is named, not embedded: the page is to be mailed.
 _MAX_PICTURE_BYTES = 8_000_000
@@ -100,7 +100,7 @@ def picture(data: bytes, caption: str) -> Element:
     return element("figure", image, element("figcaption", caption))
 
 
-def picture_file(path: pathlib.Path, caption: str) -> Element:
+def picture_file(path: AnyPath, caption: str) -> Element:
     """An embedded PNG file, or a sentence if there is none or it is too large."""
     if not path.is_file():
         return quiet(f"{caption}: not there yet ({path.name}).")
@@ -109,7 +109,7 @@ def picture_file(path: pathlib.Path, caption: str) -> Element:
     return picture(path.read_bytes(), caption)
 
 
-def slider(label: str, files: Sequence[tuple[str, pathlib.Path]]) -> Element:
+def slider(label: str, files: Sequence[tuple[str, AnyPath]]) -> Element:
     """Pictures, by their captions, of which a slider called `label` shows one at a time.
 
     They are shown with their pixels as they are, not smoothed.

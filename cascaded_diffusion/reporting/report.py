@@ -5,7 +5,6 @@ import collections
 import datetime
 import itertools
 import math
-import pathlib
 import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ from xml.etree.ElementTree import Element
 
 from cascaded_diffusion.config.schema import to_dict
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.json_files import Record, read_lines, readable_record
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.reporting.page import (
@@ -36,13 +36,13 @@ _MAX_POINTS = 2000
 _MAX_STEPS = 12  # checkpoints whose samples are shown
 
 
-def write_report(output: pathlib.Path, root: pathlib.Path, runs: Sequence[RunFolder]) -> None:
+def write_report(output: AnyPath, root: AnyPath, runs: Sequence[RunFolder]) -> None:
     """Writes the page of `runs`, which `runs_in(root)` found, to a file."""
     # Names that are not UTF-8 are shown with escapes.
     write_whole(output, report_of(root, runs).encode(errors="backslashreplace"))
 
 
-def report_of(root: pathlib.Path, runs: Sequence[RunFolder]) -> str:
+def report_of(root: AnyPath, runs: Sequence[RunFolder]) -> str:
     """The page of `runs`, which `runs_in(root)` found."""
     parts = [*_about(), *_cascade_parts(CascadeFolder(root))]
     if len(runs) > 1:
@@ -53,7 +53,7 @@ def report_of(root: pathlib.Path, runs: Sequence[RunFolder]) -> str:
     return page(title, parts)
 
 
-def runs_in(root: pathlib.Path) -> list[RunFolder]:
+def runs_in(root: AnyPath) -> list[RunFolder]:
     """The run in a folder, or those in its folders, in order of resolution.
 
     Raises UserError if there is none.

@@ -10,7 +10,6 @@ so that one whole checkpoint exists at every instant.
 import contextlib
 import logging
 import os
-import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,8 +21,9 @@ import orbax.checkpoint as ocp
 
 from cascaded_diffusion.config.schema import CheckpointConfig, ema_name
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath, for_orbax
 from cascaded_diffusion.files.json_files import write_json
-from cascaded_diffusion.files.whole import sha256_of_arrays
+from cascaded_diffusion.files.whole import remove_tree, sha256_of_arrays
 from cascaded_diffusion.runtime import manifest
 from cascaded_diffusion.runtime.mesh import broadcast_from_process_0, fail_on_all_processes
 from cascaded_diffusion.runtime.run_folder import RunFolder
@@ -78,10 +78,10 @@ def _described(tree: object) -> _Arrays:
     }
 
 
-def _check_opens(folder: pathlib.Path, expected: _Arrays) -> None:
+def _check_opens(folder: AnyPath, expected: _Arrays) -> None:
     """Raises OSError unless a checkpoint can be opened and has the arrays that were saved."""
     try:
-        found = _described(ocp.PyTreeCheckpointHandler().metadata((folder / _ITEM).absolute()).tree)
+        found = _described(ocp.PyTreeCheckpointHandler().metadata(for_orbax(folder / _ITEM)).tree)
     except Exception as e:
         raise OSError(f"what was written cannot be opened: {_reason(e)}") from e
     for name in sorted(expected.keys() | found.keys()):
@@ -116,7 +116,7 @@ class CheckpointWriter:
         # Orbax deletes no older checkpoints: it would do so before the manifest is written.
         options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
         with self._as_user_error(0):
-            path = folder.checkpoints.absolute()
+            path = for_orbax(folder.checkpoints)
             self._manager = ocp.CheckpointManager(path, options=options, item_names=(_ITEM,))
 
     def save(self, step: int, state: object) -> None:
@@ -163,6 +163,8 @@ class CheckpointWriter:
         try:
             self._folder.check_held()
         except UserError:
+            if isinstance(self._folder.path, BucketPath):
+                raise  # what is there is another process's
             # The run folder was moved, and Orbax has made it again with this checkpoint alone. It
             # is removed, so that the moved folder can be brought back.
             checkpoints = self._folder.checkpoints
@@ -172,23 +174,29 @@ class CheckpointWriter:
             raise
 
     def _delete_old(self, saved: int) -> None:
-        # Pins first: evaluation lets go of a checkpoint after it has chosen it as the best.
-        with manifest.pinned_steps(self._folder) as pinned:
-            best = self._folder.best_step(say=self._say)
-            finished = [step for step in manifest.finished_steps(self._folder) if step <= saved]
-            kept = {best, *pinned, *finished[-self._max_to_keep :]}
-            # Folders of later steps are copies made by others; a restart sets them aside.
-            older = {step for step in self.steps() if step < saved}
-            for step in sorted(older - kept):
-                # Readers lose the folder in one instant; its files are deleted afterwards.
-                self._deleted.mkdir(exist_ok=True)
-                os.replace(self._folder.checkpoints / str(step), self._deleted / str(step))
-        shutil.rmtree(self._deleted, ignore_errors=True)
+        finished = [step for step in manifest.finished_steps(self._folder) if step <= saved]
+        kept = {self._folder.best_step(say=self._say), *finished[-self._max_to_keep :]}
+        # Folders of later steps are copies made by others; a restart sets them aside.
+        older = {step for step in self.steps() if step < saved} - kept
+        with manifest.deletable(self._folder, older) as free:
+            # After the pins: evaluation lets go of a checkpoint when it has chosen it as the best.
+            for step in sorted(free - {self._folder.best_step(say=self._say)}):
+                self._delete(self._folder.checkpoints / str(step))
+        remove_tree(self._deleted)
 
-    def write_apart(self, path: pathlib.Path, state: object) -> None:
+    def _delete(self, path: AnyPath) -> None:
+        """Readers lose a checkpoint in one instant; its files are deleted afterwards."""
+        if isinstance(path, BucketPath):
+            (path / manifest.MANIFEST).unlink(missing_ok=True)
+            path.remove_tree()
+        else:
+            self._deleted.mkdir(exist_ok=True)
+            os.replace(path, self._deleted / path.name)
+
+    def write_apart(self, path: AnyPath, state: object) -> None:
         """Writes a state to a folder of its own, which is none of the checkpoints."""
         with self._as_user_error(0), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-            writer.save(path.absolute(), args=ocp.args.PyTreeSave(_storable(state)), force=True)
+            writer.save(for_orbax(path), args=ocp.args.PyTreeSave(_storable(state)), force=True)
 
     def _finish(self) -> None:
         if self._completing is not None:
@@ -237,7 +245,8 @@ class CheckpointWriter:
         found: int | None = None
         with fail_on_all_processes():
             if jax.process_index() == 0:
-                shutil.rmtree(self._deleted, ignore_errors=True)
+                remove_tree(self._deleted)
+                manifest.forget_announcements(self._folder)
                 found = manifest.newest_intact(self._folder, start_over=start_over, say=self._say)
         (step,) = broadcast_from_process_0([-1 if found is None else found])
         self._manager.reload()
@@ -256,26 +265,26 @@ class CheckpointWriter:
 
 
 @contextlib.contextmanager
-def _restoring(path: pathlib.Path) -> Iterator[None]:
+def _restoring(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except Exception as e:
         raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
 
 
-def read_apart(path: pathlib.Path, abstract_state: Tree) -> Tree:
+def read_apart(path: AnyPath, abstract_state: Tree) -> Tree:
     """The state that `CheckpointWriter.write_apart` wrote. Raises UserError if it cannot be read.
 
     `abstract_state` is as for `CheckpointWriter.restore`.
     """
     with _restoring(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        stored = reader.restore(path.absolute(), args=_restore_args(abstract_state))
+        stored = reader.restore(for_orbax(path), args=_restore_args(abstract_state))
     return _with_keys(stored, abstract_state)
 
 
 def state_digest(folder: RunFolder, step: int) -> str:
     """SHA-256 of all arrays of a checkpoint: equal for states that are equal to the bit."""
-    path = (folder.checkpoints / str(step) / _ITEM).absolute()
+    path = for_orbax(folder.checkpoints / str(step) / _ITEM)
     handler = ocp.PyTreeCheckpointHandler()
     args = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree
@@ -321,7 +330,7 @@ def load_ema_params(folder: RunFolder, step: int, ema_decay: float, shapes: Para
     with _restoring(path):
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            restored = checkpointer.restore((path / _ITEM).absolute(), args=args)
+            restored = checkpointer.restore(for_orbax(path / _ITEM), args=args)
     params = restored["ema_params"][name]
     # A partial restore does not report what the checkpoint lacks.
     if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(params)):

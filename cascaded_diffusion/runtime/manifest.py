@@ -4,7 +4,9 @@ A manifest holds the step and the SHA-256 of each file of a checkpoint. It is wr
 checkpoint without one was never completed.
 
 A checkpoint that is being read is pinned, so that the trainer does not delete it. A pin is a locked
-file in RUN/eval/reading, so it ends with its process, however that ends.
+file in RUN/eval/reading, so it ends with its process, however that ends. In a bucket it is a
+`Lease`, and the trainer first announces which checkpoints it is about to delete: a reader that has
+pinned one and finds no announcement is seen by the trainer, which looks for pins afterwards.
 """
 
 import contextlib
@@ -12,15 +14,16 @@ import errno
 import fcntl
 import itertools
 import os
-import pathlib
 import re
-import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath
 from cascaded_diffusion.files.json_files import Record, readable_record, write_json
-from cascaded_diffusion.files.whole import sha256_of
+from cascaded_diffusion.files.locks import LEASE_SECS, Lease
+from cascaded_diffusion.files.whole import files_below, move, remove_tree, sha256_of, write_whole
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 MANIFEST = "manifest.json"
@@ -29,25 +32,22 @@ NEVER_COMPLETED = f"{MANIFEST} is missing: it was never completed"
 _PIN = re.compile(r"([0-9]+)\.[0-9]+\.[0-9a-f]{32}")
 
 
-def _file_hashes(folder: pathlib.Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): sha256_of(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+def _file_hashes(folder: AnyPath) -> dict[str, str]:
+    files = files_below(folder)
+    return {name: sha256_of(path) for name, path in files.items() if path.name != MANIFEST}
 
 
-def write_manifest(folder: pathlib.Path, step: int) -> None:
+def write_manifest(folder: AnyPath, step: int) -> None:
     """Records the step and the SHA-256 of every file of a finished checkpoint."""
     write_json(folder / MANIFEST, {"step": step, "sha256": _file_hashes(folder)}, indent=None)
 
 
-def _manifest(folder: pathlib.Path) -> Record | None:
+def _manifest(folder: AnyPath) -> Record | None:
     """A checkpoint's manifest, or None without one. Those of older versions lack the step."""
     return readable_record(folder / MANIFEST, {"sha256": dict})
 
 
-def damage(folder: pathlib.Path) -> str | None:
+def damage(folder: AnyPath) -> str | None:
     """What is wrong with the checkpoint in a folder named by its step, briefly, or None."""
     if not (folder / MANIFEST).exists():
         return NEVER_COMPLETED
@@ -105,11 +105,16 @@ def pinned(folder: RunFolder, step: int) -> Iterator[bool]:
     Yields whether the checkpoint is there, since the trainer may have been faster. If the run
     folder is read-only, the checkpoint is not pinned.
     """
+    pin = folder.reading / f"{step}.{os.getpid()}.{uuid.uuid4().hex}"
     with contextlib.ExitStack() as stack:
+        if isinstance(pin, BucketPath):
+            with contextlib.suppress(PermissionError):
+                stack.enter_context(Lease(pin))
+            yield not _announcement(folder, step).exists() and is_finished(folder, step)
+            return
         try:
             with _lock(folder):
                 folder.reading.mkdir(parents=True, exist_ok=True)
-                pin = folder.reading / f"{step}.{os.getpid()}.{uuid.uuid4().hex}"
                 held = stack.enter_context(pin.open("w"))
                 fcntl.flock(held, fcntl.LOCK_EX)
                 stack.callback(pin.unlink, missing_ok=True)
@@ -120,10 +125,19 @@ def pinned(folder: RunFolder, step: int) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def pinned_steps(folder: RunFolder) -> Iterator[set[int]]:
-    """The steps that are being read. While the context is open, no further reader begins."""
+def deletable(folder: RunFolder, steps: Iterable[int]) -> Iterator[set[int]]:
+    """Those of some steps that nobody reads; until the context ends, no reader of them begins."""
+    wanted = set(steps)
+    if isinstance(folder.path, BucketPath):
+        for step in wanted:
+            write_whole(_announcement(folder, step), b"")
+        try:
+            yield wanted and wanted - _leased_steps(folder)
+        finally:
+            for step in wanted:
+                _announcement(folder, step).unlink(missing_ok=True)
+        return
     with _lock(folder):
-        steps = set()
         for pin in folder.reading.iterdir() if folder.reading.is_dir() else ():
             named = _PIN.fullmatch(pin.name)
             if named is None:  # somebody else's file
@@ -133,10 +147,44 @@ def pinned_steps(folder: RunFolder) -> Iterator[set[int]]:
                 try:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    steps.add(int(named[1]))
+                    wanted.discard(int(named[1]))
                 else:  # its reader was killed
                     pin.unlink()
-        yield steps
+        yield wanted
+
+
+def _announcement(folder: RunFolder, step: int) -> AnyPath:
+    return folder.reading / f"{step}.deleting"
+
+
+def forget_announcements(folder: RunFolder) -> None:
+    """Takes back what a trainer announced that was killed before it deleted anything."""
+    if isinstance(folder.path, BucketPath):
+        for path in folder.reading.glob("*.deleting"):
+            path.unlink(missing_ok=True)
+
+
+# Generations of pins in a bucket, and when this process first saw them.
+_SEEN: dict[BucketPath, tuple[bytes, float]] = {}
+
+
+def _leased_steps(folder: RunFolder) -> set[int]:
+    """The steps that are being read in a bucket. Pins of readers that were killed are removed."""
+    steps, now = set(), time.monotonic()
+    for pin in folder.reading.iterdir():
+        if (named := _PIN.fullmatch(pin.name)) is None:
+            continue
+        data, generation = pin.read_versioned()
+        if data is None:
+            continue  # its reader has just finished
+        first, since = _SEEN.get(pin, (generation, now))
+        _SEEN[pin] = (generation, since if first == generation else now)
+        if first == generation and now - since > LEASE_SECS:
+            _SEEN.pop(pin)
+            pin.unlink(missing_ok=True)
+        else:
+            steps.add(int(named[1]))
+    return steps
 
 
 def newest_intact(folder: RunFolder, *, start_over: bool, say: Callable[[str], None]) -> int | None:
@@ -198,7 +246,7 @@ def _proof_of_steps(folder: RunFolder) -> str | None:
     return None
 
 
-def _set_lost_run_aside(folder: RunFolder) -> pathlib.Path | None:
+def _set_lost_run_aside(folder: RunFolder) -> AnyPath | None:
     """Moves what a run without checkpoints has left to `lost_run_N`; None if nothing has."""
     left = (folder.metrics_path, folder.eval, folder.saved_path)
     left += (folder.early_stop_path, folder.complete_path)
@@ -209,7 +257,7 @@ def _set_lost_run_aside(folder: RunFolder) -> pathlib.Path | None:
     target = next(path for path in targets if not path.exists())
     target.mkdir()
     for path in found:
-        os.replace(path, target / path.name)
+        move(path, target / path.name)
     return target
 
 
@@ -221,9 +269,10 @@ def _set_misnamed_aside(folder: RunFolder, say: Callable[[str], None]) -> None:
             _set_aside(folder, path)
 
 
-def _set_aside(folder: RunFolder, path: pathlib.Path) -> None:
+def _set_aside(folder: RunFolder, path: AnyPath) -> None:
     target = folder.damaged / path.name
-    if target.exists():
-        shutil.rmtree(target)
+    # In a bucket it may be the first part of this one, of a process that was killed.
+    if not isinstance(target, BucketPath) and target.exists():
+        remove_tree(target)
     target.parent.mkdir(exist_ok=True)
-    os.replace(path, target)
+    move(path, target)

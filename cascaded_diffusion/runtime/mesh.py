@@ -6,7 +6,6 @@ The mesh has the axes `data`, `fsdp` and `tensor`. A batch is split over the fir
 
 import contextlib
 import os
-import pathlib
 import secrets
 import time
 from collections import deque
@@ -21,6 +20,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath
+from cascaded_diffusion.files.whole import write_whole
 
 AXES = ("data", "fsdp", "tensor")
 # The axes that a batch is split over.
@@ -121,7 +122,7 @@ def broadcast_from_process_0(values: Sequence[int]) -> list[int]:
     return np.asarray(values).tolist()
 
 
-def check_shared(folder: pathlib.Path, flag: str) -> None:
+def check_shared(folder: AnyPath, flag: str) -> None:
     """Raises UserError in all processes unless they all see one folder. Every process calls it."""
     if jax.process_count() == 1:
         return
@@ -130,7 +131,7 @@ def check_shared(folder: pathlib.Path, flag: str) -> None:
     with fail_on_all_processes():
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            write_whole(mark, b"")
     with fail_on_all_processes():
         deadline = time.monotonic() + _SHARED_SECS
         while not mark.exists():
@@ -140,7 +141,8 @@ def check_shared(folder: pathlib.Path, flag: str) -> None:
                     " writes there; expected one folder that all hosts share"
                 )
             time.sleep(0.1)
-            os.listdir(folder if folder.is_dir() else folder.parent)  # makes NFS ask its server
+            if not isinstance(folder, BucketPath):
+                os.listdir(folder if folder.is_dir() else folder.parent)  # NFS asks its server
     if jax.process_index() == 0:
         mark.unlink(missing_ok=True)
 

@@ -8,13 +8,47 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from clu import parameter_overview
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import BucketPath
 from cascaded_diffusion.files.json_files import Record, append_line, write_lines
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.types import Params
 
 _MAX_QUEUE = 1000  # events of TensorBoard; a step that is logged makes about 20
+
+
+class _EventParts:
+    """A file of events in a bucket: a new object for each flush, all of which TensorBoard reads.
+
+    tensorboardX would write the whole file anew each time.
+    """
+
+    def __init__(self, path: str):
+        self._path, self._number, self._data = path, 0, bytearray()
+
+    @staticmethod
+    def open(path: str) -> "_EventParts":
+        return _EventParts(path)
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """Folders need not be made."""
+
+    def write(self, data: bytes) -> None:
+        self._data += data
+
+    def flush(self) -> None:
+        if self._data:
+            BucketPath(f"{self._path}.{self._number:06d}").write_bytes(bytes(self._data))
+            self._number, self._data = self._number + 1, bytearray()
+
+    def close(self) -> None:
+        self.flush()
+
+
+register_writer_factory("gs", _EventParts)
 
 
 def print_parameter_overview(params: Params) -> None:
@@ -88,16 +122,20 @@ class ScoreCurves:
             path.unlink()
         self._tensorboard = SummaryWriter(str(folder.eval))
         for record in folder.scores(say=print):
-            self.add(record)
+            self._add(record)
+        self._tensorboard.flush()
 
     def add(self, record: Record) -> None:
         """Adds a score: one curve per metric, low-res input and EMA."""
+        self._add(record)
+        self._tensorboard.flush()
+
+    def _add(self, record: Record) -> None:
         if record.get("value") is None or "low_res" not in record:
             return
         source = str(record["low_res"]).partition(":")[0]
         name = f"{record['metric']}/low_res_{source}_ema_{record['ema_decay']:g}"
         self._tensorboard.add_scalar(name, record["value"], record["step"])
-        self._tensorboard.flush()
 
     def close(self) -> None:
         self._tensorboard.close()

@@ -9,6 +9,7 @@ from typing import Self
 import jax
 
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import AnyPath
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -61,7 +62,7 @@ def peak_memory() -> dict[str, float]:
 class StepProfiler:
     """Traces `steps`, the first to the last (from 1), for TensorBoard's profiler or Perfetto."""
 
-    def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
+    def __init__(self, folder: AnyPath, steps: tuple[int, int] | None):
         self._folder, self._steps = folder, steps
         self._running = False
 

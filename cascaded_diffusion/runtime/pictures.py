@@ -4,14 +4,14 @@ import io
 import itertools
 import math
 import os
-import pathlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cascaded_diffusion.files.whole import write_whole
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath
+from cascaded_diffusion.files.whole import files_below, write_whole
 
 
 def grid(images: np.ndarray, *, columns: int, gap: int = 1) -> np.ndarray:
@@ -31,7 +31,7 @@ def enlarge_nearest(images: np.ndarray, resolution: int) -> np.ndarray:
     return images[:, source][:, :, source]
 
 
-def save_png(path: pathlib.Path, picture: np.ndarray, *, scale: int = 1) -> None:
+def save_png(path: AnyPath, picture: np.ndarray, *, scale: int = 1) -> None:
     """Writes uint8 [H, W, 3] as PNG, each pixel `scale` wide."""
     picture = picture.repeat(scale, axis=0).repeat(scale, axis=1)
     data = io.BytesIO()
@@ -58,22 +58,36 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, scale: int = 2) -> 
     )
 
 
-def save_png_folder(
-    folder: pathlib.Path, names: Iterable[str], images: Iterable[np.ndarray]
-) -> None:
+def save_png_folder(folder: AnyPath, names: Iterable[str], images: Iterable[np.ndarray]) -> None:
     """Writes images uint8 [H, W, 1 or 3] as PNG files of these names below a folder.
 
-    A rename makes the folder appear, or replaces it, once all files are written.
+    A rename makes the folder appear, or replaces it, once all files are written. In a bucket the
+    files appear one by one; the command that writes them says when all are there.
     """
+    if isinstance(folder, BucketPath):
+        wanted = []
+        for name, image in zip(names, images, strict=True):
+            wanted.append(name)
+            write_whole(folder / name, _png(image))
+        for name, path in files_below(folder).items():
+            if name not in wanted:
+                path.unlink(missing_ok=True)
+        return
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     part.mkdir(parents=True)
     for name, image in zip(names, images, strict=True):
         path = part / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format="PNG")
+        path.write_bytes(_png(image))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
+
+
+def _png(image: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(data, format="PNG")
+    return data.getvalue()
 
 
 def with_names(picture: np.ndarray, names: Sequence[str]) -> np.ndarray:

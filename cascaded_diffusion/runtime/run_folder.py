@@ -28,20 +28,23 @@ A folder of such runs is a cascade's:
     RUNS/cascade.json             the cascade with the best values that a sweep found
     RUNS/sweep/<stage>.*          its records, table and plot
 
-Files appear under their name whole, by a rename.
+Files appear under their name whole. Both kinds of folder may be in a bucket, where a `.jsonl` file
+consists of parts (`files.line_parts`).
 """
 
 import contextlib
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Iterator
 
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import CascadeSection, RunConfig, to_dict
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files import json_files
-from cascaded_diffusion.files.paths import check_writable, held_lock
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath, path_of
+from cascaded_diffusion.files.locks import Held, held_lock
+from cascaded_diffusion.files.paths import check_writable
+from cascaded_diffusion.files.whole import move
 
 # What a record must have: best.json, a line of eval/results.jsonl.
 _CHOSEN: json_files.Types = {"step": int, "ema_decay": (int, float)}
@@ -70,10 +73,9 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, flag: str = "workdir"):
-        self.path = pathlib.Path(path)
+        self.path = path_of(path)
         self._flag = flag
-        # The lock files that this process holds, and their inodes.
-        self._held: dict[pathlib.Path, int] = {}
+        self._held: list[Held] = []
         self.config_path = self.path / "config.json"
         self.data_path = self.path / "data.json"
         self.environment_path = self.path / "environment.json"
@@ -139,7 +141,7 @@ class RunFolder:
         except UserError as e:
             aside = self.best_path.with_name("best.json.damaged")
             say(f"{e}; moved to {aside}")
-            os.replace(self.best_path, aside)
+            move(self.best_path, aside)
             return None
         return None if best is None else best["step"]
 
@@ -153,14 +155,15 @@ class RunFolder:
 
     def check_held(self) -> None:
         """Raises UserError if a folder that this process has locked has disappeared."""
-        for path, inode in self._held.items():
-            with contextlib.suppress(OSError):
-                if path.stat().st_ino == inode:
-                    continue
-            raise UserError(
-                f"--{self._flag}={self.path}: the folder was moved or removed while this"
-                " process was writing to it; bring it back and run the same command again"
-            )
+        if not any(lock.is_lost() for lock in self._held):
+            return
+        if isinstance(self.path, BucketPath):
+            what = "another process has taken its lock over, or removed it, while this one slept"
+            raise UserError(f"--{self._flag}={self.path}: {what}; only one may write there")
+        raise UserError(
+            f"--{self._flag}={self.path}: the folder was moved or removed while this"
+            " process was writing to it; bring it back and run the same command again"
+        )
 
     def ask_to_stop(self, patience_evals: int) -> None:
         """Writes EARLY_STOP, saying which patience ran out."""
@@ -205,14 +208,14 @@ class RunFolder:
     def writer_lock(self, role: str) -> Iterator[None]:
         """Holds the folder for one writer of a role, as "train" or "eval": see `held_lock`."""
         with held_lock(self.path, role, self._flag) as lock:
-            self._held[lock] = lock.stat().st_ino
+            self._held.append(lock)
             try:
                 yield
             finally:
-                del self._held[lock]
+                self._held.remove(lock)
 
 
-def level_picture(final: pathlib.Path, level: float) -> pathlib.Path:
+def level_picture(final: AnyPath, level: float) -> AnyPath:
     """Where the final numbers in a file have the enlargements at a level of augmentation."""
     return final.with_name(f"{final.stem}_level_{level:g}.png")
 
@@ -221,7 +224,7 @@ class CascadeFolder:
     """A folder of runs that make a cascade, each in a folder of its stage's name."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = pathlib.Path(path)
+        self.path = path_of(path)
         self.sweep = self.path / "sweep"
         self.cascade_path = self.path / "cascade.json"
 

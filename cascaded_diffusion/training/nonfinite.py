@@ -6,13 +6,13 @@ before that step, with which `main --replay` does it again.
 """
 
 import math
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from cascaded_diffusion.config.schema import TrainConfig
+from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.json_files import (
     Record,
     append_line,
@@ -52,7 +52,7 @@ def described(values: Mapping[str, float], leaves: Sequence[str]) -> str:
     return "; ".join(found)
 
 
-def state_path(folder: RunFolder, step: int) -> pathlib.Path:
+def state_path(folder: RunFolder, step: int) -> AnyPath:
     """Where the state before a step is that ended the training."""
     return folder.nonfinite / str(step) / "state"
 

@@ -48,8 +48,8 @@ BAD_COMMANDS = [
     (main, ["--workdir=RUN"], "--config is missing: "),
     (
         main,
-        [BASE, "--workdir=gs://bucket/run"],
-        "--workdir=gs://bucket/run: expected a path on this machine",
+        [BASE, "--workdir=ftp://bucket/run"],
+        "--workdir=ftp://bucket/run: expected a path on this machine",
     ),
     (main, [BASE, "--workdir=run[1]"], "--workdir=run[1]: "),
     (main, [BASE, "--workdir="], "--workdir='': expected the path of a file or folder"),

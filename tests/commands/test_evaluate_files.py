@@ -193,12 +193,12 @@ def test_paths_that_are_not_utf_8_are_measured_and_recorded(files, capsys):
 
 BAD = [
     (["--samples={0}/a.npz"], "--reference is missing: "),
-    (["--samples=gs://a/b", "--reference={0}/b.npz"], "--samples=gs://a/b: expected a path on"),
+    (["--samples=ftp://a/b", "--reference={0}/b.npz"], "--samples=ftp://a/b: expected a path on"),
     (["--samples={0}/a.npz", "--reference=s3://b"], "--reference=s3://b: expected a path on"),
     (["--samples={0}/[1].npz", "--reference={0}/b.npz"], "--samples={0}/[1].npz: '{0}/[1].npz' "),
     (
-        ["--samples={0}/a.npz", "--reference={0}/b.npz", "--inception_weights=gs://w.pth"],
-        "--inception_weights=gs://w.pth: expected a path on this machine",
+        ["--samples={0}/a.npz", "--reference={0}/b.npz", "--inception_weights=ftp://w.pth"],
+        "--inception_weights=ftp://w.pth: expected a path on this machine",
     ),
     (
         ["--samples={0}/a.npz", "--reference={0}/b.npz", "--inception_weights={0}"],
@@ -308,10 +308,13 @@ def _with_other_features(path, other):
         (["--images={0}/b.npz"], "--output is missing: "),
         (["--images={0}/b.npz", "--output={0}/r"], "--output={0}/r: expected a name that ends"),
         (["--images={0}/b.npz", "--output={0}/d.npz"], "--output={0}/d.npz: expected a name that"),
-        (["--images={0}/b.npz", "--output=gs://r.npz"], "--output=gs://r.npz: expected a path on"),
+        (
+            ["--images={0}/b.npz", "--output=ftp://r.npz"],
+            "--output=ftp://r.npz: expected a path on",
+        ),
         (["--images={0}/b.npz", "--output={0}/a*.npz"], "--output={0}/a*.npz: '{0}/a*.npz' contai"),
-        (["--images=gs://b", "--output={0}/r.npz"], "--images=gs://b: expected a path on this"),
-        (["--workdir=gs://b"], "--workdir=gs://b: expected a path on this"),
+        (["--images=ftp://b", "--output={0}/r.npz"], "--images=ftp://b: expected a path on this"),
+        (["--workdir=ftp://b"], "--workdir=ftp://b: expected a path on this"),
         (["--workdir={0}", "--inception_weights={0}/w"], "--inception_weights={0}/w: no such file"),
         (["--images={0}/b.npz", "--workdir={0}"], "--images does not go with --workdir"),
         (["--workdir={0}", "--resize=clean"], "--resize is only for --images"),

@@ -120,7 +120,7 @@ def test_stages_of_a_cascade_have_the_same_classes(photos, tmp_path):
         run_images.check_same_run_classes([first, second])
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/run", "run[1]", "what?"])
+@pytest.mark.parametrize("path", ["ftp://bucket/run", "run[1]", "what?"])
 @pytest.mark.parametrize("flag", ["workdir", "samples", "data_path"])
 def test_paths_that_cannot_work_are_refused_at_once(path, flag, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

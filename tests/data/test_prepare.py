@@ -528,7 +528,7 @@ def test_corrupt_photos_stop_it_or_are_left_out(tmp_path, capsys):
 
 
 def test_two_at_once_are_refused(tmp_path):
-    from cascaded_diffusion.files.paths import held_lock
+    from cascaded_diffusion.files.locks import held_lock
 
     root = write_tree(tmp_path, per_class=2)
     folder = root / "prepared" / "folder" / "train_32px"

@@ -12,9 +12,9 @@ def test_ordinary_paths_are_returned_as_given(text):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("gs://bucket/run", "object storage is not supported"),
-        ("s3://bucket/run", "object storage is not supported"),
-        ("gs:/bucket/run", "object storage is not supported"),
+        ("ftp://host/run", "or one that begins with gs://"),
+        ("s3://bucket/run", "or one that begins with gs://"),
+        ("gs:/bucket/run", "or one that begins with gs://"),
         ("run[1]", r"contains '\['"),
         ("run]", r"contains '\]'"),
         ("a*", r"contains '\*'"),

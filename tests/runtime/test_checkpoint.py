@@ -15,7 +15,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime import checkpoint, manifest
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding as sharding_lib
-from cascaded_diffusion.runtime.manifest import pinned, pinned_steps
+from cascaded_diffusion.runtime.manifest import deletable, pinned
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.tiny import tiny_base
 
@@ -353,9 +353,9 @@ def test_the_mark_of_a_killed_reader_is_forgotten(saved):
     )
     result = subprocess.run([sys.executable, "-c", code, str(saved.path)], timeout=60)
     assert result.returncode == -9
-    with pinned(saved, 2) as is_there, pinned_steps(saved) as steps:
+    with pinned(saved, 2) as is_there, deletable(saved, [1, 2, 3]) as steps:
         assert is_there
-        assert steps == {2}
+        assert steps == {1, 3}
     with pinned(saved, 77) as is_there:
         assert not is_there
     _save(saved, [4, 5]).close()
@@ -432,8 +432,8 @@ def test_a_reader_that_lets_go_disturbs_no_deletion(saved, monkeypatch):
         return opened(self, *args, **kwargs)
 
     monkeypatch.setattr(type(pins), "open", gone_before_it_is_opened)
-    with pinned_steps(saved) as steps:
-        assert steps == set()
+    with deletable(saved, [1, 2]) as steps:
+        assert steps == {1, 2}
     assert {p.name for p in pins.iterdir()} == {"notes.txt", "folder"}
 
 
@@ -442,14 +442,15 @@ def test_a_checkpoint_chosen_while_pins_are_awaited_is_kept(tmp_path, monkeypatc
     writer = checkpoint.CheckpointWriter(folder, tiny_base(checkpoint__max_to_keep=1).checkpoint)
     writer.save(1, _state(1))
     writer.wait(1)
-    awaited = manifest.pinned_steps
+    awaited = manifest.deletable
 
-    def chosen_meanwhile(folder):
+    def chosen_meanwhile(folder, steps):
+        assert steps == {1}
         folder.eval.mkdir(exist_ok=True)
         folder.best_path.write_text(json.dumps({"step": 1, "ema_decay": 0.99}))
-        return awaited(folder)
+        return awaited(folder, steps)
 
-    monkeypatch.setattr(manifest, "pinned_steps", chosen_meanwhile)
+    monkeypatch.setattr(manifest, "deletable", chosen_meanwhile)
     writer.save(2, _state(2))
     writer.wait(2)
     writer.close()

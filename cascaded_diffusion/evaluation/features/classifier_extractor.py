@@ -9,7 +9,6 @@ seed), is trained once per run folder and kept there.
 
 import dataclasses
 import hashlib
-import pathlib
 from collections.abc import Callable
 from functools import partial
 
@@ -20,6 +19,7 @@ from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.evaluation.features import classifier_training as training
 from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages, Task
 from cascaded_diffusion.evaluation.features.extractor import Features, extract_in_batches
+from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import sha256_of_arrays, write_npz_whole
 from cascaded_diffusion.networks import classifier as networks
@@ -83,7 +83,7 @@ def _fingerprint(task: Task, train: LabelledImages) -> str:
 
 
 def _stored(
-    path: pathlib.Path, task: Task, fingerprint: str, shape: tuple[int, ...]
+    path: AnyPath, task: Task, fingerprint: str, shape: tuple[int, ...]
 ) -> networks.Variables:
     """The variables of a file. Raises ValueError: why they cannot be used."""
     try:
@@ -106,7 +106,7 @@ def _stored(
 
 
 def load_or_train(
-    path: pathlib.Path,
+    path: AnyPath,
     task: Task,
     train: LabelledImages,
     held_out: LabelledImages,

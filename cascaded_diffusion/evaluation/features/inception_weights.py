@@ -8,7 +8,6 @@ arrays and their digest.
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 import sys
 import urllib.error
@@ -21,8 +20,9 @@ from urllib.request import Request
 import numpy as np
 
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import path_of
+from cascaded_diffusion.files.local_copies import cache_folder, local_copy
 from cascaded_diffusion.files.npz_archive import read_arrays
-from cascaded_diffusion.files.paths import check_local_path
 from cascaded_diffusion.files.torch_file import read_tensors
 from cascaded_diffusion.files.whole import sha256_of, write_npz_whole, write_whole
 from cascaded_diffusion.networks import inception
@@ -32,7 +32,7 @@ FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 NUM_BYTES = 95_628_359
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
-_FLAG, _CACHE_VARIABLE = "--inception_weights", "CASCADED_DIFFUSION_CACHE"
+_FLAG = "--inception_weights"
 _TIMEOUT_SECS = 60
 _MAX_CONVERTED_BYTES = 1 << 28  # two and a half times their size
 
@@ -57,14 +57,12 @@ def load_weights(
     Raises UserError if the file is missing, damaged, something else, or not the public one.
     """
     if cache is None:
-        root = os.environ.get(_CACHE_VARIABLE)
-        home = pathlib.Path.home() / ".cache" / "cascaded_diffusion"
-        cache = (check_local_path(root, _CACHE_VARIABLE) if root else home) / "inception"
+        cache = cache_folder() / "inception"
     kept = cache / f"{pathlib.Path(FILE).stem}.npz"
     if path is not None:
-        file = pathlib.Path(path)
-        if not file.is_file():
+        if not path_of(path).is_file():
             raise UserError(f"{_FLAG}={path}: no such file; expected {FILE}, from {URL}")
+        file = local_copy(path_of(path))
         if file.suffix == ".npz":
             try:
                 weights = _read_converted(file)
@@ -77,7 +75,7 @@ def load_weights(
         if digest != SHA256:
             return _converted(file, digest)
     if (weights := _kept(kept)) is None:
-        file = pathlib.Path(path or download(cache / FILE))
+        file = download(cache / FILE) if path is None else file
         weights = _converted(file, SHA256)
         _keep(kept, weights)
         if path is None:

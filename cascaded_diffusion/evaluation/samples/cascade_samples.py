@@ -20,6 +20,8 @@ from cascaded_diffusion.evaluation.samples.sample_sources import shrunk
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.trained import TrainedStage, load_trained
+from cascaded_diffusion.files.bucket import BucketPath
+from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.mesh import fail_on_all_processes
@@ -110,7 +112,8 @@ def sample_cascade(
             raise _cannot_write(request, e) from e
         store.remove()
         with contextlib.suppress(OSError):  # another cascade's batches are there
-            (output.path / ".batches").rmdir()
+            if not isinstance(output.path, BucketPath):
+                (output.path / ".batches").rmdir()
     print(f"{request.title()}: in {output.path}: {', '.join(files)}", flush=True)
     return files
 
@@ -135,7 +138,7 @@ def _fill(
         error = _cannot_write(request, e)
     if error is not None:
         with contextlib.suppress(OSError):  # on a full disk, for one; they notice its absence
-            store.failed.touch()
+            write_whole(store.failed, b"")
     # This may take hours, and no collective would wait so long.
     while store.missing() and not store.failed.exists():
         time.sleep(_POLL_SECS)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import pathlib
 import tokenize
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +11,7 @@ from cascaded_diffusion.config.schema import CascadeConfig, RunConfig, StageConf
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, check_labels
 from cascaded_diffusion.evaluation.settings import chain_of
+from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.paths import check_local_path
 from cascaded_diffusion.runtime.run_data import trained_classes
@@ -136,7 +136,7 @@ def _number_or_name(item: str) -> int | str:
     return int(item) if digits.isascii() and digits.isdecimal() and len(digits) < 10 else item
 
 
-def _existing(text: str) -> pathlib.Path:
+def _existing(text: str) -> AnyPath:
     path = check_local_path(text, "--labels")
     if not path.is_file():
         raise UserError(f"--labels={text}: no such file")

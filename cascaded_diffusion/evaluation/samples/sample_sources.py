@@ -6,7 +6,6 @@ record says which.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -20,6 +19,7 @@ from cascaded_diffusion.evaluation.features.classifier_training import LabelledI
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages
 from cascaded_diffusion.evaluation.trained import TrainedStage, load_trained
+from cascaded_diffusion.files.bucket import path_of
 from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.runtime.mesh import host_array
 from cascaded_diffusion.runtime.run_folder import RunFolder
@@ -135,7 +135,7 @@ class StageSampling:
         labels = np.zeros(len(stored)) if stored.labels is None else stored.labels
         first = slice(self.num_samples)
         low_res = LabelledImages(np.asarray(stored.images[first]), labels[first].astype(np.int32))
-        name = f"file:{pathlib.Path(stored.path).name}:{stored.digest()}"
+        name = f"file:{path_of(stored.path).name}:{stored.digest()}"
         return self._enlargements(name, low_res)
 
     def of_runs(

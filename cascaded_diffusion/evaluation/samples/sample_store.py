@@ -10,17 +10,16 @@ always have the same bounds, every sample exists once, with the value of an unin
 import hashlib
 import itertools
 import json
-import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.files.npz_archive import read_arrays
-from cascaded_diffusion.files.whole import write_npz_whole, write_whole
+from cascaded_diffusion.files.whole import remove_tree, write_npz_whole, write_whole
 
 # The arrays of a batch: "images" uint8 [b, H, W, C], "labels" int64 [b] and, for enlargements,
 # "low_res" uint8 [b, h, w, C].
@@ -30,7 +29,7 @@ Arrays = dict[str, np.ndarray]
 class Unfinished(NamedTuple):
     """The unfinished store of a command with other settings: its identity and what it holds."""
 
-    folder: pathlib.Path
+    folder: AnyPath
     settings: Record
     num_samples: int
     num_bytes: int
@@ -48,9 +47,7 @@ class SampleStore:
     the others that it gives up.
     """
 
-    def __init__(
-        self, parent: pathlib.Path, identity: Record, *, num_samples: int, batch_size: int
-    ):
+    def __init__(self, parent: AnyPath, identity: Record, *, num_samples: int, batch_size: int):
         text = _text(identity, num_samples, batch_size)
         self._folder = parent / _name(text)
         self.number = int(self._folder.name[:7], 16)
@@ -61,12 +58,10 @@ class SampleStore:
             write_whole(about, text + b"\n")
 
     @staticmethod
-    def discard(
-        parent: pathlib.Path, identity: Record, *, num_samples: int, batch_size: int
-    ) -> None:
+    def discard(parent: AnyPath, identity: Record, *, num_samples: int, batch_size: int) -> None:
         """Deletes what a store has left that nobody needs, if there is such a store."""
         name = _name(_text(identity, num_samples, batch_size))
-        shutil.rmtree(parent / name, ignore_errors=True)
+        remove_tree(parent / name)
 
     def rows(self, batch: int) -> np.ndarray:
         """[b]: the sample indices of a batch."""
@@ -75,7 +70,8 @@ class SampleStore:
 
     def missing(self) -> list[int]:
         """The numbers of the batches that do not exist yet."""
-        return [i for i in range(self.num_batches) if not self._path(i).exists()]
+        there = {path.name for path in self._folder.iterdir()} if self._folder.is_dir() else set()
+        return [i for i in range(self.num_batches) if self._path(i).name not in there]
 
     def write(self, batch: int, arrays: Arrays) -> None:
         """Stores a batch. Raises ValueError for a wrong number of samples.
@@ -128,9 +124,9 @@ class SampleStore:
 
     def remove(self) -> None:
         """Deletes the store."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_tree(self._folder)
 
-    def _path(self, batch: int) -> pathlib.Path:
+    def _path(self, batch: int) -> AnyPath:
         return self._folder / f"{batch:06d}.npz"
 
 

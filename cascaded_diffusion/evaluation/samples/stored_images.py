@@ -12,9 +12,10 @@ import numpy as np
 
 from cascaded_diffusion.config.schema import StageConfig
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.image_files import PngFolder
 from cascaded_diffusion.files.npz_archive import layout_hint, read_arrays
-from cascaded_diffusion.files.paths import check_local_path
+from cascaded_diffusion.files.paths import check_path
 from cascaded_diffusion.files.whole import whole_file, write_npz_whole
 
 _DIGEST_BATCH = 1000
@@ -52,7 +53,7 @@ def batches(images: Images, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def save_samples(
-    path: pathlib.Path,
+    path: AnyPath,
     images: np.ndarray,
     labels: np.ndarray,
     *,
@@ -69,7 +70,7 @@ def save_samples(
 
 
 def save_sample_batches(
-    path: pathlib.Path,
+    path: AnyPath,
     shape: tuple[int, ...],
     batches_of: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]],
 ) -> None:
@@ -93,7 +94,7 @@ def save_sample_batches(
                 raise ValueError(f"{count} samples, expected {shape[0]}")
 
 
-def stored_samples(path: pathlib.Path, provenance: Mapping[str, object]) -> np.ndarray | None:
+def stored_samples(path: AnyPath, provenance: Mapping[str, object]) -> np.ndarray | None:
     """The images of a `save_samples` file; None if it is missing, damaged or of another origin."""
     try:
         about = read_arrays(path, ("provenance",), max_bytes=_MAX_PROVENANCE_BYTES)
@@ -111,8 +112,9 @@ def open_images(path: str, *, flag: str, at_least: int = 2) -> StoredImages:
     if it is neither, or has fewer than `at_least` (a folder: two) uint8 images of one size.
     """
     rest = ""
-    if check_local_path(path, f"--{flag}").is_dir():
-        folder = PngFolder(pathlib.Path(path), flag=flag)
+    found = check_path(path, f"--{flag}")
+    if isinstance(found, pathlib.Path) and found.is_dir():
+        folder = PngFolder(found, flag=flag)
         rest = f" ({folder.passed_over})" if folder.passed_over else ""
         stored = StoredImages(path, folder, None)
     else:

@@ -369,7 +369,7 @@ def test_what_is_no_file_does_not_hang(kind, tmp_path):
         samples.open_images(str(path), flag="samples")
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/samples.npz", "run[1]/a.npz", "a\0b", ""])
+@pytest.mark.parametrize("path", ["ftp://bucket/samples.npz", "run[1]/a.npz", "a\0b", ""])
 def test_paths_that_cannot_work_are_refused_by_name(path):
     with pytest.raises(UserError, match="--samples="):
         samples.open_images(path, flag="samples")
