@@ -10,8 +10,10 @@ writers that expect the same generation, one fails.
 import contextlib
 import io
 import itertools
+import json
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from gcp_storage_emulator import server as emulator
-from gcp_storage_emulator.handlers import buckets
+from gcp_storage_emulator.handlers import buckets, objects
 from gcp_storage_emulator.storage import Storage
 
 BUCKET = "bucket"
@@ -100,6 +102,9 @@ class _Handler(emulator.RequestHandler):
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
+            if not body and "uploadType=media" in self.path:
+                self._create_empty()
+                return
             rest, self.rfile = self.rfile, io.BytesIO(body)
             if "Transfer-Encoding" in self.headers:
                 del self.headers["Transfer-Encoding"]
@@ -108,6 +113,19 @@ class _Handler(emulator.RequestHandler):
                 emulator.Router(self).handle(method)
             finally:
                 self.rfile = rest
+
+    def _create_empty(self) -> None:
+        """The emulator fails at an object without contents."""
+        url = urlsplit(self.path)
+        bucket, name = _OBJECT.fullmatch(url.path)[1], parse_qs(url.query)["name"][0]
+        obj = objects._make_object_resource("", bucket, name, "application/octet-stream", "0")
+        self.storage.create_file(bucket, name, b"", objects._checksums(b"", obj))
+        answer = json.dumps(obj).encode()
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
 
     def _precondition(self, method: str) -> HTTPStatus | None:
         """The status of a request whose precondition fails, or None."""
@@ -148,6 +166,10 @@ class Emulator(ThreadingHTTPServer):
     def storage_of(server: object) -> _Storage:
         assert isinstance(server, Emulator)
         return server.storage
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # of a client that was killed
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
