@@ -9,7 +9,6 @@ A file has
 
 import hashlib
 import os
-import pathlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from cascaded_diffusion.data import splits
 from cascaded_diffusion.data.records import DataMissing, RawExample, RawSource
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import path_of
 from cascaded_diffusion.files.npz_archive import layout_hint, read_arrays
 from cascaded_diffusion.files.paths import is_litter
 
@@ -88,16 +88,16 @@ def load_npz(path: str, split: str, *, num_classes: int) -> ArraySource:
     DataMissing if there is no such file, UserError if it is damaged or has other arrays.
     """
     name = splits.parse_split(split)["name"]
-    if os.path.isdir(path):
-        file = os.path.join(path, f"{name}.npz")
-        if not os.path.exists(file):
-            there = pathlib.Path(path).glob("*.npz")
+    if path_of(path).is_dir():
+        file = path_of(path) / f"{name}.npz"
+        if not file.exists():
+            there = path_of(path).glob("*.npz")
             found = sorted(entry.stem for entry in there if not is_litter(entry.name))
             problem = f"no {file}; splits there: {', '.join(found) or 'none'}"
             raise DataMissing(splits.split_problem(split, problem))
     else:
-        file = path
-        if not os.path.exists(file):
+        file = path_of(path)
+        if not file.exists():
             raise DataMissing(f"config.data.path = {path!r}: no such .npz file, or folder of them")
         if name != splits.WHOLE:
             problem = f"{path} is one file, whose split is 'all', with parts like 'all[:90%]'"

@@ -20,6 +20,7 @@ from cascaded_diffusion.data.decode import SUFFIXES
 from cascaded_diffusion.data.records import CorruptRecord, DataMissing, RawExample
 from cascaded_diffusion.data.splits import WHOLE, parse_split, part_of, split_problem
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import BucketPath, is_url, path_of
 from cascaded_diffusion.files.paths import describe_passed_over, is_litter, printable
 
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
@@ -69,6 +70,8 @@ class FolderSource(records.RawSource):
 
     def read(self, index: int) -> RawExample:
         try:
+            if is_url(path := os.fsdecode(os.path.join(self._root, self.name(index)))):
+                return RawExample(path_of(path).read_bytes(), int(self.labels[index]))
             with open(os.path.join(self._root, self.name(index)), "rb", buffering=0) as f:
                 size = os.fstat(f.fileno()).st_size
                 if size > _MAX_FILE_BYTES:
@@ -122,6 +125,61 @@ def _scan(
     return folders
 
 
+def _scan_bucket(
+    folder: BucketPath, files: list[_File], others: collections.Counter[str]
+) -> list[bytes]:
+    """As `_scan`, for a folder in a bucket."""
+    folders = set()
+    for name, about in folder.details():
+        first, slash, _ = name.partition("/")
+        if any(map(is_litter, name.split("/"))):
+            others["hidden"] += 1
+            continue
+        if slash:
+            folders.add(os.fsencode(first))
+        if name.lower().endswith(SUFFIXES):
+            files.append((os.fsencode(name), about.st_size, int(about.st_mtime)))
+        else:
+            others[printable(os.path.splitext(name)[1].lower()) or "without suffix"] += 1
+    return sorted(folders)
+
+
+def _list_bucket(
+    path: BucketPath, name: str, files: list[_File], others: collections.Counter[str]
+) -> tuple[bytes, list[bytes]]:
+    root = path if name == WHOLE and not (path / name).is_dir() else path / name
+    if not root.is_dir():
+        raise DataMissing(
+            f"config.data.path = {str(path)!r}: no images in {root}; put them there, as"
+            " SPLIT/CLASS/NAME.jpg, or give another"
+        )
+    return os.fsencode(str(root)), _scan_bucket(root, files, others)
+
+
+def _list_folder(
+    path: str, name: str, split: str, files: list[_File], others: collections.Counter[str]
+) -> tuple[bytes, list[bytes]]:
+    """The folder of a split, and the folders in it; its images are added to `files`."""
+    if not os.path.isdir(path):
+        raise DataMissing(
+            f"config.data.path = {path!r}: no such folder; put the images there, as"
+            " SPLIT/CLASS/NAME.jpg, or give another"
+        )
+    root = os.fsencode(os.path.join(path, name))
+    if not os.path.isdir(root):
+        if name != WHOLE:
+            with os.scandir(path) as entries:
+                there = sorted(e.name for e in entries if e.is_dir() and not is_litter(e.name))
+            problem = (
+                f"no such folder in {path}; there are:"
+                f" {', '.join(map(printable, there)) or 'none'}; {WHOLE!r} is all of it, and"
+                " 'all[:90%]' a part"
+            )
+            raise DataMissing(split_problem(split, problem))
+        root = os.fsencode(path)
+    return root, _scan(root, b"", frozenset(), files, others)
+
+
 def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
     """Lists the images of a split (or a part of it) of the folder `path`.
 
@@ -129,27 +187,13 @@ def load_folder(path: str, split: str, *, classes: str | None) -> FolderSource:
     there is no such folder or split, UserError if it, or a class, has no images.
     """
     name = parse_split(split)["name"]
-    if not os.path.isdir(path):
-        raise DataMissing(
-            f"config.data.path = {path!r}: no such folder; put the images there, as"
-            " SPLIT/CLASS/NAME.jpg, or give another"
-        )
-    root = os.fsencode(os.path.join(path, name))
     files: list[_File] = []
     others = collections.Counter[str]()
     try:
-        if not os.path.isdir(root):
-            if name != WHOLE:
-                with os.scandir(path) as entries:
-                    there = sorted(e.name for e in entries if e.is_dir() and not is_litter(e.name))
-                problem = (
-                    f"no such folder in {path}; there are:"
-                    f" {', '.join(map(printable, there)) or 'none'}; {WHOLE!r} is all of it, and"
-                    " 'all[:90%]' a part"
-                )
-                raise DataMissing(split_problem(split, problem))
-            root = os.fsencode(path)
-        folders = _scan(root, b"", frozenset(), files, others)
+        if isinstance(given := path_of(path), BucketPath):
+            root, folders = _list_bucket(given, name, files, others)
+        else:
+            root, folders = _list_folder(path, name, split, files, others)
     except (OSError, RecursionError) as e:
         raise UserError(f"config.data.path = {path!r}: cannot be listed ({e})") from e
     files.sort()

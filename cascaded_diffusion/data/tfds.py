@@ -5,7 +5,6 @@ which others prepared their copies. The only home of tensorflow_datasets.
 """
 
 import difflib
-import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from cascaded_diffusion.data import record_files, records
 from cascaded_diffusion.data.records import CorruptRecord, DataMissing, RawExample
 from cascaded_diffusion.data.splits import split_problem
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.files.bucket import for_orbax, is_url, path_of
+from cascaded_diffusion.files.local_copies import local_copy
 
 # A name, a builder config, a version. No namespace: TFDS would run code it downloads for it.
 _NAME = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.\-]+)?(:\d+\.\d+\.\d+)?")
@@ -49,8 +50,10 @@ class TfdsSource(records.RawSource):
             raise UserError(line) from e
         if not instructions:
             raise UserError(split_problem(split, "holds no images"))
+        where = {file: path_of(file) for file in sorted({str(i.filename) for i in instructions})}
+        copies = {file: str(local_copy(path)) for file, path in where.items()}
         parts = [
-            record_files.ShardPart(str(i.filename), i.skip, i.take, i.examples_in_shard)
+            record_files.ShardPart(copies[str(i.filename)], i.skip, i.take, i.examples_in_shard)
             for i in instructions
         ]
         file_format = builder.info.file_format.value if builder.info.file_format else "tfrecord"
@@ -59,9 +62,8 @@ class TfdsSource(records.RawSource):
                 f"{builder.data_path}: prepared as {file_format}, expected {' or '.join(_SHARDS)}"
             )
         self.origin = _SHARDS[file_format](parts, remedy=_REMEDY)
-        files = sorted({part.filename for part in parts})
-        found = [os.stat(file) for file in files]
-        names = [os.path.basename(file).encode() for file in files]
+        found = [path.stat() for path in where.values()]
+        names = [path.name.encode() for path in where.values()]
         digest = records.digest_of_files(names, (status.st_size for status in found))
         self.identity = f"{builder.info.full_name}:{split}:{len(self)} images:{digest}"
         self.times = records.digest_of_files(names, (int(status.st_mtime) for status in found))
@@ -81,6 +83,8 @@ def find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     """The TFDS builder of a data set, prepared or not. Raises UserError if TFDS has none."""
     if not _NAME.fullmatch(name):
         fail("data.name", name, "a name like 'cifar10', 'lsun/bedroom' or 'cifar10:3.0.2'")
+    if data_dir is not None:
+        for_orbax(path_of(data_dir))  # TFDS reads a bucket in the same way
     try:
         return tfds.builder(name, data_dir=data_dir)
     except Exception as e:  # whatever TFDS and the data set's own code raise
@@ -156,6 +160,11 @@ def get_tfds(name: str, data_dir: str | None, *, dry_run: bool, say: Callable[[s
     builder = find_builder(name, data_dir)
     if builder.info.splits:
         return True
+    if data_dir is not None and is_url(data_dir):
+        raise UserError(
+            f"config.data.path = {data_dir!r}: {name!r} is not prepared there; prepare it on a disk"
+            " and copy the folder, as by `gcloud storage cp --recursive`"
+        )
     manual_dir, by_hand = _by_hand(builder)
     if by_hand is None:
         say(f"{name}: not in {builder.data_path} yet; {_download_size(builder)}")

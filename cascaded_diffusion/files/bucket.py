@@ -187,6 +187,18 @@ class BucketPath(os.PathLike[str]):
         about = for_orbax(self).stat()
         return Stat(about.length, about.mtime)
 
+    def details(self) -> list[tuple[str, Stat]]:
+        """All objects below a folder by their path relative to it, in order."""
+        for_orbax(self)
+        import gcsfs
+
+        found = gcsfs.GCSFileSystem().find(str(self), detail=True)
+        start = len(f"{self._bucket}/{self._prefix}")
+        return sorted(
+            (name[start:], Stat(about["size"], about["mtime"].timestamp()))
+            for name, about in found.items()
+        )
+
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Does nothing: folders need not be made."""
 
