@@ -29,6 +29,8 @@ CORE = [
     "tqdm>=4.66",
 ]
 DEMO = ["mlxtend>=0.25"]
+# Runs and data in buckets of Cloud Storage.
+GCS = ["gcsfs>=2025.7"]
 # The generator of the site, and its reader of docstrings.
 DOCS = ["zensical>=0.0.73", "mkdocstrings-python>=2.0.11"]
 
@@ -45,9 +47,12 @@ setup(
     extras_require={
         "demo": DEMO,
         "docs": DOCS,
+        "gcs": GCS,
         "test": [
             *DEMO,
             *DOCS,
+            *GCS,
+            "gcp-storage-emulator>=2026.7",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff==0.17.6",

@@ -276,39 +276,111 @@ send() {
 
 # set_up_machine EXTRA: environment, package and share on all workers.
 set_up_machine() {
-  local setup=(setup --extra="$1")
+  local setup=(setup --extra="$1${options[bucket]:+,gcs}")
   [[ -z ${options[python]} ]] || setup+=(--python="${options[python]}")
   [[ -z ${options[share]} ]] || setup+=(--share="${options[share]}" --mount="${options[mount]}")
   on_host all "${setup[@]}"
 }
 
-check_share() {
+# check_storage: where runs and data are: in a bucket, or on an NFS share.
+check_storage() {
+  check bucket '^gs://[a-z0-9][-a-z0-9._]{1,220}[a-z0-9](/[A-Za-z0-9_][-A-Za-z0-9._]*)*/?$' \
+    "gs://BUCKET or gs://BUCKET/FOLDER"
+  options[bucket]=${options[bucket]%/}
+  [[ -z ${options[bucket]} || -z ${options[share]} ]] ||
+    die "--share=$(shown "${options[share]}"): expected none with --bucket; leave one of them out"
   check share '^[A-Za-z0-9][-A-Za-z0-9.]*:/.+' "SERVER:/EXPORT of an NFS share"
   check mount '^/[^/].*' "an absolute folder, such as /mnt/share"
 }
 
-# check_workdir ARGUMENT...: a run's folder that is not on the share would end with the machine,
-# and on several hosts be several folders.
+# need_storage WHY: there must be a bucket or a share.
+need_storage() {
+  [[ -n ${options[bucket]}${options[share]} ]] ||
+    die "--bucket: missing, expected gs://BUCKET/FOLDER, or --share=SERVER:/EXPORT of an NFS share:" \
+      "$1; add --bucket=VALUE"
+}
+
+# check_bucket: that the bucket is there, may be looked at, and can never be read by the public.
+check_bucket() {
+  local bucket errors access
+  [[ -n ${options[bucket]} ]] || return 0
+  bucket=${options[bucket]#gs://}
+  bucket=gs://${bucket%%/*}
+  local ask=(gcloud storage buckets describe "$bucket"
+    "--format=value(public_access_prevention)")
+  [[ -z ${options[project]:-} ]] || ask+=(--project="${options[project]}")
+  if [[ -n ${options[dry_run]:-} ]]; then
+    printable "${ask[@]}"
+    return
+  fi
+  errors=$(mktemp)
+  if access=$("${ask[@]}" 2>"$errors"); then
+    rm -f "$errors"
+    [[ $access == enforced ]] ||
+      die "--bucket=${options[bucket]}: the public could be given access (public access prevention" \
+        "is ${access:-unknown}); run \`gcloud storage buckets update $bucket" \
+        "--public-access-prevention\`"
+    return
+  fi
+  # Only the last line is the answer.
+  local answer
+  answer=$(tail -n 1 "$errors")
+  rm -f "$errors"
+  case $answer in
+    *403* | *ermission* | *denied*)
+      die "--bucket=${options[bucket]}: access was denied to you; the role roles/storage.bucketViewer" \
+        "on $bucket is missing: \`gcloud storage buckets add-iam-policy-binding $bucket" \
+        "--member=user:YOU --role=roles/storage.bucketViewer\`"
+      ;;
+    *404* | *"not found"* | *"does not exist"*)
+      die "--bucket=${options[bucket]}: there is no such bucket; run \`gcloud storage buckets create" \
+        "$bucket --location=REGION --uniform-bucket-level-access --public-access-prevention\`"
+      ;;
+    *) fail "--bucket=${options[bucket]}: could not be asked about: $answer" ;;
+  esac
+}
+
+# check_workdir ARGUMENT...: a run's folder that is not in the bucket or on the share would end with
+# the machine, and on several hosts be several folders.
 check_workdir() {
-  local argument folder previous=''
-  [[ -n ${options[share]} ]] || return 0
+  local argument folder previous='' base='' what
+  if [[ -n ${options[bucket]} ]]; then
+    base=${options[bucket]}
+    what="expected a folder in the bucket, --bucket=$base"
+  elif [[ -n ${options[share]} ]]; then
+    base=${options[mount]%/}
+    what="expected a folder below the share, --mount=$(shown "${options[mount]}")"
+  else
+    return 0
+  fi
   for argument in "$@"; do
     folder=''
     case $argument in --workdir=* | -workdir=*) folder=${argument#*=} ;; esac
     case $previous in --workdir | -workdir) folder=$argument ;; esac
-    [[ -z $folder || ($folder == "${options[mount]%/}"/* && $folder/ != */../*) ]] ||
-      die "--workdir=$(shown "$folder"): expected a folder below the share," \
-        "--mount=$(shown "${options[mount]}")"
+    [[ -z $folder || ($folder == "$base"/* && $folder/ != */../*) ]] ||
+      die "--workdir=$(shown "$folder"): $what"
     previous=$argument
   done
 }
 
-# compilation_cache: the folder of compiled programs, and of a GPU's tuning, on the share.
-compilation_cache() { printf '%s' "${options[mount]%/}/compilation_cache"; }
+# storage_folder: the bucket, or where the share is mounted; nothing where there is neither.
+storage_folder() {
+  if [[ -n ${options[bucket]} ]]; then
+    printf '%s' "${options[bucket]}"
+  elif [[ -n ${options[share]} ]]; then
+    printf '%s' "${options[mount]%/}"
+  fi
+}
 
-# log_folder: where the machine writes its jobs' output: on the share, to outlive the machine.
+# compilation_cache: the folder of compiled programs, and of a GPU's tuning.
+compilation_cache() { printf '%s' "$(storage_folder)/compilation_cache"; }
+
+# log_folder: where the output of a machine's jobs outlives the machine. On a share it is written
+# there; a bucket gets a copy when a job ends.
 log_folder() {
-  [[ -z ${options[share]} ]] || printf '%s' "${options[mount]%/}/launch_logs/${options[name]}"
+  local folder
+  folder=$(storage_folder)
+  [[ -z $folder ]] || printf '%s' "$folder/launch_logs/${options[name]}"
 }
 
 # --- Queued resources: how a TPU is asked for ----------------------------------------------------

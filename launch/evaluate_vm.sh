@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Scores a run's checkpoints on a machine of its own, beside the pod that trains. It mounts the same
-# share; the trainer waits for nobody. See docs/launch.md.
+# Scores a run's checkpoints on a machine of its own, beside the pod that trains. It reads the same
+# bucket or share; the trainer waits for nobody. See docs/launch.md.
 #
 #   ./launch/evaluate_vm.sh COMMAND --kind=tpu|gpu --name=NAME --zone=ZONE [flags] [-- ARGUMENT...]
 #
@@ -9,8 +9,8 @@
 #              --machine_type, --image_family and --image_project
 #   wait       until the TPU VM is there (a GPU VM is there when `create` ends)
 #   copy       the repository at --commit
-#   setup      environment, package and the share
-#   run        starts `evaluate --follow ARGUMENT...`, e.g. -- --workdir=/mnt/share/RUN/sr256
+#   setup      environment and package, and the share if there is one
+#   run        starts `evaluate --follow ARGUMENT...`, e.g. -- --workdir=gs://BUCKET/RUN/sr256
 #   up         create, wait, copy, setup, run
 #   status, logs, stop
 #   delete     the machine. When training has ended, evaluation ends by itself; the machine does not.
@@ -20,7 +20,8 @@
 #   --accelerator_type=v5litepod-4 --runtime_version=v2-alpha-tpuv5-lite     --kind=tpu
 #   --machine_type=a2-highgpu-1g --image_family=FAMILY --image_project=PROJECT     --kind=gpu
 #   --boot_disk_gb=200                               --kind=gpu
-#   --share=SERVER:/EXPORT --mount=/mnt/share        the share of the pod; needed
+#   --bucket=gs://BUCKET/FOLDER                      the pod's; or, as there,
+#   --share=SERVER:/EXPORT --mount=/mnt/share
 #   --python=PYTHON --commit=HEAD
 #   --wait_timeout_secs=86400 --stop_timeout_secs=600 --poll_secs=30
 #   --dry_run                                        prints the commands, runs none
@@ -31,7 +32,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 
 options=([kind]=tpu [name]="" [zone]="" [project]="" [accelerator_type]="" [runtime_version]=""
   [machine_type]="" [image_family]="" [image_project]="" [boot_disk_gb]=200 [spot]="" [network]=""
-  [subnetwork]="" [internal_ips]="" [share]="" [mount]=/mnt/share [python]="" [commit]=HEAD
+  [subnetwork]="" [internal_ips]="" [bucket]="" [share]="" [mount]=/mnt/share [python]="" [commit]=HEAD
   [wait_timeout_secs]=86400 [stop_timeout_secs]=600 [poll_secs]=30 [dry_run]="")
 switches=([spot]=1 [internal_ips]=1 [dry_run]=1)
 
@@ -109,7 +110,7 @@ parse_flags "$@"
 check kind '^(tpu|gpu)$' "tpu or gpu"
 need kind "tpu or gpu"
 check_machine
-check_share
+check_storage
 for flag in wait_timeout_secs stop_timeout_secs poll_secs; do
   need "$flag" "$secs_words"
   check "$flag" "$secs_form" "$secs_words"
@@ -125,7 +126,7 @@ elif ((${#rest[@]})); then
   die "$action: takes nothing after \`--\`, got $(shown "${rest[0]}")"
 fi
 case $action in
-  setup | run | up) need share "SERVER:/EXPORT, the share that the trainer writes to" ;;
+  setup | run | up) need_storage "the trainer's, whose run is scored" ;;
 esac
 
 case $action in
@@ -139,10 +140,14 @@ case $action in
     copy_repository
     ;;
   setup) set_up ;;
-  run) start_job ;;
+  run)
+    check_bucket
+    start_job
+    ;;
   up)
     check_create
     resolve_commit
+    check_bucket
     create
     wait_until_there
     copy_repository

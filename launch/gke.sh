@@ -13,9 +13,10 @@
 #   --image=IMAGE                              made by launch/gke/Dockerfile; needed
 #   --topology=4x4                             the slice's, as its node pool's; needed
 #   --accelerator=tpu-v5-lite-podslice --chips_per_host=4
-#   --claim=CLAIM --mount=/mnt/share           the share's PersistentVolumeClaim (ReadWriteMany)
+#   --bucket=gs://BUCKET/FOLDER                where runs are; or
+#   --claim=CLAIM --mount=/mnt/share           a share's PersistentVolumeClaim (ReadWriteMany)
 #   --spot                                     on spot nodes
-#   --service_account=NAME
+#   --service_account=NAME                     which may read and write the bucket
 #   --max_restarts=10                          after crashes; preemptions do not count
 #   --grace_secs=120                           to save in, after SIGTERM
 #   --worker=0                                 of logs
@@ -26,7 +27,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 
 options=([name]="" [namespace]=default [context]="" [image]="" [topology]=""
-  [accelerator]=tpu-v5-lite-podslice [chips_per_host]=4 [claim]="" [mount]=/mnt/share [spot]=""
+  [accelerator]=tpu-v5-lite-podslice [chips_per_host]=4 [bucket]="" [claim]="" [mount]=/mnt/share [spot]=""
   [service_account]="" [max_restarts]=10 [grace_secs]=120 [worker]=0 [dry_run]="")
 switches=([spot]=1 [dry_run]=1)
 
@@ -35,14 +36,18 @@ switches=([spot]=1 [dry_run]=1)
 values='
 import json, sys
 
-keys = ["name", "namespace", "image", "topology", "accelerator", "claim", "mount", "cache"]
+keys = ["name", "namespace", "image", "topology", "accelerator", "cache"]
 numbers = ["chips_per_host", "max_restarts", "grace_secs", "hosts"]
-words = sys.argv[1:]
+claim, mount, *words = sys.argv[1:]
 given = {key: words.pop(0) for key in keys}
 given |= {key: int(words.pop(0)) for key in numbers}
 given["spot"] = "true" if words.pop(0) else None
 given["service_account"] = words.pop(0) or None
 given["command"] = words
+given["mounts"] = given["volumes"] = None
+if claim:
+    given["mounts"] = [{"name": "share", "mountPath": mount}]
+    given["volumes"] = [{"name": "share", "persistentVolumeClaim": {"claimName": claim}}]
 json.dump(given, sys.stdout)
 '
 
@@ -63,7 +68,7 @@ hosts_of_topology() {
 render() {
   local words=() hosts key
   hosts_of_topology
-  for key in name namespace image topology accelerator claim mount; do
+  for key in claim mount name namespace image topology accelerator; do
     words+=("${options[$key]}")
   done
   words+=("$(compilation_cache)")
@@ -104,7 +109,12 @@ if [[ $action == render || $action == apply ]]; then
   need image "the image made by launch/gke/Dockerfile"
   need topology "the slice's topology, such as 4x4"
   check topology '^[1-9][0-9]{0,2}(x[1-9][0-9]{0,2}){1,2}$' "the slice's topology, such as 4x4"
-  need claim "the PersistentVolumeClaim of the share"
+  options[share]=${options[claim]}
+  [[ -n ${options[bucket]}${options[claim]} ]] ||
+    die "--bucket: missing, expected gs://BUCKET/FOLDER, or --claim=CLAIM, the PersistentVolumeClaim" \
+      "of a share; add --bucket=VALUE"
+  [[ -z ${options[bucket]} || -z ${options[claim]} ]] ||
+    die "--claim=$(shown "${options[claim]}"): expected none with --bucket; leave one of them out"
   need accelerator "the node pool's label, such as tpu-v5-lite-podslice"
   check mount '^/[^/].*' "an absolute folder, such as /mnt/share"
   need mount "an absolute folder, such as /mnt/share"
@@ -118,8 +128,12 @@ if [[ $action == render || $action == apply ]]; then
     main | evaluate | sample) ;;
     *) die "-- $(shown "${rest[0]:-}"): expected main, evaluate or sample, and its arguments" ;;
   esac
+  # The claim's form is Kubernetes' business.
+  options[share]=''
+  check_storage
   options[share]=${options[claim]}
   check_workdir "${rest[@]:1}"
+  [[ $action == render ]] || check_bucket
 elif ((${#rest[@]})); then
   die "$action: takes nothing after \`--\`, got $(shown "${rest[0]}")"
 fi

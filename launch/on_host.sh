@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs on the machines of a cluster, started by the scripts beside it over ssh; not by hand.
 #
-#   on_host.sh setup  [--extra=tpu] [--share=SERVER:/EXPORT --mount=FOLDER] [--python=PYTHON]
-#   on_host.sh start  --job=NAME [--id=ID] [--log_dir=FOLDER] -- COMMAND ARGUMENT...
+#   on_host.sh setup  [--extra=tpu,gcs] [--share=SERVER:/EXPORT --mount=FOLDER] [--python=PYTHON]
+#   on_host.sh start  --job=NAME [--id=ID] [--log_dir=FOLDER|gs://...] -- COMMAND ARGUMENT...
 #   on_host.sh status --job=NAME
 #   on_host.sh logs   --job=NAME
 #   on_host.sh stop   --job=NAME [--timeout_secs=600] [--kill] [--for_restart]
@@ -14,7 +14,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 
-options=([extra]=tpu [share]="" [mount]="" [python]="" [job]="" [id]="" [log_dir]="" [timeout_secs]=600
+options=([extra]=tpu [bucket]="" [share]="" [mount]="" [python]="" [job]="" [id]="" [log_dir]="" [timeout_secs]=600
   [kill]="" [for_restart]="")
 switches=([kill]=1 [for_restart]=1)
 root=$HOME/$machine_folder
@@ -67,7 +67,7 @@ make_venv() {
 }
 
 setup() {
-  check_share
+  check_storage
   if [[ -n ${options[share]} ]]; then
     need mount "the folder to mount the share at"
     mount_share
@@ -77,7 +77,7 @@ setup() {
   # TensorBoard writes nothing, but is asked for on these machines.
   local install=(-m pip install --quiet --disable-pip-version-check --editable ".[${options[extra]}]"
     "tensorboard>=2.19")
-  [[ ${options[extra]} != tpu ]] ||
+  [[ ${options[extra]} != tpu* ]] ||
     install+=(--find-links https://storage.googleapis.com/jax-releases/libtpu_releases.html)
   execute "$root/venv/bin/python" "${install[@]}"
 }
@@ -112,7 +112,7 @@ start() {
     die "--job=${options[job]}: already running on $(hostname); \`stop\` it first"
   mkdir -p "$job"
   rm -f "$job"/{pid,exit_code,stop_asked,log}
-  if [[ -n ${options[log_dir]} ]]; then
+  if [[ -n ${options[log_dir]} && ${options[log_dir]} != gs://* ]]; then
     mkdir -p -- "${options[log_dir]}" ||
       die "--log_dir=$(shown "${options[log_dir]}"): cannot be made; is the share mounted? Run \`setup\`"
     log=${options[log_dir]}/${options[job]}-$(hostname).log
@@ -120,7 +120,8 @@ start() {
   ln -s -- "$log" "$job/log"
   printf '%s\n' "${options[id]:--}" >"$job/id"
   # A session of its own: the end of the ssh connection is none of its business.
-  setsid bash "${BASH_SOURCE[0]}" guard --job="${options[job]}" -- "${rest[@]}" \
+  setsid bash "${BASH_SOURCE[0]}" guard --job="${options[job]}" \
+    --log_dir="${options[log_dir]}" -- "${rest[@]}" \
     </dev/null >>"$log" 2>&1 &
   for ((tries = 0; tries < 100; tries++)); do
     if [[ -e $job/pid ]]; then
@@ -152,6 +153,10 @@ guard() {
     wait "$pid" && code=0 || code=$?
     [[ -n $signalled ]] || break
   done
+  # An object cannot be written bit by bit, so a bucket has the log once the job has ended.
+  [[ ${options[log_dir]} != gs://* ]] ||
+    gcloud storage cp --quiet -- "$(readlink -f -- "$job/log")" \
+      "${options[log_dir]}/${options[job]}-$(hostname).log" || true
   echo "$code" >"$job/exit_code.part"
   mv "$job/exit_code.part" "$job/exit_code"
 }

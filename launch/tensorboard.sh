@@ -25,7 +25,7 @@ switches=([internal_ips]=1 [dry_run]=1)
 
 parse_flags "$@"
 ((${#rest[@]} == 0)) || die "takes nothing after \`--\`, got $(shown "${rest[0]}")"
-need logdir "a folder with event files, such as RUN"
+need logdir "a folder with event files, such as RUN or gs://BUCKET/RUN"
 need kind "local, ssh, tpu or gpu"
 check kind '^(local|ssh|tpu|gpu)$' "local, ssh, tpu or gpu"
 need port "a port from 1024"
@@ -47,8 +47,9 @@ if [[ ${options[kind]} == local ]]; then
 fi
 
 check_machine
-[[ ${options[logdir]} == /* ]] ||
-  die "--logdir=$(shown "${options[logdir]}"): expected an absolute folder of the other machine"
+[[ ${options[logdir]} == /* || ${options[logdir]} == gs://* ]] ||
+  die "--logdir=$(shown "${options[logdir]}"): expected an absolute folder of the other machine, or" \
+    "gs://BUCKET/FOLDER"
 end() { on_host 0 stop --job=tensorboard --timeout_secs=10 --kill || true; }
 # What an earlier tunnel left may read another folder.
 end

@@ -6,7 +6,7 @@
 #   create     asks for the slice; needs --accelerator_type, --runtime_version
 #   wait       until it is there, at most --wait_timeout_secs
 #   copy       the repository at --commit to all workers
-#   setup      environment, package and the share on all workers
+#   setup      environment and package on all workers, and the share if there is one
 #   run        starts `main ARGUMENT...` (or evaluate, sample; with --worker=0 also prepare, ...)
 #              on all workers; it goes on when this machine is switched off
 #   status     the state of the request, and of the job on each worker
@@ -20,7 +20,8 @@
 # Flags; every command takes all, so that they can be kept in one array:
 #   --accelerator_type=v5litepod-256  --runtime_version=v2-alpha-tpuv5-lite  --spot
 #   --network=NAME --subnetwork=NAME --internal_ips      where not the project's default
-#   --share=SERVER:/EXPORT --mount=/mnt/share            the NFS share all workers mount
+#   --bucket=gs://BUCKET/FOLDER                          where runs are; not public, see the docs
+#   --share=SERVER:/EXPORT --mount=/mnt/share            or the NFS share that all workers mount
 #   --python=PYTHON        on the workers; default: the newest there, else uv brings 3.12
 #   --commit=HEAD          what `copy` copies
 #   --worker=all           a number, for logs and run
@@ -39,7 +40,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 
 options=([kind]=tpu [name]="" [zone]="" [project]="" [accelerator_type]="" [runtime_version]=""
-  [spot]="" [network]="" [subnetwork]="" [internal_ips]="" [share]="" [mount]=/mnt/share
+  [spot]="" [network]="" [subnetwork]="" [internal_ips]="" [bucket]="" [share]="" [mount]=/mnt/share
   [python]="" [commit]=HEAD [worker]="" [job]=main [wait_timeout_secs]=86400
   [stop_timeout_secs]=600 [poll_secs]=30 [max_failures]=3
   [max_slices]=100 [max_unanswered]=20 [keep]="" [dry_run]="")
@@ -75,8 +76,8 @@ job_command() {
     # Said outright: if the workers did not find each other, each would train a model of its own.
     if [[ $worker == all ]]; then job+=(--distributed=tpu); else job+=(--distributed=none); fi
   fi
-  # On the share, for a new slice to find what the last one compiled.
-  [[ -z ${options[share]} ]] || job=(env "JAX_COMPILATION_CACHE_DIR=$(compilation_cache)" "${job[@]}")
+  # For a new slice to find what the last one compiled.
+  [[ -z $(storage_folder) ]] || job=(env "JAX_COMPILATION_CACHE_DIR=$(compilation_cache)" "${job[@]}")
   job_id=$(quoted "${job[@]}" | hash_of | cut -c -16)
 }
 
@@ -174,7 +175,7 @@ give_up_later() {
 log_hint() {
   local folder
   folder=$(log_folder)
-  [[ -z $folder ]] || printf ' in %s of the share' "$(shown "$folder")"
+  [[ -z $folder ]] || printf ' in %s' "$(shown "$folder")"
 }
 
 start_over() {
@@ -306,7 +307,7 @@ case $command_name in
 esac
 parse_flags "$@"
 check_machine
-check_share
+check_storage
 check worker '^(all|[0-9]{1,4})$' "a worker's number, or all"
 check job "$name_form" "$name_words"
 for flag in wait_timeout_secs stop_timeout_secs poll_secs; do
@@ -326,6 +327,7 @@ fi
 case $command_name in
   create)
     check_accelerator
+    check_bucket
     request_tpu
     ;;
   wait) wait_for_tpu ;;
@@ -334,7 +336,10 @@ case $command_name in
     copy_repository
     ;;
   setup) set_up_machine tpu ;;
-  run) start_job ;;
+  run)
+    check_bucket
+    start_job
+    ;;
   status)
     tpu_state
     printf '%s %s\n' "${options[name]}" "$state"
@@ -347,11 +352,12 @@ case $command_name in
   stop) stop_job ;;
   train | supervise)
     check_accelerator
-    need share "SERVER:/EXPORT of an NFS share: what is on the workers ends with a preemption"
+    need_storage "what is on the workers ends with a preemption"
     [[ ${rest[0]} =~ ^(main|evaluate|sample)$ ]] ||
       die "train -- ${rest[0]}: expected main, evaluate or sample, which go on where they stopped"
     [[ ${options[worker]:-all} == all ]] || die "--worker=${options[worker]}: train uses all workers"
     resolve_commit
+    check_bucket
     train
     ;;
   delete) delete_tpu ;;

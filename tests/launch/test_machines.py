@@ -114,7 +114,7 @@ def test_nothing_runs_on_a_machine_that_could_not_be_had(stubs):
         (("run", *GPU), "--workdir"),
         (("run", *GPU, "--", "--workdir="), "--workdir="),
         (("run", *GPU, "--", "--workdir=RUN"), "--workdir=RUN"),
-        (("run", "--kind=gpu", *POD, "--", "--workdir=/mnt/share/RUN"), "--share: missing"),
+        (("run", "--kind=gpu", *POD, "--", "--workdir=/mnt/share/RUN"), "--bucket: missing"),
         (("stop", *GPU, "--", "x"), "nothing after"),
     ],
 )

@@ -257,7 +257,7 @@ BAD = [
     (("setup", *POD, "--share=nowhere"), "--share=nowhere"),
     (("setup", *POD, "--share=-o:/x"), "--share=-o:/x"),
     (("setup", *POD, "--mount=relative"), "--mount=relative"),
-    (("train", *POD, *SLICE, "--", "main"), "--share: missing"),
+    (("train", *POD, *SLICE, "--", "main"), "--bucket: missing"),
     (
         ("train", *POD, *SLICE, "--share=h:/v", "--worker=0", "--", "prepare"),
         "train -- prepare: expected main, evaluate or sample",
