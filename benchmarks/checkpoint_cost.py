@@ -1,6 +1,6 @@
 """What saving a checkpoint of about 1 GB costs a training, and at which interval that is 2 %.
 
-    python benchmarks/checkpoint_cost.py [--saves=3]
+    python benchmarks/checkpoint_cost.py [--saves=3] [--channels=256] [--workdir=gs://BUCKET/FOLDER]
 
 A network of 65 million parameters is trained on noise, at a size at which a step takes a part of a
 second. The state is copied when a save begins, which blocks the step; then it is written, opened
@@ -44,7 +44,10 @@ def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--saves", type=int, default=3)
+    parser.add_argument("--channels", type=int, default=_OVERRIDES["stage.network.channels"])
+    parser.add_argument("--workdir", help="an empty folder; default: a temporary one")
     flags = parser.parse_args()
+    overrides = {**_OVERRIDES, "stage.network.channels": flags.channels}
     jax = jax_setup.set_up_jax()
     from cascaded_diffusion.cascade.build import build_stage
     from cascaded_diffusion.config.schema import MeshConfig
@@ -54,7 +57,7 @@ def main() -> None:
     from cascaded_diffusion.runtime.run_folder import RunFolder
     from cascaded_diffusion.training import step as step_lib
 
-    config = load_config(ROOT / "configs" / "cifar10_base16.py", _OVERRIDES)
+    config = load_config(ROOT / "configs" / "cifar10_base16.py", overrides)
     stage, mesh = (
         build_stage(config.stage),
         mesh_lib.build_mesh(MeshConfig(data=1, fsdp=1, tensor=1)),
@@ -85,7 +88,7 @@ def main() -> None:
     usual = statistics.median(timed() for _ in range(_BASELINE_STEPS))
     blocked, written, slower = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        writer = CheckpointWriter(RunFolder(folder), config.checkpoint)
+        writer = CheckpointWriter(RunFolder(flags.workdir or folder), config.checkpoint)
         with contextlib.closing(writer):
             for number in range(1, flags.saves + 1):
                 start = time.monotonic()

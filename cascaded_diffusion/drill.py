@@ -30,6 +30,7 @@ from absl import flags
 from cascaded_diffusion.commands import config_flags, entry
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import write_json
+from cascaded_diffusion.files.paths import check_local_path
 
 _CONFIG = "mnist_base16.py:smoke"
 _MAX_KILLS = 100_000
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="drill-") as temporary:
         root = pathlib.Path(temporary)
         if fv.workdir is not None:
-            root = pathlib.Path(fv.workdir).absolute()
+            root = check_local_path(fv.workdir, "--workdir").absolute()
             if root.exists():
                 raise UserError(f"--workdir={fv.workdir}: is there already; name a new folder")
             root.mkdir(parents=True)

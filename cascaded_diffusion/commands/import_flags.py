@@ -72,7 +72,7 @@ def read_import(argv: Sequence[str], usage: str) -> ImportRequest:
     given = parse(fv, argv, usage, "source", "workdir", positional=1)
     if not given:
         raise UserError("FILE is missing: the weights, as 64x64_diffusion.pt")
-    check_paths(fv, "workdir")
+    check_local_path(fv.workdir, "--workdir")
     path = check_local_path(given[0], "FILE")
     if not path.exists():
         raise UserError(f"FILE={path}: no such file; expected the weights of a U-Net")
@@ -159,12 +159,13 @@ def read_export(argv: Sequence[str], usage: str) -> ExportRequest:
     text = "the checkpoint, instead of the chosen one"
     flags.DEFINE_integer("step", None, text, flag_values=fv)
     parse(fv, argv, usage, "source", "workdir", "output")
-    check_paths(fv, "workdir", "output")
+    check_paths(fv, "workdir")
+    output = check_local_path(fv.output, "--output")
     return ExportRequest(
         folder=RunFolder(fv.workdir),
         source=fv.source,
         qkv_by_head=fv.qkv_order != "new",
-        output=pathlib.Path(fv.output),
+        output=output,
         step=fv.step,
     )
 

@@ -355,6 +355,7 @@ def for_orbax(path: AnyPath) -> pathlib.Path | epath.Path:
     """A path that Orbax takes: absolute, or `etils`' own over gcsfs for one in a bucket."""
     if not isinstance(path, BucketPath):
         return path.absolute()
+    _tell_tensorstore()
     # Before gcsfs is imported: it need not ask what kind of bucket it is.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
@@ -367,12 +368,16 @@ def for_orbax(path: AnyPath) -> pathlib.Path | epath.Path:
     return epath.Path(str(path))
 
 
+def _tell_tensorstore() -> None:
+    if (url := os.environ.get(_EMULATOR)) is not None:
+        os.environ["TENSORSTORE_GCS_HTTP_URL"] = url
+
+
 @functools.cache
 def _store(scheme: str, bucket: str, patient: bool) -> tensorstore.KvStore:
     import tensorstore  # takes a while
 
-    if (url := os.environ.get(_EMULATOR)) is not None:
-        os.environ["TENSORSTORE_GCS_HTTP_URL"] = url
+    _tell_tensorstore()
     context = tensorstore.Context({} if patient else {"gcs_request_retries": _FEW_RETRIES})
     spec = {"driver": _DRIVERS[scheme], "bucket": bucket}
     return tensorstore.KvStore.open(spec, context=context).result()

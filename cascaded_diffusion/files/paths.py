@@ -54,7 +54,7 @@ def check_local_path(text: str, name: str) -> pathlib.Path:
     """As `check_path`, for what must be on this machine: raises UserError for `gs://`, too."""
     path = check_path(text, name)
     if isinstance(path, BucketPath):
-        raise UserError(f"{name}={text}: expected a path on this machine, copy it there first")
+        raise UserError(f"{name}={text}: expected a path on this machine, none in a bucket")
     return path
 
 

@@ -3,13 +3,15 @@
 import os
 import pathlib
 import resource
+import tempfile
 import time
 from typing import Self
 
 import jax
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.bucket import AnyPath
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath
+from cascaded_diffusion.files.whole import files_below, write_whole
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -65,6 +67,8 @@ class StepProfiler:
     def __init__(self, folder: AnyPath, steps: tuple[int, int] | None):
         self._folder, self._steps = folder, steps
         self._running = False
+        # What is written here goes to a bucket when it is complete.
+        self._local: tempfile.TemporaryDirectory[str] | None = None
 
     def check(self, first: int, last: int) -> None:
         """Raises UserError unless the steps to trace lie between `first` and `last`."""
@@ -77,7 +81,9 @@ class StepProfiler:
     def before(self, step: int) -> None:
         """Starts the trace if `step` is the first; called before `step` is dispatched."""
         if self._steps is not None and not self._running and step == self._steps[0]:
-            jax.profiler.start_trace(str(self._folder))
+            if isinstance(self._folder, BucketPath):
+                self._local = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(self._local.name if self._local else str(self._folder))
             self._running, self._started = True, time.monotonic()
 
     def after(self, step: int, result: object) -> str | None:
@@ -93,4 +99,8 @@ class StepProfiler:
         """Ends a running trace."""
         if self._running:
             jax.profiler.stop_trace()
+            if self._local is not None:
+                for name, path in files_below(pathlib.Path(self._local.name)).items():
+                    write_whole(self._folder / name, path.read_bytes())
+                self._local.cleanup()
             self._running = False

@@ -91,8 +91,16 @@ class _Handler(emulator.RequestHandler):
 
     def _respond(self, method: str) -> None:
         self._generation: str | None = None
-        # Read first, so that the connection is in order whatever is answered.
+        # Read first and answered last, so that nobody waits for a client that does neither.
         body = emulator._read_raw_data(self) or b""
+        client, self.wfile = self.wfile, io.BytesIO()
+        try:
+            self._answer(method, body)
+        finally:
+            answer, self.wfile = self.wfile.getvalue(), client
+        client.write(answer)
+
+    def _answer(self, method: str, body: bytes) -> None:
         with self.server.lock:
             status = self.server.intercept(method, unquote(self.path))
             if status is None:

@@ -199,3 +199,18 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_anew(folder):
 def test_a_path_on_this_machine_is_none_in_a_bucket(tmp_path):
     assert isinstance(RunFolder(tmp_path).path, pathlib.Path)
     assert isinstance(RunFolder("gs://bucket/run").path, BucketPath)
+
+
+def test_a_trace_goes_to_the_bucket_when_it_is_complete(folder):
+    import jax
+    import jax.numpy as jnp
+
+    from cascaded_diffusion.runtime.monitor import StepProfiler
+
+    profiler = StepProfiler(folder / "profile", (1, 2))
+    for step in (1, 2):
+        profiler.before(step)
+        result = jax.jit(lambda x: x + 1)(jnp.zeros(3))
+        said = profiler.after(step, result)
+    assert f"{folder}/profile" in said
+    assert [n for n in files_below(folder / "profile") if n.endswith(".xplane.pb")]
