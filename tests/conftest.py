@@ -82,6 +82,15 @@ def _compilation(request):
         yield
 
 
+@pytest.fixture(scope="session")
+def bucket_server():
+    """The emulator of Cloud Storage, one for a test process: its address is looked up once."""
+    from tests.storage.emulator import serving
+
+    with serving() as server:
+        yield server
+
+
 @pytest.fixture(scope="module")
 def one_layer():
     """Stages of the module have the network that compiles soonest, in place of a U-Net."""

@@ -62,6 +62,7 @@ def test_every_page_can_be_found():
 
 
 @each_page
+@pytest.mark.usefixtures("bucket_server")
 def test_every_command_is_understood(page, tmp_path, monkeypatch):
     """Those of other programs stand in blocks that are marked: <!-- needs: cloud -->."""
     (tmp_path / "bash").mkdir()

@@ -7,21 +7,15 @@ import pytest
 
 from cascaded_diffusion.files import bucket
 from cascaded_diffusion.files.bucket import BucketPath
-from tests.storage.emulator import BUCKET, Emulator, serving
-
-
-@pytest.fixture(scope="session")
-def _server() -> Iterator[Emulator]:
-    with serving() as server:
-        yield server
+from tests.storage.emulator import BUCKET, Emulator
 
 
 @pytest.fixture
-def server(_server: Emulator) -> Iterator[Emulator]:
+def server(bucket_server: Emulator) -> Iterator[Emulator]:
     """The server, which refuses nothing any more after the test."""
     bucket._REACHED.clear()
-    yield _server
-    _server.intercept = lambda *_: None
+    yield bucket_server
+    bucket_server.intercept = lambda *_: None
 
 
 @pytest.fixture

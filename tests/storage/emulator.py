@@ -26,7 +26,8 @@ from gcp_storage_emulator import server as emulator
 from gcp_storage_emulator.handlers import buckets, objects
 from gcp_storage_emulator.storage import Storage
 
-BUCKET = "bucket"
+# The second is that of the documentation.
+BUCKET, _OTHERS = "bucket", ("my-cdm",)
 _OBJECT = re.compile(r"(?:/download|/upload)?/storage/v1/b/([^/]+)/o(?:/(.+))?")
 
 
@@ -166,7 +167,8 @@ class Emulator(ThreadingHTTPServer):
         self.lock, self.ahead_secs = threading.RLock(), 0.0
         self.intercept: Callable[[str, str], HTTPStatus | None] = lambda *_: None
         self.storage = _Storage()
-        buckets.create_bucket(BUCKET, self.storage)
+        for name in (BUCKET, *_OTHERS):
+            buckets.create_bucket(name, self.storage)
         for name in ("gcp_storage_emulator", "api.object", "api.bucket"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
