@@ -65,6 +65,8 @@ create() {
   [[ -z ${options[network]} ]] || more+=(--network="${options[network]}")
   [[ -z ${options[subnetwork]} ]] || more+=(--subnet="${options[subnetwork]}")
   [[ -z ${options[internal_ips]} ]] || more+=(--no-address)
+  # Else the service account may only read, whatever its roles are.
+  [[ -z ${options[bucket]} ]] || more+=(--scopes=cloud-platform)
   # Machines with a GPU cannot move to another host while that is maintained.
   execute gcloud compute instances create "${options[name]}" "${place[@]}" \
     --machine-type="${options[machine_type]}" --image-family="${options[image_family]}" \

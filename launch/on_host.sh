@@ -84,18 +84,27 @@ setup() {
 
 # --- jobs ---------------------------------------------------------------------------------------
 
+# To copy a log to a bucket.
+copy_secs=120
+
 # A process id says nothing after a reboot: another process may have it.
 boot() { cat /proc/sys/kernel/random/boot_id; }
 
 job_state() {
-  local pid='' booted=''
+  local pid='' booted='' guard=''
   if [[ ! -e $job/pid ]]; then
     echo none
   elif [[ -e $job/exit_code ]]; then
     if [[ -e $job/stop_asked ]]; then echo stopped; else echo "exited:$(<"$job/exit_code")"; fi
   else
-    read -r pid booted <"$job/pid" || true
-    if [[ $booted == "$(boot)" ]] && kill -0 "$pid" 2>/dev/null; then echo running; else echo lost; fi
+    read -r pid booted guard <"$job/pid" || true
+    # The guard may still be copying the log.
+    if [[ $booted == "$(boot)" ]] &&
+      { kill -0 "$pid" 2>/dev/null || { [[ -n $guard ]] && kill -0 "$guard" 2>/dev/null; }; }; then
+      echo running
+    else
+      echo lost
+    fi
   fi
 }
 
@@ -145,7 +154,7 @@ guard() {
   trap signalled=1 TERM HUP
   "${rest[@]}" &
   pid=$!
-  echo "$pid $(boot)" >"$job/pid.part"
+  echo "$pid $(boot) $$" >"$job/pid.part"
   mv "$job/pid.part" "$job/pid"
   # wait also ends when a signal arrives here; then its code is the signal's, not the trainer's.
   while true; do
@@ -155,7 +164,7 @@ guard() {
   done
   # An object cannot be written bit by bit, so a bucket has the log once the job has ended.
   [[ ${options[log_dir]} != gs://* ]] ||
-    gcloud storage cp --quiet -- "$(readlink -f -- "$job/log")" \
+    timeout "$copy_secs" gcloud storage cp --quiet -- "$(readlink -f -- "$job/log")" \
       "${options[log_dir]}/${options[job]}-$(hostname).log" || true
   echo "$code" >"$job/exit_code.part"
   mv "$job/exit_code.part" "$job/exit_code"

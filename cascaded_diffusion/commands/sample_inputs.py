@@ -21,7 +21,7 @@ from cascaded_diffusion.evaluation.samples.sample_request import (
     stage_as_cascade,
 )
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, check_labels
-from cascaded_diffusion.files.bucket import path_of
+from cascaded_diffusion.files.bucket import BucketPath, path_of
 from cascaded_diffusion.files.paths import check_local_path
 from cascaded_diffusion.files.whole import files_below
 from cascaded_diffusion.runtime.run_folder import CascadeFolder, RunFolder
@@ -128,7 +128,10 @@ def _check_output(request: SampleRequest) -> None:
     folder = output / "png"
     found = set(files_below(folder))
     # The same files are those of the same command, run again.
-    if found and found != set(request.png_paths):
+    # In a bucket some of them may be missing, since they appear one by one.
+    wanted = set(request.png_paths)
+    partly = isinstance(output, BucketPath)
+    if found - wanted or (found and found != wanted and not partly):
         raise UserError(
             f"--output={output}: {folder} has the images of other samples; move it, or choose"
             " another --output"

@@ -20,7 +20,7 @@ from cascaded_diffusion.data.decode import SUFFIXES
 from cascaded_diffusion.data.records import CorruptRecord, DataMissing, RawExample
 from cascaded_diffusion.data.splits import WHOLE, parse_split, part_of, split_problem
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.bucket import BucketPath, is_url, path_of
+from cascaded_diffusion.files.bucket import BucketPath, is_missing, is_url, path_of
 from cascaded_diffusion.files.paths import describe_passed_over, is_litter, printable
 
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
@@ -71,13 +71,20 @@ class FolderSource(records.RawSource):
     def read(self, index: int) -> RawExample:
         try:
             if is_url(path := os.fsdecode(os.path.join(self._root, self.name(index)))):
-                return RawExample(path_of(path).read_bytes(), int(self.labels[index]))
+                data = path_of(path).read_bytes()
+                if len(data) > _MAX_FILE_BYTES:
+                    raise CorruptRecord(
+                        f"{len(data):,} bytes, expected at most {_MAX_FILE_BYTES:,}"
+                    )
+                return RawExample(data, int(self.labels[index]))
             with open(os.path.join(self._root, self.name(index)), "rb", buffering=0) as f:
                 size = os.fstat(f.fileno()).st_size
                 if size > _MAX_FILE_BYTES:
                     raise CorruptRecord(f"{size:,} bytes, expected at most {_MAX_FILE_BYTES:,}")
                 return RawExample(f.read(), int(self.labels[index]))
         except OSError as e:
+            if is_url(os.fsdecode(self._root)) and not is_missing(e):
+                raise  # of the storage, which says nothing about the image
             raise CorruptRecord(f"cannot be read ({e.strerror or e})") from e
 
     def describe(self, index: int) -> str:

@@ -21,7 +21,7 @@ from cascaded_diffusion.evaluation.samples.sample_store import (
 )
 from cascaded_diffusion.evaluation.team import Order, Team, features_in, with_features
 from cascaded_diffusion.evaluation.trained import abstract_params, checkpoint_digest
-from cascaded_diffusion.files.bucket import AnyPath
+from cascaded_diffusion.files.bucket import AnyPath, OverwrittenError
 from cascaded_diffusion.files.json_files import Record, append_line, write_json
 from cascaded_diffusion.files.whole import generation_of
 from cascaded_diffusion.runtime import checkpoint, pictures
@@ -258,7 +258,10 @@ class RunScorer:
         on_disk = set(finished_steps(self.folder))
         best = early_stopping.best_record([r for r in comparable if r["step"] in on_disk])
         if best is not None:
-            write_json(self.folder.best_path, best, expected=seen)
+            try:
+                write_json(self.folder.best_path, best, expected=seen)
+            except OverwrittenError:  # the trainer has moved a damaged one away
+                return self._decide()
         of_steps = early_stopping.lowest_per_step(comparable)
         if early_stopping.should_stop(of_steps, settings.patience_evals):
             self.folder.ask_to_stop(settings.patience_evals)

@@ -17,6 +17,7 @@ import contextlib
 import email.utils
 import fnmatch
 import functools
+import http.client
 import importlib.util
 import io
 import logging
@@ -42,10 +43,13 @@ if TYPE_CHECKING:
 _DRIVERS = {"gs": "gcs"}
 # By which `gcsfs` and others are told of a server other than Google's, as the one of the tests.
 _EMULATOR = "STORAGE_EMULATOR_HOST"
-_URL = re.compile(r"([a-z][a-z0-9]*)://(.*)")
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+_URL = re.compile(r"([a-z][a-z0-9]*)://(.*)", re.DOTALL)
+_PART = r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?"
+_BUCKET = re.compile(rf"(?=.{{3,222}}\Z){_PART}(\.{_PART})*")
+# How TensorStore and gcsfs say that a request failed on its way.
+_ON_THE_WAY = re.compile(r"http_response_code|CURL error|retry attempts|UNAVAILABLE|DEADLINE")
 _FEW_RETRIES = {"max_retries": 3, "initial_delay": "500ms", "max_delay": "2s"}
-_HASTE_SECS, _PATIENCE_SECS = 20.0, 900.0
+_HASTE_SECS, PATIENCE_SECS = 20.0, 900.0
 _MAX_CLOCK_SECS, _CLOCK_TIMEOUT_SECS = 60.0, 5.0
 # TensorStore's generation of an object that is not there. An empty one is any.
 ABSENT = b"\x02"
@@ -53,6 +57,18 @@ ABSENT = b"\x02"
 
 class OverwrittenError(OSError):
     """An object is another than expected: someone else has written or removed it in between."""
+
+
+def is_missing(error: OSError) -> bool:
+    """Whether an error says that there is no such object."""
+    return isinstance(error, FileNotFoundError) and error.errno is not None
+
+
+def is_of_storage(error: BaseException) -> bool:
+    """Whether an error is of a request that failed, and not of what was read."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)
+    return type(error).__name__ == "HttpError" or _ON_THE_WAY.search(str(error)) is not None
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -167,36 +183,39 @@ class BucketPath(os.PathLike[str]):
     def iterdir(self) -> Iterator[BucketPath]:
         """What is in a folder, in order; nothing for one that is not there."""
         start = len(self._prefix)
-        for name in sorted({key[start:].partition("/")[0] for key in self._below()}):
+        for name in sorted({key[start:].partition("/")[0] for key in self._files()}):
             yield self / name
 
     def glob(self, pattern: str) -> Iterator[BucketPath]:
         """The names below a folder that match, part by part, in order."""
         parts, start = pattern.split("/"), len(self._prefix)
-        found = {tuple(key[start:].split("/")[: len(parts)]) for key in self._below()}
+        found = {tuple(key[start:].split("/")[: len(parts)]) for key in self._files()}
         for names in sorted(found):
             if len(names) == len(parts) and all(map(fnmatch.fnmatchcase, names, parts)):
                 yield self / "/".join(names)
 
     def files(self) -> list[BucketPath]:
         """All objects below a folder, in order."""
-        return [BucketPath(f"{self.bucket}/{key}") for key in self._below()]
+        return [BucketPath(f"{self.bucket}/{key}") for key in self._files()]
 
     def stat(self) -> Stat:
         """Raises FileNotFoundError if there is no such object."""
-        about = for_orbax(self).stat()
-        return Stat(about.length, about.mtime)
+        with _of_gcsfs(self, "looked up"):
+            about = for_orbax(self).stat()
+            return Stat(about.length, about.mtime)
 
     def details(self) -> list[tuple[str, Stat]]:
         """All objects below a folder by their path relative to it, in order."""
         for_orbax(self)
         import gcsfs
 
-        found = gcsfs.GCSFileSystem().find(str(self), detail=True)
         start = len(f"{self._bucket}/{self._prefix}")
+        with _of_gcsfs(self, "listed"):
+            found = gcsfs.GCSFileSystem().find(str(self), detail=True)
         return sorted(
             (name[start:], Stat(about["size"], about["mtime"].timestamp()))
             for name, about in found.items()
+            if not name.endswith("/")
         )
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
@@ -236,13 +255,16 @@ class BucketPath(os.PathLike[str]):
         found = self._result("read", lambda store: store.read(self._key))
         return (found.value, found.stamp.generation) if found.state == "value" else (None, ABSENT)
 
-    def write_versioned(self, data: bytes | None, expected: bytes) -> bytes:
+    def write_versioned(
+        self, data: bytes | None, expected: bytes, *, secs: float | None = None
+    ) -> bytes:
         """Writes an object, or removes it for None, if it is of the generation `expected`.
 
-        Returns the new generation. Raises OverwrittenError if it is of another.
+        Returns the new generation. Raises OverwrittenError if it is of another, and OSError if it
+        takes longer than `secs`; it may then be written later.
         """
-        stamp = self._result(
-            "written", lambda store: store.write(self._key, data, if_equal=expected)
+        (stamp,) = self._results(
+            "written", lambda store: [store.write(self._key, data, if_equal=expected)], secs=secs
         )
         if stamp.generation:
             return stamp.generation if data is not None else ABSENT
@@ -260,6 +282,10 @@ class BucketPath(os.PathLike[str]):
         # "0" is the character after "/".
         return self._names(self._prefix, f"{self._key}0" if self._key else "")
 
+    def _files(self) -> list[str]:
+        # Consoles and mounts put empty objects in the place of folders.
+        return [key for key in self._below() if not key.endswith("/")]
+
     def _names(self, start: str, end: str, *, patient: bool = True) -> list[str]:
         def listed(store: tensorstore.KvStore) -> list[Any]:
             return [store.list(type(store).KeyRange(start, end))]
@@ -276,13 +302,14 @@ class BucketPath(os.PathLike[str]):
         requests: Callable[[tensorstore.KvStore], list[Any]],
         *,
         patient: bool = True,
+        secs: float | None = None,
     ) -> list[Any]:
         if patient:
             _reach(self)
-        store = _store(self._scheme, self._bucket, patient)
+        secs = secs or (PATIENCE_SECS if patient else _HASTE_SECS)
         try:
-            futures = requests(store)
-            return [future.result(_PATIENCE_SECS if patient else _HASTE_SECS) for future in futures]
+            futures = requests(_store(self._scheme, self._bucket, patient))
+            return [future.result(secs) for future in futures]
         except TimeoutError as e:
             raise OSError(f"{self}: cannot be {verb}: the storage does not answer") from e
         except ValueError as e:  # whatever TensorStore met with
@@ -334,11 +361,21 @@ def _clock_error() -> float | None:
     except urllib.error.HTTPError as e:  # an answer all the same
         with e:
             date = e.headers["Date"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return None
     with contextlib.suppress(TypeError, ValueError):
         return time.time() - email.utils.parsedate_to_datetime(date).timestamp()
     return None
+
+
+@contextlib.contextmanager
+def _of_gcsfs(path: BucketPath, verb: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as e:
+        raise FileNotFoundError(2, "No such file or directory", str(path)) from e
+    except Exception as e:  # whatever gcsfs and those that it signs in by raise
+        raise OSError(f"{path}: cannot be {verb} ({' '.join(str(e).split())[:200]})") from e
 
 
 _REACHED: set[str] = set()
@@ -347,7 +384,8 @@ _REACHED: set[str] = set()
 def _reach(path: BucketPath) -> None:
     """The first request to a bucket is one that is not tried again for minutes."""
     if path.bucket not in _REACHED:
-        path._results("read", lambda store: [store.read(path._key or "x")], patient=False)
+        # There is no such object.
+        path._results("read", lambda store: [store.read(".cascaded_diffusion")], patient=False)
         _REACHED.add(path.bucket)
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files import line_parts
-from cascaded_diffusion.files.bucket import AnyPath, BucketPath
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath, is_missing
 from cascaded_diffusion.files.whole import naming_path, write_whole
 
 # A JSON object. Who indexes into it knows what is there, or had its `Types` checked.
@@ -24,10 +24,16 @@ def write_json(
 
 
 def read_json(path: AnyPath, *, remedy: str) -> object:
-    """Reads a JSON file. Raises UserError, which ends with `remedy`, if it cannot be read."""
+    """Reads a JSON file. Raises UserError, which ends with `remedy`, if it cannot be read.
+
+    Raises OSError if the storage of a bucket fails.
+    """
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as e:
+        # That the storage fails for a while says nothing about the file.
+        if isinstance(e, OSError) and isinstance(path, BucketPath) and not is_missing(e):
+            raise
         strerror = e.strerror if isinstance(e, OSError) else None
         reason = strerror or " ".join(str(e).split())[:200]
         raise UserError(f"{path}: cannot be read as JSON ({reason}); {remedy}") from e

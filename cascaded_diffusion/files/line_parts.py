@@ -33,6 +33,12 @@ class _Tail:
 _TAILS: dict[BucketPath, _Tail] = {}
 
 
+def forget(folder: BucketPath) -> None:
+    """Begins new parts in all files below a folder, as another process does."""
+    for path in [path for path in _TAILS if path.is_relative_to(folder)]:
+        del _TAILS[path]
+
+
 def _part(path: BucketPath, version: int, number: int) -> BucketPath:
     return path / f"{version:04d}.{number:06d}.jsonl"
 
@@ -53,10 +59,12 @@ def read(path: BucketPath) -> bytes:
     """All lines; nothing if there are none."""
     while True:
         version, numbers = _newest(path)
-        data = [path.read_bytes()] if not version and path.is_file() else []
         try:
+            data = [path.read_bytes()] if not version and path.is_file() else []
             data += [_part(path, version, number).read_bytes() for number in numbers]
         except FileNotFoundError:  # a newer version has replaced it meanwhile
+            continue
+        if not data and _newest(path)[0]:  # by now
             continue
         return b"".join(x if x.endswith(b"\n") or not x else x + b"\n" for x in data)
 

@@ -20,7 +20,14 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.bucket import ABSENT, AnyPath, BucketPath, OverwrittenError
+from cascaded_diffusion.files import line_parts
+from cascaded_diffusion.files.bucket import (
+    ABSENT,
+    PATIENCE_SECS,
+    AnyPath,
+    BucketPath,
+    OverwrittenError,
+)
 from cascaded_diffusion.files.json_files import Record
 
 LEASE_SECS = 20.0
@@ -88,6 +95,8 @@ def _leased(path: BucketPath) -> Iterator[tuple[Held | None, str]]:
         except OverwrittenError:
             yield None, "which was faster"
             return
+        # What this process wrote when it held the lock before may have been changed since.
+        line_parts.forget(path.parent)
         yield lease, ""
 
 
@@ -138,14 +147,25 @@ class Lease:
         # Where the storage cannot be reached, the lock ends by itself.
         with self._lock, contextlib.suppress(OSError):
             if not self._lost:
-                self._path.write_versioned(None, self._generation)
+                self._path.write_versioned(None, self._generation, secs=LEASE_SECS / 2)
 
     def is_lost(self) -> bool:
-        """Whether another process may have it. Asks the storage if this one has slept."""
-        with self._lock:
-            if not self._lost and time.monotonic() - self._last > LEASE_SECS / 2:
-                self._beat_once()
-            return self._lost
+        """Whether another process may have it. Asks the storage if this one has slept.
+
+        While the storage does not answer, nothing can be written either, so it is waited for.
+        Raises OSError after `PATIENCE_SECS`.
+        """
+        start = time.monotonic()
+        while True:
+            with self._lock:
+                if self._lost or time.monotonic() - self._last <= LEASE_SECS / 2:
+                    return self._lost
+                try:
+                    self._beat_once()
+                except OSError:
+                    if time.monotonic() - start > PATIENCE_SECS:
+                        raise
+            time.sleep(_POLL_SECS)
 
     def _keep(self) -> None:
         while not self._end.wait(_BEAT_SECS):
@@ -165,8 +185,17 @@ class Lease:
     def _beat(self) -> None:
         self._beats += 1
         data = json.dumps({**self._about, "beats": self._beats}).encode()
-        self._generation = self._path.write_versioned(data, self._generation)
-        self._last = time.monotonic()
+        # Others count from when it is written, which is before it is answered.
+        now, secs = time.monotonic(), LEASE_SECS / 2
+        try:
+            self._generation = self._path.write_versioned(data, self._generation, secs=secs)
+        except OverwrittenError:
+            found, generation = self._path.read_versioned()
+            if _holder(found).get("token") != self._about["token"]:
+                raise
+            self._generation = generation  # an earlier beat, whose answer never came
+            return
+        self._last = now
 
 
 def _this_process() -> Record:

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from cascaded_diffusion.config.schema import CheckpointConfig, ema_name
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.bucket import AnyPath, BucketPath, for_orbax
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath, for_orbax, is_of_storage
 from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.files.whole import remove_tree, sha256_of_arrays
 from cascaded_diffusion.runtime import manifest
@@ -269,7 +269,10 @@ def _restoring(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        raise UserError(f"{path}: cannot be restored ({_reason(e)})") from e
+        what = f"{path}: cannot be restored ({_reason(e)})"
+        if isinstance(path, BucketPath) and is_of_storage(e):  # not the checkpoint's fault
+            raise OSError(what) from e
+        raise UserError(what) from e
 
 
 def read_apart(path: AnyPath, abstract_state: Tree) -> Tree:

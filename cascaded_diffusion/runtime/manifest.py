@@ -23,7 +23,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.bucket import AnyPath, BucketPath
 from cascaded_diffusion.files.json_files import Record, readable_record, write_json
 from cascaded_diffusion.files.locks import LEASE_SECS, Lease
-from cascaded_diffusion.files.whole import files_below, move, remove_tree, sha256_of, write_whole
+from cascaded_diffusion.files.whole import files_below, move, remove_tree, sha256_of
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
 MANIFEST = "manifest.json"
@@ -110,7 +110,7 @@ def pinned(folder: RunFolder, step: int) -> Iterator[bool]:
         if isinstance(pin, BucketPath):
             with contextlib.suppress(PermissionError):
                 stack.enter_context(Lease(pin))
-            yield not _announcement(folder, step).exists() and is_finished(folder, step)
+            yield not _is_announced(folder, step) and is_finished(folder, step)
             return
         try:
             with _lock(folder):
@@ -129,13 +129,11 @@ def deletable(folder: RunFolder, steps: Iterable[int]) -> Iterator[set[int]]:
     """Those of some steps that nobody reads; until the context ends, no reader of them begins."""
     wanted = set(steps)
     if isinstance(folder.path, BucketPath):
-        for step in wanted:
-            write_whole(_announcement(folder, step), b"")
-        try:
-            yield wanted and wanted - _leased_steps(folder)
-        finally:
+        with contextlib.ExitStack() as stack:
             for step in wanted:
-                _announcement(folder, step).unlink(missing_ok=True)
+                path = _announcement(folder, step)
+                stack.enter_context(Lease(path, expected=path.read_versioned()[1]))
+            yield wanted and wanted - _leased_steps(folder)
         return
     with _lock(folder):
         for pin in folder.reading.iterdir() if folder.reading.is_dir() else ():
@@ -164,26 +162,38 @@ def forget_announcements(folder: RunFolder) -> None:
             path.unlink(missing_ok=True)
 
 
-# Generations of pins in a bucket, and when this process first saw them.
+# Generations of leases in a bucket, and when this process first saw them.
 _SEEN: dict[BucketPath, tuple[bytes, float]] = {}
+
+
+def _is_alive(lease: BucketPath) -> bool:
+    """Whether a lease is there and has changed within the time that this process has looked."""
+    now = time.monotonic()
+    data, generation = lease.read_versioned()
+    if data is None:
+        _SEEN.pop(lease, None)
+        return False
+    first, since = _SEEN.get(lease, (generation, now))
+    _SEEN[lease] = (generation, since if first == generation else now)
+    return first != generation or now - since <= LEASE_SECS
+
+
+def _is_announced(folder: RunFolder, step: int) -> bool:
+    """Whether a trainer that lives is about to delete a checkpoint."""
+    return _is_alive(_announcement(folder, step))
 
 
 def _leased_steps(folder: RunFolder) -> set[int]:
     """The steps that are being read in a bucket. Pins of readers that were killed are removed."""
-    steps, now = set(), time.monotonic()
+    steps = set()
     for pin in folder.reading.iterdir():
         if (named := _PIN.fullmatch(pin.name)) is None:
             continue
-        data, generation = pin.read_versioned()
-        if data is None:
-            continue  # its reader has just finished
-        first, since = _SEEN.get(pin, (generation, now))
-        _SEEN[pin] = (generation, since if first == generation else now)
-        if first == generation and now - since > LEASE_SECS:
-            _SEEN.pop(pin)
-            pin.unlink(missing_ok=True)
-        else:
+        if _is_alive(pin):
             steps.add(int(named[1]))
+        else:
+            _SEEN.pop(pin, None)
+            pin.unlink(missing_ok=True)
     return steps
 
 

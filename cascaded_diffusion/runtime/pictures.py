@@ -65,9 +65,9 @@ def save_png_folder(folder: AnyPath, names: Iterable[str], images: Iterable[np.n
     files appear one by one; the command that writes them says when all are there.
     """
     if isinstance(folder, BucketPath):
-        wanted = []
+        wanted = set()
         for name, image in zip(names, images, strict=True):
-            wanted.append(name)
+            wanted.add(name)
             write_whole(folder / name, _png(image))
         for name, path in files_below(folder).items():
             if name not in wanted:

@@ -21,6 +21,7 @@ from cascaded_diffusion.files.whole import (
     whole_file,
     write_npz_whole,
 )
+from cascaded_diffusion.runtime.run_folder import RunFolder
 
 
 def test_names_are_those_of_pathlib():
@@ -258,3 +259,47 @@ def test_without_gcsfs_the_command_that_installs_it_is_named(monkeypatch):
     monkeypatch.setattr(bucket.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install gcsfs"):
         check_path("gs://bucket/run", "--workdir")
+
+
+def test_a_storage_that_fails_says_nothing_about_a_file(folder, server):
+    path = folder / "best.json"
+    path.write_bytes(b'{"step": 1, "ema_decay": 0.9}')
+    run = RunFolder(folder.parent / folder.name)
+    run.best_path.write_bytes(path.read_bytes())
+    server.intercept = _refuse("GET")
+    for read in (run.best_step, lambda: json_files.readable_record(path), run.read_config):
+        with pytest.raises(OSError, match="access was denied"):
+            read()
+    server.intercept = lambda *_: None
+    assert run.best_step() == 1
+
+
+def test_empty_objects_in_the_place_of_folders_are_no_files(folder, server):
+    (folder / "a" / "b").write_bytes(b"1")
+    name = f"{folder}/a/".removeprefix("gs://bucket/")
+    server.storage.create_file("bucket", name, b"", {"name": name, "bucket": "bucket"})
+    assert [path.name for path in (folder / "a").iterdir()] == ["b"]
+    assert list(files_below(folder)) == ["a/b"]
+    remove_tree(folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["a" * 100, "a..b", "a.-b", "ab"])
+def test_names_that_no_bucket_has(name):
+    with pytest.raises(UserError, match="expected gs://BUCKET/FOLDER"):
+        check_path(f"gs://{name}/run", "--workdir")
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_what_gcsfs_meets_with_is_one_line(folder, server, status, monkeypatch):
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", _no_sleep)
+    (folder / "a").write_bytes(b"1")
+    server.intercept = _refuse(status=HTTPStatus(status))
+    for look in ((folder / "a").stat, folder.details):
+        with pytest.raises(OSError, match=r"gs://bucket/.*cannot be") as e:
+            look()
+        assert "\n" not in str(e.value)
+
+
+async def _no_sleep(secs):
+    pass

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from http import HTTPStatus
 
 import pytest
 
@@ -114,3 +115,30 @@ def test_what_a_lock_says_is_no_secret_and_names_the_holder(folder):
     with held_lock(folder, "train", "workdir"):
         about = json.loads((folder / ".train.lock").read_bytes())
     assert about.keys() == {"host", "pid", "sees", "token", "beats"}
+
+
+def test_a_beat_that_landed_unanswered_is_its_own(folder):
+    with held_lock(folder, "train", "workdir") as lock:
+        with lock._lock:
+            # As a write that was carried out after this process had given it up.
+            about = {**lock._about, "beats": 99}
+            (folder / ".train.lock").write_bytes(json.dumps(about).encode())
+        lock._beat()
+        lock._beat()
+        assert not lock.is_lost()
+    assert not folder.exists()
+
+
+def test_an_outage_is_waited_for_and_loses_no_lock(folder, quick, server):
+    with held_lock(folder, "train", "workdir") as lock:
+        start = time.monotonic()
+
+        def refuse(method, url):
+            return HTTPStatus.SERVICE_UNAVAILABLE if time.monotonic() < start + 2.5 else None
+
+        server.intercept = refuse
+        time.sleep(1.2)
+        assert not lock.is_lost()
+        assert time.monotonic() - start > 2
+        server.intercept = lambda *_: None
+    assert not folder.exists()
