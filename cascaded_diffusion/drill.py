@@ -86,6 +86,7 @@ def _drill(fv: flags.FlagValues, root: pathlib.Path, config: str) -> int:
     rows: list[Row] = [training.kills_at_points(bench, expected, points)]
     rows += training.damages(bench, flips=50)
     rows.append(training.resumes_after_damage(bench, expected))
+    rows += training.signalled_phases(bench, expected)
     if not fv.short:
         rows.append(training.signals(bench, expected, secs, signal.SIGTERM, tries=10))
         rows.append(training.signals(bench, expected, secs, signal.SIGINT, tries=5))

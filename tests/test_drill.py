@@ -38,6 +38,9 @@ def test_sixty_kills_and_damaged_checkpoints_change_nothing(tmp_path):
     assert at_points["tries"] >= 40
     assert at_points["notes"] == []
     assert rows["a bit of the newest checkpoint flipped"]["tries"] == 50
+    phases = [row for what, row in rows.items() if what.startswith("SIGTERM in ")]
+    assert len(phases) == 5
+    assert all(0 < row["secs"] < 60 for row in phases), phases  # 5 s where nothing else runs
     assert "| SIGKILL at random moments | 12 | 0 | 0 |" in result.stdout
 
 

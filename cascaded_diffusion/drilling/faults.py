@@ -11,8 +11,9 @@ import pathlib
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,6 +81,23 @@ def install(
     for name, which in (("replace", 1), ("rename", 1), ("fsync", 0)):
         setattr(os, name, wrapped(name, which, getattr(os, name)))
     shutil.rmtree = wrapped("rmtree", 0, shutil.rmtree)
+
+
+def signal_in(owner: Any, name: str, number: int, at: pathlib.Path) -> None:
+    """Has this process send itself a signal when a function is called the first time.
+
+    The moment, of `time.monotonic`, is written to the file `at`.
+    """
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        if not at.exists():
+            at.write_text(repr(time.monotonic()))
+            os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, call)
 
 
 def read_points(seen: pathlib.Path) -> list[Point]:

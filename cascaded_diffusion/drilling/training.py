@@ -7,11 +7,13 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from cascaded_diffusion.cascade.stage import NoisedBatch, Stage
+from cascaded_diffusion.commands import jax_setup
 from cascaded_diffusion.commands.interrupts import EXIT_INTERRUPTED
 from cascaded_diffusion.drilling import faults
 from cascaded_diffusion.drilling.bench import (
@@ -26,8 +28,11 @@ from cascaded_diffusion.drilling.children import Ended
 from cascaded_diffusion.errors import EXIT_TRY_AGAIN
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime import manifest
+from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import step as step_lib
+from cascaded_diffusion.training.hang import HangWatch
+from cascaded_diffusion.training.recorder import GridSampler
 from cascaded_diffusion.training.step import TrainState
 
 
@@ -100,6 +105,33 @@ def signals(bench: Bench, expected: Result, secs: float, number: int, tries: int
             row.needs_repair(ended)
     bench.check_finish(row, folder, expected)
     return row
+
+
+def signalled_phases(bench: Bench, expected: Result) -> list[Row]:
+    """SIGTERM while a training starts, compiles, steps, saves and makes its sample grid."""
+    at = bench.root / "signalled"
+    phases: dict[str, tuple[object, str]] = {
+        "the start": (jax_setup, "set_up_jax"),
+        "compilation": (step_lib, "compile_train_step"),
+        "a step": (HangWatch, "step_done"),
+        "a save": (CheckpointWriter, "save"),
+        "the sample grid": (GridSampler, "__call__"),
+    }
+    rows = []
+    for number, (phase, (owner, name)) in enumerate(phases.items()):
+        row = Row(f"SIGTERM in {phase}", tries=1)
+        folder = bench.folder(f"phase_{number}")
+        argv = [*bench.flags(folder), f"--config.train.sample_every_steps={SAVE_EVERY}"]
+        install = partial(faults.signal_in, owner, name, signal.SIGTERM, at)
+        ended = bench.start("main", argv, also=install).wait()
+        row.took(time.monotonic() - float(at.read_text() if at.exists() else "nan"))
+        at.unlink(missing_ok=True)
+        if ended.code != EXIT_TRY_AGAIN:
+            row.needs_repair(ended)
+        bench.check_ended(row, bench.start("main", argv), folder, expected)
+        shutil.rmtree(folder.path)
+        rows.append(row)
+    return rows
 
 
 Damage = Callable[[pathlib.Path], object]
