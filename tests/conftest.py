@@ -31,6 +31,8 @@ flags.FLAGS.mark_as_parsed()  # grain asks
 _LONGEST_FIRST = (
     "test_end_to_end",
     "test_sharding",
+    "test_drill",
+    "test_runs",
     "test_stage",
     "test_score",
     "test_classifier_extractor",
@@ -38,6 +40,7 @@ _LONGEST_FIRST = (
     "test_unet",
     "test_samplers",
     "test_resume",
+    "test_demo",
     "test_distributed",
     "test_training",
     "test_cas",
