@@ -340,6 +340,14 @@ def check_usable(path: BucketPath, name: str) -> None:
         finally:
             with contextlib.suppress(OverwrittenError):
                 probe.write_versioned(None, generation)
+        above = path
+        while above._key:
+            if above.is_file():
+                raise UserError(f"{name}={path}: {above} is no folder")
+            above = above.parent
+    except OverwrittenError as e:  # a name that nobody else knows
+        problem = "what is written there is not what is read, as if the name were another's"
+        raise UserError(f"{name}={path}: {problem}; choose a plain one") from e
     except OSError as e:
         raise UserError(f"{name}={path}: {str(e).removeprefix(f'{probe}: ')}") from e
     if (ahead := _clock_error()) is not None and abs(ahead) > _MAX_CLOCK_SECS:
@@ -433,6 +441,8 @@ def _refused(path: BucketPath, verb: str, reason: str) -> OSError:
         return PermissionError(f"{what}: access was denied; {ROLE_REMEDY.format(path.bucket)}")
     if code == "NOT_FOUND":
         return FileNotFoundError(f"{what}: there is no such bucket; {remedy}")
+    if "CURL error" in reason:
+        remedy = "see whether the storage can be reached from this machine"
     return OSError(f"{what} ({' '.join(reason.split())[:200]}); {remedy}")
 
 

@@ -71,6 +71,8 @@ def append_line(path: AnyPath, record: Mapping[str, object]) -> None:
         line_parts.append(path, line)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    if line_parts.is_folder(path):
+        line_parts.join(path)
     with naming_path(path), path.open("a+b") as f:
         f.seek(0, os.SEEK_END)
         if f.tell():
@@ -87,8 +89,10 @@ def write_lines(path: AnyPath, records: Iterable[Mapping[str, object]]) -> None:
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
     if isinstance(path, BucketPath):
         line_parts.write(path, data)
-    else:
-        write_whole(path, data)
+        return
+    if line_parts.is_folder(path):
+        line_parts.join(path)
+    write_whole(path, data)
 
 
 def read_lines(
@@ -99,7 +103,7 @@ def read_lines(
     Other lines, which a crash may have spoiled, are skipped, and `say` is told of them. Raises
     UserError if what is there is no file.
     """
-    if isinstance(path, BucketPath):
+    if isinstance(path, BucketPath) or line_parts.is_folder(path):
         data = line_parts.read(path)
     elif path.exists() and not path.is_file():
         raise UserError(f"{path}: expected a file; move away what is there")

@@ -6,13 +6,17 @@
 An object cannot be appended to. A line is appended by writing the last part anew, up to a size,
 and then the next part. A file is written anew by one object, the first of the next version: who
 reads takes the newest version, so that it changes in one instant. Older versions are then removed.
-A plain object of that name, as of a copied run, is version 0.
+A plain object of that name, as of a copied run, is version 0. A run that was copied to a disk has
+the parts there, in a folder of that name; they become one file when something is written.
 """
 
+import os
+import pathlib
 import re
+import shutil
 import time
 
-from cascaded_diffusion.files.bucket import ABSENT, BucketPath, OverwrittenError
+from cascaded_diffusion.files.bucket import ABSENT, AnyPath, BucketPath, OverwrittenError
 
 _PART = re.compile(r"([0-9]{4,9})\.([0-9]{6,9})\.jsonl")
 _MAX_BYTES = 1 << 16
@@ -39,23 +43,37 @@ def forget(folder: BucketPath) -> None:
         del _TAILS[path]
 
 
-def _part(path: BucketPath, version: int, number: int) -> BucketPath:
+def _part(path: AnyPath, version: int, number: int) -> AnyPath:
     return path / f"{version:04d}.{number:06d}.jsonl"
 
 
-def _parts(path: BucketPath) -> list[tuple[int, int]]:
+def _parts(path: AnyPath) -> list[tuple[int, int]]:
     found = (_PART.fullmatch(part.name) for part in path.iterdir())
     return sorted((int(m[1]), int(m[2])) for m in found if m is not None)
 
 
-def _newest(path: BucketPath) -> tuple[int, list[int]]:
+def _newest(path: AnyPath) -> tuple[int, list[int]]:
     """The newest version and its parts; version 0 where there is none."""
     parts = _parts(path)
     version = parts[-1][0] if parts else 0
     return version, [number for v, number in parts if v == version]
 
 
-def read(path: BucketPath) -> bytes:
+def is_folder(path: pathlib.Path) -> bool:
+    """Whether lines on a disk are parts, of a run that was copied from a bucket."""
+    return path.is_dir() and bool(_parts(path))
+
+
+def join(path: pathlib.Path) -> None:
+    """Makes one file of parts on a disk."""
+    whole, parts = path.with_name(f".{path.name}.whole"), path.with_name(f".{path.name}.parts")
+    whole.write_bytes(read(path))
+    os.replace(path, parts)
+    os.replace(whole, path)
+    shutil.rmtree(parts)
+
+
+def read(path: AnyPath) -> bytes:
     """All lines; nothing if there are none."""
     while True:
         version, numbers = _newest(path)

@@ -145,7 +145,7 @@ class _Handler(emulator.RequestHandler):
         if found is None:
             return None
         upload_id = query.get("upload_id", [""])[0]
-        name = unquote(found[2] or query.get("name", [""])[0])
+        name = unquote(found[2]) if found[2] else query.get("name", [""])[0]
         now = self.storage.generation(found[1], name)
         if method == "GET" and now != "0":
             self._generation = now

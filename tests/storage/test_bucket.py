@@ -303,3 +303,33 @@ def test_what_gcsfs_meets_with_is_one_line(folder, server, status, monkeypatch):
 
 async def _no_sleep(secs):
     pass
+
+
+def test_lines_that_were_copied_to_a_disk_are_read_and_become_one_file(folder, tmp_path):
+    there, here = folder / "metrics.jsonl", tmp_path / "metrics.jsonl"
+    for step in range(3):
+        json_files.append_line(there, {"step": step})
+    for part in there.iterdir():
+        (here / part.name).parent.mkdir(exist_ok=True)
+        (here / part.name).write_bytes(part.read_bytes())
+    assert [record["step"] for record in json_files.read_lines(here)] == [0, 1, 2]
+    assert here.is_dir()
+    json_files.append_line(here, {"step": 3})
+    assert here.is_file()
+    assert [record["step"] for record in json_files.read_lines(here)] == [0, 1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("below", ["config.json", "config.json/run"])
+def test_a_file_is_no_folder(folder, below):
+    (folder / "config.json").write_bytes(b"{}")
+    with pytest.raises(UserError, match=r"--workdir=.*: gs://.*/config\.json is no folder"):
+        check_writable(folder / below, "workdir")
+
+
+@pytest.mark.parametrize("name", ["we ird", "a%20b", "a#b", "größe", "a+b&c"])
+def test_names_of_any_kind_are_names(folder, name):
+    check_writable(folder / name, "workdir")
+    (folder / name / "x").write_bytes(b"1")
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert (folder / name / "x").read_bytes() == b"1"

@@ -159,3 +159,9 @@ def test_samples_in_a_bucket_are_read(folder):
     np.testing.assert_array_equal(stored.images, images)
     with pytest.raises(UserError, match=r"--samples=gs://.*: expected a folder of PNGs, or an"):
         open_images(str(folder / "gone.npz"), flag="samples")
+
+
+def test_a_folder_of_pngs_is_read_on_a_disk_alone(folder):
+    (folder / "png" / "0.png").write_bytes(b"1")
+    with pytest.raises(UserError, match="a folder of PNGs is read on this machine alone"):
+        open_images(str(folder / "png"), flag="samples")

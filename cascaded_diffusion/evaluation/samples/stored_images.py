@@ -12,7 +12,7 @@ import numpy as np
 
 from cascaded_diffusion.config.schema import StageConfig
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.bucket import AnyPath
+from cascaded_diffusion.files.bucket import AnyPath, BucketPath
 from cascaded_diffusion.files.image_files import PngFolder
 from cascaded_diffusion.files.npz_archive import layout_hint, read_arrays
 from cascaded_diffusion.files.paths import check_path
@@ -113,6 +113,11 @@ def open_images(path: str, *, flag: str, at_least: int = 2) -> StoredImages:
     """
     rest = ""
     found = check_path(path, f"--{flag}")
+    if isinstance(found, BucketPath) and found.is_dir():
+        raise UserError(
+            f"--{flag}={path}: a folder of PNGs is read on this machine alone: copy it here, or"
+            " give an .npz, as samples.npz"
+        )
     if isinstance(found, pathlib.Path) and found.is_dir():
         folder = PngFolder(found, flag=flag)
         rest = f" ({folder.passed_over})" if folder.passed_over else ""
