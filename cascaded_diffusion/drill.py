@@ -91,10 +91,11 @@ def _drill(fv: flags.FlagValues, root: pathlib.Path, config: str) -> int:
         rows.append(training.signals(bench, expected, secs, signal.SIGTERM, tries=10))
         rows.append(training.signals(bench, expected, secs, signal.SIGINT, tries=5))
         rows.append(training.full_disk(bench, expected))
+        rows.append(training.full_at_points(bench, expected, points))
         rows.append(training.two_writers(bench, expected))
         rows.append(training.bad_step(bench))
         rows += peers.lost_peers(bench)
-        rows.append(others.prepared_shards(bench))
+        rows += others.prepared_shards(bench)
         rows += others.scores(bench)
     kills, end = fv.kills, float("inf")
     if kills is None:

@@ -99,6 +99,7 @@ class Bench:
         *,
         root: pathlib.Path | None = None,
         kill_at: Point | None = None,
+        full_at: Point | None = None,
         seen: pathlib.Path | None = None,
         also: Callable[[], None] | None = None,
     ) -> Child:
@@ -109,7 +110,7 @@ class Bench:
 
         def prepare() -> None:
             if root is not None:
-                faults.install(root, kill_at=kill_at, seen=seen)
+                faults.install(root, kill_at=kill_at, full_at=full_at, seen=seen)
             if also is not None:
                 also()
 
@@ -151,6 +152,35 @@ class Bench:
             check(ended, root)
             shutil.rmtree(root)
             self.say(f"{binary}: {row.tries} of {len(points)} points")
+
+    def fill_disk_at_points(
+        self,
+        row: Row,
+        binary: str,
+        points: Sequence[Point],
+        make: Callable[[int], tuple[Sequence[str], pathlib.Path]],
+        check: Callable[[Ended, pathlib.Path], None],
+    ) -> None:
+        """Has no space left at each point before an operation, one after the other in one folder.
+
+        Each time one line must say so, and at the end the same command go on. Points that cannot be
+        reached any more, since what they write is there, are left out.
+        """
+        argv, root = make(0)
+        for point in points:
+            if point.side != "before" or point.operation == "rmtree":
+                continue
+            ended = self.start(binary, argv, root=root, full_at=point).wait()
+            if ended.code == 0:
+                continue
+            row.tries += 1
+            row.took(ended.secs)
+            errors = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+            if ended.code != 2 or len(errors) != 1 or "Traceback" in ended.text:
+                row.needs_repair(ended)
+                row.notes[-1] = f"{point}: {row.notes[-1]}"
+        check(self.start(binary, argv).wait(), root)
+        shutil.rmtree(root)
 
     def digest(self, folder: RunFolder, steps: int = STEPS) -> str:
         """`state_digest` of the last checkpoint, by a process that may touch a device."""

@@ -5,6 +5,7 @@ process under drill these are wrapped; the package itself knows nothing of it.
 """
 
 import dataclasses
+import errno
 import functools
 import os
 import pathlib
@@ -47,11 +48,16 @@ def _label(path: object, root: pathlib.Path) -> str | None:
 
 
 def install(
-    root: pathlib.Path, *, kill_at: Point | None = None, seen: pathlib.Path | None = None
+    root: pathlib.Path,
+    *,
+    kill_at: Point | None = None,
+    full_at: Point | None = None,
+    seen: pathlib.Path | None = None,
 ) -> None:
     """Wraps the operations in this process, for files below `root`.
 
-    The process kills itself at the point given. Points that it passes are lines of the file `seen`.
+    The process kills itself at the point `kill_at`, and there is no space left on the device at
+    the point `full_at`. Points that it passes are lines of the file `seen`.
     """
     root = pathlib.Path(os.path.abspath(root))
     known: set[Point] = set()
@@ -59,6 +65,8 @@ def install(
     def passes(point: Point) -> None:
         if point == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if point == full_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if seen is not None and point not in known:
             known.add(point)
             with seen.open("a") as f:

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from cascaded_diffusion.drilling import faults
 from cascaded_diffusion.drilling.bench import Bench, Row
@@ -22,8 +23,8 @@ def _killed_everywhere(
     binary: str,
     make: Callable[[str], tuple[Sequence[str], pathlib.Path]],
     outcome: Callable[[pathlib.Path], object],
-) -> Row:
-    """Runs a binary undisturbed, and then killed at every point that it has passed.
+) -> list[Row]:
+    """Runs a binary undisturbed, then killed at every point that it has passed, then without space.
 
     `make` gives the flags of a fresh try of a name, and the folder below which its files are.
     """
@@ -33,8 +34,9 @@ def _killed_everywhere(
     if ended.code != 0:
         raise RuntimeError(f"an undisturbed {binary} failed:\n{ended.text}")
     expected = outcome(root)
+    full = Row(f"{binary}, no space left where a file appears")
 
-    def check(ended: Ended, root: pathlib.Path) -> None:
+    def check(row: Row, ended: Ended, root: pathlib.Path) -> None:
         if ended.code != 0:
             row.needs_repair(ended)
         elif outcome(root) != expected:
@@ -42,11 +44,13 @@ def _killed_everywhere(
             row.notes.append(f"{root} is not what an undisturbed {binary} gives")
 
     points = faults.read_points(seen)
-    bench.kill_at_points(row, binary, points, lambda number: make(f"killed_{number}"), check)
-    return row
+    for each, run in ((row, bench.kill_at_points), (full, bench.fill_disk_at_points)):
+        made = f"{run.__name__}_"
+        run(each, binary, points, lambda n, made=made: make(f"{made}{n}"), partial(check, each))
+    return [row, full]
 
 
-def prepared_shards(bench: Bench) -> Row:
+def prepared_shards(bench: Bench) -> list[Row]:
     """`prepare` is killed at every point, and run again."""
 
     def make(name: str) -> tuple[list[str], pathlib.Path]:
@@ -93,10 +97,10 @@ def scores(bench: Bench) -> list[Row]:
         return sha256_of_arrays(read_arrays(path))
 
     return [
-        _killed_everywhere(
+        *_killed_everywhere(
             bench, Row("evaluate, killed at every such point"), "evaluate", unscored, records
         ),
-        _killed_everywhere(
+        *_killed_everywhere(
             bench, Row("sample, killed at every such point"), "sample", unsampled, samples
         ),
     ]

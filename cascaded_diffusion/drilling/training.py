@@ -229,6 +229,21 @@ def full_disk(bench: Bench, expected: Result) -> Row:
     return row
 
 
+def full_at_points(bench: Bench, expected: Result, points: list[faults.Point]) -> Row:
+    """There is no space left at every point where a file appears, one after the other."""
+    row = Row("no space left where a file appears")
+
+    def make(number: int) -> tuple[list[str], pathlib.Path]:
+        folder = bench.folder(f"full_{number}")
+        return bench.flags(folder), folder.path
+
+    def check(ended: Ended, root: pathlib.Path) -> None:
+        bench.check_ended(row, ended, RunFolder(root), expected)
+
+    bench.fill_disk_at_points(row, "main", points, make, check)
+    return row
+
+
 def two_writers(bench: Bench, expected: Result) -> Row:
     """A second trainer on the same folder is refused and disturbs nothing."""
     row, folder = Row("a second trainer on the same folder"), bench.folder("writers")
