@@ -20,7 +20,7 @@ from cascaded_diffusion.data.decode import SUFFIXES
 from cascaded_diffusion.data.records import CorruptRecord, DataMissing, RawExample
 from cascaded_diffusion.data.splits import WHOLE, parse_split, part_of, split_problem
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.bucket import BucketPath, is_missing, is_url, path_of
+from cascaded_diffusion.files.bucket import BucketPath, Stat, is_missing, path_of
 from cascaded_diffusion.files.paths import describe_passed_over, is_litter, printable
 
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
@@ -49,6 +49,9 @@ class FolderSource(records.RawSource):
     ):
         names = [name for name, _, _ in files]
         self.where, self.passed_over, self._root = printable(root), passed_over, root
+        # Where they lie in a bucket; None on a disk.
+        there = path_of(os.fsdecode(root))
+        self._bucket = there if isinstance(there, BucketPath) else None
         self.names = b"".join(names)
         self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         self.labels, self.class_names = labels, tuple(map(os.fsdecode, class_names))
@@ -70,25 +73,25 @@ class FolderSource(records.RawSource):
 
     def read(self, index: int) -> RawExample:
         try:
-            if is_url(path := os.fsdecode(os.path.join(self._root, self.name(index)))):
-                data = path_of(path).read_bytes()
-                if len(data) > _MAX_FILE_BYTES:
-                    raise CorruptRecord(
-                        f"{len(data):,} bytes, expected at most {_MAX_FILE_BYTES:,}"
-                    )
+            if self._bucket is not None:
+                data = (self._bucket / os.fsdecode(self.name(index))).read_bytes()
+                _check_size(len(data))
                 return RawExample(data, int(self.labels[index]))
             with open(os.path.join(self._root, self.name(index)), "rb", buffering=0) as f:
-                size = os.fstat(f.fileno()).st_size
-                if size > _MAX_FILE_BYTES:
-                    raise CorruptRecord(f"{size:,} bytes, expected at most {_MAX_FILE_BYTES:,}")
+                _check_size(os.fstat(f.fileno()).st_size)
                 return RawExample(f.read(), int(self.labels[index]))
         except OSError as e:
-            if is_url(os.fsdecode(self._root)) and not is_missing(e):
+            if self._bucket is not None and not is_missing(e):
                 raise  # of the storage, which says nothing about the image
             raise CorruptRecord(f"cannot be read ({e.strerror or e})") from e
 
     def describe(self, index: int) -> str:
         return printable(os.path.join(self._root, self.name(index)))
+
+
+def _check_size(size: int) -> None:
+    if size > _MAX_FILE_BYTES:
+        raise CorruptRecord(f"{size:,} bytes, expected at most {_MAX_FILE_BYTES:,}")
 
 
 def _scan(
@@ -132,12 +135,12 @@ def _scan(
     return folders
 
 
-def _scan_bucket(
-    folder: BucketPath, files: list[_File], others: collections.Counter[str]
+def _sort_objects(
+    found: list[tuple[str, Stat]], files: list[_File], others: collections.Counter[str]
 ) -> list[bytes]:
-    """As `_scan`, for a folder in a bucket."""
+    """As `_scan`, for what was listed in a bucket."""
     folders = set()
-    for name, about in folder.details():
+    for name, about in found:
         first, slash, _ = name.partition("/")
         if any(map(is_litter, name.split("/"))):
             others["hidden"] += 1
@@ -154,13 +157,14 @@ def _scan_bucket(
 def _list_bucket(
     path: BucketPath, name: str, files: list[_File], others: collections.Counter[str]
 ) -> tuple[bytes, list[bytes]]:
-    root = path if name == WHOLE and not (path / name).is_dir() else path / name
-    if not root.is_dir():
-        raise DataMissing(
-            f"config.data.path = {str(path)!r}: no images in {root}; put them there, as"
-            " SPLIT/CLASS/NAME.jpg, or give another"
-        )
-    return os.fsencode(str(root)), _scan_bucket(root, files, others)
+    """As `_list_folder`, in a bucket."""
+    for root in (path / name, path) if name == WHOLE else (path / name,):
+        if found := root.details():
+            return os.fsencode(str(root)), _sort_objects(found, files, others)
+    raise DataMissing(
+        f"config.data.path = {str(path)!r}: no images in {root}; put them there, as"
+        " SPLIT/CLASS/NAME.jpg, or give another"
+    )
 
 
 def _list_folder(

@@ -18,7 +18,7 @@ from cascaded_diffusion.data import record_files, records
 from cascaded_diffusion.data.records import CorruptRecord, DataMissing, RawExample
 from cascaded_diffusion.data.splits import split_problem
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.files.bucket import for_orbax, is_url, path_of
+from cascaded_diffusion.files.bucket import is_url, path_of, set_up_gcsfs
 from cascaded_diffusion.files.local_copies import local_copy
 
 # A name, a builder config, a version. No namespace: TFDS would run code it downloads for it.
@@ -83,8 +83,8 @@ def find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     """The TFDS builder of a data set, prepared or not. Raises UserError if TFDS has none."""
     if not _NAME.fullmatch(name):
         fail("data.name", name, "a name like 'cifar10', 'lsun/bedroom' or 'cifar10:3.0.2'")
-    if data_dir is not None:
-        for_orbax(path_of(data_dir))  # TFDS reads a bucket in the same way
+    if data_dir is not None and is_url(data_dir):
+        set_up_gcsfs()
     try:
         return tfds.builder(name, data_dir=data_dir)
     except Exception as e:  # whatever TFDS and the data set's own code raise

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from cascaded_diffusion.drilling import faults
 from cascaded_diffusion.drilling.children import Child, Ended
 from cascaded_diffusion.drilling.faults import Point
+from cascaded_diffusion.errors import EXIT_BAD_INPUT
 from cascaded_diffusion.runtime.checkpoint import state_digest
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -31,6 +32,12 @@ _FLAGS = {
 }
 
 
+# The flags of a fresh try, by its number, and the folder below which its files are.
+MakeTry = Callable[[int], tuple[Sequence[str], pathlib.Path]]
+# Is given how a try has ended, and that folder.
+CheckTry = Callable[[Ended, pathlib.Path], None]
+
+
 @dataclasses.dataclass
 class Row:
     """What one kind of fault has done, over all tries."""
@@ -47,6 +54,13 @@ class Row:
         """Notes that a process has ended as it should not."""
         self.repairs += 1
         self.notes.append(f"code {ended.code}: {ended.text[-300:]}")
+
+    def expect_refusal(self, ended: Ended, where: object = "") -> None:
+        """Notes a process that has not ended by one line about bad input or a full disk."""
+        errors = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+        if ended.code != EXIT_BAD_INPUT or len(errors) != 1 or "Traceback" in ended.text:
+            self.needs_repair(ended)
+            self.notes[-1] = f"{where} {self.notes[-1]}".strip()
 
     def took(self, secs: float) -> None:
         """Notes how long a process took to end."""
@@ -125,8 +139,8 @@ class Bench:
         row: Row,
         binary: str,
         points: Sequence[Point],
-        make: Callable[[int], tuple[Sequence[str], pathlib.Path]],
-        check: Callable[[Ended, pathlib.Path], None],
+        make: MakeTry,
+        check: CheckTry,
         after_kill: Callable[[pathlib.Path], None] = lambda root: None,
     ) -> None:
         """Kills a binary at every point, in one folder as long as points can be reached there.
@@ -158,8 +172,8 @@ class Bench:
         row: Row,
         binary: str,
         points: Sequence[Point],
-        make: Callable[[int], tuple[Sequence[str], pathlib.Path]],
-        check: Callable[[Ended, pathlib.Path], None],
+        make: MakeTry,
+        check: CheckTry,
     ) -> None:
         """Has no space left at each point before an operation, one after the other in one folder.
 
@@ -175,10 +189,7 @@ class Bench:
                 continue
             row.tries += 1
             row.took(ended.secs)
-            errors = [line for line in ended.text.splitlines() if line.startswith("error: ")]
-            if ended.code != 2 or len(errors) != 1 or "Traceback" in ended.text:
-                row.needs_repair(ended)
-                row.notes[-1] = f"{point}: {row.notes[-1]}"
+            row.expect_refusal(ended, point)
         check(self.start(binary, argv).wait(), root)
         shutil.rmtree(root)
 

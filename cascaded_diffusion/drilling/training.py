@@ -20,6 +20,8 @@ from cascaded_diffusion.drilling.bench import (
     SAVE_EVERY,
     STEPS,
     Bench,
+    CheckTry,
+    MakeTry,
     Result,
     Row,
     curve_of,
@@ -68,16 +70,23 @@ def random_kills(bench: Bench, expected: Result, secs: float, kills: int, deadli
     return row
 
 
-def kills_at_points(bench: Bench, expected: Result, points: list[faults.Point]) -> Row:
-    """SIGKILL at every point, one run after the other as long as its points can be reached."""
-    row = Row("SIGKILL at every point where a file appears")
+def _tries(bench: Bench, row: Row, expected: Result, name: str) -> tuple[MakeTry, CheckTry]:
+    """Trainings in folders of a name, and the comparison of what they have come to."""
 
     def make(number: int) -> tuple[list[str], pathlib.Path]:
-        folder = bench.folder(f"points_{number}")
+        folder = bench.folder(f"{name}_{number}")
         return bench.flags(folder), folder.path
 
     def check(ended: Ended, root: pathlib.Path) -> None:
         bench.check_ended(row, ended, RunFolder(root), expected)
+
+    return make, check
+
+
+def kills_at_points(bench: Bench, expected: Result, points: list[faults.Point]) -> Row:
+    """SIGKILL at every point, one run after the other as long as its points can be reached."""
+    row = Row("SIGKILL at every point where a file appears")
+    make, check = _tries(bench, row, expected, "points")
 
     def after_kill(root: pathlib.Path) -> None:
         bench.note_redone(row, RunFolder(root))
@@ -222,9 +231,7 @@ def full_disk(bench: Bench, expected: Result) -> Row:
         ended = child.wait()
         row.tries += 1
         row.took(time.monotonic() - start)
-        errors = [line for line in ended.text.splitlines() if line.startswith("error: ")]
-        if ended.code != 2 or len(errors) != 1 or "Traceback" in ended.text:
-            row.needs_repair(ended)
+        row.expect_refusal(ended)
     bench.check_finish(row, folder, expected)
     return row
 
@@ -232,14 +239,7 @@ def full_disk(bench: Bench, expected: Result) -> Row:
 def full_at_points(bench: Bench, expected: Result, points: list[faults.Point]) -> Row:
     """There is no space left at every point where a file appears, one after the other."""
     row = Row("no space left where a file appears")
-
-    def make(number: int) -> tuple[list[str], pathlib.Path]:
-        folder = bench.folder(f"full_{number}")
-        return bench.flags(folder), folder.path
-
-    def check(ended: Ended, root: pathlib.Path) -> None:
-        bench.check_ended(row, ended, RunFolder(root), expected)
-
+    make, check = _tries(bench, row, expected, "full")
     bench.fill_disk_at_points(row, "main", points, make, check)
     return row
 

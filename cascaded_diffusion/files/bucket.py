@@ -206,7 +206,7 @@ class BucketPath(os.PathLike[str]):
 
     def details(self) -> list[tuple[str, Stat]]:
         """All objects below a folder by their path relative to it, in order."""
-        for_orbax(self)
+        set_up_gcsfs()
         import gcsfs
 
         start = len(f"{self._bucket}/{self._prefix}")
@@ -215,7 +215,7 @@ class BucketPath(os.PathLike[str]):
         return sorted(
             (name[start:], Stat(about["size"], about["mtime"].timestamp()))
             for name, about in found.items()
-            if not name.endswith("/")
+            if len(name) > start and not name.endswith("/")
         )
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
@@ -286,12 +286,11 @@ class BucketPath(os.PathLike[str]):
         # Consoles and mounts put empty objects in the place of folders.
         return [key for key in self._below() if not key.endswith("/")]
 
-    def _names(self, start: str, end: str, *, patient: bool = True) -> list[str]:
-        def listed(store: tensorstore.KvStore) -> list[Any]:
-            return [store.list(type(store).KeyRange(start, end))]
+    def _names(self, start: str, end: str) -> list[str]:
+        def listed(store: tensorstore.KvStore) -> Any:
+            return store.list(type(store).KeyRange(start, end))
 
-        (found,) = self._results("listed", listed, patient=patient)
-        return sorted(key.decode() for key in found)
+        return sorted(key.decode() for key in self._result("listed", listed))
 
     def _result(self, verb: str, request: Callable[[tensorstore.KvStore], Any]) -> Any:
         return self._results(verb, lambda store: [request(store)])[0]
@@ -402,16 +401,22 @@ def for_orbax(path: AnyPath) -> pathlib.Path | epath.Path:
     if not isinstance(path, BucketPath):
         return path.absolute()
     _tell_tensorstore()
+    set_up_gcsfs()
+    from etils import epath
+
+    return epath.Path(str(path))
+
+
+def set_up_gcsfs() -> None:
+    """To be called before Orbax, TFDS or this module read a bucket by gcsfs."""
     # Before gcsfs is imported: it need not ask what kind of bucket it is.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
-    from etils import epath
 
     # What another process writes must be seen at once.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     # It logs errors with their traces before it raises them.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    return epath.Path(str(path))
 
 
 def _tell_tensorstore() -> None:

@@ -57,7 +57,7 @@ def whole_file(path: AnyPath) -> Iterator[IO[bytes]]:
 
 
 def generation_of(path: AnyPath) -> bytes | None:
-    """What a file in a bucket is written by its next writer's knowledge of; None on a disk."""
+    """The generation of a file in a bucket, ABSENT if it is not there; None for one on a disk."""
     return path.read_versioned()[1] if isinstance(path, BucketPath) else None
 
 

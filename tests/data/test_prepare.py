@@ -1,4 +1,3 @@
-import concurrent.futures
 import json
 import os
 import pathlib
@@ -16,11 +15,11 @@ import cascaded_diffusion
 from cascaded_diffusion import prepare
 from cascaded_diffusion.commands import entry
 from cascaded_diffusion.config.schema import to_dict
-from cascaded_diffusion.data import workers
 from cascaded_diffusion.data.manifests import digest_of_json
 from cascaded_diffusion.data.sources import load_source, load_splits
 from cascaded_diffusion.data.write_prepared import verify_splits
 from cascaded_diffusion.errors import UserError
+from tests.data.one_thread import prepare_in_a_thread
 from tests.data.photos import photo, photo_config, write_tree
 from tests.tiny import ROOT, round_trip
 
@@ -58,11 +57,7 @@ def _source(config, split="train"):
 def _a_thread_for_the_workers(monkeypatch):
     # Starting two processes takes seconds. Those of `prepared`, which is made before this, and
     # of the tests that start the binary are real.
-    def pool(num_workers, what):
-        monkeypatch.setattr(workers, "_given", what)
-        return concurrent.futures.ThreadPoolExecutor(1)
-
-    monkeypatch.setattr(workers, "worker_pool", pool)
+    prepare_in_a_thread(monkeypatch)
 
 
 @pytest.fixture(scope="module")

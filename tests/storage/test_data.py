@@ -1,6 +1,5 @@
 """Data in a bucket: image folders, `.npz` files, TFDS data sets, prepared shards, weights."""
 
-import concurrent.futures
 import pathlib
 import shutil
 from http import HTTPStatus
@@ -8,7 +7,6 @@ from http import HTTPStatus
 import numpy as np
 import pytest
 
-from cascaded_diffusion.data import workers
 from cascaded_diffusion.data.folder import load_folder
 from cascaded_diffusion.data.sources import load_source
 from cascaded_diffusion.data.tfds import load_tfds
@@ -16,6 +14,7 @@ from cascaded_diffusion.data.write_prepared import prepare_splits, verify_splits
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import open_images, save_samples
 from cascaded_diffusion.files import local_copies
+from tests.data.one_thread import prepare_in_a_thread
 from tests.data.photos import photo_config, write_tree
 from tests.tiny import ROOT
 
@@ -30,11 +29,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _a_thread_for_the_workers(monkeypatch):
-    def pool(num_workers, what):
-        monkeypatch.setattr(workers, "_given", what)
-        return concurrent.futures.ThreadPoolExecutor(1)
-
-    monkeypatch.setattr(workers, "worker_pool", pool)
+    prepare_in_a_thread(monkeypatch)
 
 
 def _upload(source: pathlib.Path, target) -> None:
