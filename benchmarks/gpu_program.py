@@ -7,10 +7,10 @@ an H100 that is only described to it, without trying kernels out. Of the compile
 counted the kernels and the bytes that they read and write, by kind: a byte of a feature map that
 is read again in another kernel counts again. What is not a product or a convolution takes about
 as long as its bytes take at the memory's bandwidth. --blocks replaces the number of residual
-blocks of every level, which compiles sooner. --without=parts, =order or =slope has one thing
-computed as elsewhere that a GPU computes in its own way: skips in parts, gradients in their
-parameters' order, swish's slope twice. With --write the table is appended to
-benchmarks/results/gpu_program.md.
+blocks of every level, which compiles sooner. --without has one thing computed as elsewhere that a
+GPU computes in its own way: `parts`, skips in parts; `order`, gradients in their parameters' order,
+and `full`, written before they are used; `slope`, swish's slope twice; `pairs`, two sums in one.
+With --write the table is appended to benchmarks/results/gpu_program.md.
 """
 
 import argparse
@@ -87,10 +87,22 @@ def without(name: str | None) -> Iterator[None]:
         yield
         return
     from cascaded_diffusion.networks import layers
-    from cascaded_diffusion.networks.kernels import layouts, norms
+    from cascaded_diffusion.networks.kernels import layouts, norms, sums
 
-    module = {"parts": layers, "order": layouts, "slope": norms}[name]
-    with mock.patch.object(module, "for_platform", lambda *, default, **_: default):
+    places = {
+        "parts": (layers, "for_platform"),
+        "order": (layouts, "in_order"),
+        "full": (layouts, "in_full"),
+        "slope": (norms, "for_platform"),
+        "pairs": (sums, "for_platform"),
+    }
+    module, function = places[name]
+    elsewhere = {
+        "for_platform": lambda *, default, **_: default,
+        "in_order": lambda grads, shardings: grads,
+        "in_full": lambda grads: grads,
+    }
+    with mock.patch.object(module, function, elsewhere[function]):
         yield
 
 
@@ -200,7 +212,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", default="base64")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--blocks", type=int)
-    parser.add_argument("--without", choices=("parts", "order", "slope"))
+    parser.add_argument("--without", choices=("parts", "order", "full", "slope", "pairs"))
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--save", type=pathlib.Path, help="a file for the program's text")
     args = parser.parse_args(list(argv)[1:])

@@ -55,20 +55,23 @@ def _convolved(
     channels: int,
     window: tuple[int, ...],
     product: Callable[[jax.Array], jax.Array],
+    shift: jax.Array | None = None,
 ) -> jax.Array:
-    """`product` of a kernel [*window, channels, features] of `layer`, plus a bias."""
+    """`product` of a kernel [*window, channels, features] of `layer`, plus a bias and a shift."""
     init = initializers.zeros if layer.zero_init else initializers.fan_in_normal
     kernel = layer.param("kernel", init, (*window, channels, layer.features))
     bias = layer.param("bias", initializers.zeros, (layer.features,))
     y = product(kernel.astype(layer.dtype))
     # The bias stays in float32 until the sum: its gradient is a sum over the batch.
-    return add_to_pixels(y, jnp.broadcast_to(bias, (len(y), layer.features)))
+    shifts = jnp.broadcast_to(bias, (len(y), layer.features)) if shift is None else bias + shift
+    return add_to_pixels(y, shifts, shift is not None)
 
 
 class Conv3x3(nn.Module):
     """A 3x3 convolution, `stride` 1 or 2.
 
     A pixel of zeros is added on every side, or, if `pad_ends`, at the bottom and right alone.
+    A `shift` [B, features] is added to all pixels of an example.
     """
 
     features: int
@@ -78,7 +81,7 @@ class Conv3x3(nn.Module):
     pad_ends: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
         x = x.astype(self.dtype)
 
         def product(kernel: jax.Array) -> jax.Array:
@@ -88,7 +91,7 @@ class Conv3x3(nn.Module):
                 return convolution.direct(x, kernel, self.stride, padding=(0, 1))
             return convolution.convolve(x, kernel, self.stride)
 
-        return _convolved(self, x.shape[-1], (3, 3), product)
+        return _convolved(self, x.shape[-1], (3, 3), product, shift)
 
 
 def dense(features: int, dtype: jnp.dtype, name: str, *, zero_init: bool = False) -> nn.Dense:
@@ -190,14 +193,13 @@ class ResBlock(nn.Module):
             resample = {"down": downsample_mean, "up": upsample_nearest}[self.resample]
             h, parts = resample(h), tuple(map(resample, parts))
         changed = self.project_skip or h.shape[-1] != features
-        h = Conv3x3(features, dtype, name="conv0")(h)
-
-        norm, modulation = group_norm(name="norm1"), nn.swish(embedding)
+        conv, norm = Conv3x3(features, dtype, name="conv0"), group_norm(name="norm1")
+        modulation = nn.swish(embedding)
         if self.scale_shift:
             modulation = dense(2 * features, dtype, "scale_shift", zero_init=True)(modulation)
-            h = norm(h, modulation=jnp.split(modulation, 2, axis=-1))
+            h = norm(conv(h), modulation=jnp.split(modulation, 2, axis=-1))
         else:
-            h = norm(add_to_pixels(h, dense(features, dtype, "shift")(modulation)))
+            h = norm(conv(h, shift=dense(features, dtype, "shift")(modulation)))
 
         h = Dropout(self.dropout_rate, name="dropout")(h, rows)
         h = Conv3x3(features, dtype, name="conv1", zero_init=True)(h)

@@ -14,8 +14,8 @@ from cascaded_diffusion.cascade.pixels import float_from_uint8
 from cascaded_diffusion.cascade.stage import NoisedBatch, Stage
 from cascaded_diffusion.config.schema import RunConfig, TrainConfig, ema_name
 from cascaded_diffusion.networks.flops import count_flops
+from cascaded_diffusion.networks.kernels import layouts
 from cascaded_diffusion.networks.kernels.execution import Execution
-from cascaded_diffusion.networks.kernels.layouts import in_order
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import sharding
 from cascaded_diffusion.types import Batch, Params, Tree
@@ -164,7 +164,7 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     def train_step(state: TrainState, records: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         noised, key = noised_batch(stage, state, records)
         grads, metrics = gradient(state.params, noised, key)
-        grads = jax.tree.map(in_order, grads, sharding.state_shardings(grads, mesh))
+        grads = layouts.in_full(layouts.in_order(grads, sharding.state_shardings(grads, mesh)))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = {

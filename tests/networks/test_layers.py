@@ -14,7 +14,12 @@ from cascaded_diffusion.networks.flops import count_flops
 from cascaded_diffusion.networks.kernels import attention as attention_lib
 from cascaded_diffusion.networks.kernels.attention import attention, splash
 from cascaded_diffusion.networks.kernels.platforms import traced_for
-from cascaded_diffusion.networks.kernels.sums import add_to_pixels, multiply_pixels, sum_pixels
+from cascaded_diffusion.networks.kernels.sums import (
+    add_to_pixels,
+    multiply_pixels,
+    sum_pixel_pairs,
+    sum_pixels,
+)
 from cascaded_diffusion.networks.layers import AttentionBlock, Conv1x1, ResBlock, concat_skip
 from cascaded_diffusion.runtime import sharding
 
@@ -208,10 +213,22 @@ def test_sums_over_pixels(shape):
     np.testing.assert_allclose(sum_pixels(x), exact, rtol=2e-6)
 
 
-def test_a_shift_of_all_pixels_has_their_sum_as_gradient():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_two_sums_over_pixels(platform):
+    x, y = _qkv((2, 6, 4, 8))[:2]
+    with traced_for(platform):
+        found = jax.jit(sum_pixel_pairs)(x, y)
+    for total, of in zip(found, (x, y), strict=True):
+        np.testing.assert_allclose(total, np.asarray(of, np.float64).sum((1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_shift_of_all_pixels_has_their_sum_as_gradient(differs, platform):
     x, dy, *_ = _qkv((2, 6, 4, 8), dtype=jnp.bfloat16)
     shift = _qkv((2, 8))[2]
-    y, back = jax.vjp(add_to_pixels, x, shift)
+    with traced_for(platform):
+        y, back = jax.vjp(lambda x, shift: add_to_pixels(x, shift, differs), x, shift)
     assert y.dtype == jnp.bfloat16
     dx, dshift = back(dy)
     np.testing.assert_array_equal(dx, dy)
@@ -270,13 +287,14 @@ def test_splash_attention_of_each_devices_own_examples():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale_shift", [True, False])
 @pytest.mark.parametrize("features", [24, 40])  # with a projection of the skip branch, and without
-def test_a_block_as_a_gpu_computes_it(features):
+def test_a_block_as_a_gpu_computes_it(features, scale_shift):
     # Feature maps that skip across stay apart, and the norm's gradient is computed twice.
     draw = np.random.default_rng(0).standard_normal
     h, skip = (jnp.float32(draw((2, 8, 8, channels))) for channels in (24, 16))
     embedding, dy = jnp.float32(draw((2, 12))), jnp.float32(draw((2, 8, 8, features)))
-    block = ResBlock(features, dropout_rate=0.3)
+    block = ResBlock(features, dropout_rate=0.3, scale_shift=scale_shift)
     joined = jnp.concatenate([h, skip], -1)
     shapes = jax.eval_shape(block.init, jax.random.key(0), joined, embedding)
     variables = jax.tree.map(lambda x: jnp.float32(0.3 * draw(x.shape)), shapes)

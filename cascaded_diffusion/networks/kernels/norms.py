@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from cascaded_diffusion.networks.kernels.platforms import for_platform
-from cascaded_diffusion.networks.kernels.sums import sum_pixels
+from cascaded_diffusion.networks.kernels.sums import sum_pixel_pairs, sum_pixels, waiting
 
 EPSILON = 1e-5
 Parts = tuple[jax.Array, ...]
@@ -73,7 +73,8 @@ def _statistics(parts: Parts, groups: int, epsilon: float) -> tuple[jax.Array, j
     """Eq. (1): m and d, [B, C] float32."""
     _, h, w, _ = parts[0].shape
     wide = [x.astype(jnp.float32) for x in parts]
-    sums, squares = (_joined(map(sum_pixels, xs)) for xs in (wide, [x * x for x in wide]))
+    pieces = waiting([(sum_pixels(x), sum_pixels(x * x)) for x in wide])
+    sums, squares = map(_joined, zip(*pieces, strict=True))
     count = h * w * sums.shape[-1] // groups
     mean, square = (_over_groups(x, groups) / count for x in (sums, squares))
     return mean, jnp.sqrt(jnp.maximum(square - mean * mean, 0.0) + epsilon)
@@ -151,16 +152,15 @@ def _backward(
 
     def sums(x: jax.Array, own: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         g = slope_of(x, *own)
-        return sum_pixels(g), sum_pixels(g * x.astype(jnp.float32))
+        return sum_pixel_pairs(g, g * x.astype(jnp.float32))
 
-    kept = for_platform(gpu=jax.lax.optimization_barrier, default=lambda values: values)
-    # On a GPU XLA would compute the sums inside of the joining, a thread for all pixels of one.
-    pieces = kept(list(map(sums, parts, _channels(parts, dy, *affine))))
+    pieces = map(sums, parts, _channels(parts, dy, *affine))
     dshift, products = map(_joined, zip(*pieces, strict=True))
     dscale = (products - mean * dshift) / sd
     m1 = _over_groups(scale * dshift, groups) / count
     m2 = _over_groups(scale * dscale, groups) / count
     slope, constant = m2 / sd, (mean * m2 - m1 * sd) / sd
+    kept = for_platform(gpu=jax.lax.optimization_barrier, default=lambda values: values)
     # On a GPU, g is computed again: XLA would keep it in float32 for the second pass, and for a
     # third, into which it would merge these sums and those over the examples.
     (parts, dy, affine, slope, constant), dscale, dshift = kept(

@@ -10,7 +10,9 @@
 | 1x1 kernel's gradient| example by example     | XLA                        | XLA            |
 | skips across the U   | copied side by side    | in parts                   | as on a CPU    |
 | norm's gradient      | swish's slope kept     | swish's slope twice        | as on a CPU    |
-| kernels' gradients   | in XLA's order         | in the kernels' order      | in XLA's order |
+| its two sums         | one by one             | as one of complex numbers  | one by one     |
+| kernels' gradients   | in XLA's order         | in the kernels' order, and | in XLA's order |
+|                      |                        | in full before their use   |                |
 
 `for_platform` chooses while a program is traced. `jax.lax.platform_dependent` would choose while
 it is lowered, but then every branch keeps its own numbers for the backward pass, and all of them

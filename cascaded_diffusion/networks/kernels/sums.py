@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cascaded_diffusion.networks.kernels.platforms import for_platform
+from cascaded_diffusion.types import Tree
 
 # A product adds up this many numbers at a time; more would lose more digits.
 _PIXELS = 128
@@ -30,19 +31,47 @@ def sum_pixels(x: jax.Array) -> jax.Array:
     return for_platform(cpu=_by_product, default=lambda x: x.sum((1, 2)))(x)
 
 
-@jax.custom_vjp
-def add_to_pixels(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """[B, H, W, C] plus [B, C], in the former's dtype; the gradient is summed in float32."""
+def waiting(sums: Tree) -> Tree:
+    """Sums over pixels that a GPU has computed before they are used.
+
+    XLA would compute some of them inside of what uses them, where one thread adds up all pixels.
+    """
+    return for_platform(gpu=jax.lax.optimization_barrier, default=lambda sums: sums)(sums)
+
+
+def _as_complex(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    total = waiting(jax.lax.complex(x, y).sum((1, 2)))
+    return total.real, total.imag
+
+
+def sum_pixel_pairs(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Twice [B, H, W, C] float32 -> [B, C].
+
+    On a GPU both are one sum of complex numbers: where x and y share an expensive expression,
+    XLA would write it to memory for two sums to read, even where it computes both at once.
+    """
+    return for_platform(gpu=_as_complex, default=lambda x, y: (sum_pixels(x), sum_pixels(y)))(x, y)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def add_to_pixels(x: jax.Array, shift: jax.Array, differs: bool) -> jax.Array:
+    """[B, H, W, C] plus [B, C], in the former's dtype; the gradient is summed in float32.
+
+    `differs` says whether examples have shifts of their own, or all the same.
+    """
     return x + shift.astype(x.dtype)[:, None, None, :]
 
 
-def _add_forward(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _add_forward(x: jax.Array, shift: jax.Array, differs: bool) -> tuple[jax.Array, jax.Array]:
     # The backward pass needs only the dtype of `shift`, which is small.
-    return add_to_pixels(x, shift), shift
+    return add_to_pixels(x, shift, differs), shift
 
 
-def _add_backward(shift: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return dy, sum_pixels(dy.astype(jnp.float32)).astype(shift.dtype)
+def _add_backward(differs: bool, shift: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    total = sum_pixels(dy.astype(jnp.float32))
+    # What is summed for each example and for all of them, a GPU would sum twice, of a copy of dy in
+    # float32. What is summed for all alone it sums at once.
+    return dy, (waiting(total) if differs else total).astype(shift.dtype)
 
 
 add_to_pixels.defvjp(_add_forward, _add_backward)
