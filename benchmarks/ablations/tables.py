@@ -332,8 +332,8 @@ def _peer(budget: Budget) -> list[Row]:
         *(
             Row(label={"trained": f"diffusers, {size}; {chain}"}, images="peer", peer_widths=widths)
             for size, widths in (
-                ("its script's network", (128, 128, 256, 256, 512, 512)),
                 ("a smaller network", (64, 128, 128)),
+                ("its script's network", (128, 128, 256, 256, 512, 512)),
             )
         ),
     ]
