@@ -9,8 +9,9 @@ is read again in another kernel counts again. What is not a product or a convolu
 as long as its bytes take at the memory's bandwidth. --blocks replaces the number of residual
 blocks of every level, which compiles sooner. --without has one thing computed as elsewhere that a
 GPU computes in its own way: `parts`, skips in parts; `order`, gradients in their parameters' order,
-and `full`, written before they are used; `slope`, swish's slope twice; `pairs`, two sums in one.
-With --write the table is appended to benchmarks/results/gpu_program.md.
+and `memory`, written before they are used; `slope`, swish's slope twice; `pairs`, two sums in one.
+With --write the table is appended to benchmarks/results/gpu_program.md. Where XLA finds no way to
+compute a product without trying, XLA_FLAGS=--xla_gpu_enable_triton_gemm=false has cuBLAS do it.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -92,15 +94,15 @@ def without(name: str | None) -> Iterator[None]:
     places = {
         "parts": (layers, "for_platform"),
         "order": (layouts, "in_order"),
-        "full": (layouts, "in_full"),
-        "slope": (norms, "for_platform"),
+        "memory": (layouts, "in_memory"),
+        "slope": (norms, "in_memory"),
         "pairs": (sums, "for_platform"),
     }
     module, function = places[name]
     elsewhere = {
         "for_platform": lambda *, default, **_: default,
         "in_order": lambda grads, shardings: grads,
-        "in_full": lambda grads: grads,
+        "in_memory": lambda values: values,
     }
     with mock.patch.object(module, function, elsewhere[function]):
         yield
@@ -212,12 +214,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", default="base64")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--blocks", type=int)
-    parser.add_argument("--without", choices=("parts", "order", "full", "slope", "pairs"))
+    parser.add_argument("--without", choices=("parts", "order", "memory", "slope", "pairs"))
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--save", type=pathlib.Path, help="a file for the program's text")
     args = parser.parse_args(list(argv)[1:])
     if not (ROOT / "configs" / f"{args.config}.py").is_file():
         raise UserError(f"--config={args.config}: there is no configs/{args.config}.py")
+    given = os.environ["XLA_FLAGS"].removeprefix("--xla_gpu_autotune_level=0").strip()
+    flags = f"XLA_FLAGS={shlex.quote(given)} " if given else ""
     with without(args.without):
         text, secs = program(args.config, args.batch_size, args.blocks)
     if args.save:
@@ -240,7 +244,7 @@ def main(argv: Sequence[str]) -> int:
         f"Float32 feature maps written: {wide_maps(text) / 1e9:.2f} GB. Sums over feature maps that"
         f" one thread adds up: {serial_sums(text)}. Traced and compiled in {secs:.0f} s, without"
         f" autotuning, on: {machine.describe()}.",
-        f"Command: `python benchmarks/gpu_program.py {' '.join(argv[1:])}`.",
+        f"Command: `{flags}python benchmarks/gpu_program.py {' '.join(argv[1:])}`.",
         "",
     ]
     print("\n".join(lines))

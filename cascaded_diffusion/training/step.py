@@ -164,7 +164,10 @@ def make_train_step(stage: Stage, config: TrainConfig, mesh: Mesh) -> TrainStep:
     def train_step(state: TrainState, records: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         noised, key = noised_batch(stage, state, records)
         grads, metrics = gradient(state.params, noised, key)
-        grads = layouts.in_full(layouts.in_order(grads, sharding.state_shardings(grads, mesh)))
+        # Transposed inside of the update, gradients would keep it from being written over what it
+        # is computed from: XLA would copy parameters, moments and averages once more.
+        ordered = layouts.in_order(grads, sharding.state_shardings(grads, mesh))
+        grads = layouts.in_memory(ordered)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = {

@@ -1,4 +1,4 @@
-"""Where XLA may keep an array in another order of its axes than the one it is written in."""
+"""What XLA keeps of arrays in memory, and in which order of their axes."""
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -27,10 +27,9 @@ def in_order(grads: Tree, shardings: Tree) -> Tree:
     return jax.tree.map(ordered, grads, shardings)
 
 
-def in_full(grads: Tree) -> Tree:
-    """Gradients that a GPU has written to memory before they are used.
+def in_memory(values: Tree) -> Tree:
+    """Values that a GPU has computed and written to memory before they are used.
 
-    XLA would transpose them inside the update of the parameters, which then cannot be written
-    over what it was computed from: parameters, moments and averages are copied once more.
+    Elsewhere, or without this, XLA may compute them inside of what uses them.
     """
-    return for_platform(gpu=jax.lax.optimization_barrier, default=lambda grads: grads)(grads)
+    return for_platform(gpu=jax.lax.optimization_barrier, default=lambda values: values)(values)

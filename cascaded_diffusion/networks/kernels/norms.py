@@ -31,8 +31,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cascaded_diffusion.networks.kernels.layouts import in_memory
 from cascaded_diffusion.networks.kernels.platforms import for_platform
-from cascaded_diffusion.networks.kernels.sums import sum_pixel_pairs, sum_pixels, waiting
+from cascaded_diffusion.networks.kernels.sums import sum_pixel_pairs, sum_pixels
 
 EPSILON = 1e-5
 Parts = tuple[jax.Array, ...]
@@ -73,7 +74,8 @@ def _statistics(parts: Parts, groups: int, epsilon: float) -> tuple[jax.Array, j
     """Eq. (1): m and d, [B, C] float32."""
     _, h, w, _ = parts[0].shape
     wide = [x.astype(jnp.float32) for x in parts]
-    pieces = waiting([(sum_pixels(x), sum_pixels(x * x)) for x in wide])
+    # Inside of the joining, one thread of a GPU would add up all pixels.
+    pieces = in_memory([(sum_pixels(x), sum_pixels(x * x)) for x in wide])
     sums, squares = map(_joined, zip(*pieces, strict=True))
     count = h * w * sums.shape[-1] // groups
     mean, square = (_over_groups(x, groups) / count for x in (sums, squares))
@@ -160,10 +162,9 @@ def _backward(
     m1 = _over_groups(scale * dshift, groups) / count
     m2 = _over_groups(scale * dscale, groups) / count
     slope, constant = m2 / sd, (mean * m2 - m1 * sd) / sd
-    kept = for_platform(gpu=jax.lax.optimization_barrier, default=lambda values: values)
     # On a GPU, g is computed again: XLA would keep it in float32 for the second pass, and for a
     # third, into which it would merge these sums and those over the examples.
-    (parts, dy, affine, slope, constant), dscale, dshift = kept(
+    (parts, dy, affine, slope, constant), dscale, dshift = in_memory(
         ((parts, dy, affine, slope, constant), dscale, dshift)
     )
 

@@ -3,7 +3,7 @@
 XLA's CPU back end reduces over the outer axes of an array number by number, so a sum over the
 pixels of a feature map costs as much as a small convolution; a product with ones takes a tenth
 of that. For a product summed over several axes it transposes the whole feature map, which takes
-longer than the product. Other back ends reduce well.
+longer than the product. Other back ends reduce well what they reduce alone.
 """
 
 import math
@@ -12,8 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from cascaded_diffusion.networks.kernels.layouts import in_memory
 from cascaded_diffusion.networks.kernels.platforms import for_platform
-from cascaded_diffusion.types import Tree
 
 # A product adds up this many numbers at a time; more would lose more digits.
 _PIXELS = 128
@@ -31,16 +31,9 @@ def sum_pixels(x: jax.Array) -> jax.Array:
     return for_platform(cpu=_by_product, default=lambda x: x.sum((1, 2)))(x)
 
 
-def waiting(sums: Tree) -> Tree:
-    """Sums over pixels that a GPU has computed before they are used.
-
-    XLA would compute some of them inside of what uses them, where one thread adds up all pixels.
-    """
-    return for_platform(gpu=jax.lax.optimization_barrier, default=lambda sums: sums)(sums)
-
-
 def _as_complex(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    total = waiting(jax.lax.complex(x, y).sum((1, 2)))
+    # Inside of what uses them, one thread would add up all pixels.
+    total = in_memory(jax.lax.complex(x, y).sum((1, 2)))
     return total.real, total.imag
 
 
@@ -71,7 +64,7 @@ def _add_backward(differs: bool, shift: jax.Array, dy: jax.Array) -> tuple[jax.A
     total = sum_pixels(dy.astype(jnp.float32))
     # What is summed for each example and for all of them, a GPU would sum twice, of a copy of dy in
     # float32. What is summed for all alone it sums at once.
-    return dy, (waiting(total) if differs else total).astype(shift.dtype)
+    return dy, (in_memory(total) if differs else total).astype(shift.dtype)
 
 
 add_to_pixels.defvjp(_add_forward, _add_backward)
