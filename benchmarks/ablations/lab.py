@@ -164,7 +164,7 @@ class Lab:
         digest = digest_of_json([to_dict(config.stage), to_dict(config.train), self._code])[:16]
         path = self._folder / "rates" / f"{config.stage.name}_{digest}.json"
         if not path.exists():
-            config = _with_train(config, train_steps=_TIMED_STEPS)
+            config = _with_train(config, train_steps=_TIMED_STEPS, warmup_steps=0)
             self._train(config, build_stage(config.stage))  # the first time compiles
             start = time.monotonic()
             self._train(config, build_stage(config.stage))
