@@ -84,6 +84,7 @@ set_up() { if is_tpu; then set_up_machine tpu; else set_up_machine cuda; fi; }
 
 start_job() {
   on_host 0 start --job=evaluate --log_dir="$(log_folder)" -- \
+    env "JAX_COMPILATION_CACHE_DIR=$(compilation_cache)" \
     python -m cascaded_diffusion.evaluate --follow "${rest[@]}" --distributed=none
 }
 

@@ -45,6 +45,7 @@ def test_a_tpu_of_one_host_is_asked_for_as_the_pod_is(stubs):
     start = remote_argv(stubs.calls()[-1])
     assert start == [
         *(*ON_HOST, "start", "--job=evaluate", "--log_dir=/mnt/share/launch_logs/pod-1", "--"),
+        *("env", "JAX_COMPILATION_CACHE_DIR=/mnt/share/compilation_cache"),
         *("python", "-m", "cascaded_diffusion.evaluate", "--follow", workdir),
         *("--inception_weights=/mnt/w", "--distributed=none"),
     ]
