@@ -127,8 +127,7 @@ class PreparedSource(Source):
         remedy = f"remove {about} and prepare again by {records.PREPARE}: what is whole is kept"
         parts, shards = [], manifest["shards"]
         paths = local_copies(
-            {folder / shard["file"]: shard["bytes"] for shard in shards},
-            {folder / shard["file"]: shard["sha256"] for shard in shards},
+            {folder / shard["file"]: (shard["bytes"], shard["sha256"]) for shard in shards},
             remedy=remedy,
         )
         for path, shard in zip(paths, shards, strict=True):

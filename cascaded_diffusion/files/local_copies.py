@@ -42,24 +42,22 @@ def local_copy(path: AnyPath) -> pathlib.Path:
     return copy
 
 
-def local_copies(
-    sizes: Mapping[AnyPath, int], digests: Mapping[AnyPath, str], *, remedy: str
-) -> list[pathlib.Path]:
-    """Files themselves, or copies of objects, whose bytes and SHA-256 are known.
+def local_copies(known: Mapping[AnyPath, tuple[int, str]], *, remedy: str) -> list[pathlib.Path]:
+    """Files themselves, or copies of objects, of which number of bytes and SHA-256 are known.
 
     Raises UserError, which ends with `remedy`, if an object is missing or another one, and if the
     disk cannot hold the copies.
     """
     folder = cache_folder() / "bucket"
     copies = {
-        path: folder / f"{digests[path]}{path.suffix}" if isinstance(path, BucketPath) else path
-        for path in sizes
+        path: folder / f"{digest}{path.suffix}" if isinstance(path, BucketPath) else path
+        for path, (_, digest) in known.items()
     }
     missing = [path for path, copy in copies.items() if copy != path and not copy.exists()]
     if not missing:
         return list(copies.values())
     folder.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(sizes[path] for path in missing), shutil.disk_usage(folder).free
+    needed, free = sum(known[path][0] for path in missing), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"{missing[0].parent}: its files are copied to {folder}, which needs {needed / 1e9:.1f}"
@@ -73,15 +71,11 @@ def local_copies(
             data = path.read_bytes()
         except FileNotFoundError as e:
             raise UserError(f"{path}: missing; {remedy}") from e
-        if len(data) != sizes[path]:
+        size, digest = known[path]
+        if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(
-                f"{path}: {len(data)} bytes, expected {sizes[path]}: it was cut or is another file;"
-                f" {remedy}"
-            )
-        if hashlib.sha256(data).hexdigest() != digests[path]:
-            raise UserError(
-                f"{path}: its SHA-256 is not the manifest's: it is damaged or another file;"
-                f" {remedy}"
+                f"{path}: its SHA-256 is not the manifest's ({len(data)} bytes, expected {size}):"
+                f" it was cut, is damaged or another file; {remedy}"
             )
         write_whole(copies[path], data)
 
