@@ -30,6 +30,7 @@ from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.schema import RunConfig, SamplerConfig, ema_name, to_dict
 from cascaded_diffusion.data.manifests import digest_of_json
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.settings import chain_of
 from cascaded_diffusion.files.json_files import Record, read_record, write_json
@@ -103,6 +104,7 @@ class Lab:
       folder: where trained networks are kept.
       code: a digest of the program; networks that another one trained are trained again.
       torch_python: a Python with PyTorch and diffusers, for the table that trains them.
+      inception_weights: a file of FID's network, for the FID besides.
       moments: shares of their training at which models are kept, besides where a row needs one.
       deadline: on `time.monotonic`'s clock; what runs then raises `OutOfTime`.
     """
@@ -117,9 +119,11 @@ class Lab:
         code: str,
         deadline: float,
         torch_python: str | None = None,
+        inception_weights: str | None = None,
         moments: Sequence[float] = (),
     ):
         self.torch_python, self._moments = torch_python, moments
+        self._inception_weights = inception_weights
         self.budget, self._data, self._root, self._code = budget, data, folder, code
         self._changes = {**changes, **budget.changes}
         self._deadline = deadline
@@ -373,6 +377,9 @@ class Lab:
         """What measures samples."""
         config = self.config_of_data
         at_size = dataclasses.replace(config.stage, resolution=config.data.resolution)
+        weights, inception = self._inception_weights, None
+        if weights is not None:
+            inception = load_inception(weights, resize=config.eval.resize, mesh=self._mesh)
         return Scorer(
             dataclasses.replace(config, stage=at_size),
             self.images,
@@ -380,6 +387,7 @@ class Lab:
             folder=RunFolder(self._folder),
             mesh=self._mesh,
             check_time=self.check_time,
+            inception=inception,
         )
 
     def check_time(self) -> None:

@@ -17,6 +17,7 @@ from cascaded_diffusion.runtime import pictures
 # The columns of scores: name, heading, decimals, factor.
 SCORES = (
     ("fd", "Fréchet distance", 2, 1),
+    ("fid", "FID", 2, 1),
     ("precision", "precision", 3, 1),
     ("recall", "recall", 3, 1),
     ("is", "inception score", 2, 1),

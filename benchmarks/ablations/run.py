@@ -4,7 +4,8 @@
     python benchmarks/ablations/run.py --table=augmentation --seeds=3
 
 Every row trains its stages for the same FLOPs, samples them, and measures the samples in the
-features of a ResNet that was trained on the real images. Rows are stored as they are finished in
+features of a ResNet that was trained on the real images, and with --inception_weights=FILE by FID,
+too. Rows are stored as they are finished in
 benchmarks/results/ablations/TABLE_BUDGET.json; run again, the command makes what is missing. With
 --minutes=9 it stops in time. With --write the table and its plot go into the docs. It needs JAX,
 Flax, Optax, Orbax and what reads the images; prepared shards need array_record and grain.
@@ -54,6 +55,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, help="of a row, instead of the budget's")
     parser.add_argument("--seconds", type=float, help="of a row's training, where time bounds it")
     parser.add_argument("--torch_python", help="with PyTorch and diffusers, for the table peer")
+    parser.add_argument("--inception_weights", help="a file of FID's network, for the FID besides")
     parser.add_argument("--minutes", type=float, help="after which it stops; default: never")
     parser.add_argument("--data_name", help="config.data.name: folder, npz, ...")
     parser.add_argument("--data_path", help="config.data.path: where the images are")
@@ -137,6 +139,7 @@ def main(argv: Sequence[str]) -> int:
         code=code,
         deadline=deadline,
         torch_python=flags.torch_python,
+        inception_weights=flags.inception_weights,
         moments=table.moments,
     )
     lab.check(table.rows(budget))
@@ -148,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
         "code": code,
         "device": f"{jax.device_count()} {device.device_kind}",
         "data": {role: split.identity for role, split in lab.images.items()},
-        "features": lab.scorer.network.identity,
+        "features": lab.scorer.identity,
         "features_about": f"a classifier ({budget.network}) that recognises"
         f" {100 * lab.scorer.network.accuracy:.1f} % of the held-out real images",
         "machine": machine.describe(),

@@ -16,6 +16,7 @@ from cascaded_diffusion.evaluation.evaluator import Evaluator, build_evaluator
 from cascaded_diffusion.evaluation.features import classifier_training
 from cascaded_diffusion.evaluation.features.classifier_extractor import Classifier, load_or_train
 from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages, Task
+from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.measure import metric_name
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.run_folder import RunFolder
@@ -33,6 +34,7 @@ class Scorer:
       folder: where the network and the statistics of its features are kept.
       mesh: the devices that compute.
       check_time: raises when time is up.
+      inception: FID's network, for the FID besides.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Scorer:
         folder: RunFolder,
         mesh: Mesh,
         check_time: Callable[[], None],
+        inception: FeatureExtractor | None = None,
     ):
         self._config, self._images, self._name = config, images, network
+        self._inception = inception
         self._folder, self._mesh, self._check_time = folder, mesh, check_time
 
     def scores(self, samples: Samples, *, cas: bool, seed: int) -> Scores:
@@ -53,7 +57,7 @@ class Scorer:
 
         `fd` is the Fréchet distance to the training images, `accuracy` the share of samples whose
         label the network recognises, `cas` the accuracy on real test images of the same network
-        trained on the samples alone.
+        trained on the samples alone. `fid` is FID to the training images, if its network is there.
         """
         self._check_time()
         count = len(samples.images)
@@ -64,6 +68,10 @@ class Scorer:
             for name, metric in names.items()
             if (key := metric_name(metric, self._evaluator.extractor.name, count)) in found
         }
+        if self._inception is not None:
+            self._check_time()
+            by_inception = self._fid_evaluator.scores(samples.images, None)
+            scores["fid"] = by_inception[metric_name("fid", self._inception.name, count)]
         if cas and samples.labels is not None:
             self._check_time()
             task = dataclasses.replace(self.network.task, seed=seed)
@@ -123,10 +131,24 @@ class Scorer:
         path = self._folder.eval / f"{self._name}.npz"
         return load_or_train(path, task, train.whole, held_out.whole)
 
+    @property
+    def identity(self) -> str:
+        """The networks whose features measure."""
+        networks = (self.network, self._inception)
+        return ", ".join(network.identity for network in networks if network is not None)
+
     @cached_property
     def _evaluator(self) -> Evaluator:
+        return self._evaluator_by(self.network, self._folder)
+
+    @cached_property
+    def _fid_evaluator(self) -> Evaluator:
+        # The statistics of the training images have a file for each network.
+        return self._evaluator_by(self._inception, RunFolder(self._folder.path / "inception"))
+
+    def _evaluator_by(self, extractor: FeatureExtractor, folder: RunFolder) -> Evaluator:
         train = {"train": self._images["train"].split}
-        return build_evaluator(self._config, self._folder, self.network, train)
+        return build_evaluator(self._config, folder, extractor, train)
 
 
 def _is_among(images: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -8,9 +8,11 @@ import sys
 import textwrap
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.evaluation.features.extractor import Features
 from tests.one_layer import in_place_of_the_unet
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -109,6 +111,34 @@ def test_what_is_there_is_not_made_again(run, augmentation, monkeypatch):
 
 def _without_time(row):
     return json.dumps({k: v for k, v in row.items() if k != "wall_s"}, sort_keys=True)
+
+
+def test_fid_stands_beside_where_its_network_is_given(run, augmentation, tmp_path, monkeypatch):
+    import lab
+    import pages
+
+    @dataclasses.dataclass(frozen=True)
+    class Means:
+        """In place of FID's network: means of the rows of an image."""
+
+        identity: str
+        name: str = "inception"
+
+        def __call__(self, images):
+            return Features(pooled=images.mean((2, 3), dtype=np.float64))
+
+    monkeypatch.setattr(lab, "load_inception", lambda weights, **_: Means(weights))
+    flags = (f"--results={tmp_path}", "--inception_weights=W")
+    assert run("augmentation", *flags)[0] == 0
+    results = json.loads((tmp_path / "augmentation_smoke.json").read_text())
+    rows, without = results.pop("rows"), augmentation[1]["rows"]
+    assert [row["scores"].pop("fid") > 0 for row in rows] == [True] * len(rows)
+    assert [row["scores"] for row in rows] == [row["scores"] for row in without]
+    assert results["features"] == f"{augmentation[1]['features']}, W"
+    rows[0]["scores"]["fid"] = 7.0
+    assert "| FID |" in pages.table_of(results, rows)
+    with pytest.raises(UserError, match="another network for the features"):
+        run("augmentation", f"--results={tmp_path}")
 
 
 def test_seeds_differ_and_are_told_apart(run):
