@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from store import by_label
-from tables import TABLES
+from tables import BUDGETS, TABLES
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import Record
@@ -69,10 +69,12 @@ def _plain(value: object) -> str:
 def _origin(about: Record, rows: Sequence[Record]) -> str:
     settings, seeds = about["settings"], len({row["seed"] for row in rows})
     minutes = sum(row["wall_s"] for row in rows) / 60
+    by_time = any(row.by_time for row in TABLES[about["table"]].rows(BUDGETS[about["budget"]]))
+    cost = f"{settings['seconds']:g} s" if by_time else f"{settings['flops']:.2g} FLOP"
     several = "the mean of the seeds (the least to the greatest)" if seeds > 1 else "one seed"
     return (
         f"{settings['num_samples']:,} samples unless said otherwise, {several};"
-        f" {settings['flops']:.2g} FLOP of training a row; {seeds} seed{'s' * (seeds > 1)},"
+        f" {cost} of training a row; {seeds} seed{'s' * (seeds > 1)},"
         f" {minutes:.0f} minutes in all. Features: {about['features_about']}. Device:"
         f" {about['device']}. {about['machine']}. Command:"
         f" `{about['command']}`."
