@@ -25,7 +25,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
 import machine
@@ -70,6 +70,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
 NO_KERNEL = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast"}
+# What --without takes away: a function, and what stands in for it.
+OWN_WAYS: dict[str, tuple[str, Callable]] = {
+    "parts": ("layers.for_platform", lambda *, default, **_: default),
+    "order": ("kernels.layouts.in_order", lambda grads, shardings: grads),
+    "memory": ("kernels.layouts.in_memory", lambda values: values),
+    "slope": ("kernels.norms.in_memory", lambda values: values),
+    "pairs": ("kernels.sums.for_platform", lambda *, default, **_: default),
+}
 # The first that matches names the kind.
 KINDS = {
     "convolutions": "__cudnn.conv",
@@ -88,23 +96,8 @@ def without(name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
-    from cascaded_diffusion.networks import layers
-    from cascaded_diffusion.networks.kernels import layouts, norms, sums
-
-    places = {
-        "parts": (layers, "for_platform"),
-        "order": (layouts, "in_order"),
-        "memory": (layouts, "in_memory"),
-        "slope": (norms, "in_memory"),
-        "pairs": (sums, "for_platform"),
-    }
-    module, function = places[name]
-    elsewhere = {
-        "for_platform": lambda *, default, **_: default,
-        "in_order": lambda grads, shardings: grads,
-        "in_memory": lambda values: values,
-    }
-    with mock.patch.object(module, function, elsewhere[function]):
+    function, elsewhere = OWN_WAYS[name]
+    with mock.patch(f"cascaded_diffusion.networks.{function}", elsewhere):
         yield
 
 
@@ -214,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", default="base64")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--blocks", type=int)
-    parser.add_argument("--without", choices=("parts", "order", "memory", "slope", "pairs"))
+    parser.add_argument("--without", choices=tuple(OWN_WAYS))
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--save", type=pathlib.Path, help="a file for the program's text")
     args = parser.parse_args(list(argv)[1:])

@@ -5,10 +5,10 @@
 
 Every row trains its stages for the same FLOPs, samples them, and measures the samples in the
 features of a ResNet that was trained on the real images, and with --inception_weights=FILE by FID,
-too. Rows are stored as they are finished in
-benchmarks/results/ablations/TABLE_BUDGET.json; run again, the command makes what is missing. With
---minutes=9 it stops in time. With --write the table and its plot go into the docs. It needs JAX,
-Flax, Optax, Orbax and what reads the images; prepared shards need array_record and grain.
+too. Rows are stored as they are finished in benchmarks/results/ablations/TABLE_BUDGET.json; run
+again, the command makes what is missing. With --minutes=9 it stops in time. With --write the table
+and its plot go into the docs. It needs JAX, Flax, Optax, Orbax and what reads the images; prepared
+shards need array_record and grain.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from cascaded_diffusion.evaluation.features.classifier_extractor import Classifi
 from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages, Task
 from cascaded_diffusion.evaluation.features.extractor import FeatureExtractor
 from cascaded_diffusion.evaluation.measure import metric_name
+from cascaded_diffusion.evaluation.metrics.frechet import FeatureStatistics, frechet_distance
+from cascaded_diffusion.evaluation.reference import Reference
 from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.run_folder import RunFolder
 
@@ -70,8 +72,8 @@ class Scorer:
         }
         if self._inception is not None:
             self._check_time()
-            by_inception = self._fid_evaluator.scores(samples.images, None)
-            scores["fid"] = by_inception[metric_name("fid", self._inception.name, count)]
+            pooled = FeatureStatistics.of(self._inception(samples.images).pooled)
+            scores["fid"] = float(frechet_distance(pooled, self._inception_reference.pooled))
         if cas and samples.labels is not None:
             self._check_time()
             task = dataclasses.replace(self.network.task, seed=seed)
@@ -142,9 +144,10 @@ class Scorer:
         return self._evaluator_by(self.network, self._folder)
 
     @cached_property
-    def _fid_evaluator(self) -> Evaluator:
+    def _inception_reference(self) -> Reference:
         # The statistics of the training images have a file for each network.
-        return self._evaluator_by(self._inception, RunFolder(self._folder.path / "inception"))
+        folder = RunFolder(self._folder.path / "inception")
+        return self._evaluator_by(self._inception, folder).references["train"]
 
     def _evaluator_by(self, extractor: FeatureExtractor, folder: RunFolder) -> Evaluator:
         train = {"train": self._images["train"].split}

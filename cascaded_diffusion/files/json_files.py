@@ -71,8 +71,7 @@ def append_line(path: AnyPath, record: Mapping[str, object]) -> None:
         line_parts.append(path, line)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    if line_parts.is_folder(path):
-        line_parts.join(path)
+    line_parts.join(path)
     with naming_path(path), path.open("a+b") as f:
         f.seek(0, os.SEEK_END)
         if f.tell():
@@ -90,8 +89,7 @@ def write_lines(path: AnyPath, records: Iterable[Mapping[str, object]]) -> None:
     if isinstance(path, BucketPath):
         line_parts.write(path, data)
         return
-    if line_parts.is_folder(path):
-        line_parts.join(path)
+    line_parts.join(path)
     write_whole(path, data)
 
 

@@ -17,6 +17,7 @@ import shutil
 import time
 
 from cascaded_diffusion.files.bucket import ABSENT, AnyPath, BucketPath, OverwrittenError
+from cascaded_diffusion.files.whole import write_whole
 
 _PART = re.compile(r"([0-9]{4,9})\.([0-9]{6,9})\.jsonl")
 _MAX_BYTES = 1 << 16
@@ -65,9 +66,11 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 def join(path: pathlib.Path) -> None:
-    """Makes one file of parts on a disk."""
+    """Makes one file of parts on a disk, if that is what is there."""
+    if not is_folder(path):
+        return
     whole, parts = path.with_name(f".{path.name}.whole"), path.with_name(f".{path.name}.parts")
-    whole.write_bytes(read(path))
+    write_whole(whole, read(path))
     os.replace(path, parts)
     os.replace(whole, path)
     shutil.rmtree(parts)

@@ -63,8 +63,7 @@ def _convolved(
     bias = layer.param("bias", initializers.zeros, (layer.features,))
     y = product(kernel.astype(layer.dtype))
     # The bias stays in float32 until the sum: its gradient is a sum over the batch.
-    shifts = jnp.broadcast_to(bias, (len(y), layer.features)) if shift is None else bias + shift
-    return add_to_pixels(y, shifts, shift is not None)
+    return add_to_pixels(y, bias if shift is None else bias + shift)
 
 
 class Conv3x3(nn.Module):

@@ -46,25 +46,27 @@ def sum_pixel_pairs(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return for_platform(gpu=_as_complex, default=lambda x, y: (sum_pixels(x), sum_pixels(y)))(x, y)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def add_to_pixels(x: jax.Array, shift: jax.Array, differs: bool) -> jax.Array:
-    """[B, H, W, C] plus [B, C], in the former's dtype; the gradient is summed in float32.
+@jax.custom_vjp
+def add_to_pixels(x: jax.Array, shift: jax.Array) -> jax.Array:
+    """[B, H, W, C] plus [B, C], or [C] for all examples, in the former's dtype.
 
-    `differs` says whether examples have shifts of their own, or all the same.
+    The gradient is summed in float32.
     """
-    return x + shift.astype(x.dtype)[:, None, None, :]
+    return x + jnp.broadcast_to(shift.astype(x.dtype), (len(x), x.shape[-1]))[:, None, None, :]
 
 
-def _add_forward(x: jax.Array, shift: jax.Array, differs: bool) -> tuple[jax.Array, jax.Array]:
-    # The backward pass needs only the dtype of `shift`, which is small.
-    return add_to_pixels(x, shift, differs), shift
+def _add_forward(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # The backward pass needs only the shape and dtype of `shift`, which is small.
+    return add_to_pixels(x, shift), shift
 
 
-def _add_backward(differs: bool, shift: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _add_backward(shift: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = sum_pixels(dy.astype(jnp.float32))
-    # What is summed for each example and for all of them, a GPU would sum twice, of a copy of dy in
-    # float32. What is summed for all alone it sums at once.
-    return dy, (in_memory(total) if differs else total).astype(shift.dtype)
+    if shift.ndim == 1:
+        return dy, total.sum(0).astype(shift.dtype)
+    # What the shifts have in common, such as a bias, needs the sum over examples as well. Besides
+    # this one a GPU would compute it from the pixels again, of a copy of dy in float32.
+    return dy, in_memory(total).astype(shift.dtype)
 
 
 add_to_pixels.defvjp(_add_forward, _add_backward)
