@@ -58,10 +58,13 @@ def row(found: dict[str, Any]) -> str:
     roofline = f"{max(bounds):.2f} to {sum(bounds):.2f}" if bounds else ""
     sent = on["collectives"]
     gathered = sent.get("all-gather", {}).get("bytes", 0) / 1e9
+    remat = on["remat"] or "none"
+    if again := compiled.get("recomputed"):
+        remat += f"; {again} values by XLA"
     fits = "yes" if on["fits"] else f"no: {on['advice'] or 'a larger slice'}"
     return (
         f"| {plan_found['name']} | {on['topology']} | {mesh} | {on['batch_size']} |"
-        f" {on['remat'] or 'none'} | {arguments} | {used} | {on['memory_bytes'] / 1e9:.1f} |"
+        f" {remat} | {arguments} | {used} | {on['memory_bytes'] / 1e9:.1f} |"
         f" {fits} | {gathered:.2f} | {on['model_flops_per_step'] / 1e15:.2f} |"
         f" {on['step_secs']:.2f} | {roofline} | {on['days']:.1f} | {on['chip_hours']:,.0f} |"
         f" {secs} | {found['commit']} |"

@@ -56,6 +56,11 @@ def fits(size: float, memory_bytes: float) -> bool:
     return size <= _USABLE * memory_bytes
 
 
+def reserved_bytes(memory_bytes: float) -> int:
+    """What a program on a device with `memory_bytes` leaves to the runtime."""
+    return round((1 - _USABLE) * memory_bytes)
+
+
 def _mesh_shape(config: RunConfig, num_devices: int) -> dict[str, int]:
     mesh = config.mesh
     data = num_devices // (mesh.fsdp_size * mesh.tensor_size) if mesh.data == -1 else mesh.data

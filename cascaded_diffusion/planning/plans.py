@@ -118,6 +118,11 @@ def described(plan: Record) -> str:
             f" {compiled['temporary_bytes'] / 1e9:.2f}; compiled in"
             f" {compiled['compile_secs']:.0f} s"
         )
+        if compiled["recomputed"]:
+            lines.append(
+                f"                       to fit, it computes {compiled['recomputed']} values again;"
+                " a larger config.mesh.fsdp may save them"
+            )
         secs = compiled["roofline_secs"]
         lines.append(
             f"  roofline             {max(secs.values()):.3g} s a step: computing"

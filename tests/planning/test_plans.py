@@ -5,14 +5,17 @@ import json
 import os
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 
 from cascaded_diffusion import plan
 from cascaded_diffusion.config.run_checks import run_config_from
 from cascaded_diffusion.config.stage_cost import stage_cost
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.planning import fit, plans
+from cascaded_diffusion.planning import fit, plans, step_cost
+from cascaded_diffusion.planning.topologies import parse_topology
 from cascaded_diffusion.runtime.accelerators import ACCELERATORS
 from tests.tiny import ROOT, config_values, tiny_base
 
@@ -121,6 +124,7 @@ def test_the_tpu_compiler_agrees_with_the_estimate():
     on = json.loads(result.stdout)["on_topology"]
     compiled, state = on["compiled"], on["state_bytes_per_device"]
     assert compiled["fits"]
+    assert compiled["recomputed"] == 0
     assert compiled["argument_bytes"] > 0.9 * state
     assert compiled["used_bytes"] < 3 * (state + on["activation_bytes_per_device"])
     # Besides products and convolutions the compiler counts everything elementwise.
@@ -131,6 +135,54 @@ def test_the_tpu_compiler_agrees_with_the_estimate():
         "memory": compiled["bytes_accessed"] / accelerator.memory_bandwidth,
         "links": on["collective_secs"],
     }
+
+
+class Compiled:
+    """A compiled step, as far as a plan asks it."""
+
+    def __init__(self, instructions):
+        self._text = "\n".join(f"  {name} = f32[8]{{0}} add(%a, %b)" for name in instructions)
+
+    def memory_analysis(self):
+        return types.SimpleNamespace(
+            argument_size_in_bytes=2e9,
+            temp_size_in_bytes=3e9,
+            output_size_in_bytes=2e9,
+            alias_size_in_bytes=2e9,
+        )
+
+    def cost_analysis(self):
+        return {"flops": 1e12, "bytes accessed": 1e10}
+
+    def as_text(self):
+        return self._text
+
+
+@pytest.mark.parametrize(
+    ("instructions", "recomputed"),
+    [(["%add.1", "%rematerialized", "ROOT %add.2"], 0), (["%add.1.remat", "ROOT %b.remat2.1"], 2)],
+)
+def test_what_the_tpu_compiler_computes_again_is_said(monkeypatch, instructions, recomputed):
+    options = {}
+
+    def compile_train_step(*args, compiler_options, **kwargs):
+        options.update(compiler_options)
+        return Compiled(instructions)
+
+    monkeypatch.setattr(step_cost.step, "compile_train_step", compile_train_step)
+    monkeypatch.setattr(step_cost, "_tpu_devices", lambda topology: jax.devices()[:4])
+    config = tiny_base(mesh__fsdp=1)
+    topology = parse_topology("v5e:2x2")
+    on = step_cost.on_topology(
+        config, topology, efficiency=0.4, flops_per_image=1e9, compile_step=True
+    )
+    assert on["fits"]
+    assert on["compiled"]["recomputed"] == recomputed
+    # Of 16 GiB, 0.25 or more belong to the runtime.
+    assert 2**28 < options["xla_tpu_user_reserved_hbm_bytes"] < 2**29
+    text = plans.described({"name": "base", "on_topology": on})
+    assert ("it computes 2 values again" in text) == (recomputed > 0)
+    assert "fits (by the TPU's compiler)" in text
 
 
 def test_the_smallest_division_that_fits_is_taken():
