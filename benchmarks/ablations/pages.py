@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import re
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ def table_of(about: Record, rows: Sequence[Record]) -> str:
         if sampled:
             cells.append(f"{first['evaluations']}" if first["evaluations"] else "")
             flops = first["flops_per_sample"] / 1e9
-            cells.append(f"{flops:.2g}" if flops else "")
+            cells.append(f"{flops:,.0f}" if flops >= 100 else f"{flops:.2g}" if flops else "")
         for name, _, decimals, factor in scores:
             values = [factor * row["scores"][name] for row in group if name in row["scores"]]
             cells.append(_cell(values, decimals))
@@ -101,14 +102,19 @@ def plot_of(about: Record, rows: Sequence[Record]) -> bytes | None:
         series.setdefault(name, []).append((float(x), sum(values) / len(values)))
     if not series:
         return None
-    heights = [y for points in series.values() for _, y in points]
+    places, heights = zip(*itertools.chain.from_iterable(series.values()), strict=True)
     return pictures.line_plot(
         {name: sorted(points) for name, points in series.items()},
         x_label=table.across,
         y_label="Fréchet distance (lower is better)",
         title=table.title,
-        log_scale=max(heights) > 10 * min(heights),
+        log_scale=_are_far_apart(heights),
+        log_x=_are_far_apart(places),
     )
+
+
+def _are_far_apart(values: Sequence[float]) -> bool:
+    return 0 < 10 * min(values) < max(values)
 
 
 def name_of(about: Record) -> str:

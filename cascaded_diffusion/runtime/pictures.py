@@ -110,11 +110,12 @@ def line_plot(
     title: str,
     markers: bool = True,
     log_scale: bool = False,
+    log_x: bool = False,
 ) -> bytes:
     """A PNG of 960 x 600 pixels with one line per series.
 
     `series` holds the (x, y) points of each line, in the order to join them, by the line's name in
-    the legend. `log_scale` is that of y.
+    the legend. `log_scale` is that of y, `log_x` that of x.
     """
     from matplotlib.figure import Figure  # takes a while
 
@@ -127,6 +128,8 @@ def line_plot(
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     if log_scale:
         axes.set_yscale("log")
+    if log_x:
+        axes.set_xscale("log")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:  # an empty legend is a warning
         axes.legend()
