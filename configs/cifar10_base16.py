@@ -10,7 +10,15 @@ and noise level, the cosine schedule, Adam, EMA. All else is as in mnist_base16.
 """
 
 from ml_collections import ConfigDict
-from sections import check_variant, cifar10, classifier_eval, config_of, ddim, save_every, train_for
+from sections import (
+    check_variant,
+    cifar10,
+    classifier_eval,
+    config_of,
+    dpmpp_2m,
+    save_every,
+    train_for,
+)
 
 _VARIANTS = {
     None: dict(channels=128, train_steps=100_000, batch_size=128, num_samples=10_000),
@@ -27,7 +35,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config = config_of("mnist_base16")
     config.stage.channels = 3
     config.stage.diffusion.update(parameterization="v", label_dropout_prob=0.1)
-    config.stage.sampler = ddim(25, guidance_scale=1.2)
+    config.stage.sampler = dpmpp_2m(25, guidance_scale=1.2)
     config.data = cifar10()
     config.train.update(batch_size=size["batch_size"], ema_decays=(0.999,))
     if variant == "cpu":

@@ -9,7 +9,7 @@ cosine schedule, Adam, EMA, checkpoints chosen by Fréchet distance.
 """
 
 from ml_collections import ConfigDict
-from sections import check_variant, classifier_eval, data_mesh, ddim, mnist, train_for
+from sections import check_variant, classifier_eval, data_mesh, dpmpp_2m, mnist, train_for
 
 #              channels  train_steps  batch_size  num_samples
 _VARIANTS = {
@@ -57,7 +57,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
             label_dropout_prob=0.15,
         ),
         augment=dict(name="none"),
-        sampler=ddim(10, guidance_scale=1.5),
+        sampler=dpmpp_2m(10, guidance_scale=1.5),
     )
     config.data = mnist()
     config.train = dict(

@@ -7,7 +7,7 @@ The stages' runs are RUN/base16 and RUN/sr32. Their augmentation is amortized, s
 """
 
 from ml_collections import ConfigDict
-from sections import ddim, small_cascade
+from sections import dpmpp_2m, small_cascade
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
@@ -17,5 +17,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
         data="mnist",
         stages=("base16", "sr32"),
         aug_levels=(0.1,),
-        samplers=(ddim(10, guidance_scale=1.5), ddim(8, guidance_scale=1.0)),
+        samplers=(dpmpp_2m(10, guidance_scale=1.5), dpmpp_2m(8)),
     )

@@ -51,7 +51,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
             label_dropout_prob=0.1,
         ),
         augment=dict(name="none"),
-        sampler=dpmpp_2m(1.5, (0.2, 0.8)),  # noise of 0.3 to 3 times the image, as theirs
+        sampler=dpmpp_2m(32, 1.5, (0.2, 0.8)),  # noise of 0.3 to 3 times the image, as theirs
     )
     config.data = imagenet(64)
     config.train = dict(

@@ -17,6 +17,6 @@ def get_config(variant: str | None = None) -> ConfigDict:
         stages=("modern_base64", "modern_sr256"),
         aug_levels=(0.1,),
         truncated=False,
-        samplers=(dpmpp_2m(1.5, (0.2, 0.8)), dpmpp_2m(1.0, (0.0, 1.0))),
+        samplers=(dpmpp_2m(32, 1.5, (0.2, 0.8)), dpmpp_2m(32)),
         batch_size=256,
     )

@@ -23,7 +23,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         resolution=256,
         low_res_resolution=64,
         low_res_schedule=config.stage.schedule,  # that of modern_base64, whose images it enlarges
-        sampler=dpmpp_2m(1.0, (0.0, 1.0)),
+        sampler=dpmpp_2m(32),
     )
     config.stage.network.update(
         name="efficient_unet",

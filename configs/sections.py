@@ -197,24 +197,15 @@ def respaced(num_steps: int) -> Section:
     return ancestral(num_steps, "learned") | dict(grid="respaced")
 
 
-def ddim(num_steps: int, guidance_scale: float) -> Section:
-    """A sampler without noise, for the small data sets."""
-    return dict(
-        name="ddim",
-        num_steps=num_steps,
-        grid="uniform",
-        eta=0.0,
-        guidance_scale=guidance_scale,
-        guidance_interval=(0.0, 1.0),
-        threshold="static",
-    )
-
-
-def dpmpp_2m(guidance_scale: float, guidance_interval: tuple[float, float]) -> Section:
-    """A sampler of today: 32 steps of DPM-Solver++."""
+def dpmpp_2m(
+    num_steps: int,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+) -> Section:
+    """A sampler of today, DPM-Solver++: of few steps, its are the best (docs/results.md)."""
     return dict(
         name="dpmpp_2m",
-        num_steps=32,
+        num_steps=num_steps,
         grid="uniform",
         guidance_scale=guidance_scale,
         guidance_interval=guidance_interval,
@@ -256,8 +247,8 @@ def adm_cascade(variant: str | None, *, stages: tuple[str, ...], batch_size: int
     """Imported stages, sampled in ADM's 250 steps, or as the variant says."""
     check_variant(variant, "smoke", "ddim", "dpmpp")
     sampler = {
-        "ddim": ddim(25, 1.0) | dict(grid="ddim_respaced"),  # ADM
-        "dpmpp": dpmpp_2m(1.0, (0.0, 1.0)) | dict(num_steps=25, grid="logsnr"),  # ours
+        "ddim": dpmpp_2m(25) | dict(name="ddim", grid="ddim_respaced", eta=0.0),  # ADM
+        "dpmpp": dpmpp_2m(25) | dict(grid="logsnr"),  # ours
     }.get(variant, respaced(250))
     return paper_cascade(
         "smoke" if variant == "smoke" else None,

@@ -15,7 +15,7 @@ from cascaded_diffusion.errors import UserError
 from tests.tiny import config_values, tiny_base, tiny_sr, with_overrides
 
 _DISCRETE = {"stage.schedule.num_timesteps": 20, "stage.schedule.noise_levels": "discrete"}
-_ANCESTRAL = {"stage.sampler.name": "ancestral", "stage.sampler.eta": None}
+_ANCESTRAL = {"stage.sampler.name": "ancestral"}
 _BLUR = {
     "stage.augment.name": "blur",
     "stage.augment.max_level": None,
@@ -249,7 +249,7 @@ BAD_RUNS = [
     (
         {"stage.sampler.variance": "learned"},
         "config.stage.sampler.variance = 'learned': expected None, or config.stage.sampler.name ="
-        " 'ancestral': 'ddim' draws no noise of a learned variance",
+        " 'ancestral': 'dpmpp_2m' draws no noise of a learned variance",
     ),
     (
         {**_ANCESTRAL, "stage.sampler.variance": "learned"},
@@ -263,7 +263,7 @@ BAD_RUNS = [
         {**_ANCESTRAL, "stage.sampler.variance": "interpolated"},
         "config.stage.sampler.variance_interpolation = None: expected a value, since",
     ),
-    ({"stage.sampler.eta": None}, "config.stage.sampler.eta = None: expected a value, since"),
+    ({"stage.sampler.name": "ddim"}, "config.stage.sampler.eta = None: expected a value, since"),
     (
         {"stage.network.channel_mults": (1, 1.03)},
         "config.stage.network.channel_mults = (1, 1.03): expected multiples of config.stage.",
@@ -297,7 +297,7 @@ BAD_RUNS = [
         "config.stage.sampler.churn = (1.0, 0.0, 1.0, 1.0): expected None, since",
     ),
     (
-        {"stage.sampler.name": "edm", "stage.sampler.eta": None, "stage.sampler.churn": (1.0,)},
+        {"stage.sampler.name": "edm", "stage.sampler.churn": (1.0,)},
         "config.stage.sampler.churn = (1.0,): expected four values",
     ),
     (
@@ -305,7 +305,7 @@ BAD_RUNS = [
         "config.stage.augment.blur_border = 'reflect': expected None, since",
     ),
     (
-        {"stage.sampler.name": "heun"},
+        {"stage.sampler.name": "heun", "stage.sampler.eta": 0.0},
         "config.stage.sampler.eta = 0.0: expected None, since config.stage.sampler.name is 'heun'",
     ),
     (

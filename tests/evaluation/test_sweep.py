@@ -92,7 +92,7 @@ def test_every_setting_gives_what_sampling_the_cascade_with_it_gives(trained, tm
             np.testing.assert_array_equal(read_arrays(tmp_path / "base16.npz")["arr_0"], alone[0])
 
     table = (tmp_path / "sr32.md").read_text()
-    assert "| 0.6 | False | ddim | 2 | 1.0 | 2 | 2.000 | 0.500 |" in table
+    assert "| 0.6 | False | dpmpp_2m | 2 | 1.0 | 2 | 2.000 | 0.500 |" in table
     assert table.index("2.000") < table.index("3.000") < table.index("5.000")
     assert Image.open(tmp_path / "sr32.png").size[0] > 500
 
@@ -170,8 +170,10 @@ def test_a_stage_without_a_level_keeps_the_cascades_truncation():
 
 def test_another_sampler_has_settings_that_it_can_use():
     stage = smallest_base().stage
-    ddim = stage.sampler
-    assert sampler_named("ddim", ddim, stage) is ddim
+    solver = stage.sampler
+    assert sampler_named(solver.name, solver, stage) is solver
+    ddim = sampler_named("ddim", solver, stage)
+    assert (ddim.variance, ddim.eta) == (None, 0.0)
     ancestral = sampler_named("ancestral", ddim, stage)
     assert (ancestral.variance, ancestral.eta) == ("small", None)
     learned = dataclasses.replace(

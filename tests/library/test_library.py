@@ -21,6 +21,8 @@ RUN = {
     "train__train_steps": 2,
     "train__warmup_steps": 0,
     "checkpoint__save_every_steps": 2,
+    "stage__sampler__name": "ddim",
+    "stage__sampler__eta": 0.0,
     "stage__sampler__num_steps": 3,
     "stage__sampler__guidance_scale": 1.0,
 }
