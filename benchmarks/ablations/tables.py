@@ -257,8 +257,9 @@ _PREDICTS, _WEIGHTS = "stage.diffusion.parameterization", "stage.diffusion.weigh
 def _choices(budget: Budget) -> list[Row]:
     """Table 5: what is predicted, how errors weigh, the average, guidance: of the base model."""
     decays = (0.99, 0.999, 0.9999)
+    eps = {_PREDICTS: "eps", _WEIGHTS: "none"}
     learned = {
-        _PREDICTS: "eps",
+        **eps,
         "stage.diffusion.variance": "learned",
         "stage.diffusion.loss": "hybrid",
         "stage.diffusion.vlb_weight": 0.001,
@@ -269,12 +270,12 @@ def _choices(budget: Budget) -> list[Row]:
     ancestral = dict(name="ancestral", num_steps=min(100, budget.long_chain))
     # What the row says, what is changed in training, in the first stage's sampler, its average.
     kinds: list[tuple[str, dict[str, object], dict[str, object], float | None]] = [
-        *((f"predicts {p}", {_PREDICTS: p}, {}, None) for p in ("eps", "x0", "v")),
+        *((f"predicts {p}", {**eps, _PREDICTS: p}, {}, None) for p in ("eps", "x0", "v")),
         *(
             (f"predicts v, weighted by {w}", {_PREDICTS: "v", _WEIGHTS: w}, {}, None)
             for w in ("snr", "truncated_snr", "min_snr", "sigmoid")
         ),
-        ("predicts eps, fixed variance, ancestral", {_PREDICTS: "eps"}, ancestral, None),
+        ("predicts eps, fixed variance, ancestral", eps, ancestral, None),
         ("predicts eps, learned variance, ancestral", learned, ancestral, None),
         *((f"EMA of {d}", {"train.ema_decays": decays}, {}, d) for d in decays),
         ("guidance 1", {}, dict(guidance_scale=1.0), None),
