@@ -39,10 +39,12 @@ class Cascade:
     samplers: Sequence[AnySampler]  # one per stage
     truncated: bool
 
-    def _truncates(self, index: int) -> bool:
-        """Whether stage `index` passes on a noisy image."""
+    def _stop_t(self, index: int, aug_levels: Sequence[float]) -> float:
+        """Where the chain of stage `index` ends; above 0 it passes on a noisy image."""
         there = 0 <= index < len(self.stages) - 1 and self.stages[index] is not None
-        return self.truncated and there and self.stages[index + 1].config.has_aug_level
+        if self.truncated and there and self.stages[index + 1].config.has_aug_level:
+            return aug_levels[index]
+        return 0.0
 
     def sample(
         self,
@@ -61,13 +63,15 @@ class Cascade:
         images = list(given)
         for i in range(len(images), len(self.stages)):
             images.append(
-                sampling_program(self.stages[i], self.samplers[i], self._truncates(i - 1))(
+                sampling_program(
+                    self.stages[i], self.samplers[i], self._stop_t(i - 1, aug_levels) > 0
+                )(
                     params[i],
                     jax.jit(fold_in_each)(keys, i),  # every stage draws from its own branch
                     label=label,
                     low_res=images[-1] if i > 0 else None,
                     aug_level=aug_levels[i - 1] if i > 0 else None,
-                    stop_t=aug_levels[i] if self._truncates(i) else 0.0,
+                    stop_t=self._stop_t(i, aug_levels),
                 )
             )
         return images

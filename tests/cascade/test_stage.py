@@ -350,16 +350,24 @@ def test_three_stages_with_a_level_each():
         for i, s in enumerate(cascades[False].stages)
     ]
     images = {}
-    for truncated, levels in ((False, (0.2, 0.0)), (True, (0.2, 0.0)), (False, (0.5, 0.0))):
+    for truncated, levels in (
+        (False, (0.2, 0.0)),
+        (True, (0.2, 0.0)),
+        (False, (0.5, 0.0)),
+        (False, (0.0, 0.0)),
+        (True, (0.0, 0.0)),
+    ):
         keys, labels = keys_for(jax.random.key(1), jnp.arange(4)), jnp.arange(4)
         images[truncated, levels] = cascades[truncated].sample(params, keys, labels, levels)
     for made in images.values():
         assert [x.shape[1] for x in made] == [8, 16, 32]
-    plain, cut, strong = images.values()
+    plain, cut, strong, clean, cut_at_zero = images.values()
     np.testing.assert_array_equal(plain[0], strong[0])
     assert np.abs(plain[0] - cut[0]).max() > 1e-3  # truncated: still noisy
     assert np.abs(cut[1]).max() <= 1.0  # the last stage has no level: nothing to truncate for
     assert np.abs(plain[1] - strong[1]).max() > 1e-3
+    for whole, stopped in zip(clean, cut_at_zero, strict=True):
+        np.testing.assert_array_equal(stopped, whole)  # at level 0 both are one
 
 
 class Optimal:
