@@ -202,7 +202,7 @@ def dpmpp_2m(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
 ) -> Section:
-    """A sampler of today, DPM-Solver++: of few steps, its are the best (docs/results.md)."""
+    """DPM-Solver++(2M), of the samplers the nearest to the data in few steps (docs/results.md)."""
     return dict(
         name="dpmpp_2m",
         num_steps=num_steps,
