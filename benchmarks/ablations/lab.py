@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import pathlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property, reduce
 
 import jax
@@ -105,7 +105,6 @@ class Lab:
       code: a digest of the program; networks that another one trained are trained again.
       torch_python: a Python with PyTorch and diffusers, for the table that trains them.
       inception_weights: a file of FID's network, for the FID besides.
-      moments: shares of their training at which models are kept, besides where a row needs one.
       deadline: on `time.monotonic`'s clock; what runs then raises `OutOfTime`.
     """
 
@@ -120,9 +119,8 @@ class Lab:
         deadline: float,
         torch_python: str | None = None,
         inception_weights: str | None = None,
-        moments: Sequence[float] = (),
     ):
-        self.torch_python, self._moments = torch_python, moments
+        self.torch_python = torch_python
         self._inception_weights = inception_weights
         self.budget, self._data, self._root, self._code = budget, data, folder, code
         self._changes = {**changes, **budget.changes}
@@ -133,10 +131,7 @@ class Lab:
     # Configs and their cost.
 
     def config(self, model: Model, seed: int, *, by_time: bool = False) -> RunConfig:
-        """The model's config, trained for its share of the budget's FLOPs, or of its seconds.
-
-        A model that is looked at before its end has the config of the whole training.
-        """
+        """The model's config, trained for its share of the budget's FLOPs, or of its seconds."""
         values = self._values(model.config, dict(model.changes))
         values["train"]["seed"] = seed
         config = run_config_from(values)
@@ -180,7 +175,7 @@ class Lab:
         needed = 0.0
         for model in (model for row in rows for model in row.models):
             step = self._flops_of_step(self.config(model, 0))
-            needed = max(needed, MIN_STEPS * step / (model.share * model.moment))
+            needed = max(needed, MIN_STEPS * step / model.share)
         if self.budget.flops < needed:
             raise UserError(
                 f"--flops={self.budget.flops:g}: expected at least {needed:.3g}, by which every"
@@ -195,30 +190,14 @@ class Lab:
         about = [to_dict(config.stage), to_dict(config.train), config.data.random_flip]
         about += [self.images["train"].identity, self._code]
         digest = digest_of_json(about)[:16]
+        path = self._folder / "models" / f"{config.stage.name}_{digest}.npz"
+        stage = build_stage(config.stage)
+        if not path.exists():
+            write_npz_whole(path, networks.flatten_params(self._train(config, stage)))
+        return Trained(config, stage, networks.unflatten_params(read_arrays(path)), digest)
 
-        def steps_at(moment: float) -> int:
-            return max(1, round(moment * config.train.train_steps))
-
-        def path_of(step: int) -> pathlib.Path:
-            return self._folder / "models" / f"{config.stage.name}_{digest}_{step}.npz"
-
-        def keep(step: int, params: dict[str, Params]) -> None:
-            write_npz_whole(path_of(step), networks.flatten_params(params))
-
-        stage, step = build_stage(config.stage), steps_at(model.moment)
-        if not path_of(step).exists():
-            self._train(config, stage, {steps_at(m) for m in (*self._moments, model.moment)}, keep)
-        params = networks.unflatten_params(read_arrays(path_of(step)))
-        return Trained(config, stage, params, f"{digest}_{step}")
-
-    def _train(
-        self,
-        config: RunConfig,
-        stage: Stage,
-        steps: Collection[int] = (),
-        keep: Callable[[int, dict[str, Params]], None] = lambda step, params: None,
-    ) -> None:
-        """Trains; after each of `steps`, `keep` is given the averages so far."""
+    def _train(self, config: RunConfig, stage: Stage) -> dict[str, Params]:
+        """Trains, and returns the averages at the end."""
         train, images = config.train, self.images["train"].whole
         state = step_lib.init_state(stage, train, self._mesh)
         program = _train_program(_with_train(config, seed=0), self._mesh)
@@ -241,13 +220,11 @@ class Lab:
             if (step + 1) % 50 == 0 or step + 1 == train.train_steps:
                 progress.update(step + 1, loss=f"{float(metrics['loss']):.4f}")
                 self.check_time()
-            if step + 1 in steps or step + 1 == train.train_steps:
-                loss = float(metrics["loss"])
-                if not np.isfinite(loss):
-                    raise UserError(f"{label}: the loss is {loss}, expected a number")
-            if step + 1 in steps:
-                keep(step + 1, jax.device_get(state.ema_params))
         progress.close()
+        loss = float(metrics["loss"])
+        if not np.isfinite(loss):
+            raise UserError(f"{label}: the loss is {loss}, expected a number")
+        return jax.device_get(state.ema_params)
 
     # Sampling.
 
@@ -265,8 +242,7 @@ class Lab:
                 count=count,
             )
         if not row.models:
-            split = self.images["train" if row.images == "train" else "val"]
-            return without_a_model(row.images, split, count, seed)
+            return without_a_model(row.images, self.images, count, seed)
         chain = self._chain(row, seed)
         if row.images == "real_low_res":
             return self._enlarged(chain, seed, count)
@@ -327,7 +303,8 @@ class Lab:
     def _enlarged(self, chain: Chain, seed: int, count: int) -> Samples:
         """Enlargements of real images."""
         (top,), (sampler,), (level,) = chain.stages, chain.samplers, chain.aug_levels
-        low_res = self.images["val"].some(count, top.config.stage.low_res_resolution)
+        held_out = self.images["val"]
+        low_res = held_out.some(count, top.config.stage.low_res_resolution)
         enlarge = generate.make_enlarger(
             top.stage, low_res, sampler=sampler, seed=seed, mesh=self._mesh
         )
@@ -335,7 +312,7 @@ class Lab:
         images = self._generate(
             lambda params, indices: [enlarge(params[0], indices, level)], [top.params], count, label
         )
-        return Samples(images, low_res.labels, *chain.cost())
+        return Samples(images, low_res.labels, *chain.cost(), made_of=held_out.chosen(count))
 
     def _generate(
         self, sample: generate.BatchSampler, params: Sequence[Params], count: int, label: str

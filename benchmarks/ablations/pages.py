@@ -26,8 +26,12 @@ SCORES = (
     ("cas", "CAS, %", 1, 100),
     ("pixels_train", "to training images, pixels", 2, 1),
     ("pixels_held_out", "to held-out images, pixels", 2, 1),
+    ("pixels_nearer", "nearer to a training image, pixels, %", 1, 100),
+    ("pixels_least", "least to a training image, pixels", 2, 1),
     ("features_train", "to training images, features", 3, 1),
     ("features_held_out", "to held-out images, features", 3, 1),
+    ("features_nearer", "nearer to a training image, features, %", 1, 100),
+    ("features_least", "least to a training image, features", 3, 1),
 )
 
 
@@ -72,11 +76,16 @@ def _origin(about: Record, rows: Sequence[Record]) -> str:
     minutes = sum(row["wall_s"] for row in rows) / 60
     by_time = any(row.by_time for row in TABLES[about["table"]].rows(BUDGETS[about["budget"]]))
     cost = f"{settings['seconds']:g} s" if by_time else f"{settings['flops']:.2g} FLOP"
-    several = "the mean of the seeds (the least to the greatest)" if seeds > 1 else "one seed"
+    several = "one seed"
+    if seeds > 1:
+        several = f"the mean of {seeds} seeds (the least to the greatest)"
+        with_cas = {row["seed"] for row in rows if "cas" in row["scores"]}
+        if 0 < len(with_cas) < seeds:
+            several += f", CAS of {len(with_cas)}"
     return (
         f"{settings['num_samples']:,} samples unless said otherwise, {several};"
-        f" {cost} of training a row; {seeds} seed{'s' * (seeds > 1)},"
-        f" {minutes:.0f} minutes in all. Features: {about['features_about']}. Device:"
+        f" {cost} of training a row; {minutes:.0f} min for all rows, less what earlier tables"
+        f" had trained. Features: {about['features_about']}. Device:"
         f" {about['device']}. {about['machine']}. Command:"
         f" `{about['command']}`."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
@@ -54,10 +55,13 @@ class Split:
         """All images at the data set's resolution."""
         return self.split.raw(range(len(self.split)))
 
+    def chosen(self, count: int) -> np.ndarray:
+        """`count` rows chosen at random, the same every time; of too few, all in turn."""
+        return np.resize(np.random.default_rng(0).permutation(len(self.split)), count)
+
     def some(self, count: int, resolution: int) -> LabelledImages:
-        """`count` images chosen at random, the same every time; of too few, all in turn."""
-        rows = np.random.default_rng(0).permutation(len(self.split))
-        return self.split.rows(np.resize(rows, count), resolution)
+        """The images of the rows `chosen`."""
+        return self.split.rows(self.chosen(count), resolution)
 
 
 def load_images(config: RunConfig) -> dict[str, Split]:
@@ -85,18 +89,22 @@ class Samples:
     labels: np.ndarray | None  # int [n]
     evaluations: int = 0  # of networks
     flops: float = 0.0
+    made_of: np.ndarray | None = None  # rows of the held-out images that they are made of
 
 
-def without_a_model(kind: str, split: Split, count: int, seed: int) -> Samples:
+def without_a_model(kind: str, images: Mapping[str, Split], count: int, seed: int) -> Samples:
     """Rows between which all others lie: real images, enlarged ones, noise."""
+    split = images["train" if kind == "train" else "val"]
     size = split.whole.images.shape[1]
-    real = split.some(count, size)
-    if kind in ("real", "train"):
+    real, rows = split.some(count, size), split.chosen(count)
+    if kind == "train":
         return Samples(real.images, real.labels)
+    if kind == "real":
+        return Samples(real.images, real.labels, made_of=rows)
     if kind == "enlarged":
         low = split.some(count, size // 2)
         large = UPSAMPLERS["bilinear"](float_from_uint8(low.images), (size, size))
-        return Samples(host_array(uint8_from_float(large)), low.labels)
+        return Samples(host_array(uint8_from_float(large)), low.labels, made_of=rows)
     noise = np.random.default_rng(seed).normal(
         real.images.mean(), real.images.std(), real.images.shape
     )

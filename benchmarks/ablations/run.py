@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import machine  # noqa: E402
 import pages  # noqa: E402
-from store import Results, digest_of_code  # noqa: E402
+from store import Results, check_same, digest_of_code  # noqa: E402
 from tables import BUDGETS, TABLES, Budget, Table  # noqa: E402
 
 from cascaded_diffusion.commands import entry, jax_setup  # noqa: E402
@@ -140,7 +140,6 @@ def main(argv: Sequence[str]) -> int:
         deadline=deadline,
         torch_python=flags.torch_python,
         inception_weights=flags.inception_weights,
-        moments=table.moments,
     )
     lab.check(table.rows(budget))
     device = jax.devices()[0]
@@ -151,6 +150,11 @@ def main(argv: Sequence[str]) -> int:
         "code": code,
         "device": f"{jax.device_count()} {device.device_kind}",
         "data": {role: split.identity for role, split in lab.images.items()},
+    }
+    name = pages.name_of(about)
+    path = flags.results / f"{name}.json"
+    check_same(path, about)  # before the network whose features measure is trained
+    about |= {
         "features": lab.scorer.identity,
         "features_about": f"a classifier ({budget.network}) that recognises"
         f" {100 * lab.scorer.network.accuracy:.1f} % of the held-out real images",
@@ -158,15 +162,14 @@ def main(argv: Sequence[str]) -> int:
         "commit": machine.commit(),
         "command": shlex.join(["python", os.path.relpath(__file__, ROOT), *argv[1:]]),
     }
-    name = pages.name_of(about)
-    results = Results(flags.results / f"{name}.json", about)
+    results = Results(path, about)
     complete = fill(results, lab, table, budget, flags.seeds)
     if results.rows:
         text = pages.table_of(results.about, results.rows)
         print(f"\n{text}\n")
         plot = pages.plot_of(results.about, results.rows)
         if plot is not None:
-            write_whole(flags.results / f"{name}.png", plot)
+            write_whole(path.with_suffix(".png"), plot)
         if flags.write:
             pages.write_into(ROOT / "docs" / "results.md", name, text)
     return 0 if complete else EXIT_INCOMPLETE

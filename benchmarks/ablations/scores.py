@@ -58,8 +58,9 @@ class Scorer:
         """Distances and rates of samples in the features of a network trained on real images.
 
         `fd` is the Fréchet distance to the training images, `accuracy` the share of samples whose
-        label the network recognises, `cas` the accuracy on real test images of the same network
-        trained on the samples alone. `fid` is FID to the training images, if its network is there.
+        label the network recognises, `cas` the accuracy of the same network, trained on the
+        samples alone, on the held-out real images that none of them is made of. `fid` is FID to
+        the training images, if its network is there.
         """
         self._check_time()
         count = len(samples.images)
@@ -74,25 +75,31 @@ class Scorer:
             self._check_time()
             pooled = FeatureStatistics.of(self._inception(samples.images).pooled)
             scores["fid"] = float(frechet_distance(pooled, self._inception_reference.pooled))
-        if cas and samples.labels is not None:
+        test = self._images["val"].whole
+        unseen = np.ones(len(test.labels), bool)
+        if samples.made_of is not None:
+            unseen[samples.made_of] = False
+        if cas and samples.labels is not None and unseen.any():
             self._check_time()
             task = dataclasses.replace(self.network.task, seed=seed)
             labels = samples.labels.astype(np.int32)
             made = classifier_training.train_classifier(
                 task, LabelledImages(samples.images, labels), label="CAS"
             )
-            test = self._images["val"].whole
-            hits = Classifier(task, made).predictions(test.images) == test.labels
+            hits = Classifier(task, made).predictions(test.images[unseen]) == test.labels[unseen]
             scores["cas"] = float(hits.mean())
         return scores
 
     def neighbours(self, samples: Samples, picture: pathlib.Path | None) -> Scores:
-        """Median distances of samples to their nearest real images, by pixels and by features.
+        """Distances of samples to their nearest real images, by pixels and by features.
 
-        Training and held-out images are as many, so that neither are nearer by chance. Held-out
-        images that are samples themselves are none of them. Pixels differ by a root mean square in
-        grey levels. With a `picture`, the first samples and their nearest training images, of all
-        of them, are drawn there.
+        Medians over the samples of the distance to the nearest training and the nearest held-out
+        image, of as many, so that neither are nearer by chance: `nearer` is the share of samples
+        that a training image is nearest to, one half if none is memorised. `least` is the least
+        distance of any sample to any training image, by which a single copy shows. Held-out images
+        that are samples themselves are left out. Pixels differ by a root mean square in grey
+        levels. With a `picture`, the first samples and their nearest training images are drawn
+        there.
         """
         self._check_time()
         held_out = self._images["val"].whole.images
@@ -110,10 +117,13 @@ class Scorer:
         found: Scores = {}
         per_pixel = train[0].size  # the features are not averaged
         for name, of, scale in (("pixels", pixels, per_pixel), ("features", features, 1)):
-            own = of(samples.images)
-            for role, real in (("train", train[some]), ("held_out", others)):
-                distances, _ = _nearest(own, of(real))
-                found[f"{name}_{role}"] = float(np.median(distances) / np.sqrt(scale))
+            own, seen = of(samples.images), of(train)
+            to_seen, _ = _nearest(own, seen[some])
+            to_others, _ = _nearest(own, of(others))
+            found[f"{name}_train"] = float(np.median(to_seen) / np.sqrt(scale))
+            found[f"{name}_held_out"] = float(np.median(to_others) / np.sqrt(scale))
+            found[f"{name}_nearer"] = float((to_seen < to_others).mean())
+            found[f"{name}_least"] = float(_nearest(own, seen)[0].min() / np.sqrt(scale))
         if picture is not None:
             shown = samples.images[:10]
             rows = [("the first ten, not selected", shown)]

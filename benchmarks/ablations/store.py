@@ -29,6 +29,23 @@ def digest_of_code(root: pathlib.Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def check_same(path: pathlib.Path, about: Mapping[str, object]) -> None:
+    """Raises UserError if the file, if it is there, was begun with something else than `about`.
+
+    What `about` does not say is not compared.
+    """
+    if not path.exists():
+        return
+    begun = read_record(path, {"rows": list, **dict.fromkeys(SAME, object)})
+    for key in SAME.keys() & about.keys():
+        if begun[key] != about[key]:
+            was, now = _short(begun[key], about[key]), _short(about[key], begun[key])
+            raise UserError(
+                f"{path}: was begun with {SAME[key]} ({was}, now {now}); rows of the two are not"
+                " mixed: remove the file, or take another by --results"
+            )
+
+
 class Results:
     """The rows of one table that were measured so far.
 
@@ -42,15 +59,9 @@ class Results:
         self.rows: list[Record] = []
         if not path.exists():
             return
-        self.about = read_record(path, {"rows": list, **dict.fromkeys(SAME, object)})
+        check_same(path, about)
+        self.about = read_record(path, {"rows": list})
         self.rows = self.about.pop("rows")
-        for key, name in SAME.items():
-            if self.about[key] != about[key]:
-                begun = f"was begun with {name} ({_short(self.about[key], about[key])}"
-                raise UserError(
-                    f"{path}: {begun}, now {_short(about[key], self.about[key])}); rows of the two"
-                    " are not mixed: remove the file, or take another by --results"
-                )
 
     def has(self, label: Mapping[str, object], seed: int) -> bool:
         """Whether a row was measured."""

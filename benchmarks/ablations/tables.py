@@ -86,7 +86,6 @@ class Model:
     config: str  # a file of configs/
     share: float
     changes: Settings = ()
-    moment: float = 1.0  # after which share of its training it is sampled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,35 +201,36 @@ def _fourfold(budget: Budget) -> list[Row]:
     ]
 
 
-_MOMENTS = (0.125, 0.25, 0.5, 1.0)
+_LENGTHS = (0.125, 0.25, 0.5, 1.0)
 
 
 def _training(budget: Budget) -> list[Row]:
-    """How table 1 changes as its stages are trained longer, both or only the enlarging one."""
+    """How table 1 changes with longer trainings, of both stages or only of the enlarging one."""
     kinds = [
         ("without augmentation", NO_AUGMENT, 0.0),
         *((f"augmented, s = {s:g}", ENLARGE, s) for s in (0.0, 0.15, 0.3)),
     ]
-    # Both stages after as many FLOPs; then the best base model below enlarging stages of all ages.
-    ages = [(m, m) for m in _MOMENTS] + [(1.0, m) for m in _MOMENTS[:-1]]
+    # Both stages for as many FLOPs; then the best base model below the other enlarging stages.
+    pairs = [(x, x) for x in _LENGTHS] + [(1.0, x) for x in _LENGTHS[:-1]]
 
-    def after(model: Model, moment: float) -> Model:
-        return dataclasses.replace(model, moment=moment)
+    # Each length is a training of its own, whose learning rate rises and falls within it.
+    def of_length(model: Model, length: float) -> Model:
+        return dataclasses.replace(model, share=length * model.share)
 
-    def flops(model: Model, moment: float) -> str:
-        return f"{model.share * moment * budget.flops:.2g}"
+    def flops(model: Model, length: float) -> str:
+        return f"{length * model.share * budget.flops:.2g}"
 
     return [
         Row(
             label={
                 "FLOP, base": flops(BASE, below),
-                "FLOP, enlarging": flops(above, age),
+                "FLOP, enlarging": flops(above, length),
                 "enlarging stage": name,
             },
-            models=(after(BASE, below), after(above, age)),
+            models=(of_length(BASE, below), of_length(above, length)),
             aug_levels=(level,),
         )
-        for below, age in ages
+        for below, length in pairs
         for name, above, level in kinds
     ]
 
@@ -447,7 +447,6 @@ class Table:
     rows: Callable[[Budget], Sequence[Row]]
     across: str | None = None  # the label along a plot's x axis, if it has a plot
     changes: Changes = dataclasses.field(default_factory=lambda: {"data.resolution": 32})
-    moments: tuple[float, ...] = ()  # of a training, at which its models are kept
     cas: bool = True  # whether the samples of its rows train a classifier
     neighbours: bool = False  # the nearest real images are measured instead of distances of sets
 
@@ -459,9 +458,7 @@ TABLES = {
     "fourfold": Table(
         title="Four-fold enlargement, from 8 to 32 px", rows=_fourfold, across="s", cas=False
     ),
-    "training": Table(
-        title="Augmentation as training goes on", rows=_training, moments=_MOMENTS, cas=False
-    ),
+    "training": Table(title="Augmentation and the length of training", rows=_training, cas=False),
     "inputs": Table(title="Real and generated low-res inputs", rows=_inputs, across="s"),
     "samplers": Table(
         title="Samplers and network evaluations", rows=_samplers, across="evaluations"

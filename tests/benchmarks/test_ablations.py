@@ -94,6 +94,28 @@ def test_noise_is_further_from_the_data_than_real_images(augmentation):
     assert max(real, enlarged) < noise / 2
 
 
+def test_cas_is_tested_on_images_that_it_was_not_trained_on(
+    run, augmentation, tmp_path, monkeypatch
+):
+    import scores
+
+    tested = []
+
+    class Counted(scores.Classifier):
+        def predictions(self, images):
+            tested.append({image.tobytes() for image in images})
+            return super().predictions(images)
+
+    monkeypatch.setattr(scores, "Classifier", Counted)
+    assert run("augmentation", f"--results={tmp_path}")[0] == 0
+    labels = [row["label"]["model"] for row in augmentation[1]["rows"]]
+    kinds = dict(zip(labels, tested, strict=True))
+    held_out = kinds["single model"]
+    assert kinds["Gaussian noise"] == held_out
+    assert kinds["real held-out images"] == kinds["the same, from 16 px enlarged bilinearly"]
+    assert 0 < len(held_out) - len(kinds["real held-out images"]) <= 40
+
+
 def test_what_is_there_is_not_made_again(run, augmentation, monkeypatch):
     import lab
 
@@ -150,24 +172,31 @@ def test_seeds_differ_and_are_told_apart(run):
     assert rows[0]["scores"]["fd"] != rows[len(rows) // 2]["scores"]["fd"]
 
 
-def test_moments_of_a_training_come_from_one_training(run, monkeypatch):
+def test_every_length_is_a_training_of_its_own(run, monkeypatch):
     import lab
     import tables
 
     trained = []
     train = lab.Lab._train
-    monkeypatch.setattr(
-        lab.Lab, "_train", lambda self, *args: (trained.append(args[0]), train(self, *args))
-    )
-    monkeypatch.setattr(tables, "_MOMENTS", (0.5, 1.0))
+
+    def counted(self, config, stage):
+        trained.append(config)
+        return train(self, config, stage)
+
+    monkeypatch.setattr(lab.Lab, "_train", counted)
+    monkeypatch.setattr(tables, "_LENGTHS", (0.5, 1.0))
     code, results, _ = run("training", "--flops=1e10")
     assert code == 0
-    assert [config.stage.name for config in trained] == ["base16", "sr32", "sr32"]
+    assert [config.stage.name for config in trained] == 2 * ["base16", "sr32", "sr32"]
+    steps = [config.train.train_steps for config in trained]
+    assert steps[3:] == pytest.approx([2 * n for n in steps[:3]], abs=1)
+    # Its learning rate rises and falls within it.
+    assert [config.train.warmup_steps for config in trained] == [n // 10 for n in steps]
     flops = [
         (row["label"]["FLOP, base"], row["label"]["FLOP, enlarging"]) for row in results["rows"]
     ]
-    ages = [("2.5e+09", "2.5e+09"), ("5e+09", "5e+09"), ("5e+09", "2.5e+09")]
-    assert flops == [age for age in ages for _ in range(4)]
+    lengths = [("2.5e+09", "2.5e+09"), ("5e+09", "5e+09"), ("5e+09", "2.5e+09")]
+    assert flops == [pair for pair in lengths for _ in range(4)]
     distances = [row["scores"]["fd"] for row in results["rows"]]
     assert len(set(distances)) == len(distances)
 
@@ -176,12 +205,15 @@ def test_neighbours_tell_what_was_seen_from_what_was_not(run):
     code, results, path = run("memorised")
     assert code == 0
     samples, real, train = (row["scores"] for row in results["rows"])
-    assert train["pixels_train"] == 0
+    assert train["pixels_train"] == train["pixels_least"] == 0
     for kind in ("pixels", "features"):
         # A network rounds an image's features by where in a batch it stands.
         assert train[f"{kind}_train"] < 1e-5 * train[f"{kind}_held_out"]
         assert real[f"{kind}_train"] > 0 < real[f"{kind}_held_out"]
         assert samples[f"{kind}_train"] > real[f"{kind}_train"]
+        assert train[f"{kind}_nearer"] == 1
+        assert 0.2 < real[f"{kind}_nearer"] < 0.8
+        assert real[f"{kind}_least"] > 0
     assert path.with_suffix(".png").exists()
 
 
