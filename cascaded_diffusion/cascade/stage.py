@@ -278,16 +278,18 @@ class Stage:
         *,
         sampler: SamplerConfig,
         label: jax.Array | None = None,
+        low_res: jax.Array | None = None,
         aug_level: jax.Array | float | None = None,
     ) -> jax.Array:
         """The variational bound of real images under this stage, [B] bits per dimension.
 
         For a super-resolution stage it is the bound of the image given its damaged low-res
-        version. There is no guidance, and x0 is kept in [-1, 1]. `image` [B, H', W', C] has any
-        resolution from this stage's upwards; `sampler` is an ancestral chain. The other arguments
-        are those of `sample`.
+        version, by default made from the image. There is no guidance, and x0 is kept in [-1, 1].
+        `image` [B, H', W', C] has any resolution from this stage's upwards; `sampler` is an
+        ancestral chain. The other arguments are those of `sample`.
         """
-        low_res = None if self.augment is None else self.low_res_from(image)
+        if self.augment is not None and low_res is None:
+            low_res = self.low_res_from(image)
         cond = self._conditioning(samplers.fold_in_each(keys, 0), label, low_res, aug_level)
         plain = dataclasses.replace(sampler, guidance_scale=1.0, threshold="static")
         log_variance = samplers.make_log_variance(sampler.variance, sampler.variance_interpolation)

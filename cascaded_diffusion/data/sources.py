@@ -138,12 +138,14 @@ _say_once = functools.cache(_say)
 
 
 def examples(source: Source, indices: Iterable[int]) -> dict[str, np.ndarray]:
-    """Chosen examples in memory: `image` uint8 [n, H, W, C], `label` int32 [n]."""
+    """Chosen examples in memory: `image` uint8 [n, H, W, C], `label` int32 [n].
+
+    Where low-res images are stored, `low_res` uint8 [n, h, w, C], too.
+    """
     records = [source[int(i)] for i in indices]
-    return {
-        "image": np.stack([record["image"] for record in records]),
-        "label": np.asarray([record["label"] for record in records], np.int32),
-    }
+    names = ("image",) if source.low_res_shape is None else ("image", "low_res")
+    arrays = {name: np.stack([record[name] for record in records]) for name in names}
+    return {**arrays, "label": np.asarray([record["label"] for record in records], np.int32)}
 
 
 def spread_examples(source: Source, *, rows: int, columns: int) -> dict[str, np.ndarray]:

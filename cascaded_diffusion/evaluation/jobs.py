@@ -231,18 +231,31 @@ def bits_per_dim(
         raise UserError(f"bits/dim of {count} image: expected at least 2, for a standard error")
     chain = bound_chain(config.stage, num_steps)
     # Spread over the split, which may be sorted by class.
-    images = split.raw([i * len(split) // count for i in range(count)])
+    chosen = [i * len(split) // count for i in range(count)]
+    images = split.raw(chosen)
     mesh, level, key = default_mesh(config), settings.aug_level, jax.random.key(settings.seed)
     trained = load_trained(folder, mesh)
-    stage = trained.stage
+    stage, low_res = trained.stage, None
+    if stage.augment is not None:
+        low_res = split.low_res(chosen, config.stage.low_res_resolution).images
     print(f"{trained.name}: the bound of {chain.num_steps} steps, variance {chain.variance}")
 
     @jax.jit
     def of_batch(
-        params: Params, keys: jax.Array, image: jax.Array, label: jax.Array | None
+        params: Params,
+        keys: jax.Array,
+        image: jax.Array,
+        label: jax.Array | None,
+        low_res: jax.Array | None,
     ) -> jax.Array:
         return stage.bits_per_dim(
-            params, keys, float_from_uint8(image), label=label, aug_level=level, sampler=chain
+            params,
+            keys,
+            float_from_uint8(image),
+            label=label,
+            low_res=None if low_res is None else float_from_uint8(low_res),
+            aug_level=level,
+            sampler=chain,
         )
 
     progress = Progress(count, unit="images", label=f"bits/dim of {trained.name}")
@@ -255,6 +268,7 @@ def bits_per_dim(
             keys_for(key, put_batch(indices, mesh)),
             put_batch(images.images[rows], mesh),
             put_batch(images.labels[rows], mesh) if stage.config.num_classes else None,
+            None if low_res is None else put_batch(low_res[rows], mesh),
         )
         values.append(np.asarray(batch)[: count - start])
         progress.update(min(count, start + settings.batch_size))

@@ -8,6 +8,7 @@ so that one whole checkpoint exists at every instant.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from cascaded_diffusion.config.schema import CheckpointConfig, ema_name
-from cascaded_diffusion.errors import UserError
+from cascaded_diffusion.errors import UserError, is_out_of_memory
 from cascaded_diffusion.files.bucket import AnyPath, BucketPath, for_orbax, is_of_storage
 from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.files.whole import remove_tree, sha256_of_arrays
@@ -253,7 +254,7 @@ class CheckpointWriter:
         return None if step < 0 else step
 
     def restore(self, step: int, abstract_state: Tree) -> Tree:
-        """The state of a checkpoint. Raises UserError if it cannot be restored.
+        """The state of a checkpoint. Raises UserError if it is damaged, OSError if it may be whole.
 
         `abstract_state` is a tree of `jax.ShapeDtypeStruct` with the wanted shardings, which need
         not be those of the saved state.
@@ -264,19 +265,37 @@ class CheckpointWriter:
         return _with_keys(stored, abstract_state)
 
 
+# What the operating system says of a file that is not there, or is none.
+_OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+
+
+def _is_of_system(error: BaseException | None) -> bool:
+    """Whether reading failed by something else than what was to be read, as too many open files."""
+    while error is not None:
+        codes = {int(code) for code in _OS_ERROR.findall(str(error))}
+        if isinstance(error, OSError) and error.errno is not None:
+            codes.add(error.errno)
+        if codes:
+            return codes.isdisjoint(_OF_THE_FILE)
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextlib.contextmanager
 def _restoring(path: AnyPath) -> Iterator[None]:
+    """Raises UserError for a checkpoint that is damaged, OSError if it may well be whole."""
     try:
         yield
     except Exception as e:
+        if isinstance(e, MemoryError) or is_out_of_memory(e):
+            raise
         what = f"{path}: cannot be restored ({_reason(e)})"
-        if isinstance(path, BucketPath) and is_of_storage(e):  # not the checkpoint's fault
-            raise OSError(what) from e
-        raise UserError(what) from e
+        of_storage = is_of_storage(e) if isinstance(path, BucketPath) else _is_of_system(e)
+        raise (OSError(what) if of_storage else UserError(what)) from e
 
 
 def read_apart(path: AnyPath, abstract_state: Tree) -> Tree:
-    """The state that `CheckpointWriter.write_apart` wrote. Raises UserError if it cannot be read.
+    """The state that `CheckpointWriter.write_apart` wrote. Raises like `CheckpointWriter.restore`.
 
     `abstract_state` is as for `CheckpointWriter.restore`.
     """

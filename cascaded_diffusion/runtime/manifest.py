@@ -141,7 +141,8 @@ def deletable(folder: RunFolder, steps: Iterable[int]) -> Iterator[set[int]]:
             if named is None:  # somebody else's file
                 continue
             # A reader that finishes removes its pin without the lock.
-            with contextlib.suppress(FileNotFoundError), pin.open() as f:
+            # NFS locks exclusively only what is open for writing.
+            with contextlib.suppress(FileNotFoundError), pin.open("r+") as f:
                 try:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

@@ -74,6 +74,8 @@ def train(
         outcome = resume.finished(folder, config, start_over=start_over)
         if outcome is not None:
             resume.store(folder, config, data, changed)
+            if is_first_process and not folder.complete_path.exists():
+                _write_complete(folder, outcome)  # asked to stop while no trainer was running
             return outcome
         checkpoints = CheckpointWriter(folder, config.checkpoint)
         stack.enter_context(contextlib.closing(checkpoints))
@@ -83,6 +85,9 @@ def train(
         newest = checkpoints.newest_step(start_over=start_over)
         profiler = monitor.StepProfiler(folder.profile, profile_steps)
         profiler.check((newest or 0) + 1, total)
+        if is_first_process:
+            # Whoever waits for a shorter run that now resumes, waits for the new end.
+            folder.complete_path.unlink(missing_ok=True)
         compiling = _start_compiling(stage, config, mesh, abstract, image_shape, low_res_shape)
         if newest is not None:
             state = checkpoints.restore(newest, abstract)
@@ -92,8 +97,6 @@ def train(
         resume.store(folder, config, data, changed, mesh)
         step = int(state.step)
         if is_first_process:
-            # Whoever waits for a shorter run that now resumes, waits for the new end.
-            folder.complete_path.unlink(missing_ok=True)
             folder.forget_imported()
             print_parameter_overview(state.params)
         local_batches = data_from(step)
@@ -133,10 +136,15 @@ def train(
                     reason = "preempted"
                     break
             recorder.finish(step, state)
+        outcome = Outcome(reason=reason, step=step)
         if reason != "preempted" and is_first_process:
-            folder.check_held()
-            write_json(folder.complete_path, {"reason": reason, "step": step}, indent=None)
-        return Outcome(reason=reason, step=step)
+            _write_complete(folder, outcome)
+        return outcome
+
+
+def _write_complete(folder: RunFolder, outcome: Outcome) -> None:
+    folder.check_held()
+    write_json(folder.complete_path, dataclasses.asdict(outcome), indent=None)
 
 
 @contextlib.contextmanager

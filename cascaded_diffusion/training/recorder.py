@@ -48,7 +48,10 @@ class GridSampler:
         label = self._indices % num_classes if num_classes else None
         low_res, level = None, None
         if stage.augment is not None:
-            low_res = np.asarray(stage.low_res_from(float_from_uint8(examples["image"])))
+            if "low_res" in examples:  # stored, as those it is trained on
+                low_res = np.asarray(float_from_uint8(examples["low_res"]))
+            else:
+                low_res = np.asarray(stage.low_res_from(float_from_uint8(examples["image"])))
             label = examples["label"] if num_classes else None
             level = config.eval.aug_level if stage.config.has_aug_level else None
         self._given = {"label": label, "low_res": low_res}

@@ -1,6 +1,7 @@
 """Scoring a real (tiny) run with a evaluator whose verdicts are known."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from cascaded_diffusion.evaluation.samples.stored_images import open_images, sav
 from cascaded_diffusion.evaluation.team import Team
 from cascaded_diffusion.evaluation.trained import load_trained
 from cascaded_diffusion.files.json_files import read_lines
-from cascaded_diffusion.runtime import manifest
+from cascaded_diffusion.runtime import checkpoint, manifest
 from cascaded_diffusion.runtime.manifest import pinned
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.binaries import environment
@@ -175,6 +176,21 @@ def test_a_damaged_checkpoint_is_recorded_as_failed_once_and_passed_over(clean):
         assert _scorer(folder, Evaluator([])).score_new_checkpoints() == 0
     finally:
         data.write_bytes(original)
+
+
+def test_an_error_of_the_system_condemns_no_checkpoint(clean, monkeypatch):
+    folder = clean["base16"]
+
+    def too_many(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.Checkpointer, "restore", too_many)
+        with pytest.raises(UserError, match="Too many open files.*run the same command again"):
+            _scorer(folder, Evaluator([])).score_new_checkpoints()
+    assert not folder.results_path.exists()
+    assert not folder.early_stop_path.exists()
+    assert _scorer(folder, Evaluator([3.0, 2.0, 1.0])).score_new_checkpoints() == 3
 
 
 def test_samples_do_not_depend_on_the_batch_size(clean):
@@ -329,7 +345,7 @@ def test_final_numbers_are_one_table_one_json_and_the_samples(clean):
     with np.load(folder.eval / "final_real.npz", allow_pickle=False) as stored:
         images, labels = stored["arr_0"], stored["arr_1"]
     assert (images.shape, images.dtype) == ((30, 32, 32, 1), np.uint8)
-    np.testing.assert_array_equal(labels, HELD_OUT.spread(30, 16).labels)
+    np.testing.assert_array_equal(labels, HELD_OUT.spread_low_res(30, 16).labels)
     assert not list(folder.samples.iterdir())
 
     health = record["health"]
@@ -379,7 +395,7 @@ def test_stored_samples_are_enlarged_and_named(clean, tmp_path):
     folder = clean["sr32"]
     config = folder.read_config()
     stage = build_stage(config.stage)
-    low_res = HELD_OUT.spread(40, 16)
+    low_res = HELD_OUT.spread_low_res(40, 16)
     save_samples(tmp_path / "low.npz", low_res.images, low_res.labels)
     stored = open_images(str(tmp_path / "low.npz"), flag="low_res_samples")
     sampling = _sampling(config, stage, two_devices(), num_samples=40)
@@ -391,12 +407,34 @@ def test_stored_samples_are_enlarged_and_named(clean, tmp_path):
         {"num_real_low_res": 4},
     )
     assert (of_real.about, of_real.notes) == ("real", {"num_real_low_res": 40})
-    assert few.record == of_real.record  # what is compared with older records
+    # Scores are compared only if they are of the same images.
+    which = [source.record["low_res_images"] for source in (few, of_real)]
+    assert which[0] != which[1]
+    assert [name.rpartition(":")[0] for name in which] == ["noise:test"] * 2
+    assert {**few.record, "low_res_images": which[1]} == of_real.record
     params = jax.jit(stage.init)(jax.random.key(0))
     indices = np.arange(8)
     # The same images, whether they come from the data or from a file.
     for name, array in of_real.make(params, indices).items():
         np.testing.assert_array_equal(of_file.make(params, indices)[name], array)
+
+
+def test_stored_low_res_images_are_what_is_enlarged(clean):
+    """Whatever made them: an evaluation sees the inputs that training sees."""
+
+    def read(rows):
+        low_res = np.full((len(rows), 16, 16, 1), 7, np.uint8) + np.uint8(rows)[:, None, None, None]
+        return {**examples(SOURCE, rows), "low_res": low_res}
+
+    config = clean["sr32"].read_config()
+    stored = dataclasses.replace(HELD_OUT, read=read)
+    sampling = _sampling(config, build_stage(config.stage), two_devices(), num_samples=40)
+    params = jax.jit(build_stage(config.stage).init)(jax.random.key(0))
+    made = sampling.alone(stored).make(params, np.arange(8))
+    np.testing.assert_array_equal(made["low_res"], stored.spread_low_res(40, 16).images[:8])
+    assert (made["low_res"][0] == 7).all()
+    levels = sampling.at_levels(stored, num_images=4)
+    assert (levels.low_res[0] == 7).all()
 
 
 def test_the_checkpoint_that_is_read_is_not_deleted(clean, tmp_path):

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -201,6 +203,27 @@ def test_readers_see_only_finished_checkpoints(saved):
         checkpoint.load_ema_params(saved, 2, 0.5, abstract)
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), OSError),
+        (ValueError("INTERNAL: reading failed [os_error_code='24']"), OSError),
+        (ValueError("NOT_FOUND: reading failed [os_error_code='2']"), UserError),
+        (ValueError("DATA_LOSS: truncated"), UserError),
+        (MemoryError("no memory"), MemoryError),
+    ],
+)
+def test_a_checkpoint_is_not_to_blame_for_the_system(saved, monkeypatch, error, raised):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", fail)
+    abstract = _abstract(REPLICATED)["ema_params"]["decay_0_99"]
+    with pytest.raises(raised, match="cannot be restored|no memory") as found:
+        checkpoint.load_ema_params(saved, 2, 0.99, abstract)
+    assert type(found.value) is raised
+
+
 def test_a_save_that_fails_is_reported(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     writer = checkpoint.CheckpointWriter(folder, CONFIG)
@@ -360,6 +383,20 @@ def test_the_mark_of_a_killed_reader_is_forgotten(saved):
         assert not is_there
     _save(saved, [4, 5]).close()
     assert manifest.finished_steps(saved) == [3, 4, 5]
+
+
+def test_nfs_locks_only_what_is_open_for_writing(saved, monkeypatch):
+    flock = fcntl.flock
+
+    def flock_of_nfs(file, operation):
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        if operation & fcntl.LOCK_EX and mode == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
+    with pinned(saved, 2), deletable(saved, [1, 2, 3]) as steps:
+        assert steps == {1, 3}
 
 
 def test_a_folder_that_was_moved_away_is_not_made_again(tmp_path):

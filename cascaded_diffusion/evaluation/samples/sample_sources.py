@@ -6,7 +6,7 @@ record says which.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -37,7 +37,8 @@ class RealSplit:
     data: str  # the data set's name
     split: str  # the split's name
     size: int  # the number of its images
-    # Indices -> `image` uint8 [n, H, W, C] and `label` int32 [n].
+    # Indices -> `image` uint8 [n, H, W, C], `label` int32 [n] and, where low-res images are
+    # stored, `low_res` uint8 [n, h, w, C].
     read: Callable[[Sequence[int]], Mapping[str, np.ndarray]]
     crop: str = "none"  # how the images became square, for fingerprints
     resize: str = "area"  # how they get to a stage's resolution, for fingerprints
@@ -47,8 +48,7 @@ class RealSplit:
 
     def rows(self, rows: Sequence[int], resolution: int) -> LabelledImages:
         """Chosen images at a resolution."""
-        parts = [(part.images, part.labels) for part in self.chunks(resolution, rows)]
-        return LabelledImages(*map(np.concatenate, zip(*parts, strict=True)))
+        return _joined(self.chunks(resolution, rows))
 
     def whole(self, resolution: int) -> LabelledImages:
         """All images at a resolution, in memory."""
@@ -62,16 +62,33 @@ class RealSplit:
         for i in range(0, len(rows), _CHUNK):
             yield shrunk(self.raw(rows[i : i + _CHUNK]), resolution)
 
-    def spread(self, count: int, resolution: int) -> LabelledImages:
-        """`count` images spread over the split, often sorted by class; of too few, all in turn."""
+    def low_res(self, rows: Sequence[int], resolution: int) -> LabelledImages:
+        """A stage's low-res input for chosen images, as in training: stored, or shrunk."""
+
+        def part(rows: Sequence[int]) -> LabelledImages:
+            examples = self.read(rows)
+            if "low_res" in examples:
+                return LabelledImages(examples["low_res"], examples["label"])
+            return shrunk(LabelledImages(examples["image"], examples["label"]), resolution)
+
+        return _joined(part(rows[i : i + _CHUNK]) for i in range(0, len(rows), _CHUNK))
+
+    def spread_low_res(self, count: int, resolution: int) -> LabelledImages:
+        """That of `count` images spread over the split, often sorted by class; of too few, all in
+        turn."""
         rows = np.arange(count)
         rows = rows % self.size if count > self.size else rows * self.size // count
-        return self.rows(rows, resolution)
+        return self.low_res(rows, resolution)
 
     def raw(self, rows: Sequence[int]) -> LabelledImages:
         """Chosen images at the data set's resolution."""
         examples = self.read(rows)
         return LabelledImages(examples["image"], examples["label"])
+
+
+def _joined(parts: Iterable[LabelledImages]) -> LabelledImages:
+    arrays = zip(*((part.images, part.labels) for part in parts), strict=True)
+    return LabelledImages(*map(np.concatenate, arrays))
 
 
 def shrunk(data: LabelledImages, resolution: int) -> LabelledImages:
@@ -122,13 +139,20 @@ class StageSampling:
         """
         if self.stage.config.kind == "base":
             return self.of_stages([], [self.sampler], [], truncated=False, kind="none")
-        real = split.spread(self.num_samples, self.stage.config.low_res_resolution)
+        real = split.spread_low_res(self.num_samples, self.stage.config.low_res_resolution)
         num_real, about = min(self.num_samples, len(split)), "real"
         if num_real < self.num_samples:
             times = self.num_samples / num_real
             about = f"real ({num_real} images, enlarged {times:.3g} times each)"
+        images = StoredImages(f"{split.data}:{split.split}", real.images, real.labels)
+        which = {"low_res_images": f"{images.path}:{images.digest()}"}
         source = self._enlargements("real", real)
-        return dataclasses.replace(source, about=about, notes={"num_real_low_res": num_real})
+        return dataclasses.replace(
+            source,
+            record={**source.record, **which},
+            about=about,
+            notes={"num_real_low_res": num_real},
+        )
 
     def of_file(self, stored: StoredImages) -> SampleSource:
         """Enlargements of the first `num_samples` images of a file."""
@@ -197,7 +221,7 @@ class StageSampling:
     def at_levels(self, split: RealSplit, *, num_images: int) -> LevelSource:
         """Enlargements of at least `num_images` real images, with the same noise at every level."""
         num_images = -(-num_images // self.mesh.size) * self.mesh.size  # as many for every device
-        real = split.spread(num_images, self.stage.config.low_res_resolution)
+        real = split.spread_low_res(num_images, self.stage.config.low_res_resolution)
         enlarge, rows = self._enlarger(real), np.arange(num_images)
         return LevelSource(
             real.images, lambda params, level: host_array(enlarge(params, rows, level))

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.files.npz_archive import read_arrays
@@ -76,10 +75,10 @@ class SampleStore:
     def write(self, batch: int, arrays: Arrays) -> None:
         """Stores a batch. Raises ValueError for a wrong number of samples.
 
-        If the folder was moved or removed meanwhile, it is not made again: raises UserError.
+        If the folder was moved or removed meanwhile, it is not made again: raises OSError.
         """
         if not self._folder.is_dir():
-            raise UserError(
+            raise OSError(
                 f"{self._folder}: was moved or removed while samples were written to it; bring it"
                 " back and run the same command again"
             )

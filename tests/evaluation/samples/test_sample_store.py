@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples import generate
 from cascaded_diffusion.evaluation.samples.generate import fill
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError, SampleStore
@@ -57,7 +56,7 @@ def test_a_folder_that_was_moved_is_not_made_again(tmp_path):
             (tmp_path / "run").rename(tmp_path / "elsewhere")
         return _maker([])(indices)
 
-    with pytest.raises(UserError, match="was moved or removed while samples were written"):
+    with pytest.raises(OSError, match="was moved or removed while samples were written"):
         fill(store, make, label="")
     assert not (tmp_path / "run").exists()
 
