@@ -47,7 +47,8 @@ def define_evaluate(argv: Sequence[str]) -> flags.FlagValues:
     }
     switches = {
         "follow": "keep scoring new checkpoints until training ends",
-        "allow_few_samples": "allow an FID of fewer than 2,048 samples",
+        "allow_few_samples": "allow an FID of fewer than 2,048 samples, and classes that do not"
+        " have as many each",
         "write_best": "write RUN/cascade.json, the cascade with the best setting",
         **{name: f"the same as `evaluate {name}`" for name in ("final", "cas", "sweep")},
     }

@@ -25,6 +25,7 @@ from cascaded_diffusion.evaluation.samples.stored_images import StoredImages
 from cascaded_diffusion.evaluation.settings import (
     bound_chain,
     checked_settings,
+    final_count,
     open_low_res_samples,
     open_runs_below,
 )
@@ -132,7 +133,8 @@ def _final(fv: flags.FlagValues, argv: Sequence[str]) -> int:
             " changes where that is allowed",
         )
         config = folder.read_config()
-    count = fv.num_samples or config.eval.final_num_samples
+    section = None if cascade is None else cascade.cascade
+    count = fv.num_samples or final_count(config, section)
     if cascade is None:
         below, stored = _below(fv, config, count)
         if below and stored is not None:

@@ -241,7 +241,7 @@ class EvalConfig:
     features: Literal["classifier", "resnet", "resnet50", "rotation", "inception"]  # extractor
     resize: Literal["legacy", "clean", "pytorch_fid"] | None  # to the 299 px of inception alone
     num_samples: int = _range(2, _MAX_SAMPLES)  # by which checkpoints are compared
-    final_num_samples: int = _range(2, _MAX_SAMPLES)  # of `evaluate final`
+    final_num_samples: int = _range(2, _MAX_SAMPLES)  # of `evaluate final`, but of a cascade
     sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun", "edm"] | None  # None: the stage's
     num_steps: int | None = _range(1, 10**6)  # to score a checkpoint; None: the stage's sampler's
     batch_size: int = _range(1, _MAX_BATCH)  # of samples
@@ -302,7 +302,7 @@ class CascadeSection:
     aug_levels: tuple[float, ...] = _range(0.0, 1.0)  # of each stage above the first
     truncated: bool  # each stage stops at the level of the next
     samplers: tuple[SamplerConfig, ...]  # of the stages, instead of their own
-    num_samples: int = _range(1, _MAX_SAMPLES)  # in all
+    num_samples: int = _range(1, _MAX_SAMPLES)  # in all, of `sample` and `evaluate final`
     batch_size: int = _range(1, _MAX_BATCH)  # of samples
     seed: int = _range(0, _MAX_SEED)  # of the samples' noise
 

@@ -187,6 +187,23 @@ class Evaluation:
         allow_few = self.allow_few_samples
         run_checks.check_sample_count(num_samples, config.eval.features, allow_few=allow_few)
 
+    def check_final_count(self, num_samples: int, config: RunConfig, *, generated: bool) -> None:
+        """Raises UserError unless so many samples can be measured.
+
+        Where classes are `generated` in turn, all have as many, unless few samples are allowed.
+        """
+        self.check_count(num_samples, config)
+        what = f"{num_samples} samples (--num_samples, config.cascade.num_samples)"
+        if num_samples < 2:
+            raise UserError(f"{what}: expected at least 2")
+        num_classes = config.stage.num_classes if generated else 0
+        if num_classes and num_samples % num_classes and not self.allow_few_samples:
+            raise UserError(
+                f"{what}: expected a multiple of config.stage.num_classes, which is {num_classes},"
+                " for the samples to be class-balanced; to measure them all the same, add"
+                " --allow_few_samples"
+            )
+
     def extractor(
         self,
         folder: RunFolder,

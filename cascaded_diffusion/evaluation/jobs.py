@@ -36,7 +36,7 @@ from cascaded_diffusion.evaluation.samples.sample_sources import (
 from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages
 from cascaded_diffusion.evaluation.score import RunScorer, SampleWork
-from cascaded_diffusion.evaluation.settings import Setting, bound_chain, with_setting
+from cascaded_diffusion.evaluation.settings import Setting, bound_chain, final_count, with_setting
 from cascaded_diffusion.evaluation.sweep import Sweep, best_setting
 from cascaded_diffusion.evaluation.team import Order, Team
 from cascaded_diffusion.evaluation.trained import load_trained
@@ -158,24 +158,27 @@ def final_numbers(
     `below` are the runs of the stages below; `cascade` says how they and this run are sampled, by
     default every stage as its own config says. `low_res_samples`, from
     `settings.open_low_res_samples`, are enlarged instead of real images. The number of samples is
-    `config.eval.final_num_samples` by default. Returns the content of
-    RUN/eval/final_<source>.json. Raises UserError if a sample is not finite.
+    by default `cascade.cascade.num_samples` or, of a run, `config.eval.final_num_samples`. A run's
+    samples are drawn by another seed than those that chose its checkpoint, a cascade's by its own.
+    Returns the content of RUN/eval/final_<source>.json. Raises UserError if a sample is not finite,
+    or the classes cannot have as many samples each.
 
         record = cd.final_numbers(run, evaluation, num_samples=1000)["metrics"]
     """
     config = folder.read_config()
-    count = num_samples or config.eval.final_num_samples
-    evaluation.check_count(count, config)
-    mesh, held_out = default_mesh(cascade or config), evaluation.splits["val"]
     section = None if cascade is None else cascade.cascade
+    count = num_samples or final_count(config, section)
+    mesh, held_out = default_mesh(cascade or config), evaluation.splits["val"]
     settings, team = section or config.eval, Team(folder)
+    # The samples of a run's own seed have chosen its checkpoint, and would flatter it.
+    seed = (settings.seed + 1) % 2**32 if section is None else settings.seed
     trained = load_trained(folder, mesh)
     sampling = StageSampling(
         stage=trained.stage,
         sampler=config.stage.sampler if section is None else section.samplers[-1],
         aug_level=config.eval.aug_level,
         num_samples=count,
-        seed=settings.seed,
+        seed=seed,
         mesh=mesh,
     )
     if below:
@@ -184,6 +187,8 @@ def final_numbers(
         source = sampling.of_file(low_res_samples)
     else:
         source = sampling.alone(held_out)
+    # Enlargements of given images have their classes.
+    evaluation.check_final_count(count, config, generated=source.kind not in ("real", "file"))
 
     def order(extractor: FeatureExtractor) -> Order:
         return final_order(folder, trained, extractor, sampling, source, settings.batch_size)

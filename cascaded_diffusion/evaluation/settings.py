@@ -115,6 +115,11 @@ def chain_of(runs: Sequence[RunConfig]) -> CascadeSection:
     )
 
 
+def final_count(config: RunConfig, section: CascadeSection | None) -> int:
+    """How many samples `evaluate final` measures by default, of a run or of a cascade."""
+    return config.eval.final_num_samples if section is None else section.num_samples
+
+
 def checked_settings(
     config: CascadeConfig, index: int, stages: Sequence[StageConfig], **choices: Sequence[Any]
 ) -> list[Setting]:

@@ -14,19 +14,20 @@ _DEFAULT_SECS = 1800.0
 
 
 class HangWatch:
-    """While it is open, ends this process if `step_done` is not called for so many seconds.
+    """While it is open, ends this process if `begin` is not called for so many seconds.
 
-    Before, the stacks of all threads are written to stderr. None stands for half an hour.
+    Before, the stacks of all threads are written to stderr, and a line that says what was begun
+    last. None stands for half an hour.
     """
 
     def __init__(self, secs: float | None):
         self._secs = _DEFAULT_SECS if secs is None else secs
-        self._last = time.monotonic()
+        self.begin("the first step")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
 
     def __enter__(self) -> Self:
-        self.step_done()
+        self.begin("the first step")
         self._thread.start()
         return self
 
@@ -34,9 +35,9 @@ class HangWatch:
         self._closed.set()
         self._thread.join()
 
-    def step_done(self) -> None:
-        """Says that a step has finished."""
-        self._last = time.monotonic()
+    def begin(self, what: str) -> None:
+        """Says that what was begun before has ended, and what begins now."""
+        self._what, self._last = what, time.monotonic()
 
     def _run(self) -> None:
         while (left := self._last + self._secs - time.monotonic()) > 0:
@@ -46,8 +47,8 @@ class HangWatch:
             sys.stdout.flush()
         faulthandler.dump_traceback(2, all_threads=True)
         line = (
-            f"error: no step has finished for {self._secs:g} s (config.train.hang_secs); the stacks"
-            " of all threads are above; run the same command again\n"
+            f"error: {self._what}: not done after {self._secs:g} s (config.train.hang_secs); the"
+            " stacks of all threads are above; run the same command again\n"
         )
         os.write(2, line.encode())
         os._exit(EXIT_TRY_AGAIN)

@@ -129,9 +129,10 @@ def train(
                 if (traced := profiler.after(step, metrics)) is not None:
                     recorder.say(traced)
                 recorder.add(step, state, metrics)
-                hang_watch.step_done()
+                hang_watch.begin(f"saving and sampling after step {step}")
                 stopping = asked_to_stop(step)
                 recorder.keep(step, state, stopping=stopping)
+                hang_watch.begin(f"the step after {step}")
                 if stopping and step < total:
                     reason = "preempted"
                     break

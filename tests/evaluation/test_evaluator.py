@@ -1,6 +1,7 @@
 """What samples are compared with: extractors that can mean something, references that fit."""
 
 import dataclasses
+import json
 import shutil
 from functools import partial
 
@@ -18,6 +19,7 @@ from cascaded_diffusion.evaluation.features import classifier_training
 from cascaded_diffusion.evaluation.features.classifier_training import RECIPES
 from cascaded_diffusion.evaluation.jobs import bits_per_dim
 from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit
+from cascaded_diffusion.evaluation.settings import final_count
 from cascaded_diffusion.evaluation.sweep import Sweep
 from cascaded_diffusion.files.json_files import read_lines
 from cascaded_diffusion.runtime.mesh import build_mesh
@@ -210,6 +212,10 @@ def test_photos_without_classes_are_trained_on_and_scored(tmp_path, monkeypatch,
     final = ["evaluate", f"--workdir={tmp_path}/run", "--final", "--num_samples=16"]
     assert evaluate.main(final) == 0
     assert "Low-res input: real (8 images); " in capsys.readouterr().out
+    # By other noise than that of the samples by which the checkpoint was chosen.
+    record = json.loads((folder.eval / "final_real.json").read_text())
+    assert (best["seed"], record["seed"]) == (0, 1)
+    assert record["metrics"]["fd_rotation_16_train"] != best["value"]
     samples = f"--samples={tmp_path}/run/eval/final_real.npz"
     assert evaluate.main(["evaluate", f"--workdir={tmp_path}/run", samples]) == 0
     assert '"fd_rotation_16": ' in capsys.readouterr().out
@@ -217,3 +223,29 @@ def test_photos_without_classes_are_trained_on_and_scored(tmp_path, monkeypatch,
         evaluate.main(["evaluate", f"--workdir={tmp_path}/run", samples, "--cas"])
     assert report.main(["report", f"--workdir={tmp_path}/run"]) == 0
     assert "fd_rotation_16_val" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "generated", "refused"),
+    [
+        (30, True, None),
+        (25, True, r"25 samples .*expected a multiple of config.stage.num_classes, which is 10"),
+        (25, False, None),  # given images have their own classes
+        (1, False, "1 samples .*expected at least 2"),
+    ],
+)
+def test_final_numbers_are_of_as_many_samples_of_every_class(count, generated, refused):
+    config = tiny_base()
+    if refused is None:
+        lib.Evaluation({}).check_final_count(count, config, generated=generated)
+        return
+    with pytest.raises(UserError, match=refused):
+        lib.Evaluation({}).check_final_count(count, config, generated=generated)
+    if count > 1:
+        lib.Evaluation({}, allow_few_samples=True).check_final_count(count, config, generated=True)
+
+
+def test_a_cascade_says_how_many_final_samples_it_has():
+    config, section = tiny_base(), cascade_config_from(config_values("mnist_cascade32")).cascade
+    assert final_count(config, None) == config.eval.final_num_samples
+    assert final_count(config, dataclasses.replace(section, num_samples=70)) == 70

@@ -17,7 +17,7 @@ def wait_for_data():
 with HangWatch(0.5) as watch:
     for _ in range(4):
         time.sleep(0.2)
-        watch.step_done()
+        watch.begin("reading")
     print("four steps are done")
     wait_for_data()
 """
@@ -32,7 +32,7 @@ def test_a_hanging_process_ends_with_the_stacks_of_its_threads():
     *stacks, line = result.stderr.splitlines()
     assert "in wait_for_data" in "\n".join(stacks)
     assert line == (
-        "error: no step has finished for 0.5 s (config.train.hang_secs); the stacks of all threads"
+        "error: reading: not done after 0.5 s (config.train.hang_secs); the stacks of all threads"
         " are above; run the same command again"
     )
 
@@ -41,6 +41,6 @@ def test_it_ends_with_the_training():
     with HangWatch(0.2) as watch:
         for _ in range(4):
             time.sleep(0.1)
-            watch.step_done()
+            watch.begin("the next")
     assert not watch._thread.is_alive()
     time.sleep(0.3)  # nothing ends this process
