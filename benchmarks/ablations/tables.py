@@ -142,6 +142,7 @@ SINGLE = Model(
     ),
 )
 LEVELS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6)
+_WIDE_LEVELS = (0.0, 0.15, 0.3, 0.45, 0.6)
 LEVEL = 0.15  # where a table is not about it
 _ENDS = (
     Row(label={"model": "real held-out images"}, images="real"),
@@ -150,13 +151,12 @@ _ENDS = (
 )
 
 
-def _augmentation(budget: Budget, base_sampler: Settings = ()) -> list[Row]:
+def _augmentation(budget: Budget) -> list[Row]:
     """Table 1: one model, a cascade without augmentation, with it, at every level."""
     plain = Row(
         label={"model": "cascade without augmentation"},
         models=(BASE, NO_AUGMENT),
         aug_levels=(0.0,),
-        base_sampler=base_sampler,
     )
     rows = [
         Row(label={"model": "single model"}, models=(SINGLE,), as_costly_as=plain),
@@ -170,27 +170,11 @@ def _augmentation(budget: Budget, base_sampler: Settings = ()) -> list[Row]:
                 models=(BASE, ENLARGE),
                 aug_levels=(level,),
                 truncated=truncated,
-                base_sampler=base_sampler,
             )
             for level in LEVELS
             if level > 0 or not truncated  # at 0 the two are one
         ]
     return [*rows, *_ENDS]
-
-
-# The demo's networks are those of CIFAR-10 on two cores, but for the channels.
-_DIGITS = {
-    "stage.channels": 1,
-    "data.name": "mnist",
-    "data.prepared_dir": None,
-    "data.resolution": 32,
-    "data.random_flip": False,
-}
-
-
-def _digits(budget: Budget) -> list[Row]:
-    """Table 1 on digits, which these budgets suffice for; without guidance, as in the paper."""
-    return _augmentation(budget, (("guidance_scale", 1.0),))
 
 
 # Four-fold, as in the paper's ablation. The base model's images are a quarter as large.
@@ -218,6 +202,33 @@ def _fourfold(budget: Budget) -> list[Row]:
     ]
 
 
+def _of_length(model: Model, length: float) -> Model:
+    # A training of its own, whose learning rate rises and falls within it.
+    return dataclasses.replace(model, share=length * model.share)
+
+
+def _flops(model: Model, budget: Budget) -> str:
+    return f"{model.share * budget.flops:.2g}"
+
+
+def _mistakes(budget: Budget) -> list[Row]:
+    """Base models of short trainings below the same enlarging stages; no guidance (paper)."""
+    base, top = dataclasses.replace(BASE, share=0.2), dataclasses.replace(ENLARGE, share=0.8)
+    plain = dataclasses.replace(top, changes=_WITHOUT_AUGMENT)
+    kinds = [("without augmentation", plain, LEVELS[:1]), ("augmented", top, _WIDE_LEVELS)]
+    return [
+        Row(
+            label={"FLOP, base": _flops(below, budget), "enlarging stage": kind, "s": level},
+            models=(below, model),
+            aug_levels=(level,),
+            base_sampler=(("guidance_scale", 1.0),),
+        )
+        for below in (_of_length(base, length) for length in _LENGTHS[1:])
+        for kind, model, levels in kinds
+        for level in levels
+    ]
+
+
 _LENGTHS = (0.125, 0.25, 0.5, 1.0)
 
 
@@ -229,22 +240,14 @@ def _training(budget: Budget) -> list[Row]:
     ]
     # Both stages for as many FLOPs; then the best base model below the other enlarging stages.
     pairs = [(x, x) for x in _LENGTHS] + [(1.0, x) for x in _LENGTHS[:-1]]
-
-    # Each length is a training of its own, whose learning rate rises and falls within it.
-    def of_length(model: Model, length: float) -> Model:
-        return dataclasses.replace(model, share=length * model.share)
-
-    def flops(model: Model, length: float) -> str:
-        return f"{length * model.share * budget.flops:.2g}"
-
     return [
         Row(
             label={
-                "FLOP, base": flops(BASE, below),
-                "FLOP, enlarging": flops(above, length),
+                "FLOP, base": _flops(_of_length(BASE, below), budget),
+                "FLOP, enlarging": _flops(_of_length(above, length), budget),
                 "enlarging stage": name,
             },
-            models=(of_length(BASE, below), of_length(above, length)),
+            models=(_of_length(BASE, below), _of_length(above, length)),
             aug_levels=(level,),
         )
         for below, length in pairs
@@ -472,11 +475,8 @@ TABLES = {
     "augmentation": Table(
         title="Cascades with and without conditioning augmentation", rows=_augmentation, across="s"
     ),
-    "digits": Table(
-        title="Cascades of digits with and without conditioning augmentation",
-        rows=_digits,
-        across="s",
-        changes=_DIGITS,
+    "mistakes": Table(
+        title="Base models that make more or fewer mistakes", rows=_mistakes, across="s", cas=False
     ),
     "fourfold": Table(
         title="Four-fold enlargement, from 8 to 32 px", rows=_fourfold, across="s", cas=False
