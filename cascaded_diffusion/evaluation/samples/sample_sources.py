@@ -74,8 +74,10 @@ class RealSplit:
         return _joined(part(rows[i : i + _CHUNK]) for i in range(0, len(rows), _CHUNK))
 
     def spread_low_res(self, count: int, resolution: int) -> LabelledImages:
-        """That of `count` images spread over the split, often sorted by class; of too few, all in
-        turn."""
+        """The low-res input for images spread over the split, often sorted by class.
+
+        Of fewer than `count` images, all are taken in turn.
+        """
         rows = np.arange(count)
         rows = rows % self.size if count > self.size else rows * self.size // count
         return self.low_res(rows, resolution)
