@@ -38,6 +38,7 @@ from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import write_npz_whole
 from cascaded_diffusion.networks import classifier as networks
 from cascaded_diffusion.planning import plans
+from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.mesh import build_mesh
 from cascaded_diffusion.runtime.progress import Progress
 from cascaded_diffusion.runtime.run_folder import RunFolder
@@ -48,6 +49,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Fewer optimizer steps say nothing about a model.
 MIN_STEPS = 50
 _TIMED_STEPS = 30  # by which the time of a step is measured
+_SHOWN = 10  # samples in a row of a picture
 
 
 class OutOfTime(Exception):
@@ -253,6 +255,15 @@ class Lab:
         num_classes = chain.stages[-1].config.stage.num_classes
         labels = generate.labels_of(np.arange(count), num_classes) if num_classes else None
         return Samples(images, labels, *chain.cost())
+
+    def shown(self, rows: Sequence[Row]) -> np.ndarray:
+        """A picture of the first samples of rows above one base model, and of what that made."""
+        first = [dataclasses.replace(row, num_samples=_SHOWN) for row in rows]
+        below = dataclasses.replace(first[0], models=first[0].models[:1], aug_levels=())
+        strips = [(", ".join(map(str, r.label.values())), self.samples(r, 0).images) for r in first]
+        small, size = self.samples(below, 0).images, strips[0][1].shape[1]
+        enlarged = small.repeat(size // small.shape[1], 1).repeat(size // small.shape[2], 2)
+        return pictures.labelled_rows([("the base model's samples", enlarged), *strips], scale=3)
 
     def _chain(self, row: Row, seed: int) -> Chain:
         stages = [self.trained(model, seed, by_time=row.by_time) for model in row.models]

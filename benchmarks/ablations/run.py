@@ -35,6 +35,7 @@ from cascaded_diffusion.commands import entry, jax_setup  # noqa: E402
 from cascaded_diffusion.config.schema import to_dict  # noqa: E402
 from cascaded_diffusion.errors import UserError  # noqa: E402
 from cascaded_diffusion.files.whole import write_whole  # noqa: E402
+from cascaded_diffusion.runtime import pictures  # noqa: E402
 
 if TYPE_CHECKING:
     from lab import Lab
@@ -170,6 +171,9 @@ def main(argv: Sequence[str]) -> int:
         plot = pages.plot_of(results.about, results.rows)
         if plot is not None:
             write_whole(path.with_suffix(".png"), plot)
+        if complete and table.shown:
+            picture = lab.shown(table.rows(budget)[: table.shown])
+            pictures.save_png(path.with_name(f"{name}_samples.png"), picture)
         if flags.write:
             pages.write_into(ROOT / "docs" / "results.md", name, text)
     return 0 if complete else EXIT_INCOMPLETE

@@ -201,6 +201,20 @@ def test_every_length_is_a_training_of_its_own(run, monkeypatch):
     assert len(set(distances)) == len(distances)
 
 
+def test_the_first_samples_above_one_base_model_are_shown(run, monkeypatch):
+    import tables
+    from PIL import Image
+
+    monkeypatch.setattr(tables, "_WIDE_LEVELS", (0.0, 0.6))
+    table = dataclasses.replace(tables.TABLES["mistakes"], shown=3)
+    monkeypatch.setitem(tables.TABLES, "mistakes", table)
+    code, results, path = run("mistakes", "--flops=1e10")
+    assert code == 0
+    assert [row["label"]["FLOP, base"] for row in results["rows"][:4]] == ["5e+08"] * 3 + ["1e+09"]
+    with Image.open(path.with_name("mistakes_smoke_samples.png")) as picture:
+        assert picture.size == (3 * (10 * 33 + 1), 4 * (18 + 3 * 34))
+
+
 def test_neighbours_tell_what_was_seen_from_what_was_not(run):
     code, results, path = run("memorised")
     assert code == 0
