@@ -33,8 +33,7 @@ from cascaded_diffusion.runtime import manifest
 from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from cascaded_diffusion.training import step as step_lib
-from cascaded_diffusion.training.hang import HangWatch
-from cascaded_diffusion.training.recorder import GridSampler
+from cascaded_diffusion.training.recorder import GridSampler, Recorder
 from cascaded_diffusion.training.step import TrainState
 
 
@@ -122,7 +121,7 @@ def signalled_phases(bench: Bench, expected: Result) -> list[Row]:
     phases: dict[str, tuple[object, str]] = {
         "the start": (jax_setup, "set_up_jax"),
         "compilation": (step_lib, "compile_train_step"),
-        "a step": (HangWatch, "step_done"),
+        "a step": (Recorder, "add"),
         "a save": (CheckpointWriter, "save"),
         "the sample grid": (GridSampler, "__call__"),
     }
