@@ -52,6 +52,12 @@ def _run(binary, *flags, code=0, one_layer=True):
     return result.stdout
 
 
+def _fails(binary, *flags):
+    result = BINARIES.run(binary, *flags)
+    assert result.returncode == 2
+    return result.stderr
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Both stages trained and scored."""
@@ -163,7 +169,9 @@ def test_the_cascade_is_sampled_truncated_or_not_and_measured(runs):
     assert set(record) >= METRICS
 
     # The final numbers of the cascade are of the same images.
-    _run("evaluate", "--final", f"--workdir={root}", cascade, "--num_samples=40")
+    final = ["evaluate", "--final", f"--workdir={root}", cascade]
+    assert "for the samples to be class-balanced" in _fails(*final, "--num_samples=25")
+    _run(*final, "--num_samples=40")
     final = json.loads((root / "sr32" / "eval" / "final_cascade.json").read_text())
     for name in METRICS - {"accuracy_classifier_40", "is_classifier_40", "is_std_classifier_40"}:
         assert final["metrics"][f"{name}_train"] == pytest.approx(record[name], rel=1e-6), name

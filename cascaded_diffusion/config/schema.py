@@ -218,7 +218,7 @@ class TrainConfig:
     # Steps with a loss or gradient that is not finite are skipped, until they are too many.
     max_nonfinite_in_row: int | None = _range(2, 10**6)  # None: 3
     max_nonfinite_per_thousand: int | None = _range(1, 1000)  # None: 10
-    hang_secs: float | None = _above(0.0, 1e6)  # without a step, after which it ends; None: 1800
+    hang_secs: float | None = _above(0.0, 1e6)  # for a step, or a save and its samples; None: 1800
     log_every_steps: int = _range(1, _MAX_STEPS)  # between lines of metrics.jsonl
     # Grids of EMA samples for TensorBoard, at the last step too; None: never.
     sample_every_steps: int | None = _range(1, _MAX_STEPS)

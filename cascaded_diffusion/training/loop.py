@@ -74,7 +74,7 @@ def train(
         outcome = resume.finished(folder, config, start_over=start_over)
         if outcome is not None:
             resume.store(folder, config, data, changed)
-            if is_first_process and not folder.complete_path.exists():
+            if is_first_process and outcome.step and not folder.complete_path.exists():
                 _write_complete(folder, outcome)  # asked to stop while no trainer was running
             return outcome
         checkpoints = CheckpointWriter(folder, config.checkpoint)
@@ -85,9 +85,6 @@ def train(
         newest = checkpoints.newest_step(start_over=start_over)
         profiler = monitor.StepProfiler(folder.profile, profile_steps)
         profiler.check((newest or 0) + 1, total)
-        if is_first_process:
-            # Whoever waits for a shorter run that now resumes, waits for the new end.
-            folder.complete_path.unlink(missing_ok=True)
         compiling = _start_compiling(stage, config, mesh, abstract, image_shape, low_res_shape)
         if newest is not None:
             state = checkpoints.restore(newest, abstract)
@@ -97,6 +94,8 @@ def train(
         resume.store(folder, config, data, changed, mesh)
         step = int(state.step)
         if is_first_process:
+            # Whoever waits for a shorter run that now resumes, waits for the new end.
+            folder.complete_path.unlink(missing_ok=True)
             folder.forget_imported()
             print_parameter_overview(state.params)
         local_batches = data_from(step)
@@ -132,10 +131,11 @@ def train(
                 hang_watch.begin(f"saving and sampling after step {step}")
                 stopping = asked_to_stop(step)
                 recorder.keep(step, state, stopping=stopping)
-                hang_watch.begin(f"the step after {step}")
+                hang_watch.begin(f"the steps from {step} on")  # they are waited for one late
                 if stopping and step < total:
                     reason = "preempted"
                     break
+            hang_watch.begin("the last save")
             recorder.finish(step, state)
         outcome = Outcome(reason=reason, step=step)
         if reason != "preempted" and is_first_process:

@@ -213,6 +213,16 @@ def test_the_first_samples_above_one_base_model_are_shown(run, monkeypatch):
     assert [row["label"]["FLOP, base"] for row in results["rows"][:4]] == ["5e+08"] * 3 + ["1e+09"]
     with Image.open(path.with_name("mistakes_smoke_samples.png")) as picture:
         assert picture.size == (3 * (10 * 33 + 1), 4 * (18 + 3 * 34))
+        shown = np.asarray(picture).reshape(4, 18 + 3 * 34, 3 * (10 * 33 + 1), 3)
+    # The first image of each row, without its frame.
+    base, *enlarged = shown[:, 18 + 3 : 18 + 3 + 96, 3 : 3 + 96]
+
+    def has_16_px(image):
+        return (image == image[::6, ::6].repeat(6, 0).repeat(6, 1)).all()
+
+    assert has_16_px(base)
+    assert not any(map(has_16_px, enlarged))
+    assert not (enlarged[0] == enlarged[1]).all()
 
 
 def test_neighbours_tell_what_was_seen_from_what_was_not(run):

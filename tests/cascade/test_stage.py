@@ -246,6 +246,31 @@ def test_the_real_network_learns_a_variance_and_samples_with_it():
     assert np.isfinite(bits).all()
 
 
+def test_the_bound_is_that_given_the_low_res_image():
+    config = smallest_sr(
+        stage__sampler__name="ancestral",
+        stage__sampler__variance="large",
+        stage__sampler__eta=None,
+        stage__sampler__num_steps=2,
+    )
+    stage = build_stage(config.stage)
+    # Initial parameters enlarge all alike.
+    params = jax.tree.map(lambda x: x + 0.02, jax.jit(stage.init)(jax.random.key(0)))
+    image = np.random.default_rng(0).uniform(-1, 1, (4, 32, 32, 1)).astype(np.float32)
+    keys, labels = keys_for(jax.random.key(1), jnp.arange(4)), jnp.arange(4)
+
+    @jax.jit
+    def bits(low_res):
+        return stage.bits_per_dim(
+            params, keys, image, label=labels, low_res=low_res, aug_level=0.1,
+            sampler=config.stage.sampler,
+        )  # fmt: skip
+
+    derived = stage.low_res_from(jnp.asarray(image))
+    np.testing.assert_allclose(bits(derived), bits(None), rtol=1e-5)
+    assert not np.allclose(bits(-derived), bits(None), rtol=1e-5)
+
+
 def _cascade(stages, truncated, num_steps=3):
     (base, base_params), (sr, sr_params) = stages
     samplers = [

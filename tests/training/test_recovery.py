@@ -193,24 +193,10 @@ def test_early_stop_is_honoured_before_anything_is_compiled(run, monkeypatch):
     # By this, `evaluate --follow` ends, though no trainer ran when it asked to stop.
     record = json.loads(run.complete_path.read_text())
     assert record == {"reason": "early_stop", "step": 6}
+    assert _train(run.path, _longer()) == outcome
     assert run.how_to_resume() == f"remove {run.early_stop_path}"
     run.ask_to_stop(3)
     assert "patience_evals" in run.how_to_resume()
-
-
-def test_a_longer_run_is_not_complete_from_its_start_on(run, monkeypatch):
-    """`evaluate --follow`, started together with it, waits for its end."""
-    seen = []
-    start_compiling = loop._start_compiling
-
-    def compiles(*args):
-        seen.append(run.complete_path.exists())
-        return start_compiling(*args)
-
-    monkeypatch.setattr(loop, "_start_compiling", compiles)
-    assert run.complete_path.exists()
-    assert _train(run.path, _longer()).step == 8
-    assert seen == [False]
 
 
 def test_a_run_without_an_intact_checkpoint_is_refused_before_anything_is_compiled(

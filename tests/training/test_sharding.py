@@ -12,6 +12,8 @@ import pytest
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.schema import MeshConfig
 from cascaded_diffusion.data.loader import build_stream, iterate
+from cascaded_diffusion.evaluation.features.classifier_training import LabelledImages
+from cascaded_diffusion.evaluation.samples.sample_sources import shrunk
 from cascaded_diffusion.networks import layers, unet
 from cascaded_diffusion.networks.conditioning import ConditionalNetwork
 from cascaded_diffusion.networks.kernels import sums, winograd
@@ -265,3 +267,11 @@ def test_a_grid_is_sampled_on_devices_that_do_not_divide_it():
     picture = GridSampler(step.stage_for_sampling(stage, mesh), config, mesh, examples)(params)
     alone = GridSampler(stage, config, _mesh(), examples)(jax.device_get(params))
     assert np.abs(picture.astype(int) - alone).max() <= 2
+    # Where low-res images are stored, they are what is enlarged.
+    derived = shrunk(LabelledImages(examples["image"], examples["label"]), 16).images
+    # Initial parameters enlarge all alike.
+    params = jax.tree.map(lambda x: x + 0.02, jax.device_get(params))
+    alone = GridSampler(stage, config, _mesh(), examples)(params)
+    for low_res, same in ((derived, True), (255 - derived, False)):
+        stored = GridSampler(stage, config, _mesh(), {**examples, "low_res": low_res})
+        assert (stored(params) == alone).all() == same
