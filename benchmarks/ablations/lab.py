@@ -260,7 +260,8 @@ class Lab:
         """A picture of the first samples of rows above one base model, and of what that made."""
         first = [dataclasses.replace(row, num_samples=_SHOWN) for row in rows]
         below = dataclasses.replace(first[0], models=first[0].models[:1], aug_levels=())
-        strips = [(", ".join(map(str, r.label.values())), self.samples(r, 0).images) for r in first]
+        captions = ["; ".join(f"{k}: {v}" for k, v in row.label.items()) for row in first]
+        strips = list(zip(captions, (self.samples(row, 0).images for row in first), strict=True))
         small, size = self.samples(below, 0).images, strips[0][1].shape[1]
         enlarged = small.repeat(size // small.shape[1], 1).repeat(size // small.shape[2], 2)
         return pictures.labelled_rows([("the base model's samples", enlarged), *strips], scale=3)
