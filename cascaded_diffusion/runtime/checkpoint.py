@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -34,6 +35,7 @@ _ITEM = "state"
 # How tensorstore reports an error of the operating system, in the middle of a long line.
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 _MAX_REASON = 200
+_MORE_LISTINGS = 4  # of a folder in a bucket, before it counts as missing
 _Leaf = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -114,11 +116,21 @@ class CheckpointWriter:
         self._deleted = folder.path / ".deleted_checkpoints"
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_not_of_orbax)
+        with self._as_user_error(0):
+            self._manager = self._opened()
+
+    def _opened(self) -> ocp.CheckpointManager:
         # Orbax deletes no older checkpoints: it would do so before the manifest is written.
         options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
-        with self._as_user_error(0):
-            path = for_orbax(folder.checkpoints)
-            self._manager = ocp.CheckpointManager(path, options=options, item_names=(_ITEM,))
+        # It lists the folder while it deletes what a killed save has left there, and in a bucket a
+        # folder is gone with its last object.
+        more_tries = _MORE_LISTINGS if isinstance(self._folder.path, BucketPath) else 0
+        path = for_orbax(self._folder.checkpoints)
+        for _ in range(more_tries):
+            with contextlib.suppress(FileNotFoundError):
+                return ocp.CheckpointManager(path, options=options, item_names=(_ITEM,))
+            time.sleep(1.0)
+        return ocp.CheckpointManager(path, options=options, item_names=(_ITEM,))
 
     def save(self, step: int, state: object) -> None:
         """Starts to save; returns when the state is copied off the devices.

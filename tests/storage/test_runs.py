@@ -19,7 +19,7 @@ from cascaded_diffusion.files.whole import files_below
 from cascaded_diffusion.runtime import checkpoint, manifest
 from cascaded_diffusion.runtime.run_folder import RunFolder
 from tests.binaries import command, environment
-from tests.tiny import ROOT
+from tests.tiny import ROOT, tiny_base
 
 STEPS = 40
 _FLAGS = [
@@ -88,6 +88,15 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(folder, expected, tmp_path):
     assert "has changed since it was written" in said[0]
     assert manifest.steps_on_disk(finished) == [32]
     assert (finished.damaged / "40" / "manifest.json").is_file()
+
+
+def test_a_first_save_that_was_killed_is_no_obstacle(folder):
+    # Orbax deletes it, and with it all that there is of the folder.
+    left = folder / "checkpoints" / "2.orbax-checkpoint-tmp-1" / "state" / "manifest.ocdbt"
+    left.write_bytes(b"half")
+    writer = checkpoint.CheckpointWriter(RunFolder(folder), tiny_base().checkpoint)
+    assert writer.newest_step() is None
+    writer.close()
 
 
 def test_twelve_kills_in_the_middle_of_uploads_change_nothing(folder, tmp_path, expected, server):
