@@ -169,9 +169,9 @@ def test_the_cascade_is_sampled_truncated_or_not_and_measured(runs):
     assert set(record) >= METRICS
 
     # The final numbers of the cascade are of the same images.
-    final = ["evaluate", "--final", f"--workdir={root}", cascade]
-    assert "for the samples to be class-balanced" in _fails(*final, "--num_samples=25")
-    _run(*final, "--num_samples=40")
+    measure = ["evaluate", "--final", f"--workdir={root}", cascade]
+    assert "for the samples to be class-balanced" in _fails(*measure, "--num_samples=25")
+    _run(*measure, "--num_samples=40")
     final = json.loads((root / "sr32" / "eval" / "final_cascade.json").read_text())
     for name in METRICS - {"accuracy_classifier_40", "is_classifier_40", "is_std_classifier_40"}:
         assert final["metrics"][f"{name}_train"] == pytest.approx(record[name], rel=1e-6), name

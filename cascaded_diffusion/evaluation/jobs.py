@@ -168,6 +168,9 @@ def final_numbers(
     config = folder.read_config()
     section = None if cascade is None else cascade.cascade
     count = num_samples or final_count(config, section)
+    # Enlargements of given images have their classes.
+    generated = bool(below) or config.stage.kind == "base"
+    evaluation.check_final_count(count, config, generated=generated)
     mesh, held_out = default_mesh(cascade or config), evaluation.splits["val"]
     settings, team = section or config.eval, Team(folder)
     # The samples of a run's own seed have chosen its checkpoint, and would flatter it.
@@ -187,8 +190,6 @@ def final_numbers(
         source = sampling.of_file(low_res_samples)
     else:
         source = sampling.alone(held_out)
-    # Enlargements of given images have their classes.
-    evaluation.check_final_count(count, config, generated=source.kind not in ("real", "file"))
 
     def order(extractor: FeatureExtractor) -> Order:
         return final_order(folder, trained, extractor, sampling, source, settings.batch_size)
@@ -236,13 +237,11 @@ def bits_per_dim(
         raise UserError(f"bits/dim of {count} image: expected at least 2, for a standard error")
     chain = bound_chain(config.stage, num_steps)
     # Spread over the split, which may be sorted by class.
-    chosen = [i * len(split) // count for i in range(count)]
-    images = split.raw(chosen)
+    examples = split.read([i * len(split) // count for i in range(count)])
+    low_res = examples.get("low_res")  # stored; otherwise the stage makes it
     mesh, level, key = default_mesh(config), settings.aug_level, jax.random.key(settings.seed)
     trained = load_trained(folder, mesh)
-    stage, low_res = trained.stage, None
-    if stage.augment is not None:
-        low_res = split.low_res(chosen, config.stage.low_res_resolution).images
+    stage = trained.stage
     print(f"{trained.name}: the bound of {chain.num_steps} steps, variance {chain.variance}")
 
     @jax.jit
@@ -271,8 +270,8 @@ def bits_per_dim(
         batch = of_batch(
             trained.params,
             keys_for(key, put_batch(indices, mesh)),
-            put_batch(images.images[rows], mesh),
-            put_batch(images.labels[rows], mesh) if stage.config.num_classes else None,
+            put_batch(examples["image"][rows], mesh),
+            put_batch(examples["label"][rows], mesh) if stage.config.num_classes else None,
             None if low_res is None else put_batch(low_res[rows], mesh),
         )
         values.append(np.asarray(batch)[: count - start])

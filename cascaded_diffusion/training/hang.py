@@ -22,7 +22,6 @@ class HangWatch:
 
     def __init__(self, secs: float | None):
         self._secs = _DEFAULT_SECS if secs is None else secs
-        self.begin("the first step")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
 
