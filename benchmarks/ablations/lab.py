@@ -49,7 +49,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Fewer optimizer steps say nothing about a model.
 MIN_STEPS = 50
 _TIMED_STEPS = 30  # by which the time of a step is measured
-_SHOWN = 10  # samples in a row of a picture
+_SHOWN, _SHOWN_SIZE = 10, 96  # samples in a row of a picture, and pixels of one
 
 
 class OutOfTime(Exception):
@@ -264,7 +264,8 @@ class Lab:
         strips = list(zip(captions, (self.samples(row, 0).images for row in first), strict=True))
         small, size = self.samples(below, 0).images, strips[0][1].shape[1]
         enlarged = small.repeat(size // small.shape[1], 1).repeat(size // small.shape[2], 2)
-        return pictures.labelled_rows([("the base model's samples", enlarged), *strips], scale=3)
+        rows = [("the base model's samples", enlarged), *strips]
+        return pictures.labelled_rows(rows, scale=max(1, _SHOWN_SIZE // size))
 
     def _chain(self, row: Row, seed: int) -> Chain:
         stages = [self.trained(model, seed, by_time=row.by_time) for model in row.models]

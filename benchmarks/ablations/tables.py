@@ -438,25 +438,25 @@ def _sr96(sigmas: tuple[float, float] | None) -> Model:
     )
 
 
+_BLURS = (None, (0.2, 0.4), (0.4, 0.6), (0.6, 1.0), (1.0, 1.8))
+
+
 def _blur(budget: Budget) -> list[Row]:
     """Table 3: ranges of the blur of the top stage; 0.4 to 0.6 is the paper's at 128 and 256 px."""
-    rows = []
-    for sigmas in (None, (0.2, 0.4), (0.4, 0.6), (0.6, 1.0), (1.0, 1.8)):
-        blur = f"{sigmas[0]:g} to {sigmas[1]:g}" if sigmas else "none"
-        rows += [
-            Row(
-                label={"blur, sigma": blur, "low-res input": "generated"},
-                models=(BASE24, SR48, _sr96(sigmas)),
-                aug_levels=(LEVEL, 0.0),
-            ),
-            Row(
-                label={"blur, sigma": blur, "low-res input": "real"},
-                images="real_low_res",
-                models=(_sr96(sigmas),),
-                aug_levels=(0.0,),
-            ),
-        ]
-    return rows
+    inputs = [("generated", "cascade", (BASE24, SR48)), ("real", "real_low_res", ())]
+    return [
+        Row(
+            label={
+                "blur, sigma": f"{sigmas[0]:g} to {sigmas[1]:g}" if sigmas else "none",
+                "low-res input": kind,
+            },
+            images=images,
+            models=(*below, _sr96(sigmas)),
+            aug_levels=(LEVEL, 0.0) if below else (0.0,),
+        )
+        for kind, images, below in inputs
+        for sigmas in _BLURS
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -498,6 +498,7 @@ TABLES = {
         rows=_blur,
         changes=_PHOTOS,
         cas=False,
+        shown=len(_BLURS),
     ),
     "conditioning": Table(title="Classes and flips", rows=_conditioning),
     "peer": Table(title="Beside diffusers, at equal time", rows=_peer),
