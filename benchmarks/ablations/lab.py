@@ -48,6 +48,7 @@ from cascaded_diffusion.types import Params
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Fewer optimizer steps say nothing about a model.
 MIN_STEPS = 50
+_REPORT_STEPS = 50  # between lines of progress, and looks at the clock
 _TIMED_STEPS = 30  # by which the time of a step is measured
 _SHOWN, _SHOWN_SIZE = 10, 96  # samples in a row of a picture, and pixels of one
 
@@ -195,11 +196,15 @@ class Lab:
         path = self._folder / "models" / f"{config.stage.name}_{digest}.npz"
         stage = build_stage(config.stage)
         if not path.exists():
-            write_npz_whole(path, networks.flatten_params(self._train(config, stage)))
+            part = path.with_suffix(".part")
+            write_npz_whole(path, networks.flatten_params(self._train(config, stage, part)))
+            part.unlink(missing_ok=True)
         return Trained(config, stage, networks.unflatten_params(read_arrays(path)), digest)
 
-    def _train(self, config: RunConfig, stage: Stage) -> dict[str, Params]:
-        """Trains, and returns the averages at the end."""
+    def _train(
+        self, config: RunConfig, stage: Stage, part: pathlib.Path | None = None
+    ) -> dict[str, Params]:
+        """Trains, and returns the averages at the end. Out of time, it stores what is a `part`."""
         train, images = config.train, self.images["train"].whole
         state = step_lib.init_state(stage, train, self._mesh)
         program = _train_program(_with_train(config, seed=0), self._mesh)
@@ -208,20 +213,26 @@ class Lab:
         label = f"{config.stage.name}, seed {train.seed}"
         progress = Progress(train.train_steps, unit="steps", label=label)
         rows = np.empty(0, np.int64)
+        if part is not None and part.exists():
+            state = _restored(part, state)
+        first = int(state.step)
         for step in range(train.train_steps):
             while len(rows) < train.batch_size:
                 rows = np.concatenate([rows, order.permutation(len(images.labels))])
             chosen, rows = np.split(rows, [train.batch_size])
+            mirrored = order.random(len(chosen)) < 0.5 if flip else np.zeros(len(chosen), bool)
+            if step < first:
+                continue  # taken before; the order of the images goes on from here
             batch = images.images[chosen]
-            if flip:
-                mirrored = order.random(len(batch)) < 0.5
-                batch[mirrored] = batch[mirrored, :, ::-1]
+            batch[mirrored] = batch[mirrored, :, ::-1]
             records = {"image": batch, "label": images.labels[chosen]}
             records = {k: generate.put_batch(v, self._mesh) for k, v in records.items()}
             state, metrics = program(state, records)
-            if (step + 1) % 50 == 0 or step + 1 == train.train_steps:
+            if (step + 1) % _REPORT_STEPS == 0 or step + 1 == train.train_steps:
                 progress.update(step + 1, loss=f"{float(metrics['loss']):.4f}")
-                self.check_time()
+                if part is not None and step + 1 < train.train_steps and self._is_late():
+                    write_npz_whole(part, _stored(state))
+                    raise OutOfTime
         progress.close()
         loss = float(metrics["loss"])
         if not np.isfinite(loss):
@@ -382,12 +393,36 @@ class Lab:
 
     def check_time(self) -> None:
         """Raises OutOfTime at the deadline."""
-        if time.monotonic() > self._deadline:
+        if self._is_late():
             raise OutOfTime
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._deadline
 
 
 def _with_train(config: RunConfig, **values: int) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **values))
+
+
+def _changing(state: step_lib.TrainState) -> dict[str, object]:
+    """What steps change: all but the key, which is that of the seed."""
+    values = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: value for name, value in values.items() if name != "key"}
+
+
+def _stored(state: step_lib.TrainState) -> dict[str, np.ndarray]:
+    """A state as arrays of a file."""
+    return {
+        f"arr_{i}": leaf for i, leaf in enumerate(jax.device_get(jax.tree.leaves(_changing(state))))
+    }
+
+
+def _restored(path: pathlib.Path, state: step_lib.TrainState) -> step_lib.TrainState:
+    """The state that `_stored` made of one that began as `state`."""
+    arrays = read_arrays(path)
+    leaves, tree = jax.tree.flatten(_changing(state))
+    values = [jax.device_put(arrays[f"arr_{i}"], x.sharding) for i, x in enumerate(leaves)]
+    return dataclasses.replace(state, **jax.tree.unflatten(tree, values))
 
 
 @cache

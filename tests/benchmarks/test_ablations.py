@@ -309,6 +309,40 @@ def test_out_of_time_it_stops_and_says_what_is_missing(run, capsys):
     assert re.search(r"out of time: \d+ rows are missing; run it again", capsys.readouterr().out)
 
 
+def test_a_training_that_runs_out_of_time_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    import lab
+
+    fresh = [f"--workdir={tmp_path / 'work'}", f"--results={tmp_path}"]
+    monkeypatch.setattr(lab, "_REPORT_STEPS", 2)
+    trained = []
+    original = lab.step_lib.compile_train_step
+
+    def counted(*args, **kwargs):
+        program = original(*args, **kwargs)
+
+        def step(state, records):
+            trained.append(int(state.step))
+            return program(state, records)
+
+        return step
+
+    lab._train_program.cache_clear()
+    monkeypatch.setattr(lab.step_lib, "compile_train_step", counted)
+    monkeypatch.setattr(lab.Lab, "_is_late", lambda self: len(trained) == 2)
+    assert run("inputs", *fresh)[0] == 75
+    (part,) = tmp_path.glob("work/*/models/*.part")
+    assert trained == [0, 1]
+    monkeypatch.setattr(lab.Lab, "_is_late", lambda self: False)
+    assert run("inputs", *fresh)[0] == 0
+    assert trained[:3] == [0, 1, 2]
+    assert not part.exists()
+    lab._train_program.cache_clear()
+    (results,) = tmp_path.glob("inputs*.json")
+    whole = run("inputs")[1]
+    rows = json.loads(results.read_text())["rows"]
+    assert list(map(_without_time, rows)) == list(map(_without_time, whole["rows"]))
+
+
 @pytest.mark.parametrize(
     ("key", "found"),
     [
