@@ -13,9 +13,9 @@ if [[ $# -lt 1 || $# -gt 3 ]]; then
   echo "error: expected PREPARED [MINUTES] [RESULTS], found $# arguments" >&2
   exit 2
 fi
-prepared=$(realpath -m -- "$1") minutes=${2:-11}
+prepared=$(realpath -m -- "$1") minutes=${2:-11} results=${3:+$(realpath -m -- "$3")}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-results=${3:-benchmarks/results/ablations}
+results=${results:-benchmarks/results/ablations}
 start=$SECONDS
 for table in augmentation samplers; do
   left=$(python -c "print(max(0.01, $minutes - ($SECONDS - $start) / 60))")

@@ -17,7 +17,7 @@ from functools import cache, cached_property, reduce
 
 import jax
 import numpy as np
-from peers import samples_of_peer
+from peers import check_python, samples_of_peer
 from real_images import DATA_CONFIG, Data, Samples, Split, load_images, without_a_model
 from scores import Scorer
 from tables import Budget, Changes, Model, Row
@@ -46,8 +46,6 @@ from cascaded_diffusion.training import step as step_lib
 from cascaded_diffusion.types import Params
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Fewer optimizer steps say nothing about a model.
-MIN_STEPS = 50
 _REPORT_STEPS = 50  # between lines of progress, and looks at the clock
 _TIMED_STEPS = 30  # by which the time of a step is measured
 _SHOWN, _SHOWN_SIZE = 10, 96  # samples in a row of a picture, and pixels of one
@@ -139,7 +137,14 @@ class Lab:
         values["train"]["seed"] = seed
         config = run_config_from(values)
         if by_time:
-            steps = int(model.share * self.budget.seconds / self._seconds_of_step(config))
+            seconds = self._seconds_of_step(config) / model.share
+            steps = int(self.budget.seconds / seconds)
+            if steps < self.budget.min_steps:
+                raise UserError(
+                    f"--seconds={self.budget.seconds:g}: expected at least"
+                    f" {self.budget.min_steps * seconds:.3g}, in which {config.stage.name} is"
+                    f" trained for {self.budget.min_steps} steps here"
+                )
         else:
             steps = int(model.share * self.budget.flops / self._flops_of_step(config))
         return _with_train(config, train_steps=max(1, steps), warmup_steps=steps // 10)
@@ -174,15 +179,19 @@ class Lab:
         return read_record(path, {"seconds": float})["seconds"]
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Raises UserError if the budget is too small for a row."""
+        """Raises UserError if the budget is too small for a row, or a peer's Python not given."""
+        least = self.budget.min_steps
         needed = 0.0
-        for model in (model for row in rows for model in row.models):
-            step = self._flops_of_step(self.config(model, 0))
-            needed = max(needed, MIN_STEPS * step / model.share)
+        for row in rows:
+            if row.images == "peer":
+                check_python(self.torch_python)
+            if not row.by_time:
+                flops = [self._flops_of_step(self.config(m, 0)) / m.share for m in row.models]
+                needed = max(needed, *(least * x for x in flops), 0.0)
         if self.budget.flops < needed:
             raise UserError(
                 f"--flops={self.budget.flops:g}: expected at least {needed:.3g}, by which every"
-                f" stage of the table is trained for {MIN_STEPS} steps"
+                f" stage of the table is trained for {least} steps"
             )
 
     # Training.

@@ -15,6 +15,14 @@ from cascaded_diffusion.files.npz_archive import read_arrays
 from cascaded_diffusion.files.whole import write_npz_whole
 
 
+def check_python(torch_python: str | None) -> str:
+    """The Python that peers need. Raises UserError if none is given."""
+    if torch_python is None:
+        expected = "expected a Python with PyTorch and diffusers, for the table's peers"
+        raise UserError(f"--torch_python is not given: {expected}")
+    return torch_python
+
+
 def samples_of_peer(
     row: Row, budget: Budget, train: np.ndarray, *, torch_python: str | None, seed: int, count: int
 ) -> Samples:
@@ -22,9 +30,7 @@ def samples_of_peer(
 
     Raises UserError if there is no `torch_python`, or it fails.
     """
-    if torch_python is None:
-        expected = "expected a Python with PyTorch and diffusers, for the table's peers"
-        raise UserError(f"--torch_python is not given: {expected}")
+    torch_python = check_python(torch_python)
     with tempfile.TemporaryDirectory() as temporary:
         images, output = (pathlib.Path(temporary, n) for n in ("images.npz", "samples.npz"))
         write_npz_whole(images, {"arr_0": train})

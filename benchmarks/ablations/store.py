@@ -49,8 +49,9 @@ def check_same(path: pathlib.Path, about: Mapping[str, object]) -> None:
 class Results:
     """The rows of one table that were measured so far.
 
-    `about` says where rows come from; besides the keys of `SAME` it is kept as it was when the
-    file was begun. Raises UserError if the file was begun with something else.
+    `about` says where rows come from. Of a file that is there it is kept, but for the command,
+    which is that of the last row: seeds may have been added. Raises UserError if the file was begun
+    with something else.
     """
 
     def __init__(self, path: pathlib.Path, about: Mapping[str, object]):
@@ -62,6 +63,7 @@ class Results:
         check_same(path, about)
         self.about = read_record(path, {"rows": list})
         self.rows = self.about.pop("rows")
+        self.about["command"] = about["command"]
 
     def has(self, label: Mapping[str, object], seed: int) -> bool:
         """Whether a row was measured."""

@@ -27,6 +27,7 @@ class Budget:
     long_chain: int  # steps of the chain that table "samplers" compares with
     seconds: float  # of training a row of the table "peer"
     peer_steps: int  # by which the peer is sampled: 1,000 of DDPM, or fewer of DDIM
+    min_steps: int = 50  # of a training: fewer say nothing about a model
     network: str = "resnet"  # whose features measure
     changes: Changes = dataclasses.field(default_factory=dict)  # of every config
 
@@ -60,13 +61,14 @@ BUDGETS = {
     "smoke": Budget(
         name="smoke",
         variant="smoke",
-        flops=2e10,
+        flops=1e12,
         num_samples=40,
         batch_size=20,
         cas_seeds=1,
         long_chain=20,
         seconds=2,
         peer_steps=2,
+        min_steps=3,
         network="small",
         changes={
             "stage.num_classes": 10,

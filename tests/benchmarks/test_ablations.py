@@ -43,7 +43,6 @@ def run(tmp_path_factory, _scripts):
     small = dataclasses.replace(RECIPES["small"], epochs=1)
 
     @mock.patch.object(lab, "build_mesh", lambda config: build_mesh(config, jax.devices()[:1]))
-    @mock.patch.object(lab, "MIN_STEPS", 3)
     @mock.patch.object(tables, "LEVELS", (0.0, 0.6))
     @mock.patch.dict(RECIPES, small=small)
     @in_place_of_the_unet()
@@ -164,7 +163,9 @@ def test_fid_stands_beside_where_its_network_is_given(run, augmentation, tmp_pat
 
 
 def test_seeds_differ_and_are_told_apart(run):
+    assert "--seeds" not in run("inputs")[1]["command"]
     code, results, _ = run("inputs", "--seeds=2")
+    assert "--seeds=2" in results["command"]  # which made all rows that are there
     assert code == 0
     rows = results["rows"]
     assert [row["seed"] for row in rows] == [0] * (len(rows) // 2) + [1] * (len(rows) // 2)
@@ -179,9 +180,9 @@ def test_every_length_is_a_training_of_its_own(run, monkeypatch):
     trained = []
     train = lab.Lab._train
 
-    def counted(self, config, stage):
+    def counted(self, config, *args):
         trained.append(config)
-        return train(self, config, stage)
+        return train(self, config, *args)
 
     monkeypatch.setattr(lab.Lab, "_train", counted)
     monkeypatch.setattr(tables, "_LENGTHS", (0.5, 1.0))
@@ -276,6 +277,12 @@ def test_a_peer_is_trained_as_long_as_the_cascade(run, tmp_path, monkeypatch):
     assert [row["evaluations"] for row in peers] == [2, 2]
     with pytest.raises(UserError, match="--torch_python is not given: expected a Python with"):
         run("peer", "--seconds=1", f"--results={tmp_path}")
+    assert not list(tmp_path.glob("*.json"))  # before our row is made
+    with monkeypatch.context() as slow:
+        slow.setattr(lab.Lab, "_seconds_of_step", lambda self, config: 1.0)
+        few = "--seconds=1: expected at least 6, in which base16 is trained for 3 steps here"
+        with pytest.raises(UserError, match=few):
+            run("peer", "--seconds=1", f"--results={tmp_path}", peer)
     broken = _python(tmp_path / "broken", "sys.exit('no module named diffusers')")
     with pytest.raises(UserError, match="broken: no module named diffusers"):
         run("peer", "--seconds=1", f"--results={tmp_path}", broken)
@@ -338,9 +345,9 @@ def test_a_training_that_runs_out_of_time_goes_on_where_it_was(run, tmp_path, mo
     assert not part.exists()
     lab._train_program.cache_clear()
     (results,) = tmp_path.glob("inputs*.json")
-    whole = run("inputs")[1]
     rows = json.loads(results.read_text())["rows"]
-    assert list(map(_without_time, rows)) == list(map(_without_time, whole["rows"]))
+    whole = [row for row in run("inputs")[1]["rows"] if row["seed"] == 0]
+    assert list(map(_without_time, rows)) == list(map(_without_time, whole))
 
 
 @pytest.mark.parametrize(
