@@ -84,8 +84,8 @@ def _origin(about: Record, rows: Sequence[Record]) -> str:
             several += f", CAS of {len(with_cas)}"
     return (
         f"{settings['num_samples']:,} samples unless said otherwise, {several};"
-        f" {cost} of training a row; {minutes:.0f} min for all rows, less what earlier tables"
-        f" had trained. Features: {about['features_about']}. Device:"
+        f" at most {cost} of training a row; {minutes:.0f} min for all rows, less what earlier"
+        f" tables had trained. Features: {about['features_about']}. Device:"
         f" {about['device']}. {about['machine']}. Command:"
         f" `{about['command']}`."
     )

@@ -57,13 +57,13 @@ class Results:
     def __init__(self, path: pathlib.Path, about: Mapping[str, object]):
         self.path = path
         self.about: Record = {**about}
+        self._command = about["command"]
         self.rows: list[Record] = []
         if not path.exists():
             return
         check_same(path, about)
         self.about = read_record(path, {"rows": list})
         self.rows = self.about.pop("rows")
-        self.about["command"] = about["command"]
 
     def has(self, label: Mapping[str, object], seed: int) -> bool:
         """Whether a row was measured."""
@@ -72,6 +72,7 @@ class Results:
     def add(self, row: Record) -> None:
         """Stores a row at once."""
         self.rows.append(row)
+        self.about["command"] = self._command
         write_json(self.path, {**self.about, "rows": self.rows}, indent=1)
 
 

@@ -202,7 +202,8 @@ def test_every_length_is_a_training_of_its_own(run, monkeypatch):
     assert len(set(distances)) == len(distances)
 
 
-def test_the_first_samples_above_one_base_model_are_shown(run, monkeypatch):
+def test_the_first_samples_above_one_base_model_are_shown(run, monkeypatch, capsys):
+    import lab
     import tables
     from PIL import Image
 
@@ -224,6 +225,10 @@ def test_the_first_samples_above_one_base_model_are_shown(run, monkeypatch):
     assert has_16_px(base)
     assert not any(map(has_16_px, enlarged))
     assert not (enlarged[0] == enlarged[1]).all()
+
+    monkeypatch.setattr(lab.Lab, "_is_late", lambda self: True)
+    assert run("mistakes", "--flops=1e10")[0] == 75
+    assert "out of time: the picture is missing; run it again" in capsys.readouterr().out
 
 
 def test_neighbours_tell_what_was_seen_from_what_was_not(run):
