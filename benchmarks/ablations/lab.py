@@ -185,9 +185,11 @@ class Lab:
         for row in rows:
             if row.images == "peer":
                 check_python(self.torch_python)
-            if not row.by_time:
-                flops = [self._flops_of_step(self.config(m, 0)) / m.share for m in row.models]
-                needed = max(needed, *(least * x for x in flops), 0.0)
+            if row.by_time:
+                continue
+            for model in row.models:
+                step = self._flops_of_step(self.config(model, 0))
+                needed = max(needed, least * step / model.share)
         if self.budget.flops < needed:
             raise UserError(
                 f"--flops={self.budget.flops:g}: expected at least {needed:.3g}, by which every"
@@ -413,25 +415,23 @@ def _with_train(config: RunConfig, **values: int) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **values))
 
 
-def _changing(state: step_lib.TrainState) -> dict[str, object]:
-    """What steps change: all but the key, which is that of the seed."""
-    values = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {name: value for name, value in values.items() if name != "key"}
+def _without_key(state: step_lib.TrainState) -> step_lib.TrainState:
+    """What steps change: the key is that of the seed."""
+    return dataclasses.replace(state, key=None)
 
 
 def _stored(state: step_lib.TrainState) -> dict[str, np.ndarray]:
     """A state as arrays of a file."""
-    return {
-        f"arr_{i}": leaf for i, leaf in enumerate(jax.device_get(jax.tree.leaves(_changing(state))))
-    }
+    leaves = jax.device_get(jax.tree.leaves(_without_key(state)))
+    return {f"arr_{i}": leaf for i, leaf in enumerate(leaves)}
 
 
 def _restored(path: pathlib.Path, state: step_lib.TrainState) -> step_lib.TrainState:
     """The state that `_stored` made of one that began as `state`."""
     arrays = read_arrays(path)
-    leaves, tree = jax.tree.flatten(_changing(state))
+    leaves, tree = jax.tree.flatten(_without_key(state))
     values = [jax.device_put(arrays[f"arr_{i}"], x.sharding) for i, x in enumerate(leaves)]
-    return dataclasses.replace(state, **jax.tree.unflatten(tree, values))
+    return dataclasses.replace(jax.tree.unflatten(tree, values), key=state.key)
 
 
 @cache

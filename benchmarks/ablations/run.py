@@ -29,11 +29,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import machine  # noqa: E402
 import pages  # noqa: E402
 from store import Results, check_same, digest_of_code  # noqa: E402
-from tables import BUDGETS, TABLES, Budget, Table  # noqa: E402
+from tables import BUDGETS, TABLES, Budget, Row, Table  # noqa: E402
 
 from cascaded_diffusion.commands import entry, jax_setup  # noqa: E402
 from cascaded_diffusion.config.schema import to_dict  # noqa: E402
 from cascaded_diffusion.errors import UserError  # noqa: E402
+from cascaded_diffusion.files.json_files import Record  # noqa: E402
 from cascaded_diffusion.files.whole import write_whole  # noqa: E402
 from cascaded_diffusion.runtime import pictures  # noqa: E402
 
@@ -86,39 +87,49 @@ def budget_of(flags: argparse.Namespace) -> Budget:
 
 
 def fill(results: Results, lab: Lab, table: Table, budget: Budget, seeds: int) -> bool:
-    """Makes the rows that are missing, seed by seed; False if time ran out before the last."""
+    """Makes the rows that are missing, seed by seed, and the picture; False if time ran out."""
     from lab import OutOfTime
 
     rows = table.rows(budget)
     todo = [(s, r) for s in range(seeds) for r in rows if not results.has(r.label, s)]
-    for i, (seed, row) in enumerate(todo):
-        print(f"row {i + 1} of {len(todo)}: {row.label}, seed {seed}", flush=True)
-        start = time.monotonic()
-        try:
-            samples = lab.samples(row, seed)
-            if table.neighbours:
-                shown = row.images == "cascade" and seed == 0
-                picture = results.path.with_suffix(".png") if shown else None
-                scores = lab.scorer.neighbours(samples, picture)
-            else:
-                cas = table.cas and seed < budget.cas_seeds
-                scores = lab.scorer.scores(samples, cas=cas, seed=seed)
-        except OutOfTime:
-            print(f"out of time: {len(todo) - i} rows are missing; run it again", flush=True)
-            return False
-        results.add(
-            {
-                "label": row.label,
-                "seed": seed,
-                "scores": scores,
-                "num_samples": len(samples.images),
-                "evaluations": samples.evaluations,
-                "flops_per_sample": samples.flops,
-                "wall_s": round(time.monotonic() - start, 1),
-            }
-        )
-        print(f"  {', '.join(f'{k} {v:.4g}' for k, v in scores.items())}", flush=True)
+    try:
+        for i, (seed, row) in enumerate(todo):
+            missing = f"{len(todo) - i} rows are"
+            print(f"row {i + 1} of {len(todo)}: {row.label}, seed {seed}", flush=True)
+            results.add(measured(row, seed, results, lab, table, budget))
+        missing = "the picture is"
+        if table.shown:
+            path = results.path.with_name(f"{results.path.stem}_samples.png")
+            pictures.save_png(path, lab.shown(rows[: table.shown]))
+    except OutOfTime:
+        print(f"out of time: {missing} missing; run it again", flush=True)
+        return False
     return True
+
+
+def measured(
+    row: Row, seed: int, results: Results, lab: Lab, table: Table, budget: Budget
+) -> Record:
+    """A row's record."""
+    start = time.monotonic()
+    samples = lab.samples(row, seed)
+    if table.neighbours:
+        shown = row.images == "cascade" and seed == 0
+        picture = results.path.with_suffix(".png") if shown else None
+        scores = lab.scorer.neighbours(samples, picture)
+    else:
+        cas = table.cas and seed < budget.cas_seeds
+        scores = lab.scorer.scores(samples, cas=cas, seed=seed)
+    print(f"  {', '.join(f'{k} {v:.4g}' for k, v in scores.items())}", flush=True)
+    return {
+        "label": row.label,
+        "seed": seed,
+        "scores": scores,
+        "num_samples": len(samples.images),
+        "evaluations": samples.evaluations,
+        "flops_per_sample": samples.flops,
+        "wall_s": round(time.monotonic() - start, 1),
+    }
 
 
 def main(argv: Sequence[str]) -> int:
@@ -127,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
     budget, table = budget_of(flags), TABLES[flags.table]
     deadline = time.monotonic() + 60 * flags.minutes if flags.minutes else float("inf")
     jax = jax_setup.set_up_jax()
-    from lab import Lab, OutOfTime
+    from lab import Lab
     from real_images import Data
 
     code = digest_of_code(ROOT)
@@ -171,14 +182,6 @@ def main(argv: Sequence[str]) -> int:
         plot = pages.plot_of(results.about, results.rows)
         if plot is not None:
             write_whole(path.with_suffix(".png"), plot)
-        if complete and table.shown:
-            try:
-                picture = lab.shown(table.rows(budget)[: table.shown])
-            except OutOfTime:
-                print("out of time: the picture is missing; run it again", flush=True)
-                complete = False
-            else:
-                pictures.save_png(path.with_name(f"{name}_samples.png"), picture)
         if flags.write:
             pages.write_into(ROOT / "docs" / "results.md", name, text)
     return 0 if complete else EXIT_INCOMPLETE

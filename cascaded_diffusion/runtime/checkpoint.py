@@ -126,11 +126,14 @@ class CheckpointWriter:
         # folder is gone with its last object.
         more_tries = _MORE_LISTINGS if isinstance(self._folder.path, BucketPath) else 0
         path = for_orbax(self._folder.checkpoints)
-        for _ in range(more_tries):
-            with contextlib.suppress(FileNotFoundError):
+        while True:
+            try:
                 return ocp.CheckpointManager(path, options=options, item_names=(_ITEM,))
+            except FileNotFoundError:
+                if more_tries == 0:
+                    raise
+            more_tries -= 1
             time.sleep(1.0)
-        return ocp.CheckpointManager(path, options=options, item_names=(_ITEM,))
 
     def save(self, step: int, state: object) -> None:
         """Starts to save; returns when the state is copied off the devices.
