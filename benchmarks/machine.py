@@ -29,14 +29,19 @@ def commit() -> str:
     return name
 
 
-def describe() -> str:
-    """One line: processor, cores, Python, JAX and the commit."""
+def processor() -> str:
+    """The processor's name."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu
+    return cpu
+
+
+def describe() -> str:
+    """One line: processor, cores, Python, JAX and the commit."""
     return (
-        f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, jax {version('jax')},"
-        f" jaxlib {version('jaxlib')}; commit {commit()}"
+        f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()},"
+        f" jax {version('jax')}, jaxlib {version('jaxlib')}; commit {commit()}"
     )

@@ -1,8 +1,8 @@
 """Where rows are made: stages are trained for given FLOPs, or seconds, and sampled.
 
-What takes long is kept in a folder and made once: trained stages by a digest of everything that
-decides them (config, seed, data, code), the network whose features measure distances, and the
-statistics of the training images.
+What takes long is kept in a folder and made once: trained stages and samples by a digest of
+everything that decides them (config, seed, data, code), the network whose features measure
+distances, and the statistics of the training images.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from functools import cache, cached_property, reduce
 import jax
 import numpy as np
 from peers import check_python, samples_of_peer
-from real_images import DATA_CONFIG, Data, Samples, Split, load_images, without_a_model
+from real_images import Data, Samples, Split, load_images, without_a_model
 from scores import Scorer
-from tables import Budget, Changes, Model, Row
+from tables import Budget, Changes, Model, Row, Table
 
 from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.cascade.cascade import Cascade
@@ -32,6 +32,11 @@ from cascaded_diffusion.data.manifests import digest_of_json
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.inception_extractor import load_inception
 from cascaded_diffusion.evaluation.samples import generate
+from cascaded_diffusion.evaluation.samples.sample_store import (
+    Arrays,
+    DamagedBatchError,
+    SampleStore,
+)
 from cascaded_diffusion.evaluation.settings import chain_of
 from cascaded_diffusion.files.json_files import Record, read_record, write_json
 from cascaded_diffusion.files.npz_archive import read_arrays
@@ -47,6 +52,7 @@ from cascaded_diffusion.types import Params
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _REPORT_STEPS = 50  # between lines of progress, and looks at the clock
+_STORE_SECS = 120  # between states that a training stores, to go on where it is killed
 _TIMED_STEPS = 30  # by which the time of a step is measured
 _SHOWN, _SHOWN_SIZE = 10, 96  # samples in a row of a picture, and pixels of one
 
@@ -100,7 +106,7 @@ class Lab:
 
     Args:
       budget: what a row may cost.
-      changes: of every config of the table.
+      table: whose configs are changed, and of which images.
       data: where the images are.
       folder: where trained networks are kept.
       code: a digest of the program; networks that another one trained are trained again.
@@ -112,7 +118,7 @@ class Lab:
     def __init__(
         self,
         budget: Budget,
-        changes: Changes,
+        table: Table,
         data: Data,
         folder: pathlib.Path,
         *,
@@ -124,9 +130,8 @@ class Lab:
         self.torch_python = torch_python
         self._inception_weights = inception_weights
         self.budget, self._data, self._root, self._code = budget, data, folder, code
-        self._changes = {**changes, **budget.changes}
+        self._table = table
         self._deadline = deadline
-        self._kept: dict[str, np.ndarray] = {}
         self._files: dict[str, Record] = {}
 
     # Configs and their cost.
@@ -150,13 +155,12 @@ class Lab:
         return _with_train(config, train_steps=max(1, steps), warmup_steps=steps // 10)
 
     def _values(self, name: str, changes: Changes) -> Record:
-        variant = f":{self.budget.variant}" if self.budget.variant else ""
         # Once, so that a file that is edited meanwhile changes no row.
         if name not in self._files:
-            path = f"{name}.py{variant}"
+            path = self.budget.file_of(name)
             self._files[name] = config_flags.load_config_file(ROOT / "configs", path)
         values = copy.deepcopy(self._files[name])
-        for key, value in {**self._changes, **changes}.items():
+        for key, value in {**self._table.changes, **self.budget.changes, **changes}.items():
             *sections, last = key.split(".")
             reduce(dict.__getitem__, sections, values)[last] = value
         return self._data.applied(values)
@@ -179,15 +183,19 @@ class Lab:
         return read_record(path, {"seconds": float})["seconds"]
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Raises UserError if the budget is too small for a row, or a peer's Python not given."""
+        """Raises UserError if the budget is too small for a row, or a peer's Python not given.
+
+        What can be trained within given seconds is measured.
+        """
         least = self.budget.min_steps
         needed = 0.0
         for row in rows:
             if row.images == "peer":
                 check_python(self.torch_python)
-            if row.by_time:
-                continue
             for model in row.models:
+                if row.by_time:
+                    self.config(model, 0, by_time=True)
+                    continue
                 step = self._flops_of_step(self.config(model, 0))
                 needed = max(needed, least * step / model.share)
         if self.budget.flops < needed:
@@ -215,7 +223,7 @@ class Lab:
     def _train(
         self, config: RunConfig, stage: Stage, part: pathlib.Path | None = None
     ) -> dict[str, Params]:
-        """Trains, and returns the averages at the end. Out of time, it stores what is a `part`."""
+        """Trains, and returns the averages at the end. Until then the state is stored in `part`."""
         train, images = config.train, self.images["train"].whole
         state = step_lib.init_state(stage, train, self._mesh)
         program = _train_program(_with_train(config, seed=0), self._mesh)
@@ -226,7 +234,7 @@ class Lab:
         rows = np.empty(0, np.int64)
         if part is not None and part.exists():
             state = _restored(part, state)
-        first = int(state.step)
+        first, stored = int(state.step), time.monotonic()
         for step in range(train.train_steps):
             while len(rows) < train.batch_size:
                 rows = np.concatenate([rows, order.permutation(len(images.labels))])
@@ -241,8 +249,13 @@ class Lab:
             state, metrics = program(state, records)
             if (step + 1) % _REPORT_STEPS == 0 or step + 1 == train.train_steps:
                 progress.update(step + 1, loss=f"{float(metrics['loss']):.4f}")
-                if part is not None and step + 1 < train.train_steps and self._is_late():
+                if part is None or step + 1 == train.train_steps:
+                    continue
+                late = self._is_late()
+                if late or time.monotonic() - stored >= _STORE_SECS:
                     write_npz_whole(part, _stored(state))
+                    stored = time.monotonic()
+                if late:
                     raise OutOfTime
         progress.close()
         loss = float(metrics["loss"])
@@ -311,11 +324,7 @@ class Lab:
             samplers=chain.samplers[:-1],
             aug_levels=chain.aug_levels[:-1],
         )
-        made_by = [(t.digest, t.ema_decay) for t in lower.stages]
-        key = repr((made_by, lower.samplers, lower.aug_levels, seed, count))
-        if key not in self._kept:
-            self._kept[key] = self._sampled(lower, None, seed, count)
-        return self._kept[key]
+        return self._sampled(lower, None, seed, count)
 
     def _sampled(self, chain: Chain, below: np.ndarray | None, seed: int, count: int) -> np.ndarray:
         """Samples of the last stage, where the stages before it made `below` if that is given."""
@@ -331,9 +340,10 @@ class Lab:
             below=below,
             first=0 if below is None else len(chain.stages) - 1,
         )
+        params = [t.params for t in chain.stages]
         names = " > ".join(t.config.stage.name for t in chain.stages)
         label = f"samples of {names}, seed {seed}"
-        return self._generate(sample, [t.params for t in chain.stages], count, label)
+        return self._generate(lambda rows: sample(params, rows)[-1], chain, seed, count, label)
 
     def _enlarged(self, chain: Chain, seed: int, count: int) -> Samples:
         """Enlargements of real images."""
@@ -345,22 +355,37 @@ class Lab:
         )
         label = f"{top.config.stage.name} on real images, seed {seed}"
         images = self._generate(
-            lambda params, indices: [enlarge(params[0], indices, level)], [top.params], count, label
+            lambda rows: enlarge(top.params, rows, level), chain, seed, count, label
         )
         return Samples(images, low_res.labels, *chain.cost(), made_of=held_out.chosen(count))
 
     def _generate(
-        self, sample: generate.BatchSampler, params: Sequence[Params], count: int, label: str
+        self,
+        sample: Callable[[np.ndarray], jax.Array],
+        chain: Chain,
+        seed: int,
+        count: int,
+        label: str,
     ) -> np.ndarray:
-        def timed(given: Sequence[Params], indices: np.ndarray) -> Sequence[jax.Array]:
-            self.check_time()
-            return sample(given, indices)
+        """Images by their indices, batch by batch from a store, which is filled where it is not."""
 
-        # As many at a time for every device.
-        devices = self._mesh.size
-        batch_size = -(-min(self.budget.batch_size, count) // devices) * devices
-        how = dict(num_samples=count, batch_size=batch_size, label=label)
-        return generate.generate(timed, params, **how)[-1]
+        def make(rows: np.ndarray) -> Arrays:
+            self.check_time()
+            return {"images": np.asarray(sample(rows))}
+
+        made_by = [(t.digest, t.ema_decay) for t in chain.stages]
+        how = (label, made_by, chain.samplers, chain.aug_levels, chain.truncated, seed)
+        store = SampleStore(
+            self._folder / "samples",
+            {"how": repr(how), "real": self.images["val"].identity},
+            num_samples=count,
+            batch_size=min(self.budget.batch_size, count),
+        )
+        generate.fill(store, make, label=label, devices=self._mesh.size)
+        try:
+            return np.concatenate([batch["images"] for batch in store.batches()])
+        except DamagedBatchError as e:
+            raise UserError(str(e)) from e
 
     # The rest.
 
@@ -377,12 +402,13 @@ class Lab:
     @cached_property
     def config_of_data(self) -> RunConfig:
         """The config whose `data` section the images are read by."""
-        return run_config_from(self._values(DATA_CONFIG, {}))
+        return run_config_from(self._values(self._table.images, {}))
 
     @cached_property
     def images(self) -> dict[str, Split]:
         """The real images by role, "train" and "val"."""
-        return load_images(self.config_of_data)
+        raw = "data.prepared_dir" in self._table.changes
+        return load_images(self.config_of_data, prepared_by=None if raw else self._table.images)
 
     @cached_property
     def scorer(self) -> Scorer:

@@ -19,9 +19,6 @@ from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit
 from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.runtime.mesh import host_array
 
-# Whose `data` section, changed as the table says, the images are read by.
-DATA_CONFIG = "cifar10_base16"
-
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -64,17 +61,20 @@ class Split:
         return self.split.rows(self.chosen(count), resolution)
 
 
-def load_images(config: RunConfig) -> dict[str, Split]:
-    """The real images by role, "train" and "val". Raises UserError if they are not there."""
+def load_images(config: RunConfig, *, prepared_by: str | None) -> dict[str, Split]:
+    """The real images by role, "train" and "val".
+
+    Raises UserError if they are not there, which names the config they are `prepared_by`, if any.
+    """
     splits = {"train": config.data.train_split, "val": config.data.eval_split}
     try:
         sources = load_splits(config.data, list(splits.values()), config.stage)
     except DataMissing as e:
-        raise UserError(
-            f"{e}; make it by `python -m cascaded_diffusion.prepare"
-            f" --config=configs/{DATA_CONFIG}.py`, or name a folder of images by"
-            " --data_name=folder --data_path=PATH"
-        ) from e
+        remedy = "name a folder of images by --data_name=folder --data_path=PATH"
+        if prepared_by is not None:
+            command = f"python -m cascaded_diffusion.prepare --config=configs/{prepared_by}.py"
+            remedy = f"make it by `{command}`, or {remedy}"
+        raise UserError(f"{e}; {remedy}") from e
     return {
         role: Split(real_split(config, name, sources[name]), sources[name].identity)
         for role, name in splits.items()

@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
     data = Data(flags.data_name, flags.data_path, flags.prepared_dir)
     lab = Lab(
         budget,
-        table.changes,
+        table,
         data,
         flags.workdir,
         code=code,
@@ -154,13 +154,15 @@ def main(argv: Sequence[str]) -> int:
         inception_weights=flags.inception_weights,
     )
     lab.check(table.rows(budget))
-    device = jax.devices()[0]
+    device = jax.devices()[0].device_kind
+    if jax.default_backend() == "cpu":
+        device = machine.processor()  # what JAX calls "cpu" has many kinds
     about = {
         "table": flags.table,
         "budget": budget.name,
         "settings": to_dict(budget),
         "code": code,
-        "device": f"{jax.device_count()} {device.device_kind}",
+        "device": f"{jax.device_count()} {device}",
         "data": {role: split.identity for role, split in lab.images.items()},
     }
     name = pages.name_of(about)

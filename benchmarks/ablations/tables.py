@@ -31,6 +31,13 @@ class Budget:
     network: str = "resnet"  # whose features measure
     changes: Changes = dataclasses.field(default_factory=dict)  # of every config
 
+    def file_of(self, config: str) -> str:
+        """A config's file with the variant for this budget."""
+        variant = self.variant
+        if config.startswith("mnist") and variant != "smoke":
+            variant = None  # the digits' networks are as small as two cores need already
+        return f"{config}.py:{variant}" if variant else f"{config}.py"
+
 
 BUDGETS = {
     "cpu": Budget(
@@ -71,6 +78,7 @@ BUDGETS = {
         min_steps=3,
         network="small",
         changes={
+            "stage.channels": 3,
             "stage.num_classes": 10,
             "data.name": "shapes",
             "data.prepared_dir": None,
@@ -146,11 +154,15 @@ SINGLE = Model(
 LEVELS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6)
 _WIDE_LEVELS = (0.0, 0.15, 0.3, 0.45, 0.6)
 LEVEL = 0.15  # where a table is not about it
-_ENDS = (
-    Row(label={"model": "real held-out images"}, images="real"),
-    Row(label={"model": "the same, from 16 px enlarged bilinearly"}, images="enlarged"),
-    Row(label={"model": "Gaussian noise"}, images="noise"),
-)
+
+
+def _ends(column: str, low_res: int) -> list[Row]:
+    """Rows between which all others lie: real images, the same enlarged, noise."""
+    return [
+        Row(label={column: "real held-out images"}, images="real"),
+        Row(label={column: f"the same, from {low_res} px enlarged bilinearly"}, images="enlarged"),
+        Row(label={column: "Gaussian noise"}, images="noise"),
+    ]
 
 
 def _augmentation(budget: Budget) -> list[Row]:
@@ -176,7 +188,7 @@ def _augmentation(budget: Budget) -> list[Row]:
             for level in LEVELS
             if level > 0 or not truncated  # at 0 the two are one
         ]
-    return [*rows, *_ENDS]
+    return [*rows, *_ends("model", 16)]
 
 
 # Four-fold, as in the paper's ablation. The base model's images are a quarter as large.
@@ -299,11 +311,18 @@ def _samplers(budget: Budget) -> list[Row]:
 
 
 _PREDICTS, _WEIGHTS = "stage.diffusion.parameterization", "stage.diffusion.weighting"
+# The demo's digits: with 4.1e13 FLOP the stages are trained for as many steps as there.
+DIGITS16 = Model(config="mnist_base16", share=0.58)
+DIGITS32 = Model(config="mnist_sr32", share=0.42)
 
 
-def _choices(budget: Budget) -> list[Row]:
+def _choices(
+    budget: Budget,
+    below: Model = BASE,
+    above: Model = ENLARGE,
+    decays: tuple[float, ...] = (0.99, 0.999, 0.9999),
+) -> list[Row]:
     """Table 5: what is predicted, how errors weigh, the average, guidance: of the base model."""
-    decays = (0.99, 0.999, 0.9999)
     eps = {_PREDICTS: "eps", _WEIGHTS: "none"}
     learned = {
         **eps,
@@ -332,7 +351,7 @@ def _choices(budget: Budget) -> list[Row]:
     return [
         Row(
             label={"base model": name},
-            models=(dataclasses.replace(BASE, changes=tuple(changes.items())), ENLARGE),
+            models=(dataclasses.replace(below, changes=tuple(changes.items())), above),
             aug_levels=(LEVEL,),
             base_sampler=tuple(sampler.items()),
             base_ema=ema,
@@ -446,7 +465,7 @@ _BLURS = (None, (0.2, 0.4), (0.4, 0.6), (0.6, 1.0), (1.0, 1.8))
 def _blur(budget: Budget) -> list[Row]:
     """Table 3: ranges of the blur of the top stage; 0.4 to 0.6 is the paper's at 128 and 256 px."""
     inputs = [("generated", "cascade", (BASE24, SR48)), ("real", "real_low_res", ())]
-    return [
+    rows = [
         Row(
             label={
                 "blur, sigma": f"{sigmas[0]:g} to {sigmas[1]:g}" if sigmas else "none",
@@ -459,6 +478,7 @@ def _blur(budget: Budget) -> list[Row]:
         for kind, images, below in inputs
         for sigmas in _BLURS
     ]
+    return [*rows, *_ends("blur, sigma", 48)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -467,6 +487,7 @@ class Table:
 
     title: str
     rows: Callable[[Budget], Sequence[Row]]
+    images: str = "cifar10_base16"  # the config by which the real images are read and prepared
     across: str | None = None  # the label along a plot's x axis, if it has a plot
     changes: Changes = dataclasses.field(default_factory=lambda: {"data.resolution": 32})
     cas: bool = True  # whether the samples of its rows train a classifier
@@ -494,6 +515,12 @@ TABLES = {
         title="Samplers and network evaluations", rows=_samplers, across="evaluations"
     ),
     "choices": Table(title="Choices of the base model", rows=_choices),
+    "digits": Table(
+        title="Choices of the digits' base model",
+        # Of so few steps, averages of larger decays are one.
+        rows=lambda budget: _choices(budget, DIGITS16, DIGITS32, (0.9, 0.98, 0.995)),
+        images="mnist_base16",
+    ),
     # Ten samples of a class train no classifier of photos.
     "blur": Table(
         title="Blur of the top stage's low-res input, Caltech-101",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 import sys
 import textwrap
 from unittest import mock
@@ -227,6 +228,9 @@ def test_the_first_samples_above_one_base_model_are_shown(run, monkeypatch, caps
     assert not (enlarged[0] == enlarged[1]).all()
 
     monkeypatch.setattr(lab.Lab, "_is_late", lambda self: True)
+    assert run("mistakes", "--flops=1e10")[0] == 0  # from the samples that are there
+    for samples in path.parent.glob("work/*/samples"):
+        shutil.rmtree(samples)
     assert run("mistakes", "--flops=1e10")[0] == 75
     assert "out of time: the picture is missing; run it again" in capsys.readouterr().out
 
@@ -286,6 +290,7 @@ def test_a_peer_is_trained_as_long_as_the_cascade(run, tmp_path, monkeypatch):
     with monkeypatch.context() as slow:
         slow.setattr(lab.Lab, "_seconds_of_step", lambda self, config: 1.0)
         few = "--seconds=1: expected at least 6, in which base16 is trained for 3 steps here"
+        slow.setattr(lab.Lab, "trained", None)  # before anything is trained
         with pytest.raises(UserError, match=few):
             run("peer", "--seconds=1", f"--results={tmp_path}", peer)
     broken = _python(tmp_path / "broken", "sys.exit('no module named diffusers')")
@@ -303,7 +308,7 @@ def test_every_row_of_every_table_has_a_config(tmp_path, monkeypatch, budget):
     for table in TABLES.values():
         named = budget != "smoke" and table.changes.get("data.name") == "folder"
         data = Data(path="PHOTOS" if named else None)
-        lab = Lab(BUDGETS[budget], table.changes, data, tmp_path, code="", deadline=0.0)
+        lab = Lab(BUDGETS[budget], table, data, tmp_path, code="", deadline=0.0)
         labels = []
         for row in table.rows(BUDGETS[budget]):
             labels.append(row.label)
@@ -355,6 +360,69 @@ def test_a_training_that_runs_out_of_time_goes_on_where_it_was(run, tmp_path, mo
     assert list(map(_without_time, rows)) == list(map(_without_time, whole))
 
 
+def test_a_training_that_is_killed_goes_on_where_it_last_stored(run, tmp_path, monkeypatch):
+    import lab
+
+    class Killed(BaseException):
+        pass
+
+    fresh = [f"--workdir={tmp_path / 'work'}", f"--results={tmp_path}", "--flops=1e10"]
+    monkeypatch.setattr(lab, "_REPORT_STEPS", 2)
+    monkeypatch.setattr(lab, "_STORE_SECS", 0)
+    stored, restored = [], []
+    original = {name: getattr(lab, name) for name in ("_stored", "_restored")}
+
+    def killed(state):
+        if len(stored) == 2:
+            raise Killed
+        stored.append(int(state.step))
+        return original["_stored"](state)
+
+    def seen(path, state):
+        state = original["_restored"](path, state)
+        restored.append(int(state.step))
+        return state
+
+    monkeypatch.setattr(lab, "_stored", killed)
+    with pytest.raises(Killed):
+        run("inputs", *fresh)
+    monkeypatch.setattr(lab, "_stored", original["_stored"])
+    monkeypatch.setattr(lab, "_restored", seen)
+    assert run("inputs", *fresh)[0] == 0
+    assert (stored, restored) == ([2, 4], [4])
+
+
+def test_samples_that_run_out_of_time_go_on_where_they_were(run, tmp_path, monkeypatch):
+    import lab
+
+    fresh = ["--num_samples=60", f"--results={tmp_path}"]
+    made = []
+    original = lab.generate.make_enlarger
+
+    def counted(*args, **kwargs):
+        enlarge = original(*args, **kwargs)
+
+        def batch(params, rows, level):
+            made.append(rows[0])
+            return enlarge(params, rows, level)
+
+        return batch
+
+    monkeypatch.setattr(lab.generate, "make_enlarger", counted)
+    monkeypatch.setattr(lab.Lab, "_is_late", lambda self: len(made) == 2)
+    assert run("inputs", *fresh)[0] == 75
+    assert made == [0, 20]
+    monkeypatch.setattr(lab.Lab, "_is_late", lambda self: False)
+    assert run("inputs", *fresh)[0] == 0
+    assert made[:3] == [0, 20, 40]
+    (damaged, *_) = tmp_path.parent.glob("ablations*/work/*/samples/*/000001.npz")
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    (tmp_path / "inputs_smoke.json").unlink()
+    with pytest.raises(UserError, match="missing or damaged; run the same command again"):
+        run("inputs", *fresh)
+    assert run("inputs", *fresh)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("key", "found"),
     [
@@ -394,8 +462,12 @@ def test_a_folder_that_is_not_named_is_one_line(run):
 
 def test_missing_images_are_named_with_the_command_that_makes_them(run, tmp_path):
     missing = tmp_path / "nothing"
+    folder = ("--data_name=folder", f"--data_path={missing}")
     with pytest.raises(UserError, match="python -m cascaded_diffusion.prepare --config=configs"):
-        run("augmentation", "--data_name=folder", f"--data_path={missing}")
+        run("augmentation", *folder)
+    with pytest.raises(UserError, match="name a folder of images by --data_name") as e:
+        run("blur", "--flops=1e12", *folder)
+    assert "prepare" not in str(e.value)  # its photos are read as they are
 
 
 def test_a_table_goes_between_its_marks_and_nowhere_else(tmp_path, augmentation):
