@@ -154,6 +154,8 @@ def test_the_cascade_is_sampled_truncated_or_not_and_measured(runs):
         assert images[name].shape == (40, 32, 32, 1)
         picture = Image.open(root / name / "samples.png")
         assert picture.size[0] > 600
+        # The classes' names, and five rows of images, twice as large, each below its caption.
+        assert picture.size[1] == 18 + 5 * (18 + 2 * 34)
         # Ten classes, each with a caption above its four samples, three times as large.
         assert Image.open(root / name / "classes.png").size[1] == 10 * (18 + 3 * 34)
         assert (root / name / "base16.npz").exists()

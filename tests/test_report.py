@@ -181,11 +181,13 @@ def test_the_runs_of_a_cascade_in_order_of_resolution(tmp_path):
     append_line(tmp_path / "sweep" / "sr32.jsonl", sweep)
     _png(tmp_path / "sweep" / "sr32.png")
     report.main(["report", f"--workdir={tmp_path}"])
-    parser, text = _parsed(tmp_path / "report.html")
+    page = tmp_path / "report.html"
+    parser, text = _parsed(page)
     assert text.index("16 px base stage") < text.index("32 px super-resolution stage")
     assert "3.6875" in text
     assert "Sweep of sr32" in parser.alts
     assert "Real images, their enlargement, and the cascade's samples" in parser.alts
+    assert '<div class="as-they-are"><figure><img alt="Real images' in page.read_text()
 
 
 def test_bad_calls_are_one_line(tmp_path):

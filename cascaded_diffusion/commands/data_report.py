@@ -135,10 +135,10 @@ def batch_picture(
         (caption, pictures.enlarge_nearest(np.asarray(uint8_from_float(row)), resolution))
         for caption, row in rows
     ]
-    picture = pictures.labelled_rows(rows, scale=max(1, 96 // resolution))
+    names = []
     if class_names and config.num_classes:
-        picture = pictures.with_names(picture, [printable(class_names[k]) for k in batch["label"]])
-    return picture
+        names = [printable(class_names[k]) for k in batch["label"]]
+    return pictures.labelled_rows(rows, scale=max(1, 96 // resolution), names=names)
 
 
 def _damages(

@@ -28,6 +28,8 @@ td.number { text-align: right; } caption { text-align: left; color: var(--quiet)
 img { max-width: 100%; height: auto; background: #fff; } figure { margin: 1rem 0; }
 figcaption, .quiet { color: var(--quiet); } code { font-size: .9em; }
 .pixels img { image-rendering: pixelated; width: 100%; } .slider input { width: 20rem; }
+.as-they-are { overflow-x: auto; }
+.as-they-are img { image-rendering: pixelated; max-width: none; }
 nav ul { columns: 2; } @media print { nav { display: none; } h2 { break-before: page; } }
 """
 
@@ -107,6 +109,12 @@ def picture_file(path: AnyPath, caption: str) -> Element:
     if path.stat().st_size > _MAX_PICTURE_BYTES:
         return quiet(f"{caption}: too large for this page, see {path}.")
     return picture(path.read_bytes(), caption)
+
+
+def samples_file(path: AnyPath, caption: str) -> Element:
+    """An embedded PNG file whose pixels are shown as they are; a wide one is scrolled."""
+    figure = picture_file(path, caption)
+    return element("div", figure, **{"class": "as-they-are"})
 
 
 def slider(label: str, files: Sequence[tuple[str, AnyPath]]) -> Element:

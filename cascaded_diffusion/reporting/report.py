@@ -23,6 +23,7 @@ from cascaded_diffusion.reporting.page import (
     picture,
     picture_file,
     quiet,
+    samples_file,
     slider,
     table,
 )
@@ -126,9 +127,9 @@ def _cascade_parts(runs: CascadeFolder) -> list[Element]:
     samples = runs.path / "samples" / "samples.png"
     if samples.exists():
         caption = "Real images, their enlargement, and the cascade's samples"
-        parts += [element("h2", "Samples of the cascade"), picture_file(samples, caption)]
+        parts += [element("h2", "Samples of the cascade"), samples_file(samples, caption)]
         if (classes := samples.with_name("classes.png")).exists():
-            parts.append(picture_file(classes, "The first samples of every class, not selected"))
+            parts.append(samples_file(classes, "The first samples of every class, not selected"))
     if runs.cascade_path.exists():
         caption = "cascade.json, as a sweep wrote it"
         parts += [element("h2", "The cascade"), key_values(runs.read_cascade(), caption=caption)]

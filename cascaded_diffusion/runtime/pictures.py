@@ -39,10 +39,13 @@ def save_png(path: AnyPath, picture: np.ndarray, *, scale: int = 1) -> None:
     write_whole(path, data.getvalue())
 
 
-def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, scale: int = 2) -> np.ndarray:
+def labelled_rows(
+    rows: Sequence[tuple[str, np.ndarray]], *, scale: int = 2, names: Sequence[str] = ()
+) -> np.ndarray:
     """Rows of images with a caption above each: [(caption, uint8 [n, H, W, C])] -> [h, w, 3].
 
-    All images have the same size. The picture is as wide as its longest row or caption.
+    All images have the same size. The picture is as wide as its longest row or caption. `names` are
+    those of the columns, above them and as much of each as there is room for.
     """
     font = ImageFont.load_default(size=12)
     strips = []
@@ -53,9 +56,21 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], *, scale: int = 2) -> 
         ImageDraw.Draw(header).text((4, 2), caption, fill="black", font=font)
         strips += [np.asarray(header), strip]
     width = max(strip.shape[1] for strip in strips)
+    if names:
+        strips.insert(0, _names_of_columns(names, width, scale * (rows[0][1].shape[2] + 1)))
     return np.concatenate(
         [np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in strips]
     )
+
+
+def _names_of_columns(names: Sequence[str], width: int, column: int) -> np.ndarray:
+    header = Image.new("RGB", (width, 18), "white")
+    draw, font = ImageDraw.Draw(header), ImageFont.load_default(size=11)
+    for i, name in enumerate(names):
+        while len(name) > 1 and font.getlength(name) > column - 4:
+            name = name[:-1]
+        draw.text((i * column + 4, 3), name, fill="black", font=font)
+    return np.asarray(header)
 
 
 def save_png_folder(folder: AnyPath, names: Iterable[str], images: Iterable[np.ndarray]) -> None:
@@ -88,18 +103,6 @@ def _png(image: np.ndarray) -> bytes:
     data = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(data, format="PNG")
     return data.getvalue()
-
-
-def with_names(picture: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """A picture [h, w, 3] with a line of names above it, one per column of equal width."""
-    width = picture.shape[1] // len(names)
-    header = Image.new("RGB", (picture.shape[1], 18), "white")
-    draw, font = ImageDraw.Draw(header), ImageFont.load_default(size=11)
-    for i, name in enumerate(names):
-        while len(name) > 1 and draw.textlength(name, font=font) > width - 4:
-            name = name[:-1]
-        draw.text((i * width + 3, 3), name, fill="black", font=font)
-    return np.concatenate([np.asarray(header), picture], axis=0)
 
 
 def line_plot(

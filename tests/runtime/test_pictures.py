@@ -28,6 +28,17 @@ def test_captions_are_whole_and_rows_may_differ_in_length():
     assert ink.max() < wide.shape[1] - 3
 
 
+def test_names_stand_above_their_columns_and_are_cut_to_fit():
+    three = np.full((3, 30, 30, 3), 100, np.uint8)
+    rows = [("a caption that is longer than its images are wide", three)]
+    picture = labelled_rows(rows, scale=1, names=["a", "", "a name that is far too long"])
+    assert picture.shape[0] == labelled_rows(rows, scale=1).shape[0] + 18
+    ink = np.flatnonzero((picture[:18] < 128).any(axis=(0, 2)))
+    assert ink[0] < 31
+    assert not ((ink >= 31) & (ink < 62)).any()
+    assert 62 <= ink[-1] < 93
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_folder_of_pngs_is_whole_or_not_there(tmp_path, channels):
     images = np.random.default_rng(0).integers(0, 256, (3, 5, 5, channels), np.uint8)

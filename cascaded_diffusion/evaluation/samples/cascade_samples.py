@@ -21,6 +21,7 @@ from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.trained import TrainedStage, load_trained
 from cascaded_diffusion.files.bucket import BucketPath
+from cascaded_diffusion.files.paths import printable
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime import pictures
@@ -30,8 +31,10 @@ from cascaded_diffusion.runtime.run_data import trained_classes
 # The samples of the picture are among this many first ones.
 _SHOWN = 2000
 _POLL_SECS = 0.5
-# The largest number of images in a row and of classes in a picture; an image's size in pixels.
-_COLUMNS, _CLASSES, _CELL = 10, 20, 96
+# The largest number of images in a row and of classes in a picture.
+_COLUMNS, _CLASSES = 10, 20
+# An image's size in pixels, and that where real images stand beside samples in longer rows.
+_CELL, _SMALL_CELL = 96, 64
 
 # Captions and images, uint8 [n, h, w, C].
 _Rows = list[tuple[str, np.ndarray]]
@@ -104,7 +107,8 @@ def sample_cascade(
             if "classes.png" in files:
                 last = shown[f"images_{len(request.stages) - 1}"]
                 rows = _class_rows(request, last, shown["labels"])
-                picture = pictures.labelled_rows(rows, scale=_scale(request))
+                scale = max(1, _CELL // last.shape[1])
+                picture = pictures.labelled_rows(rows, scale=scale)
                 pictures.save_png(output.path / "classes.png", picture)
         except DamagedBatchError as e:
             raise UserError(str(e)) from e
@@ -191,7 +195,7 @@ def _picture(
     It shows given images with their enlargements below them, or real images with their
     enlargements and samples of the same classes, or a row of samples per class.
     """
-    size = request.stages[-1].resolution
+    size, names = request.stages[-1].resolution, []
     images = [samples[f"images_{i}"] for i in range(len(request.stages))]
     if request.low_res is not None:
         rows = _enlarged_rows(request, images)
@@ -202,14 +206,19 @@ def _picture(
         real = LabelledImages(real.images[order], real.labels[order])
         rows = _real_rows(request.config.cascade, trained, real, mesh)
         rows += _sampled_rows(request, images, _rows_with_labels(samples["labels"], real.labels))
+        if request.stages[-1].num_classes:
+            called = _class_names(request)
+            names = [called.get(label, str(label)) for label in real.labels.tolist()]
     # Small images are shown enlarged, pixel by pixel.
-    scale = _scale(request) if real is None else 2
+    scale = max(1, (_CELL if real is None else _SMALL_CELL) // size)
     enlarged = [(caption, pictures.enlarge_nearest(x, size)) for caption, x in rows]
-    return pictures.labelled_rows(enlarged, scale=scale)
+    return pictures.labelled_rows(enlarged, scale=scale, names=names)
 
 
-def _scale(request: SampleRequest) -> int:
-    return max(1, _CELL // request.stages[-1].resolution)
+def _class_names(request: SampleRequest) -> dict[int, str]:
+    """What the last stage's classes are called, by label, as far as that is known."""
+    names = trained_classes(request.folders[-1]) or ()
+    return {label: printable(name) for label, name in enumerate(names)}
 
 
 def _real_rows(
@@ -253,8 +262,7 @@ def _enlarged_rows(request: SampleRequest, images: Sequence[np.ndarray]) -> _Row
 
 
 def _class_rows(request: SampleRequest, images: np.ndarray, labels: np.ndarray) -> _Rows:
-    called = dict(enumerate(trained_classes(request.folders[-1]) or ()))
-    rows = []
+    called, rows = _class_names(request), []
     for label in sorted(set(labels.tolist()))[:_CLASSES]:
         name = called.get(label, str(label))
         caption = f"class {label}" if name == str(label) else f"class {label} ({name})"
