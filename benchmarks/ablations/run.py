@@ -100,7 +100,8 @@ def fill(results: Results, lab: Lab, table: Table, budget: Budget, seeds: int) -
         missing = "the picture is"
         if table.shown:
             path = results.path.with_name(f"{results.path.stem}_samples.png")
-            pictures.save_png(path, lab.shown(rows[: table.shown]))
+            cascades = [row for row in rows if row.models]
+            pictures.save_png(path, lab.shown(cascades[: table.shown]))
     except OutOfTime:
         print(f"out of time: {missing} missing; run it again", flush=True)
         return False

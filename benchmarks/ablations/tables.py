@@ -478,7 +478,7 @@ def _blur(budget: Budget) -> list[Row]:
         for kind, images, below in inputs
         for sigmas in _BLURS
     ]
-    return [*rows, *_ends("blur, sigma", 48)]
+    return [*_ends("low-res input", 48), *rows]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -492,7 +492,7 @@ class Table:
     changes: Changes = dataclasses.field(default_factory=lambda: {"data.resolution": 32})
     cas: bool = True  # whether the samples of its rows train a classifier
     neighbours: bool = False  # the nearest real images are measured instead of distances of sets
-    shown: int = 0  # so many first rows, above one base model, are shown by their first samples
+    shown: int = 0  # the first so many cascades, above one base model, have a picture
 
 
 TABLES = {
