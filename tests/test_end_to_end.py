@@ -173,7 +173,9 @@ def test_the_cascade_is_sampled_truncated_or_not_and_measured(runs):
     # The final numbers of the cascade are of the same images.
     measure = ["evaluate", "--final", f"--workdir={root}", cascade]
     assert "for the samples to be class-balanced" in _fails(*measure, "--num_samples=25")
-    _run(*measure, "--num_samples=40")
+    chosen_by = "config.cascade.seed = 0 is also config.eval.seed of base16, sr32, by whose samples"
+    assert chosen_by in _run(*measure, "--num_samples=40", "--config.cascade.seed=0")
+    assert "config.cascade.seed" not in _run(*measure, "--num_samples=40")
     final = json.loads((root / "sr32" / "eval" / "final_cascade.json").read_text())
     for name in METRICS - {"accuracy_classifier_40", "is_classifier_40", "is_std_classifier_40"}:
         assert final["metrics"][f"{name}_train"] == pytest.approx(record[name], rel=1e-6), name
@@ -216,13 +218,13 @@ def test_three_stages_are_chained_and_searched_from_config_alone(runs):
     )
     assert "sr16: best is aug_level" in out
     records = [json.loads(x) for x in (root / "sweep" / "sr16.jsonl").read_text().splitlines()]
-    assert len(records) == 4
+    assert [record["seed"] for record in records] == [0] * 4  # that of the runs' config.eval
     at_zero = {r["truncated"]: r["fd_classifier_40"] for r in records if r["aug_levels"] == [0.0]}
     assert at_zero[True] == at_zero[False]
     best = min(records, key=lambda r: r["fd_classifier_40"])
     written = json.loads((root / "cascade.json").read_text())["cascade"]
     assert written["aug_levels"] == [best["aug_levels"][0], 0.1]
-    assert written["truncated"] == best["truncated"]
+    assert (written["truncated"], written["seed"]) == (best["truncated"], 1)
     # What the search wrote is what sampling and the next search use without --config.
     out = _run("sample", f"--workdir={root}", f"--output={root}/best")
     assert f"aug_level ({best['aug_levels'][0]}, 0.1)" in out

@@ -208,6 +208,8 @@ def final_numbers(
             fewest = min(_LEVEL_IMAGES, config.eval.batch_size)
             levels = sampling.at_levels(held_out, num_images=fewest)
         wanted = order(evaluator.extractor)
+        if section is not None:
+            _say_if_chosen_by(section.seed, [*below, folder])
         try:
             record = measure_final(
                 folder, trained, evaluator, sampling, source, levels, wanted, team
@@ -216,6 +218,17 @@ def final_numbers(
             raise UserError(f"`evaluate final`: {e}") from e
     print((folder.eval / f"final_{source.kind}.md").read_text(), flush=True)
     return record
+
+
+def _say_if_chosen_by(seed: int, runs: Sequence[RunFolder]) -> None:
+    """Says which runs' checkpoints were chosen by samples of the seed that is measured now."""
+    names = [run.path.name for run in runs if run.read_config().eval.seed == seed]
+    if names:
+        print(
+            f"config.cascade.seed = {seed} is also config.eval.seed of {', '.join(names)}, by whose"
+            " samples checkpoints were chosen: another seed gives a distance that is not flattered",
+            flush=True,
+        )
 
 
 def bits_per_dim(
@@ -309,7 +322,9 @@ def sweep_settings(
 
     `evaluation` is with the real images of that stage's run, `settings` are from
     `settings.checked_settings`. With `write_best`, RUNS/cascade.json is written, the cascade with
-    the best setting. Raises UserError if another process sweeps the cascade, or all settings fail.
+    the best setting. Samples that choose are drawn by the run's `eval.seed`, like those that chose
+    its checkpoint, and not by the cascade's seed: the chosen ones would flatter its final numbers.
+    Raises UserError if another process sweeps the cascade, or all settings fail.
 
         best = cd.sweep_settings(runs, config, evaluation, settings, index=1)
     """
@@ -317,19 +332,20 @@ def sweep_settings(
     folders = runs.stage_folders(section)[: index + 1]
     run = folders[-1].read_config()
     evaluation.check_count(section.num_samples, run)
+    drawn = dataclasses.replace(section, seed=run.eval.seed)
     mesh, team = default_mesh(config), Team(folders[-1])
     trained = [load_trained(folder, mesh) for folder in folders]
     if not team.leads:
         team.await_ready()
         extractor = evaluation.extractor(folders[-1], run, mesh, say=_silent)
-        search = Sweep(section, trained, Evaluator(extractor, {}, False), runs.sweep, mesh, team)
+        search = Sweep(drawn, trained, Evaluator(extractor, {}, False), runs.sweep, mesh, team)
         team.help(lambda record: search.order(settings[record["setting"]]))
         return settings[0]
     with held_lock(runs.path, "sweep", "workdir"):
         with evaluation.evaluator(folders[-1], run, mesh) as evaluator:
             pass  # made; the run's checkpoints may be scored meanwhile
         with team.leading():
-            search = Sweep(section, trained, evaluator, runs.sweep, mesh, team)
+            search = Sweep(drawn, trained, evaluator, runs.sweep, mesh, team)
             best = best_setting(settings, search.run(settings), search.metric)
         print(f"{section.stages[index]}: best is {best}", flush=True)
         if write_best:
