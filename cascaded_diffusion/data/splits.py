@@ -65,5 +65,7 @@ def _bound(text: str | None, count: int) -> int | None:
     if text is None:
         return None
     if text.endswith("%"):
-        return round(count * int(text[:-1]) / 100)
+        percent = int(text[:-1])
+        # From the end: of few images, -1 % may be none, and a slice from -0 would be all.
+        return round(count * percent / 100) + (count if percent < 0 else 0)
     return int(text)

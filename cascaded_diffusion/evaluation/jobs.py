@@ -102,13 +102,14 @@ def score_checkpoints(
         with contextlib.closing(scorer):
             while True:
                 # Asked before scoring, so that this scoring sees what was saved before the end.
-                ended = not follow or folder.complete_path.exists()
+                ended = folder.complete_path.exists()
                 scored = scorer.score_new_checkpoints()
-                if ended:
+                # A trainer that goes on with an ended run has removed the file meanwhile.
+                if not follow or (ended and folder.complete_path.exists()):
                     break
                 time.sleep(_POLL_SECS)
         best = folder.best()
-        if best is None:
+        if best is None or best.get("value") is None:  # chosen by an import, without a score
             see = f"see {folder.results_path}"
             raise UserError(f"--workdir={folder.path}: no checkpoint could be scored, {see}")
         if not scored:
@@ -346,7 +347,11 @@ def sweep_settings(
             pass  # made; the run's checkpoints may be scored meanwhile
         with team.leading():
             search = Sweep(drawn, trained, evaluator, runs.sweep, mesh, team)
-            best = best_setting(settings, search.run(settings), search.metric)
+            try:
+                rows = search.run(settings)
+            except (ValueError, DamagedBatchError) as e:  # of the stages below, for one
+                raise UserError(f"`evaluate sweep`: {e}") from e
+            best = best_setting(settings, rows, search.metric)
         print(f"{section.stages[index]}: best is {best}", flush=True)
         if write_best:
             chosen = with_setting(section, index, best)

@@ -115,6 +115,7 @@ class RunScorer:
         self._work = SampleWork(self.config, self.folder, self.sources, extractor, self.mesh)
         self._team = Team(self.folder) if self.team is None else self.team
         self._curves = ScoreCurves(self.folder)
+        self._unreadable: set[_Weights] = set()  # which this process has tried to read
 
     def score_new_checkpoints(self) -> int:
         """Scores new checkpoints, updates best.json and EARLY_STOP; returns how many were new."""
@@ -155,7 +156,7 @@ class RunScorer:
         """Scores what is missing of a checkpoint; returns "scored", "known" or "gone".
 
         A checkpoint that cannot be read, or whose samples are not finite, is recorded as failed
-        once and is never chosen.
+        once and is not chosen. The next process tries again to read it, as it may be repaired.
         """
         with pinned(self.folder, step) as is_there:
             if not is_there:
@@ -181,10 +182,10 @@ class RunScorer:
             if self._recorded(weights, source, self._metric):
                 self._work.discard(weights, source)
                 continue
-            missing.append(source)
-            order = self._work.order(weights, source)
+            order, readable = self._work.order(weights, source), False
             try:
                 self._work.params(weights)
+                readable = True
                 try:
                     values = self._score_source(weights, source, order)
                 except DamagedBatchError:  # what was damaged is made again
@@ -195,8 +196,15 @@ class RunScorer:
                 if isinstance(e, OSError):  # a full disk, say: not the checkpoint's fault
                     raise UserError(f"{self.folder.eval}: {e}; run the same command again") from e
                 print(f"{self.config.stage.name} step {weights.step}: failed ({e})", flush=True)
-                self._record(weights, source, {self._metric: None}, failed=str(e))
+                if not readable:
+                    self._unreadable.add(weights)
+                    if self._recorded(weights, source, self._metric):
+                        continue  # by an earlier process, and it is as it was
+                missing.append(source)
+                failed = dict(failed=str(e), unreadable=not readable)
+                self._record(weights, source, {self._metric: None}, **failed)
                 continue
+            missing.append(source)
             self._record(weights, source, values)
             order.store.remove()
         return "scored" if missing else "known"
@@ -205,10 +213,15 @@ class RunScorer:
         like, decays = self._identity(source), [weights.ema_decay]
         comparable = early_stopping.series(self.folder.scores(), metric, like, decays)
         wanted = (weights.step, weights.digest)
-        return any((r["step"], r.get("weights")) == wanted for r in comparable)
+        found = [r for r in comparable if (r["step"], r.get("weights")) == wanted]
+        return any(not r.get("unreadable") or weights in self._unreadable for r in found)
 
     def _record(
-        self, weights: _Weights, source: SampleSource, values: dict[str, float | None], **extra: str
+        self,
+        weights: _Weights,
+        source: SampleSource,
+        values: dict[str, float | None],
+        **extra: str | bool,
     ) -> None:
         # The metric that marks a source as done comes last. If this process ends before it, no
         # other metric is lost or recorded twice.

@@ -90,7 +90,7 @@ def train(
                 " another folder"
             )
         check_resume(folder.read_config(), config, str(folder.path), allowed=allowed)
-    if not path.exists():
+    if not path.exists() or not folder.exists():  # a refused call may have left images
         write_npz_whole(path, arrays)
     elif any(not np.array_equal(x, read_arrays(path).get(k)) for k, x in arrays.items()):
         raise UserError(f"{path}: has other images; resume with the same, or name another workdir")

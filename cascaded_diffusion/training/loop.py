@@ -85,6 +85,9 @@ def train(
         newest = checkpoints.newest_step(start_over=start_over)
         profiler = monitor.StepProfiler(folder.profile, profile_steps)
         profiler.check((newest or 0) + 1, total)
+        if is_first_process:
+            # Whoever waits for a shorter run that now resumes, waits for the new end.
+            folder.complete_path.unlink(missing_ok=True)
         compiling = _start_compiling(stage, config, mesh, abstract, image_shape, low_res_shape)
         if newest is not None:
             state = checkpoints.restore(newest, abstract)
@@ -94,8 +97,6 @@ def train(
         resume.store(folder, config, data, changed, mesh)
         step = int(state.step)
         if is_first_process:
-            # Whoever waits for a shorter run that now resumes, waits for the new end.
-            folder.complete_path.unlink(missing_ok=True)
             folder.forget_imported()
             print_parameter_overview(state.params)
         local_batches = data_from(step)

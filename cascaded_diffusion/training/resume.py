@@ -13,7 +13,7 @@ from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import read_record
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.environment import store_environment
-from cascaded_diffusion.runtime.manifest import finished_steps
+from cascaded_diffusion.runtime.manifest import damage, finished_steps
 from cascaded_diffusion.runtime.run_data import RunData, check_run_data, write_run_data
 from cascaded_diffusion.runtime.run_folder import CONFIG_REMEDY, RunFolder
 from cascaded_diffusion.training.step import build_learning_rate, state_shapes
@@ -107,8 +107,8 @@ def _stretched_schedule(old: RunConfig, new: RunConfig, folder: RunFolder) -> li
 def finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outcome | None:
     """The outcome of a run that has nothing left to do, or None: as process 0 sees it, in all.
 
-    It is known before anything is compiled. Raises UserError if TRAIN_COMPLETE is damaged, or there
-    are no checkpoints beside it.
+    It is known before anything is compiled. A run whose last checkpoint is lost or damaged is not
+    finished. Raises UserError if TRAIN_COMPLETE is damaged, or there are no checkpoints beside it.
     """
     values = (-1, 0)  # the reason's index or, if there is something left to do, -1; and the step
     with mesh_lib.fail_on_all_processes():
@@ -119,6 +119,10 @@ def finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> Outco
 
 
 def _finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> tuple[int, int]:
+    def is_whole(step: int) -> bool:
+        # If not, the trainer falls back to an older one, or says why it cannot.
+        return damage(folder.checkpoints / str(step)) is None
+
     steps = finished_steps(folder)
     asked_to_stop = folder.asked_to_stop(config.eval.patience_evals)
     if folder.complete_path.exists():
@@ -135,7 +139,9 @@ def _finished(folder: RunFolder, config: RunConfig, *, start_over: bool) -> tupl
                     f" is in {folder.checkpoints}; restore it from a backup, choose another"
                     " --workdir, or add --start_over to begin at step 0 here"
                 )
-            return _REASONS.index(reason), step
+            return (_REASONS.index(reason), step) if is_whole(step) else (-1, 0)
     if asked_to_stop and (steps or not start_over):
-        return _REASONS.index("early_stop"), max(steps, default=0)
+        step = max(steps, default=0)
+        if not steps or is_whole(step):
+            return _REASONS.index("early_stop"), step
     return -1, 0

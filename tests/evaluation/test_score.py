@@ -174,8 +174,13 @@ def test_a_damaged_checkpoint_is_recorded_as_failed_once_and_passed_over(clean):
         assert "has changed since it was written" in failed[0]["failed"]
         assert folder.chosen().step == 6
         assert _scorer(folder, Evaluator([])).score_new_checkpoints() == 0
+        assert [r for r in read_lines(folder.results_path) if r["value"] is None] == failed
     finally:
         data.write_bytes(original)
+    # Repaired, it has its score, and may be the best.
+    assert _scorer(folder, Evaluator([1.0])).score_new_checkpoints() == 1
+    assert folder.chosen().step == 4
+    assert _scorer(folder, Evaluator([])).score_new_checkpoints() == 0
 
 
 def test_an_error_of_the_system_condemns_no_checkpoint(clean, monkeypatch):

@@ -198,6 +198,17 @@ def test_a_run_on_arrays_resumes_and_keeps_its_images(runs):
         cd.train(config, images=images[::-1], labels=labels, workdir=runs / "base16")
 
 
+def test_a_refused_call_leaves_no_images_that_the_next_one_trips_over(tmp_path):
+    images, labels = drawn()
+    config = smallest_base(**{**RUN, "train__batch_size": 1000})
+    with pytest.raises(cd.UserError, match="batch_size"):
+        cd.train(config, images=images, labels=labels, workdir=tmp_path / "run")
+    run = cd.train(
+        smallest_base(**RUN), images=images[::-1], labels=labels[::-1], workdir=tmp_path / "run"
+    )
+    assert finished_steps(run)
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [

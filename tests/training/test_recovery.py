@@ -166,6 +166,48 @@ def test_a_damaged_train_complete_is_named(run, text):
         _train(run.path)
 
 
+def _flip_newest(folder):
+    data = max((folder.checkpoints / "6").rglob("d/*"), key=lambda p: p.stat().st_size)
+    content = data.read_bytes()
+    data.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("lose", [_remove("checkpoints/6"), _flip_newest], ids=["gone", "damaged"])
+@pytest.mark.parametrize("reason", ["complete", "early_stop"])
+def test_a_run_whose_last_checkpoint_is_lost_has_not_ended(run, lose, reason):
+    lose(run)
+    if reason == "early_stop":
+        run.early_stop_path.write_text("enough\n")
+    outcome = _train(run.path)
+    # It goes on from the one before, or ends there, as it was asked to.
+    assert (outcome.reason, outcome.step) == (reason, {"complete": 6, "early_stop": 4}[reason])
+    assert manifest.finished_steps(run)[-1] == outcome.step
+    assert manifest.damage(run.checkpoints / str(outcome.step)) is None
+    assert json.loads(run.complete_path.read_text()) == {"reason": reason, "step": outcome.step}
+    assert _train(run.path) == outcome
+
+
+def test_a_run_with_only_a_damaged_last_checkpoint_starts_over_when_told_to(run):
+    _remove("checkpoints/4")(run)
+    _flip_newest(run)
+    with pytest.raises(UserError, match="none of the checkpoints .*--start_over"):
+        _train(run.path)
+    assert _train(run.path, start_over=True).step == 6
+    assert (run.path / "lost_run_1" / "TRAIN_COMPLETE").exists()
+
+
+def test_train_complete_is_gone_before_a_longer_run_compiles(run, monkeypatch):
+    def compiles(*args, **kwargs):
+        raise UserError("the program is too large")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="too large"):
+        patch.setattr(loop, "_start_compiling", compiles)
+        _train(run.path, _longer())
+    assert not run.complete_path.exists()  # for an evaluation that follows
+    assert _train(run.path).step == 6
+    assert run.complete_path.exists()
+
+
 def test_the_workdir_moved_away_while_training_is_not_made_again(tmp_path):
     def moves(start):
         stream = build_stream(SOURCE, CONFIG.data, global_batch_size=CONFIG.train.batch_size)
