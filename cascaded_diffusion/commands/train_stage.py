@@ -13,6 +13,7 @@ from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.data.loader import Stream, build_stream, iterate
 from cascaded_diffusion.data.records import Source
 from cascaded_diffusion.data.sources import load_splits, spread_examples
+from cascaded_diffusion.data.splits import overlap
 from cascaded_diffusion.errors import UserError, is_out_of_memory
 from cascaded_diffusion.planning import fit
 from cascaded_diffusion.runtime import mesh as mesh_lib
@@ -100,15 +101,20 @@ def prepared(config: RunConfig, data_path: str | None) -> Prepared:
     path_as_given = data_path or config.data.path
     config = with_absolute_paths(config, data_path)
     build_stage(config.stage)
+    splits = [config.data.train_split, config.data.eval_split]
     with mesh_lib.fail_on_all_processes():
-        splits = [config.data.train_split, config.data.eval_split]
         sources = load_splits(config.data, list(dict.fromkeys(splits)), config.stage)
     # The first process decides, so that all processes have the same mesh.
     (memory_mib,) = mesh_lib.broadcast_from_process_0([int(fit.device_bytes() / 2**20)])
     memory_bytes, num_devices = memory_mib * 2**20, jax.device_count()
     placed, choice = fit.choose_fsdp(config, num_devices, memory_bytes)
     check_devices(placed, num_devices)
-    warning = fit.check_memory(placed, num_devices, memory_bytes)
+    warnings = [fit.check_memory(placed, num_devices, memory_bytes)]
+    if overlap(*splits):
+        warnings.append(
+            f"config.data.eval_split = {splits[1]!r} has images of train_split = {splits[0]!r}:"
+            " what is measured as held out was trained on"
+        )
     mesh = mesh_lib.build_mesh(placed.mesh)
     index, count = mesh_lib.batch_share(mesh)
     with mesh_lib.fail_on_all_processes():
@@ -127,7 +133,7 @@ def prepared(config: RunConfig, data_path: str | None) -> Prepared:
         stream=stream,
         mesh=mesh,
         memory_bytes=memory_bytes,
-        notes=[line for line in (choice, warning and f"warning: {warning}") if line],
+        notes=[line for line in (choice, *(w and f"warning: {w}" for w in warnings)) if line],
     )
 
 

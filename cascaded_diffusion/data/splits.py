@@ -37,6 +37,29 @@ def parse_split(split: str) -> re.Match[str]:
     return match
 
 
+def overlap(first: str, second: str) -> bool:
+    """Whether two splits have images in common, as far as bounds in percent tell."""
+    matches = [_PART.fullmatch(split) for split in (first, second)]
+    if None in matches or matches[0]["name"] != matches[1]["name"]:
+        return first == second
+    percents = [_percents(match) for match in matches]
+    if (0, 100) in percents or first == second:
+        return True
+    if None in percents:
+        return False
+    (low, high), (other_low, other_high) = percents
+    return max(low, other_low) < min(high, other_high)
+
+
+def _percents(match: re.Match[str]) -> tuple[int, int] | None:
+    """The bounds of a part in percent, or None if they are numbers of images."""
+    texts = (match["low"] or "0%", match["high"] or "100%")
+    if not all(text.endswith("%") for text in texts):
+        return None
+    low, high = (int(text[:-1]) for text in texts)
+    return low + 100 * (low < 0), high + 100 * (high < 0)
+
+
 def check_train_or_test(split: str, data: str) -> None:
     """Raises UserError for a split that data with the splits "train" and "test" does not have."""
     if split not in ("train", "test"):

@@ -9,7 +9,7 @@ import pytest
 from cascaded_diffusion.commands import entry, train_stage
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.runtime.run_folder import RunFolder
-from tests.tiny import tiny_base
+from tests.tiny import round_trip, tiny_base
 
 
 def test_too_little_memory_is_one_line_with_batch_estimate_and_keys(tmp_path, monkeypatch):
@@ -36,6 +36,14 @@ def test_other_errors_of_the_device_stay_what_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(train_stage, "train", fails)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel failed"):
         train_stage.train_stage(tiny_base(), RunFolder(tmp_path / "run"))
+
+
+def test_a_split_that_is_trained_on_is_not_taken_for_held_out_in_silence():
+    assert train_stage.prepared(tiny_base(), None).notes == []
+    config = round_trip(tiny_base(), data__eval_split="train[90%:]")
+    (note,) = train_stage.prepared(config, None).notes
+    problem = "config.data.eval_split = 'train[90%:]' has images of train_split = 'train'"
+    assert note.startswith(f"warning: {problem}")
 
 
 def test_too_little_memory_elsewhere_is_one_line_of_the_binary(monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cascaded_diffusion.data.splits import part_of
+from cascaded_diffusion.data.splits import overlap, part_of
 from cascaded_diffusion.errors import UserError
 
 
@@ -30,3 +30,24 @@ def test_percents_from_either_end_meet():
     assert not _part("train[:90%]", 60) & _part("train[-10%:]", 60)
     with pytest.raises(UserError, match="holds none of 49 images"):
         _part("train[-1%:]", 49)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "common"),
+    [
+        ("train", "test", False),
+        ("train", "train", True),
+        ("train", "train[90%:]", True),
+        ("train[:90%]", "train[90%:]", False),
+        ("train[:90%]", "train[-10%:]", False),
+        ("train[:90%]", "train[85%:]", True),
+        ("train[:-10%]", "train[-20%:]", True),
+        ("train[:1000]", "train[1000:]", False),
+        ("train[:1000]", "train", True),
+        ("train[:1000]", "train[:1000]", True),
+        ("train+test", "train", False),  # of TFDS, which is not parsed here
+    ],
+)
+def test_splits_that_have_images_in_common_are_known(first, second, common):
+    assert overlap(first, second) is common
+    assert overlap(second, first) is common
