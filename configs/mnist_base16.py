@@ -48,8 +48,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
             name="cosine", num_timesteps=None, noise_levels="continuous", cosine_offset=0.008
         ),
         diffusion=dict(
-            # For so short a training better than "v": a small network need not carry
-            # the noise through to its output.
+            # Recognised more often than "v", at the same distance (docs/results.md): a small
+            # network need not carry the noise through to its output.
             parameterization="x0",
             variance="fixed",
             loss="simple",
