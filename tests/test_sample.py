@@ -274,6 +274,12 @@ def test_what_is_given_is_not_written_over(runs, tmp_path):
         assert message in _refused(runs, *argv)
     assert _request(runs, *argv[:2], f"--output={tmp_path}/out").first == 1
 
+    # Images in a folder `png` beside which the output's own would be.
+    (tmp_path / "given").rename(tmp_path / "png")
+    for low_res in ("png", "png/1.png"):
+        argv = [f"--low_res={tmp_path}/{low_res}", "--labels=1", f"--output={tmp_path}"]
+        assert message in _refused(runs, *argv, "--png")
+
 
 def test_a_run_of_the_wrong_kind_is_refused(runs):
     low_res = f"--low_res={runs}/samples/base8.npz"

@@ -119,7 +119,9 @@ def _check_output(request: SampleRequest) -> None:
     if request.low_res is not None:
         given = path_of(request.low_res.path).resolve()
         written = [output.resolve() / name for name in request.npz_names()]
-        if given in written or (given.is_dir() and output.resolve().is_relative_to(given)):
+        inside = given.is_dir() and output.resolve().is_relative_to(given)
+        pictures = request.png_paths and given.is_relative_to(output.resolve() / "png")
+        if given in written or inside or pictures:
             raise UserError(
                 f"--output={output}: the images of --low_res={request.low_res.path} are there;"
                 " choose another folder"

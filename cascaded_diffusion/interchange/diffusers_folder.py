@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.files.json_files import Record, read_json
-from cascaded_diffusion.interchange.weights_files import unet_folder
+from cascaded_diffusion.interchange.weights_files import TIMESTEPS, told_timesteps, unet_folder
 
 # What our U-Net cannot be told, and the only values that it has.
 _FIXED: Mapping[str, tuple[object, ...]] = {
@@ -31,6 +31,15 @@ DETAILS: Mapping[str, tuple[float, float]] = {
     "freq_shift": (0, 1),
     "norm_eps": (1e-5, 1e-6),
 }
+# Schedulers of a process that its betas describe; what they do differs in sampling alone.
+_OF_BETAS = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        *("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete"),
+        *("EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
+        *("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep"),
+    )
+)
 PREDICTS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large"}
 
@@ -47,6 +56,12 @@ def config_changes(path: pathlib.Path, flag: str) -> tuple[dict[str, object], bo
     config = read_json(file, remedy="download it again")
     if not isinstance(config, dict):
         raise UserError(f"{file}: is no object; expected the config of a UNet2DModel")
+    told = told_timesteps(folder)
+    if told not in (None, TIMESTEPS["step_index"]):
+        raise UserError(
+            f"{folder}: its network was exported as one that is told {told}; expected one that is"
+            f" told {TIMESTEPS['step_index']}, which is what diffusers' schedulers tell"
+        )
     for key, known in _FIXED.items():
         if (value := config.get(key)) not in known:
             raise UserError(f"{file}: {key} = {value!r}: expected {known[0]!r}")
@@ -134,6 +149,9 @@ def _schedule(file: pathlib.Path) -> dict[str, object]:
     config = read_json(file, remedy="download it again")
     if not isinstance(config, dict):
         raise UserError(f"{file}: is no object; expected the config of a scheduler")
+    name = config.get("_class_name", "DDPMScheduler")
+    if name not in _OF_BETAS:
+        raise UserError(f"{file}: _class_name = {name!r}: expected one of {sorted(_OF_BETAS)}")
     steps, betas = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
     predicts = config.get("prediction_type", "epsilon")
     if predicts not in PREDICTS:

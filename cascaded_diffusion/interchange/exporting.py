@@ -14,17 +14,10 @@ from cascaded_diffusion.files.json_files import Record, write_json
 from cascaded_diffusion.files.whole import whole_file
 from cascaded_diffusion.interchange.diffusers_folder import DETAILS, PREDICTS
 from cascaded_diffusion.interchange.names import Family, translations
+from cascaded_diffusion.interchange.weights_files import TIMESTEPS
 from cascaded_diffusion.networks.classifier import flatten_params
 from cascaded_diffusion.runtime.checkpoint import load_ema_params
 from cascaded_diffusion.runtime.run_folder import RunFolder
-
-# What the number is of which a network there embeds sines and cosines.
-_TIMESTEPS = {
-    "cosine_time": "1000 * atan(exp(-logsnr / 2)) / (pi / 2)",
-    "noise_level": "1000 * sqrt(sigmoid(logsnr))",
-    "step_index": "the step, from 0",
-    "scaled_step_index": "1000 / T times the step, from 0",
-}
 
 
 def check_expressible(stage: StageConfig, family: Family) -> None:
@@ -95,7 +88,7 @@ def export_weights(
         "stage": stage.name,
         "step": str(step),
         "ema_decay": str(chosen.ema_decay),
-        "timesteps": _TIMESTEPS[stage.network.noise_input],
+        "timesteps": TIMESTEPS[stage.network.noise_input],
     }
     if family.name != "diffusers" and output.suffix != ".safetensors":
         raise UserError(f"--output={output}: expected a name that ends with .safetensors")

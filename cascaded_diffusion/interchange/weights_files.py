@@ -38,6 +38,15 @@ _DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_
 _FORMER_PARTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _FORMER = re.compile(rf"(\.attentions\.\d+)\.({'|'.join(_FORMER_PARTS)})\.")
 
+# What the number is of which an exported network embeds sines and cosines, by the config's
+# `stage.network.noise_input`.
+TIMESTEPS = {
+    "cosine_time": "1000 * atan(exp(-logsnr / 2)) / (pi / 2)",
+    "noise_level": "1000 * sqrt(sigmoid(logsnr))",
+    "step_index": "the step, from 0",
+    "scaled_step_index": "1000 / T times the step, from 0",
+}
+
 
 def read_weights(path: pathlib.Path, flag: str) -> dict[str, np.ndarray]:
     """The tensors of a file, or of a folder of diffusers, by name; as views of the file.
@@ -72,6 +81,18 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError) as e:
         raise ValueError(f"not a whole file of safetensors ({e})") from e
+
+
+def told_timesteps(folder: pathlib.Path) -> str | None:
+    """What our export says that a folder's network is told, one of TIMESTEPS; None of others'."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / _DIFFUSERS_WEIGHTS[0]
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("timesteps")
+    except (SafetensorError, OSError):
+        return None  # there is none, or reading its tensors says what is wrong
 
 
 def unet_folder(path: pathlib.Path, flag: str) -> pathlib.Path:

@@ -1,7 +1,8 @@
 """Training a stage on images in memory."""
 
 import os
-from collections.abc import Collection
+import pathlib
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -92,7 +93,16 @@ def train(
         check_resume(folder.read_config(), config, str(folder.path), allowed=allowed)
     if not path.exists() or not folder.exists():  # a refused call may have left images
         write_npz_whole(path, arrays)
-    elif any(not np.array_equal(x, read_arrays(path).get(k)) for k, x in arrays.items()):
+    elif not _are_in(path, arrays):
         raise UserError(f"{path}: has other images; resume with the same, or name another workdir")
     train_stage(config, folder, allow_changed=allowed)
     return folder
+
+
+def _are_in(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether a file has these arrays. Raises UserError if it cannot be read."""
+    try:
+        stored = read_arrays(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: {e}; remove it, and it is written again") from e
+    return all(np.array_equal(x, stored.get(k)) for k, x in arrays.items())

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from cascaded_diffusion.cascade.cascade import Cascade
 from cascaded_diffusion.cascade.sampler import AnySampler, Sampler
 from cascaded_diffusion.commands.jax_setup import set_up_jax
+from cascaded_diffusion.commands.run_images import check_same_run_classes
 from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain
 from cascaded_diffusion.config.schema import (
     CascadeConfig,
@@ -250,6 +251,7 @@ def load_cascade(
             config = _cascade_in(runs)
         folders = list(runs.stage_folders(config.cascade))
         check_chain(config.cascade, [f.read_config().stage for f in folders])
+        check_same_run_classes(folders)
     mesh = mesh_lib.build_mesh(config.mesh, jax.local_devices()) if mesh is None else mesh
     trained = tuple(
         None if folder is None else load_trained(folder, mesh, newest_if_none_chosen=True)

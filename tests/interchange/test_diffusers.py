@@ -163,6 +163,11 @@ def test_there_and_back_is_the_same_to_the_bit(tmp_path):
         ({}, {"prediction_type": ["epsilon"]}, "not the config of a scheduler (TypeError"),
         ({"up_block_types": ["AttnSkipUpBlock2D", "UpBlock2D"]}, None, "the same on the way up"),
         ({}, {"prediction_type": "flow"}, "prediction_type = 'flow': expected one of"),
+        (
+            {},
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0},
+            "_class_name = 'FlowMatchEulerDiscreteScheduler': expected one of ['DDIMParallelSch",
+        ),
     ],
 )
 def test_what_our_unet_cannot_be_is_refused(config, scheduler, message, tmp_path):
@@ -171,6 +176,20 @@ def test_what_our_unet_cannot_be_is_refused(config, scheduler, message, tmp_path
     with pytest.raises(UserError, match=re.escape(message)) as error:
         run_import(tmp_path / "theirs", tmp_path / "run")
     assert "config.json: " in str(error.value)
+
+
+def test_our_own_export_that_is_told_no_step_is_refused(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    write_folder(tmp_path / "theirs")
+    weights = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
+    if not weights.exists():
+        weights = tmp_path / "theirs" / "unet" / weights.name
+    tensors = load_file(weights)
+    save_file(tensors, weights, metadata={"timesteps": "1000 * sqrt(sigmoid(logsnr))"})
+    with pytest.raises(UserError, match=r"told 1000 \* sqrt.*; expected one that is told the step"):
+        run_import(tmp_path / "theirs", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_weights_is_said(tmp_path):

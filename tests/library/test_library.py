@@ -1,6 +1,8 @@
 """What a notebook calls: a cascade in memory, training on arrays, samplers of one's own."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +111,16 @@ def test_runs_in_a_folder_are_a_cascade_by_themselves(runs, cascade, tmp_path):
         cd.load_cascade(tmp_path)
 
 
+def test_stages_of_other_classes_are_no_cascade(runs, tmp_path):
+    other = shutil.copytree(runs, tmp_path / "runs") / "sr32" / "data.json"
+    known = json.loads((runs / "base16" / "data.json").read_text())
+    names = [str(i) for i in range(10)]
+    for path, classes in ((tmp_path / "runs/base16/data.json", names), (other, names[::-1])):
+        path.write_text(json.dumps({**known, "class_names": classes}))
+    with pytest.raises(cd.UserError, match="class 0 of run 'base16' is '0', and of run 'sr32' '9'"):
+        cd.load_cascade(tmp_path / "runs", mesh=one_device())
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -207,6 +219,14 @@ def test_a_refused_call_leaves_no_images_that_the_next_one_trips_over(tmp_path):
         smallest_base(**RUN), images=images[::-1], labels=labels[::-1], workdir=tmp_path / "run"
     )
     assert finished_steps(run)
+
+
+def test_a_damaged_file_of_images_is_one_line(tmp_path):
+    images, labels = drawn()
+    run = cd.train(smallest_base(**RUN), images=images, labels=labels, workdir=tmp_path / "run")
+    (run.path / "images.npz").write_bytes(b"PK")
+    with pytest.raises(cd.UserError, match=r"images\.npz: damaged, .*; remove it, and it is wr"):
+        cd.train(smallest_base(**RUN), images=images, labels=labels, workdir=tmp_path / "run")
 
 
 @pytest.mark.parametrize(
