@@ -1,6 +1,7 @@
 """A trained cascade in memory: images from labels, or from smaller images."""
 
 import dataclasses
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -147,7 +148,7 @@ class TrainedCascade:
             if len(given) != wanted:
                 raise UserError(f"{name}: expected {wanted}, got {len(given)}")
         for level, trained in zip(levels, self.stages[1:], strict=True):
-            if isinstance(level, str) or not 0 <= level <= 1:
+            if not isinstance(level, numbers.Real) or not 0 <= level <= 1:
                 raise UserError(f"aug_levels = {levels}: expected levels from 0 to 1")
             check_level("cascade.aug_levels", level, trained.stage.config)
         for i, (sampler, trained) in enumerate(zip(samplers, self.stages, strict=True)):

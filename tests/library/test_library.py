@@ -156,6 +156,7 @@ def test_what_cannot_be_sampled_is_refused(cascade, runs):
         ({"batch_size": -1}, "batch_size = -1"),
         ({"aug_levels": 0.3}, "aug_levels, samplers: expected a list of each"),
         ({"aug_levels": ["a"]}, "expected levels from 0 to 1"),
+        ({"aug_levels": [None]}, "expected levels from 0 to 1"),
         ({"samplers": ["ddim", "ddim"]}, "samplers.0. = 'ddim': expected a SamplerConfig or"),
         (
             {"samplers": [cd.Sampler(step=euler, guidance_scale=2.0, grid="respaced")] * 2},
