@@ -109,11 +109,13 @@ def prepared(config: RunConfig, data_path: str | None) -> Prepared:
     memory_bytes, num_devices = memory_mib * 2**20, jax.device_count()
     placed, choice = fit.choose_fsdp(config, num_devices, memory_bytes)
     check_devices(placed, num_devices)
-    warnings = [fit.check_memory(placed, num_devices, memory_bytes)]
+    notes = [choice] if choice else []
+    if warning := fit.check_memory(placed, num_devices, memory_bytes):
+        notes.append(f"warning: {warning}")
     if overlap(*splits):
-        warnings.append(
-            f"config.data.eval_split = {splits[1]!r} has images of train_split = {splits[0]!r}:"
-            " what is measured as held out was trained on"
+        notes.append(
+            f"warning: config.data.eval_split = {splits[1]!r} has images of train_split ="
+            f" {splits[0]!r}: what is measured as held out was trained on"
         )
     mesh = mesh_lib.build_mesh(placed.mesh)
     index, count = mesh_lib.batch_share(mesh)
@@ -133,7 +135,7 @@ def prepared(config: RunConfig, data_path: str | None) -> Prepared:
         stream=stream,
         mesh=mesh,
         memory_bytes=memory_bytes,
-        notes=[line for line in (choice, *(w and f"warning: {w}" for w in warnings)) if line],
+        notes=notes,
     )
 
 

@@ -39,11 +39,13 @@ def parse_split(split: str) -> re.Match[str]:
 
 def overlap(first: str, second: str) -> bool:
     """Whether two splits have images in common, as far as bounds in percent tell."""
+    if first == second:
+        return True
     matches = [_PART.fullmatch(split) for split in (first, second)]
     if None in matches or matches[0]["name"] != matches[1]["name"]:
-        return first == second
+        return False
     percents = [_percents(match) for match in matches]
-    if (0, 100) in percents or first == second:
+    if (0, 100) in percents:
         return True
     if None in percents:
         return False

@@ -1,12 +1,16 @@
 """An extractor that takes no network, and a evaluator whose verdicts are known."""
 
+import dataclasses
 import types
 
 import jax
 import numpy as np
 
+from cascaded_diffusion.config.schema import CascadeConfig
+from cascaded_diffusion.evaluation.evaluator import Evaluation
 from cascaded_diffusion.evaluation.features.extractor import Features
 from cascaded_diffusion.evaluation.measure import metric_name
+from cascaded_diffusion.evaluation.settings import chain_of
 from cascaded_diffusion.networks.classifier import init_classifier
 
 
@@ -29,6 +33,19 @@ class Extractor:
         features = np.tanh(images.reshape(len(images), -1)[:, :64] / 255 @ self._matrix)
         spatial = features[:, :5] if self._spatial else None
         return Features(features.astype(np.float32), 3 * features[:, :10], spatial)
+
+
+class WithoutNetwork(Evaluation):
+    """An evaluation by features that take no network."""
+
+    def extractor(self, folder, config, mesh, *, say=print):
+        return Extractor()
+
+
+def cascade_of(config, **changes):
+    """A cascade of one run, with changes of its section."""
+    section = dataclasses.replace(chain_of([config]), **changes)
+    return CascadeConfig(cascade=section, mesh=config.mesh)
 
 
 class Evaluator:

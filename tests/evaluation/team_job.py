@@ -11,7 +11,6 @@ import time
 import numpy as np
 
 from cascaded_diffusion.commands import entry, jax_setup
-from cascaded_diffusion.config.schema import CascadeConfig, CascadeSection
 from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit
 from cascaded_diffusion.evaluation.settings import make_settings
 from cascaded_diffusion.runtime.cluster import Cluster
@@ -34,14 +33,9 @@ def main(argv):
         JOB.watch(meet(cluster, {}, timeout_secs=120), timeout_secs=30)
     jax_setup.set_up_jax(cluster)
     from cascaded_diffusion.evaluation import jobs
-    from cascaded_diffusion.evaluation.evaluator import Evaluation
     from cascaded_diffusion.evaluation.samples import generate
-    from tests.evaluation.stubs import Extractor
+    from tests.evaluation.stubs import WithoutNetwork, cascade_of
     from tests.one_layer import in_place_of_the_unet
-
-    class WithoutNetwork(Evaluation):
-        def extractor(self, folder, config, mesh, *, say=print):
-            return Extractor()
 
     fill = generate.fill
 
@@ -61,21 +55,9 @@ def main(argv):
         best = jobs.score_checkpoints(folder, evaluation)
         record = jobs.final_numbers(folder, evaluation, num_samples=50)
         config = folder.read_config()
-        section = CascadeSection(
-            stages=(folder.path.name,),
-            configs=("any.py",),
-            samplers=(config.stage.sampler,),
-            aug_levels=(),
-            truncated=False,
-            num_samples=30,
-            batch_size=10,
-            seed=0,
-        )
-        runs, cascade = (
-            CascadeFolder(folder.path.parent),
-            CascadeConfig(cascade=section, mesh=config.mesh),
-        )
-        settings = make_settings(section, 0, config.stage, num_steps=[1, 2])
+        cascade = cascade_of(config, num_samples=30, batch_size=10)
+        settings = make_settings(cascade.cascade, 0, config.stage, num_steps=[1, 2])
+        runs = CascadeFolder(folder.path.parent)
         jobs.sweep_settings(runs, cascade, evaluation, settings, index=0)
     # Of the final numbers, process 0 alone returns a record.
     assert not record or best["step"] == record["step"]

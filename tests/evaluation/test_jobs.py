@@ -2,26 +2,17 @@
 
 import pytest
 
-from cascaded_diffusion.config.schema import CascadeConfig, CascadeSection
-from cascaded_diffusion.data.loader import build_stream, iterate
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation import jobs
-from cascaded_diffusion.evaluation.evaluator import Evaluation
 from cascaded_diffusion.evaluation.samples.sample_sources import RealSplit
 from cascaded_diffusion.evaluation.settings import make_settings
 from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.runtime.run_folder import IMPORTED, CascadeFolder, RunFolder
-from cascaded_diffusion.training import loop
-from tests.evaluation.stubs import Extractor
-from tests.tiny import random_source, smallest_base, two_devices
+from tests.evaluation.stubs import WithoutNetwork, cascade_of
+from tests.tiny import smallest_base
+from tests.training.test_training import SOURCE, _train
 
 pytestmark = pytest.mark.usefixtures("one_layer")
-SOURCE = random_source(64)
-
-
-class _WithoutNetwork(Evaluation):
-    def extractor(self, folder, config, mesh, *, say=print):
-        return Extractor()
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +21,13 @@ def evaluation():
         return {"image": SOURCE.raw.images[rows], "label": SOURCE.raw.labels[rows]}
 
     split = RealSplit(data="random", split="all", size=64, read=read)
-    return _WithoutNetwork({"train": split, "val": split}, allow_few_samples=True)
+    return WithoutNetwork({"train": split, "val": split}, allow_few_samples=True)
 
 
 @pytest.fixture
 def run(tmp_path):
-    config = smallest_base(train__train_steps=2, train__warmup_steps=1)
-    stream = build_stream(SOURCE, config.data, global_batch_size=config.train.batch_size)
     folder = RunFolder(tmp_path / "base16")
-    loop.train(
-        config,
-        folder,
-        lambda start: iterate(stream, SOURCE, config.data, start_step=start),
-        image_shape=SOURCE.image_shape,
-        grid_examples={"image": SOURCE.raw.images[:40], "label": SOURCE.raw.labels[:40]},
-        mesh=two_devices(),
-    )
+    _train(smallest_base(train__train_steps=2, train__warmup_steps=1), folder.path)
     return folder
 
 
@@ -80,18 +62,8 @@ def test_what_an_import_has_chosen_is_no_score(run, evaluation, monkeypatch):
 
 def test_a_sweep_above_a_stage_that_fails_is_one_line(run, evaluation, monkeypatch):
     config = run.read_config()
-    section = CascadeSection(
-        stages=("base16",),
-        configs=("any.py",),
-        samplers=(config.stage.sampler,),
-        aug_levels=(),
-        truncated=False,
-        num_samples=32,
-        batch_size=16,
-        seed=5,
-    )
     write_json(run.best_path, {"step": 2, "ema_decay": config.eval.ema_decays[0]})
-    cascade = CascadeConfig(cascade=section, mesh=config.mesh)
+    cascade = cascade_of(config, num_samples=32, batch_size=16, seed=5)
     seeds = []
 
     def fails(self, settings):
@@ -99,7 +71,7 @@ def test_a_sweep_above_a_stage_that_fails_is_one_line(run, evaluation, monkeypat
         raise ValueError("a sample of base8 is not finite")
 
     monkeypatch.setattr(jobs.Sweep, "run", fails)
-    settings = make_settings(section, 0, config.stage, num_steps=[1, 2])
+    settings = make_settings(cascade.cascade, 0, config.stage, num_steps=[1, 2])
     runs = CascadeFolder(run.path.parent)
     with pytest.raises(UserError, match="`evaluate sweep`: a sample of base8 is not finite"):
         jobs.sweep_settings(runs, cascade, evaluation, settings, index=0)
