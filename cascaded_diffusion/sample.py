@@ -10,6 +10,7 @@ samples the runs RUN/<stage> that the config names. Without --config it samples 
     samples.png   per class: real, low-res, enlarged real, base and cascade images
     classes.png   the first samples of every class, a row per class
     png/          with --png: every image of samples.npz as a file
+    samples.json  these files, and how they were made: seed, samplers, levels, checkpoints
 
 These flags choose the classes and the number of samples of each. With them --output is
 RUN/chosen_classes by default, without them RUN/samples:

@@ -17,7 +17,7 @@ from cascaded_diffusion.commands.sample_inputs import define_inputs, read_reques
 from cascaded_diffusion.config.run_checks import cascade_config_from, run_config_from
 from cascaded_diffusion.config.schema import ema_name, to_dict
 from cascaded_diffusion.errors import UserError
-from cascaded_diffusion.evaluation.samples import generate, sample_request
+from cascaded_diffusion.evaluation.samples import cascade_samples, generate, sample_request
 from cascaded_diffusion.evaluation.samples.sample_store import SampleStore
 from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.runtime.checkpoint import CheckpointWriter
@@ -125,7 +125,7 @@ def test_enlarging_what_the_cascade_made_gives_what_it_made_of_it(runs, tmp_path
     np.testing.assert_array_equal(found, images)
     np.testing.assert_array_equal(found_labels, labels)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        *("samples.npz", "samples.png", "png", ".sample.lock")
+        *("samples.npz", "samples.png", "png", "samples.json", ".sample.lock")
     }
     assert sorted(p.name for p in (tmp_path / "out" / "png").iterdir()) == [
         f"{i:02d}.png" for i in range(NUM)
@@ -144,6 +144,28 @@ def test_enlarging_what_the_cascade_made_gives_what_it_made_of_it(runs, tmp_path
     # Its place in the cascade is another, and with it the noise.
     assert alone.shape == images.shape
     assert (alone != images).any()
+
+
+def test_a_folder_of_samples_says_how_they_were_made(runs, tmp_path, monkeypatch):
+    _sample(runs, f"--output={tmp_path}", "--config.cascade.seed=5")
+    about = json.loads((tmp_path / "samples.json").read_text())
+    assert (about["seed"], about["num_samples"], about["aug_levels"]) == (5, NUM, [0.2, 0.1])
+    assert [s.split(",")[0] for s in about["stages"]] == [f"{name}@1" for name in STAGES]
+    assert [s["num_steps"] for s in about["samplers"]] == [2, 2, 2]
+    assert set(about["files"]) == {p.name for p in tmp_path.iterdir()} - {".sample.lock"}
+
+    # An enlargement of these belongs to other files, and what was said of the first is not said of
+    # it, not even if it ends too early.
+    argv = (f"--output={tmp_path}", f"--low_res={runs}/samples/base8.npz")
+    with monkeypatch.context() as m:
+        m.setattr(cascade_samples.pictures, "save_png", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            _sample(runs, *argv)
+    assert not (tmp_path / "samples.json").exists()
+    _sample(runs, *argv)
+    again = json.loads((tmp_path / "samples.json").read_text())
+    assert again["files"] == ["sr16.npz", "samples.npz", "samples.png", "samples.json"]
+    assert (again["low_res"] is None, about["low_res"] is None) == (False, True)
 
 
 def test_chosen_classes_and_their_number(runs, tmp_path, capsys):

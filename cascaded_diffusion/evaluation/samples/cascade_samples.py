@@ -21,6 +21,7 @@ from cascaded_diffusion.evaluation.samples.sample_store import DamagedBatchError
 from cascaded_diffusion.evaluation.samples.stored_images import save_sample_batches
 from cascaded_diffusion.evaluation.trained import TrainedStage, load_trained
 from cascaded_diffusion.files.bucket import BucketPath
+from cascaded_diffusion.files.json_files import write_json
 from cascaded_diffusion.files.paths import printable
 from cascaded_diffusion.files.whole import write_whole
 from cascaded_diffusion.runtime import mesh as mesh_lib
@@ -28,6 +29,8 @@ from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.mesh import fail_on_all_processes
 from cascaded_diffusion.runtime.run_data import trained_classes
 
+# How the samples beside it were made, and which files these are.
+_ABOUT = "samples.json"
 # The samples of the picture are among this many first ones.
 _SHOWN = 2000
 _POLL_SECS = 0.5
@@ -76,10 +79,11 @@ def sample_cascade(
         below=None if request.low_res is None else request.low_res.images,
         first=request.first,
     )
+    identity = {**request.identity(), "stages": [t.identity for t in trained]}
     with fail_on_all_processes():
         store = SampleStore(
             output.path / ".batches",
-            {**request.identity(), "stages": [t.identity for t in trained]},
+            identity,
             num_samples=section.num_samples,
             batch_size=min(section.batch_size, section.num_samples),
         )
@@ -100,7 +104,10 @@ def sample_cascade(
         if not is_first:
             return []
         try:
-            files = _write_files(request, store)
+            files = _file_names(request)
+            # What an earlier command wrote says nothing about what is written now.
+            (output.path / _ABOUT).unlink(missing_ok=True)
+            _write_samples(request, store)
             shown = store.first(_SHOWN)
             picture = _picture(request, shown, trained, real_images, mesh)
             pictures.save_png(output.path / "samples.png", picture)
@@ -110,6 +117,8 @@ def sample_cascade(
                 scale = max(1, _CELL // last.shape[1])
                 picture = pictures.labelled_rows(rows, scale=scale)
                 pictures.save_png(output.path / "classes.png", picture)
+            about = {"what": request.title(), "num_samples": section.num_samples, **identity}
+            write_json(output.path / _ABOUT, {**about, "files": files})
         except DamagedBatchError as e:
             raise UserError(str(e)) from e
         except OSError as e:
@@ -163,24 +172,26 @@ def _print_work(trained: Sequence[TrainedStage], store: SampleStore) -> None:
         )
 
 
-def _write_files(request: SampleRequest, store: SampleStore) -> list[str]:
-    """Writes the samples of every stage that was run. Returns the names of all files."""
-    names = request.npz_names()
-    for i, (name, stage) in enumerate(zip(names, request.stages, strict=True)):
+def _file_names(request: SampleRequest) -> list[str]:
+    """All that is written; `_ABOUT`, which tells how the others were made, is the last."""
+    names = [*request.npz_names(), "samples.png"]
+    if request.stages[-1].num_classes and request.low_res is None:
+        names.append("classes.png")
+    return [*names, *(["png/"] if request.png_paths else []), _ABOUT]
+
+
+def _write_samples(request: SampleRequest, store: SampleStore) -> None:
+    """Writes the samples of every stage that was run, and the images of the last as PNG files."""
+    for i, (name, stage) in enumerate(zip(request.npz_names(), request.stages, strict=True)):
         key = f"images_{i}"
         save_sample_batches(
             request.output.path / name,
             (store.num_samples, stage.resolution, stage.resolution, stage.channels),
             lambda key=key: ((b[key], b["labels"]) for b in store.batches()),
         )
-    names.append("samples.png")
-    if request.stages[-1].num_classes and request.low_res is None:
-        names.append("classes.png")
-    if not request.png_paths:
-        return names
-    images = (image for b in store.batches() for image in b[key])
-    pictures.save_png_folder(request.output.path / "png", request.png_paths, images)
-    return [*names, "png/"]
+    if request.png_paths:
+        images = (image for b in store.batches() for image in b[key])
+        pictures.save_png_folder(request.output.path / "png", request.png_paths, images)
 
 
 def _picture(
