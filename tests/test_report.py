@@ -178,7 +178,12 @@ def test_the_runs_of_a_cascade_in_order_of_resolution(tmp_path):
     _run(tmp_path / "base16", tiny_base())
     _png(tmp_path / "samples" / "samples.png")
     sweep = {"aug_levels": [0.3], "truncated": True, "fd_classifier_1k": 3.6875, "stages": ["x"]}
-    append_line(tmp_path / "sweep" / "sr32.jsonl", sweep)
+    pictures = ("sr32_1.png", "sr32_2.png", "sr32_lost.png", "../samples/samples.png", None)
+    for level, name in zip((0.3, 0.1, 0.2, 0.4, 0.5), pictures, strict=True):
+        values = sweep | {"aug_levels": [level]} | ({"picture": name} if name else {})
+        append_line(tmp_path / "sweep" / "sr32.jsonl", values)
+    for name in pictures[:2]:
+        _png(tmp_path / "sweep" / name)
     _png(tmp_path / "sweep" / "sr32.png")
     report.main(["report", f"--workdir={tmp_path}"])
     page = tmp_path / "report.html"
@@ -186,6 +191,11 @@ def test_the_runs_of_a_cascade_in_order_of_resolution(tmp_path):
     assert text.index("16 px base stage") < text.index("32 px super-resolution stage")
     assert "3.6875" in text
     assert "Sweep of sr32" in parser.alts
+    # The slider over what was scored goes from the lowest level to the highest.
+    about = "truncated True, fd_classifier_1k 3.688"
+    shown = [alt for alt in parser.alts if alt.startswith("aug_levels")]
+    assert shown == [f"aug_levels [0.1], {about}", f"aug_levels [0.3], {about}"]
+    assert "sr32_1.png" not in text
     assert "Real images, their enlargement, and the cascade's samples" in parser.alts
     assert '<div class="as-they-are"><figure><img alt="Real images' in page.read_text()
 

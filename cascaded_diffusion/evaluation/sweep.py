@@ -5,6 +5,7 @@ stored samples of the stages below, which are made once.
 
     RUN/sweep/<stage>.jsonl          one line per setting
     RUN/sweep/<stage>.md, .png       table and plot
+    RUN/sweep/<stage>_<digits>.png   the first samples of a setting, whose line names the file
     RUN/sweep/<stage below>.npz      the samples that are enlarged
 """
 
@@ -35,9 +36,12 @@ from cascaded_diffusion.evaluation.trained import TrainedStage
 from cascaded_diffusion.files.bucket import AnyPath
 from cascaded_diffusion.files.json_files import Record, append_line, read_lines
 from cascaded_diffusion.files.whole import write_whole
+from cascaded_diffusion.runtime import pictures
 from cascaded_diffusion.runtime.mesh import host_array
-from cascaded_diffusion.runtime.pictures import line_plot
 from cascaded_diffusion.types import Params
+
+# So many samples of a setting are shown, each pixel so wide.
+_SHOWN, _SCALE = 10, 2
 
 
 @dataclasses.dataclass
@@ -108,22 +112,37 @@ class Sweep:
         except ValueError as e:  # only this setting's samples are not finite
             order.store.remove()
             return {self.metric: None, "failed": str(e)}
+        picture = {"picture": self._save_picture(settings[index], order.store)}
         values = {**measurement.distances(self.evaluator.references["train"]), **measurement.own()}
         order.store.remove()
-        return values
+        return picture | values
 
     def _measured(self, order: Order, index: int, label: str) -> Measurement:
         self.team.fill(order.store, order.make, {"setting": index}, label=label)
         measurement, _ = measure_store(self.evaluator, order.store, self._stage.config.num_classes)
         return measurement
 
-    def order(self, setting: Setting) -> Order:
-        """The samples of a setting, to be made by every process."""
+    def _save_picture(self, setting: Setting, store: SampleStore) -> str:
+        """Saves the first samples below those that they were made of; returns the file's name."""
+        images = store.first(_SHOWN)["images"]
+        rows = [(f"sampled by {self._name}, {setting}", images)]
+        if (below := self._below(setting)) is not None:
+            given = pictures.enlarge_nearest(below[: len(images)], images.shape[1])
+            rows.insert(0, (f"what is enlarged, {below.shape[1]} px", given))
+        name = f"{self._name}_{store.number:07x}.png"
+        pictures.save_png(self.folder / name, pictures.labelled_rows(rows, scale=_SCALE))
+        return name
+
+    def _below(self, setting: Setting) -> np.ndarray | None:
+        """The stored samples that a setting enlarges, if there are any."""
         # A truncated chain stops below at the setting's own level, so it is sampled as a whole.
         truncates = setting.truncated and self._stage.config.has_aug_level
-        below, first = None, 0
-        if self._index > 0 and not truncates:
-            below, first = self._samples_below(setting.truncated), self._index
+        return self._samples_below(setting.truncated) if self._index > 0 and not truncates else None
+
+    def order(self, setting: Setting) -> Order:
+        """The samples of a setting, to be made by every process."""
+        below = self._below(setting)
+        first = 0 if below is None else self._index
         chain = self._chain(setting)
         sampler, params = self._sampler(chain, below, first)
 
@@ -217,7 +236,9 @@ class Sweep:
                 series.setdefault(name, []).append((d[x], row[self.metric]))
         path = self.folder / f"{self._name}.png"
         points = {name: sorted(line) for name, line in series.items()}
-        write_whole(path, line_plot(points, x_label=x, y_label=self.metric, title=self._name))
+        write_whole(
+            path, pictures.line_plot(points, x_label=x, y_label=self.metric, title=self._name)
+        )
         print(f"{path}, {path.with_suffix('.md')}", flush=True)
 
 

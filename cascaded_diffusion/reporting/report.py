@@ -6,6 +6,7 @@ import datetime
 import itertools
 import math
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -139,11 +140,27 @@ def _cascade_parts(runs: CascadeFolder) -> list[Element]:
         if (plot := path.with_suffix(".png")).exists():
             parts.append(picture_file(plot, title))
         records = read_lines(path)
-        hidden = ("stages", "samplers", "reference", "features")
+        if shown := _settings_shown(path, records):
+            parts.append(slider("setting", shown))
+        hidden = ("stages", "samplers", "reference", "features", "picture")
         columns = [key for key in dict.fromkeys(itertools.chain(*records)) if key not in hidden]
         rows = [[record.get(column) for column in columns] for record in records]
         parts.append(table(columns, rows) if rows else element("p", "No setting was scored yet."))
     return parts
+
+
+def _settings_shown(path: AnyPath, records: Sequence[Record]) -> list[tuple[str, AnyPath]]:
+    """The pictures of a sweep's settings, by what these are, in order of their levels."""
+    shown = []
+    for r in records:
+        name, levels = str(r.get("picture")), r.get("aug_levels")
+        if not re.fullmatch(r"[^/\\]+\.png", name) or not path.with_name(name).is_file():
+            continue
+        distances = (k for k in r if k.startswith(("fid_", "fd_")) and _is_number(r[k]))
+        caption = f"aug_levels {levels}, truncated {r.get('truncated')}"
+        caption += "".join(f", {k} {r[k]:.4g}" for k in itertools.islice(distances, 1))
+        shown.append((str(levels), caption, path.with_name(name)))
+    return [(caption, file) for _, caption, file in sorted(shown, key=lambda x: x[:2])]
 
 
 def _run_parts(folder: RunFolder) -> list[Element]:

@@ -91,6 +91,12 @@ def test_every_setting_gives_what_sampling_the_cascade_with_it_gives(trained, tm
             # The stored base samples are the very ones that the cascade hands on.
             np.testing.assert_array_equal(read_arrays(tmp_path / "base16.npz")["arr_0"], alone[0])
 
+    # A picture for each: what is enlarged, where that is the same for all, and what it becomes.
+    shown = [Image.open(tmp_path / row["picture"]) for row in rows]
+    low, high = (picture.size[1] for picture in shown[1::-1])
+    assert [picture.size[1] for picture in shown] == [high, low, high, low]
+    assert (high > 1.9 * low, len({row["picture"] for row in rows})) == (True, 4)
+
     table = (tmp_path / "sr32.md").read_text()
     assert "| 0.6 | False | dpmpp_2m | 2 | 1.0 | 2 | 2.000 | 0.500 |" in table
     assert table.index("2.000") < table.index("3.000") < table.index("5.000")
