@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import kernel_times
+import machine  # noqa: F401, for the package of this tree
 
 from cascaded_diffusion.commands import config_flags, jax_setup
 from cascaded_diffusion.config.run_checks import run_config_from

@@ -12,19 +12,15 @@ import argparse
 import contextlib
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 
+import machine
 import numpy as np
 
+from cascaded_diffusion.commands import jax_setup
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-
-import machine  # noqa: E402
-
-from cascaded_diffusion.commands import jax_setup  # noqa: E402
-
 _OVERRIDES = {
     "stage.resolution": 8,
     "stage.network.channels": 256,

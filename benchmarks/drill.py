@@ -12,13 +12,11 @@ import subprocess
 import sys
 import tempfile
 
+import machine
+
+from cascaded_diffusion.drilling.bench import Row, table
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-
-import machine  # noqa: E402
-
-from cascaded_diffusion.drilling.bench import Row, table  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results"
 
 

@@ -6,6 +6,7 @@ Random weights in the names and shapes of `64x64_diffusion.pt`, 1.2 GB, are writ
 folder and imported by the binary.
 """
 
+import argparse
 import pathlib
 import resource
 import subprocess
@@ -13,17 +14,15 @@ import sys
 import tempfile
 import time
 
+import machine
 import numpy as np
 
+from cascaded_diffusion.cascade.build import build_stage
+from cascaded_diffusion.interchange import names
+from cascaded_diffusion.library.configs import load_config
+from tests.interchange.files import write_pt
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-
-import machine  # noqa: E402
-
-from cascaded_diffusion.cascade.build import build_stage  # noqa: E402
-from cascaded_diffusion.interchange import names  # noqa: E402
-from cascaded_diffusion.library.configs import load_config  # noqa: E402
-from tests.interchange.files import write_pt  # noqa: E402
 
 
 def write_weights(path: pathlib.Path) -> int:
@@ -41,6 +40,7 @@ def write_weights(path: pathlib.Path) -> int:
 
 def main() -> None:
     """Prints a table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "64x64_diffusion.pt")
         count, start = write_weights(path), time.monotonic()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import sys
 import time
 
 import machine
@@ -33,7 +32,6 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     write = parser.parse_args().write
     jax_setup.set_up_jax()
-    sys.path.insert(0, str(ROOT))
     from cascaded_diffusion.config.schema import MeshConfig
     from cascaded_diffusion.evaluation.features.inception_extractor import InceptionExtractor
     from cascaded_diffusion.evaluation.features.inception_weights import InceptionWeights

@@ -1,4 +1,7 @@
-"""What a measured figure must name: machine, versions, commit."""
+"""What a measured figure must name: machine, versions, commit.
+
+Who imports this measures the package of this tree, whichever is installed.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 from importlib.metadata import version
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(_ROOT))
 
 
 def _git(*args: str) -> str:
@@ -39,9 +44,12 @@ def processor() -> str:
     return cpu
 
 
+def versions() -> str:
+    """Python, JAX and jaxlib."""
+    jax = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib"))
+    return f"Python {platform.python_version()}, {jax}"
+
+
 def describe() -> str:
-    """One line: processor, cores, Python, JAX and the commit."""
-    return (
-        f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()},"
-        f" jax {version('jax')}, jaxlib {version('jaxlib')}; commit {commit()}"
-    )
+    """One line: processor, cores, versions and the commit."""
+    return f"{processor()}, {os.cpu_count()} cores; {versions()}; commit {commit()}"

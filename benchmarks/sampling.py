@@ -22,7 +22,7 @@ import numpy as np
 
 from cascaded_diffusion.commands import config_flags, entry, jax_setup
 from cascaded_diffusion.config.run_checks import cascade_config_from, check_chain, run_config_from
-from cascaded_diffusion.evaluation.settings import sampler_named
+from cascaded_diffusion.config.schema import sampler_named
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
