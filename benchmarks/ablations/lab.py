@@ -109,7 +109,7 @@ class Lab:
       table: whose configs are changed, and of which images.
       data: where the images are.
       folder: where trained networks are kept.
-      code: a digest of the program; networks that another one trained are trained again.
+      made_by: program, device and versions; what others have made is made again.
       torch_python: a Python with PyTorch and diffusers, for the table that trains them.
       inception_weights: a file of FID's network, for the FID besides.
       deadline: on `time.monotonic`'s clock; what runs then raises `OutOfTime`.
@@ -122,14 +122,14 @@ class Lab:
         data: Data,
         folder: pathlib.Path,
         *,
-        code: str,
+        made_by: str,
         deadline: float,
         torch_python: str | None = None,
         inception_weights: str | None = None,
     ):
         self.torch_python = torch_python
         self._inception_weights = inception_weights
-        self.budget, self._data, self._root, self._code = budget, data, folder, code
+        self.budget, self._data, self._root, self._made_by = budget, data, folder, made_by
         self._table = table
         self._deadline = deadline
         self._files: dict[str, Record] = {}
@@ -172,7 +172,7 @@ class Lab:
     def _seconds_of_step(self, config: RunConfig) -> float:
         """Seconds of an optimizer step here, measured once for all seeds."""
         config = _with_train(config, seed=0)
-        digest = digest_of_json([to_dict(config.stage), to_dict(config.train), self._code])[:16]
+        digest = digest_of_json([to_dict(config.stage), to_dict(config.train), self._made_by])[:16]
         path = self._folder / "rates" / f"{config.stage.name}_{digest}.json"
         if not path.exists():
             config = _with_train(config, train_steps=_TIMED_STEPS, warmup_steps=0)
@@ -210,7 +210,7 @@ class Lab:
         """A model at the end of its training, from the folder if it is there."""
         config = self.config(model, seed, by_time=by_time)
         about = [to_dict(config.stage), to_dict(config.train), config.data.random_flip]
-        about += [self.images["train"].identity, self._code]
+        about += [self.images["train"].identity, self._made_by]
         digest = digest_of_json(about)[:16]
         path = self._folder / "models" / f"{config.stage.name}_{digest}.npz"
         stage = build_stage(config.stage)
@@ -417,7 +417,9 @@ class Lab:
         at_size = dataclasses.replace(config.stage, resolution=config.data.resolution)
         weights, inception = self._inception_weights, None
         if weights is not None:
-            inception = load_inception(weights, resize=config.eval.resize, mesh=self._mesh)
+            inception = load_inception(
+                weights, resize=config.eval.resize or "legacy", mesh=self._mesh
+            )
         return Scorer(
             dataclasses.replace(config, stage=at_size),
             self.images,

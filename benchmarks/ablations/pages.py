@@ -50,12 +50,16 @@ def table_of(about: Record, rows: Sequence[Record]) -> str:
     labels = list(dict.fromkeys(key for rows_ in groups for key in rows_[0]["label"]))
     scores = [s for s in SCORES if any(s[0] in row["scores"] for row in rows)]
     sampled = any(row["evaluations"] for row in rows)
-    head = [*labels, *(["evaluations", "GFLOP a sample"] if sampled else [])]
+    sizes = {row["num_samples"] for row in rows}
+    head = [*labels, *(["samples"] if len(sizes) > 1 else [])]
+    head += ["evaluations", "GFLOP a sample"] if sampled else []
     head += [heading for _, heading, _, _ in scores]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for group in groups:
         first = group[0]
         cells = [_plain(first["label"].get(key, "")) for key in labels]
+        if len(sizes) > 1:
+            cells.append(f"{first['num_samples']:,}")
         if sampled:
             cells.append(f"{first['evaluations']}" if first["evaluations"] else "")
             flops = first["flops_per_sample"] / 1e9
@@ -64,7 +68,8 @@ def table_of(about: Record, rows: Sequence[Record]) -> str:
             values = [factor * row["scores"][name] for row in group if name in row["scores"]]
             cells.append(_cell(values, decimals))
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _origin(about, rows)])
+    count = f"{sizes.pop():,} samples a row" if len(sizes) == 1 else ""
+    return "\n".join([*lines, "", f"{count}, {_origin(about, rows)}".lstrip(", ")])
 
 
 def _plain(value: object) -> str:
@@ -78,16 +83,17 @@ def _origin(about: Record, rows: Sequence[Record]) -> str:
     cost = f"{settings['seconds']:g} s" if by_time else f"{settings['flops']:.2g} FLOP"
     several = "one seed"
     if seeds > 1:
+        measured = {len(group) for group in by_label(rows)}
         several = f"the mean of {seeds} seeds (the least to the greatest)"
+        if measured != {seeds}:
+            several = f"the mean of {min(measured)} to {seeds} seeds, as the table is not complete"
         with_cas = {row["seed"] for row in rows if "cas" in row["scores"]}
         if 0 < len(with_cas) < seeds:
             several += f", CAS of {len(with_cas)}"
     return (
-        f"{settings['num_samples']:,} samples unless said otherwise, {several};"
-        f" at most {cost} of training a row; {minutes:.0f} min for all rows, less what earlier"
-        f" tables had trained. Features: {about['features_about']}. Device:"
-        f" {about['device']}. {about['machine']}. Command:"
-        f" `{about['command']}`."
+        f"{several}; at most {cost} of training a row; {minutes:.0f} min for all rows, less what"
+        f" earlier tables or interrupted calls had made. Features: {about['features_about']}."
+        f" Device: {about['device']}. {about['machine']}. Command: `{about['command']}`."
     )
 
 

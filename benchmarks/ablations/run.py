@@ -6,9 +6,9 @@
 Every row trains its stages for the same FLOPs, samples them, and measures the samples in the
 features of a ResNet that was trained on the real images, and with --inception_weights=FILE by FID,
 too. Rows are stored as they are finished in benchmarks/results/ablations/TABLE_BUDGET.json; run
-again, the command makes what is missing. With --minutes=9 it stops in time. With --write the table
-and its plot go into the docs. It needs JAX, Flax, Optax, Orbax and what reads the images; prepared
-shards need array_record and grain.
+again, the command makes what is missing. With --minutes=9 it stops in time. With --write the
+table goes into the docs once it is complete. It needs JAX, Flax, Optax, Orbax and what reads the
+images; prepared shards need array_record and grain.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prepared_dir", help="config.data.prepared_dir: where the shards are")
     parser.add_argument("--workdir", type=pathlib.Path, default=ROOT / "RUN_ablations")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--write", action="store_true", help="the table goes into docs/results.md")
+    parser.add_argument(
+        "--write", action="store_true", help="the complete table goes into docs/results.md"
+    )
     return parser.parse_args(argv[1:])
 
 
@@ -144,26 +146,28 @@ def main(argv: Sequence[str]) -> int:
 
     code = digest_of_code(ROOT)
     data = Data(flags.data_name, flags.data_path, flags.prepared_dir)
+    device = jax.devices()[0].device_kind
+    if jax.default_backend() == "cpu":
+        device = machine.processor()  # what JAX calls "cpu" has many kinds
+    device = f"{jax.device_count()} {device}"
     lab = Lab(
         budget,
         table,
         data,
         flags.workdir,
-        code=code,
+        made_by=f"{code}, {device}, {machine.versions()}",
         deadline=deadline,
         torch_python=flags.torch_python,
         inception_weights=flags.inception_weights,
     )
     lab.check(table.rows(budget))
-    device = jax.devices()[0].device_kind
-    if jax.default_backend() == "cpu":
-        device = machine.processor()  # what JAX calls "cpu" has many kinds
     about = {
         "table": flags.table,
         "budget": budget.name,
         "settings": to_dict(budget),
         "code": code,
-        "device": f"{jax.device_count()} {device}",
+        "device": device,
+        "versions": machine.versions(),
         "data": {role: split.identity for role, split in lab.images.items()},
     }
     name = pages.name_of(about)
@@ -185,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
         plot = pages.plot_of(results.about, results.rows)
         if plot is not None:
             write_whole(path.with_suffix(".png"), plot)
-        if flags.write:
+        if flags.write and complete:
             pages.write_into(ROOT / "docs" / "results.md", name, text)
     return 0 if complete else EXIT_INCOMPLETE
 

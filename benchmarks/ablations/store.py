@@ -1,4 +1,4 @@
-"""The results of a table: a JSON file of rows, which all come from one program and one device."""
+"""The results of a table: a JSON file of rows of one program on one device."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ SAME = {
     "settings": "other settings",
     "code": "another program",
     "device": "another device",
+    "versions": "other versions",
     "data": "other images",
     "features": "another network for the features",
 }
@@ -36,10 +37,10 @@ def check_same(path: pathlib.Path, about: Mapping[str, object]) -> None:
     """
     if not path.exists():
         return
-    begun = read_record(path, {"rows": list, **dict.fromkeys(SAME, object)})
+    begun = read_record(path, {"rows": list})
     for key in SAME.keys() & about.keys():
-        if begun[key] != about[key]:
-            was, now = _short(begun[key], about[key]), _short(about[key], begun[key])
+        if (stored := begun.get(key)) != about[key]:
+            was, now = _short(stored, about[key]), _short(about[key], stored)
             raise UserError(
                 f"{path}: was begun with {SAME[key]} ({was}, now {now}); rows of the two are not"
                 " mixed: remove the file, or take another by --results"

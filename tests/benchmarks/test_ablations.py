@@ -14,6 +14,7 @@ import pytest
 
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.features.extractor import Features
+from cascaded_diffusion.evaluation.features.inception_extractor import RESIZES
 from tests.one_layer import in_place_of_the_unet
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -131,6 +132,22 @@ def test_what_is_there_is_not_made_again(run, augmentation, monkeypatch):
     assert sorted(map(_without_time, now["rows"])) == sorted(map(_without_time, results["rows"]))
 
 
+@pytest.mark.parametrize("origin", ["processor", "versions"])
+def test_what_another_device_or_version_made_is_made_again(
+    run, augmentation, tmp_path, monkeypatch, origin
+):
+    import lab
+    import machine
+
+    def notice(*args, **kwargs):
+        raise UserError("made again")
+
+    monkeypatch.setattr(lab.Lab, "_train", notice)
+    monkeypatch.setattr(machine, origin, lambda: "another")
+    with pytest.raises(UserError, match="made again"):
+        run("augmentation", f"--results={tmp_path}")
+
+
 def _without_time(row):
     return json.dumps({k: v for k, v in row.items() if k != "wall_s"}, sort_keys=True)
 
@@ -149,7 +166,11 @@ def test_fid_stands_beside_where_its_network_is_given(run, augmentation, tmp_pat
         def __call__(self, images):
             return Features(pooled=images.mean((2, 3), dtype=np.float64))
 
-    monkeypatch.setattr(lab, "load_inception", lambda weights, **_: Means(weights))
+    def load_inception(weights, *, resize, mesh):
+        assert resize in RESIZES
+        return Means(weights)
+
+    monkeypatch.setattr(lab, "load_inception", load_inception)
     flags = (f"--results={tmp_path}", "--inception_weights=W")
     assert run("augmentation", *flags)[0] == 0
     results = json.loads((tmp_path / "augmentation_smoke.json").read_text())
@@ -311,7 +332,7 @@ def test_every_row_of_every_table_has_a_config(tmp_path, monkeypatch, budget):
     for table in TABLES.values():
         named = budget != "smoke" and table.changes.get("data.name") == "folder"
         data = Data(path="PHOTOS" if named else None)
-        lab = Lab(BUDGETS[budget], table, data, tmp_path, code="", deadline=0.0)
+        lab = Lab(BUDGETS[budget], table, data, tmp_path, made_by="", deadline=0.0)
         labels = []
         for row in table.rows(BUDGETS[budget]):
             labels.append(row.label)
@@ -431,12 +452,13 @@ def test_samples_that_run_out_of_time_go_on_where_they_were(run, tmp_path, monke
     [
         ("code", "another program (0123456789ab, now "),
         ("device", "another device (a TPU, now "),
+        ("versions", "other versions (a JAX, now Python "),
         ("settings", "other settings (flops = 5.0, now flops = 1000000000.0)"),
     ],
 )
 def test_rows_of_another_origin_are_not_mixed(run, augmentation, key, found):
     _, results, path = augmentation
-    other = {"code": "0123456789ab", "device": "a TPU"}
+    other = {"code": "0123456789ab", "device": "a TPU", "versions": "a JAX"}
     changed = {**results["settings"], "flops": 5.0}
     whole = path.read_text()
     path.write_text(json.dumps({**results, key: other.get(key, changed)}))
@@ -493,7 +515,14 @@ def test_seeds_are_one_line_with_their_spread(augmentation):
     rows = augmentation[1]["rows"][:1]
     twice = [*rows, {**rows[0], "seed": 1, "scores": {**rows[0]["scores"], "fd": 3.0}}]
     twice[0]["scores"]["fd"] = 1.0
-    assert "| 2.00 (1.00 to 3.00) |" in pages.table_of(augmentation[1], twice)
+    text = pages.table_of(augmentation[1], twice)
+    assert "| 2.00 (1.00 to 3.00) |" in text
+    assert "40 samples a row, the mean of 2 seeds (the least to the greatest)" in text
+    # A row of one seed only, and of fewer samples, says so.
+    short = {**augmentation[1]["rows"][1], "num_samples": 30}
+    text = pages.table_of(augmentation[1], [*twice, short])
+    assert "the mean of 1 to 2 seeds, as the table is not complete" in text
+    assert ("| samples |" in text, "| 30 |" in text, "samples a row" in text) == (True, True, False)
 
 
 def test_a_plot_waits_for_rows_to_draw(augmentation):
