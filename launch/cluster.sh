@@ -340,10 +340,11 @@ check_bucket() {
   esac
 }
 
-# check_workdir ARGUMENT...: a run's folder that is not in the bucket or on the share would end with
-# the machine, and on several hosts be several folders.
+# check_workdir MODULE ARGUMENT...: a run's folder that is not in the bucket or on the share would
+# end with the machine, and on several hosts be several folders. So would the samples of --output.
 check_workdir() {
-  local argument folder previous='' base='' what
+  local module=$1 argument flag folder previous='' base='' what named=''
+  shift
   if [[ -n ${options[bucket]} ]]; then
     base=${options[bucket]}
     what="expected a folder in the bucket, --bucket=$base"
@@ -354,13 +355,37 @@ check_workdir() {
     return 0
   fi
   for argument in "$@"; do
-    folder=''
-    case $argument in --workdir=* | -workdir=*) folder=${argument#*=} ;; esac
-    case $previous in --workdir | -workdir) folder=$argument ;; esac
+    folder='' flag=''
+    case $argument in -*=*) flag=${argument%%=*} folder=${argument#*=} ;; esac
+    case $previous in --workdir | -workdir | --output | -output) flag=$previous folder=$argument ;; esac
+    flag=${flag#-}
+    case ${flag#-} in
+      workdir) named=1 ;;
+      output) [[ $module =~ ^(main|evaluate|sample)$ ]] || folder='' ;;
+      replay) named=1 folder='' ;;
+      *) folder='' ;;
+    esac
     [[ -z $folder || ($folder == "$base"/* && $folder/ != */../*) ]] ||
-      die "--workdir=$(shown "$folder"): $what"
+      die "--${flag#-}=$(shown "$folder"): $what"
     previous=$argument
   done
+  [[ $module != main || -n $named ]] || die "-- main: --workdir is missing; $what"
+}
+
+# finds_peers ARGUMENT...: whether a command says itself how its processes find each other.
+finds_peers() {
+  local argument
+  for argument in "$@"; do
+    argument=${argument#-}
+    case ${argument#-} in distributed | distributed=* | coordinator | coordinator=*) return 0 ;; esac
+  done
+  return 1
+}
+
+# need_program NAME WHAT: unless commands are only printed, as they may be on another machine.
+need_program() {
+  [[ -n ${options[dry_run]:-} ]] || command -v -- "$1" >/dev/null ||
+    die "$1: no such program here; $2"
 }
 
 # storage_folder: the bucket, or where the share is mounted; nothing where there is neither.

@@ -119,7 +119,7 @@ for flag in wait_timeout_secs stop_timeout_secs poll_secs; do
   check "$flag" "$secs_form" "$secs_words"
 done
 if [[ $action == run || $action == up ]]; then
-  check_workdir "${rest[@]}"
+  check_workdir evaluate "${rest[@]}"
   workdir=''
   for argument in "${rest[@]}"; do
     case $argument in --workdir=?*) workdir=1 ;; esac

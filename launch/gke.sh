@@ -132,7 +132,7 @@ if [[ $action == render || $action == apply ]]; then
   options[share]=''
   check_storage
   options[share]=${options[claim]}
-  check_workdir "${rest[@]:1}"
+  check_workdir "${rest[0]}" "${rest[@]:1}"
   [[ $action == render ]] || check_bucket
 elif ((${#rest[@]})); then
   die "$action: takes nothing after \`--\`, got $(shown "${rest[0]}")"

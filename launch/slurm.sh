@@ -67,12 +67,8 @@ for flag in partition account qos constraint; do
 done
 [[ -z ${options[mem_per_gpu]} ]] || submit+=(--mem-per-gpu="${options[mem_per_gpu]}")
 submit+=("$repository/launch/slurm_job.sh" "$python" -m "cascaded_diffusion.$module" "${rest[@]:1}")
-given=''
-for argument in "${rest[@]:1}"; do
-  case $argument in --distributed=* | --coordinator=*) given=1 ;; esac
-done
 # One task of one: nobody to find.
-if [[ -z $given ]]; then
+if ! finds_peers "${rest[@]:1}"; then
   if ((options[nodes] * options[gpus_per_node] > 1)); then
     submit+=(--distributed=slurm)
   else

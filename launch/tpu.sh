@@ -54,7 +54,7 @@ stuck_secs=600
 
 # job_command: puts into `job` what the workers run for `rest`, e.g. main --config=...
 job_command() {
-  local module=${rest[0]:-} worker=${options[worker]:-all} argument given=''
+  local module=${rest[0]:-} worker=${options[worker]:-all}
   case $module in
     main | evaluate | sample) ;;
     prepare | plan | reference | report)
@@ -66,13 +66,10 @@ job_command() {
         "report, and its arguments"
       ;;
   esac
-  check_workdir "${rest[@]:1}"
+  check_workdir "$module" "${rest[@]:1}"
   options[job]=$module
   job=(python -m "cascaded_diffusion.$module" "${rest[@]:1}")
-  for argument in "${rest[@]:1}"; do
-    case $argument in --distributed=* | --coordinator=*) given=1 ;; esac
-  done
-  if [[ $module =~ ^(main|evaluate|sample)$ && -z $given ]]; then
+  if [[ $module =~ ^(main|evaluate|sample)$ ]] && ! finds_peers "${rest[@]:1}"; then
     # Said outright: if the workers did not find each other, each would train a model of its own.
     if [[ $worker == all ]]; then job+=(--distributed=tpu); else job+=(--distributed=none); fi
   fi
@@ -196,6 +193,13 @@ tend_workers() {
     fi
     return 0
   fi
+  if ((${#states[@]} < answers)); then
+    # That those who answer have finished says nothing of the others.
+    ((++unreachable <= options[max_unanswered])) ||
+      start_over "${#states[@]} of $answers workers answer"
+    return 0
+  fi
+  answers=${#states[@]}
   unreachable=0
   ! among other ||
     fail "${options[name]}: something else is running there; \`stop\` it first, or wait for its end"
@@ -233,7 +237,8 @@ tend_workers() {
       give_up_later "copy, setup or start failed"
     fi
   else
-    if among exited:75; then
+    # Where one has crashed, the others stop, too, by 75.
+    if only exited:75; then
       say "${options[name]}: stopped by a signal after saving; running it again"
     else
       give_up_later "ended with ${states[*]}"
@@ -245,7 +250,7 @@ tend_workers() {
 
 train() {
   local state requested=$SECONDS slices=0 failures=0 unreachable=0 started='' stuck_since=''
-  local unanswered=0 last='' first_look=1
+  local unanswered=0 last='' first_look=1 answers=0 gone=0
   if [[ -n ${options[dry_run]} ]]; then
     request_tpu
     tpu_state
@@ -268,8 +273,15 @@ train() {
     unanswered=0
     [[ $state == "$last" ]] || say "${options[name]}: $state"
     last=$state
+    [[ $state == GONE ]] || gone=0
     case $state in
       GONE)
+        # One answer is not enough to give up a slice whose workers have answered.
+        if ((answers && ++gone < 3)); then
+          sleep "${options[poll_secs]}"
+          continue
+        fi
+        answers=0
         request_tpu || give_up_later "the slice could not be asked for"
         ;;
       ACTIVE)

@@ -65,13 +65,15 @@ def refuse_cluster(fv: flags.FlagValues, mode: str) -> None:
 
 
 def _cluster(fv: flags.FlagValues) -> Cluster | None:
-    return find_cluster(
+    cluster = find_cluster(
         fv.distributed,
         os.environ,
         coordinator=fv.coordinator,
         num_processes=fv.num_processes,
         process_id=fv.process_id,
     )
+    # One alone has nobody to meet, and JAX would crash if it could not listen at the address.
+    return None if cluster is not None and cluster.num_processes == 1 else cluster
 
 
 def _code_digest() -> str:

@@ -5,6 +5,7 @@ mistake is answered within a second. `jax.config` and environment variables are 
 only.
 """
 
+import collections
 import ctypes
 import os
 import pathlib
@@ -116,10 +117,22 @@ def set_up_jax(cluster: Cluster | None = None, *, platform: str | None = None) -
         reason = (str(e).splitlines() or ["JAX finds no such device"])[0].strip()
         error = f"JAX_PLATFORMS={asked}: {reason}; here there is {_platforms_here(jax)}"
         raise UserError(error) from e
+    _check_devices_of_processes(jax)
     if backend == "cpu":
         _keep_freed_memory()
     INTERRUPTS.at_once = False
     return jax
+
+
+def _check_devices_of_processes(jax: types.ModuleType) -> None:
+    """Raises UserError, in every process, if one has other numbers of devices than the others."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"process {i} has {n}" for i, n in sorted(counts.items())[:16])
+        raise UserError(
+            f"the processes have different numbers of devices: {found}; expected equally many, see"
+            " XLA_FLAGS, CUDA_VISIBLE_DEVICES and the state of the hosts' devices"
+        )
 
 
 def _platforms_here(jax: types.ModuleType) -> str:

@@ -87,6 +87,8 @@ def real_split(config: RunConfig, split: str, source: Source) -> RealSplit:
 
     data = config.data
     first = "" if data.resize == "area" else f"{data.resize} to {data.resolution} px, "
+    if data.on_corrupt == "skip" and data.max_pixels is not None:
+        first = f"none of more than {data.max_pixels} pixels, {first}"
     return RealSplit(
         # A name says which images they are; "folder" does not.
         source.identity if data.name in FILE_DATA else data.name,

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from cascaded_diffusion.cascade.build import build_stage
@@ -15,6 +16,7 @@ from cascaded_diffusion.data.records import Source
 from cascaded_diffusion.data.sources import load_splits, spread_examples
 from cascaded_diffusion.data.splits import overlap
 from cascaded_diffusion.errors import UserError, is_out_of_memory
+from cascaded_diffusion.files.paths import printable
 from cascaded_diffusion.planning import fit
 from cascaded_diffusion.runtime import mesh as mesh_lib
 from cascaded_diffusion.runtime.run_data import RunData
@@ -104,6 +106,16 @@ def prepared(config: RunConfig, data_path: str | None) -> Prepared:
     splits = [config.data.train_split, config.data.eval_split]
     with mesh_lib.fail_on_all_processes():
         sources = load_splits(config.data, list(dict.fromkeys(splits)), config.stage)
+    with mesh_lib.fail_on_all_processes():
+        facts = {name: (source.identity, source.class_names) for name, source in sources.items()}
+        if not mesh_lib.is_as_in_process_0(facts):
+            found = "; ".join(
+                f"{name!r} is {source.identity!r}" for name, source in sources.items()
+            )
+            raise UserError(
+                f"config.data: process {jax.process_index()} finds other images or classes than"
+                f" process 0 does ({found}); give all hosts the same images"
+            )
     # The first process decides, so that all processes have the same mesh.
     (memory_mib,) = mesh_lib.broadcast_from_process_0([int(fit.device_bytes() / 2**20)])
     memory_bytes, num_devices = memory_mib * 2**20, jax.device_count()
@@ -112,6 +124,11 @@ def prepared(config: RunConfig, data_path: str | None) -> Prepared:
     notes = [choice] if choice else []
     if warning := fit.check_memory(placed, num_devices, memory_bytes):
         notes.append(f"warning: {warning}")
+    if absent := _classes_without_images(sources[splits[0]]):
+        notes.append(
+            f"warning: config.data.train_split = {splits[0]!r} has no image of the class"
+            f" {', '.join(absent[:5])}" + f", and of {len(absent) - 5} more" * (len(absent) > 5)
+        )
     if overlap(*splits):
         notes.append(
             f"warning: config.data.eval_split = {splits[1]!r} has images of train_split ="
@@ -137,6 +154,14 @@ def prepared(config: RunConfig, data_path: str | None) -> Prepared:
         memory_bytes=memory_bytes,
         notes=notes,
     )
+
+
+def _classes_without_images(source: Source) -> list[str]:
+    """The names of such classes, as far as the labels are known without reading all images."""
+    if source.class_counts is None:
+        return []
+    counts = zip(source.class_names, np.asarray(source.class_counts), strict=True)
+    return [printable(name) for name, count in counts if not count]
 
 
 def print_outcome(outcome: Outcome, config: RunConfig, folder: RunFolder) -> None:

@@ -50,6 +50,8 @@ def check_resume(
     changed = [key for key in {**old_flat, **new_flat} if old_flat.get(key) != new_flat.get(key)]
     for key in changed:
         free = key.startswith(_FREE_TO_CHANGE)
+        if key == "data.max_pixels" and "skip" in (old.data.on_corrupt, new.data.on_corrupt):
+            free = False  # it says which images are left out
         if not free and not any(_is_within(key, name) for name in allowed):
             raise UserError(
                 f"config.{key} = {new_flat.get(key)!r}: the run in {workdir} was started with"

@@ -10,6 +10,7 @@ kept as one string, so that a million of them fit anywhere.
 """
 
 import collections
+import errno
 import os
 import stat
 
@@ -26,6 +27,11 @@ from cascaded_diffusion.files.paths import describe_passed_over, is_litter, prin
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
 # Whatever its name says, a larger file is no image.
 _MAX_FILE_BYTES = 2_000_000_000
+# Errors that say something about a file. Others, as those of a network, may pass.
+_OF_THE_FILE = (
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+)
 _SLASH = os.fsencode(os.sep)
 # The path of an image below a folder, its bytes, and its modification time in whole seconds.
 _File = tuple[bytes, int, int]
@@ -81,7 +87,8 @@ class FolderSource(records.RawSource):
                 _check_size(os.fstat(f.fileno()).st_size)
                 return RawExample(f.read(), int(self.labels[index]))
         except OSError as e:
-            if self._bucket is not None and not is_missing(e):
+            missing = is_missing(e) if self._bucket is not None else e.errno in _OF_THE_FILE
+            if not missing:
                 raise  # of the storage, which says nothing about the image
             raise CorruptRecord(f"cannot be read ({e.strerror or e})") from e
 

@@ -245,6 +245,20 @@ def check_settings(manifest: Manifest, wanted: Settings, folder: AnyPath) -> Non
             )
 
 
+def check_skipped(manifest: Manifest, max_pixels: int, folder: AnyPath) -> None:
+    """Raises UserError if images were left out as too large that would now be taken."""
+    for item in manifest["skipped"]:
+        size = re.fullmatch(
+            r"(\d+) x (\d+) pixels, .*\(config\.data\.max_pixels\)", item["problem"]
+        )
+        if size and int(size[1]) * int(size[2]) <= max_pixels:
+            raise UserError(
+                f"config.data.max_pixels = {max_pixels}: the data in {folder} was prepared without"
+                f" {item['where']} ({item['problem']}); set it back, or remove the folder and"
+                " prepare the data anew"
+            )
+
+
 def check_source(manifest: Manifest, source: RawSource, folder: AnyPath) -> None:
     """Raises UserError if data was prepared from another source.
 

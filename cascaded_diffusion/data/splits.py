@@ -38,28 +38,38 @@ def parse_split(split: str) -> re.Match[str]:
 
 
 def overlap(first: str, second: str) -> bool:
-    """Whether two splits have images in common, as far as bounds in percent tell."""
-    if first == second:
+    """Whether two splits have images in common, as far as their notation tells.
+
+    Bounds in percent and in numbers of images are not compared with each other.
+    """
+    if first == second or WHOLE in (first, second):
         return True
     matches = [_PART.fullmatch(split) for split in (first, second)]
     if None in matches or matches[0]["name"] != matches[1]["name"]:
         return False
-    percents = [_percents(match) for match in matches]
-    if (0, 100) in percents:
-        return True
-    if None in percents:
+    (low, high), (other_low, other_high) = bounds = [_bounds(match) for match in matches]
+    if (None, None) in bounds or None in (low or other_low, high or other_high):
+        return True  # one is the whole split, or both hold its first or its last image
+    given = [text for text in (low, high, other_low, other_high) if text]
+    if all(text.endswith("%") for text in given):
+        size, numbers = 100, [int(text[:-1]) for text in given]
+    elif any("%" in text for text in given):
         return False
-    (low, high), (other_low, other_high) = percents
-    return max(low, other_low) < min(high, other_high)
+    else:
+        size, numbers = 2 * 10**15, [int(text) for text in given]
+    at = {text: n + size * (n < 0) for text, n in zip(given, numbers, strict=True)}
+    if size != 100 and min(numbers) < 0 <= max(numbers):
+        return False  # from the front and from the back, of how many is not known
+    return max(at.get(low, 0), at.get(other_low, 0)) < min(
+        at.get(high, size), at.get(other_high, size)
+    )
 
 
-def _percents(match: re.Match[str]) -> tuple[int, int] | None:
-    """The bounds of a part in percent, or None if they are numbers of images."""
-    texts = (match["low"] or "0%", match["high"] or "100%")
-    if not all(text.endswith("%") for text in texts):
-        return None
-    low, high = (int(text[:-1]) for text in texts)
-    return low + 100 * (low < 0), high + 100 * (high < 0)
+def _bounds(match: re.Match[str]) -> tuple[str | None, str | None]:
+    """The bounds of a part as they are written; None where it is open."""
+    low, high = match["low"], match["high"]
+    low = None if low is not None and not int(low.rstrip("%")) else low
+    return low, None if high == "100%" else high
 
 
 def check_train_or_test(split: str, data: str) -> None:

@@ -124,33 +124,42 @@ def _duration(secs: float) -> str:
 
 
 def _prepare(split: str, plan: shards.Plan, workers: int, progress: MakeProgress) -> None:
-    folder, raw = plan.folder, plan.source.raw
+    folder = plan.folder
+    if is_prepared(folder):  # perhaps where nothing can be written
+        _check_prepared(split, plan)
+        return
     check_writable(folder, "config.data.prepared_dir")
     with held_lock(folder, "prepare", "config.data.prepared_dir"):
         if is_prepared(folder):
-            manifest = read_manifest(folder)
-            manifests.check_settings(manifest, plan.settings, folder)
-            if manifest["encoding"] != plan.encoding:
-                raise UserError(
-                    f"--encoding={plan.encoding}: the data in {folder} was prepared as"
-                    f" {manifest['encoding']}; set it back, or remove the folder"
-                )
-            manifests.check_source(manifest, raw, folder)
-            _say(f"{split}: is prepared, {_summary(manifest, folder)}")
-            if manifest["times"] != raw.times:
-                _say(
-                    f"{split}: the files were written at other times than those that it was"
-                    " prepared from; a sample of their contents is the same, and --verify compares"
-                    " all of them"
-                )
+            _check_prepared(split, plan)
             return
         start = time.monotonic()
         for leftover in folder.glob(".*.array_record.*"):
             leftover.unlink()  # of a process that was killed; the lock is ours
-        content_sample = raw.content_sample()
+        content_sample = plan.source.raw.content_sample()
         manifest = plan.manifest(_write_shards(split, plan, workers, progress), content_sample)
         manifests.write_manifest(folder, manifest)
     _say(f"{split}: {_summary(manifest, folder)}, in {_duration(time.monotonic() - start)}")
+
+
+def _check_prepared(split: str, plan: shards.Plan) -> None:
+    """Raises UserError if what is there was prepared in another way, or from other images."""
+    folder, raw = plan.folder, plan.source.raw
+    manifest = read_manifest(folder)
+    manifests.check_settings(manifest, plan.settings, folder)
+    manifests.check_skipped(manifest, plan.max_pixels, folder)
+    if manifest["encoding"] != plan.encoding:
+        raise UserError(
+            f"--encoding={plan.encoding}: the data in {folder} was prepared as"
+            f" {manifest['encoding']}; set it back, or remove the folder"
+        )
+    manifests.check_source(manifest, raw, folder)
+    _say(f"{split}: is prepared, {_summary(manifest, folder)}")
+    if manifest["times"] != raw.times:
+        _say(
+            f"{split}: the files were written at other times than those that it was prepared from;"
+            " a sample of their contents is the same, and --verify compares all of them"
+        )
 
 
 def _summary(manifest: Manifest, folder: AnyPath) -> str:

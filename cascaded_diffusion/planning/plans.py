@@ -13,6 +13,7 @@ from cascaded_diffusion.cascade.build import build_stage
 from cascaded_diffusion.config.schema import CascadeSection, RunConfig, SamplerConfig, StageConfig
 from cascaded_diffusion.files.json_files import Record
 from cascaded_diffusion.networks.flops import count_flops
+from cascaded_diffusion.planning.topologies import parse_topology
 
 _COLUMNS = (
     ("name", "stage", "{}"),
@@ -102,12 +103,13 @@ def described(plan: Record) -> str:
     sent = ", ".join(
         f"{kind} {t['count']} of {t['bytes'] / 1e9:.3g} GB" for kind, t in on["collectives"].items()
     )
+    slower = f", bfloat16's peak: {on['dtype']} takes longer" * (on["dtype"] != "bfloat16")
     lines = [on["mesh_choice"]] if on["mesh_choice"] else []
     lines += [
         f"{plan['name']} on {on['topology']}: {on['devices']} devices, {mesh}, batch"
         f" {on['batch_size']} ({on['batch_size'] / on['devices']:g} a device), remat"
         f" {on['remat'] or 'none'}, {on['accumulation_steps']} part(s) a step",
-        f"  memory of a device   {on['memory_bytes'] / 1e9:.1f} GB; estimated: state"
+        f"  memory of a device   {on['memory_bytes'] / 1e9:.1f} GB for JAX; estimated: state"
         f" {on['state_bytes_per_device'] / 1e9:.2f}, activations and gathered parameters"
         f" {on['activation_bytes_per_device'] / 1e9:.2f}",
     ]
@@ -135,7 +137,8 @@ def described(plan: Record) -> str:
     lines += [
         f"  collectives a step   {sent or 'none'}",
         f"  time                 {on['step_secs']:.3g} s a step at {on['assumed_efficiency']:.0%}"
-        f" (assumed) of {on['peak_flops'] / 1e15:.3g} PFLOP/s;"
+        f" (assumed) of {on['peak_flops'] / 1e15:.3g} PFLOP/s"
+        f"{slower};"
         f" collectives {on['collective_secs']:.3g} s if nothing overlaps",
         f"  whole training       {on['days']:.1f} days, {on['chip_hours']:,.0f} chip-hours",
     ]
@@ -144,5 +147,7 @@ def described(plan: Record) -> str:
         verdict += f"; by estimate it would with {on['advice'] or 'a larger slice only'}"
     by = "the TPU's compiler"
     if not compiled:
-        by = "estimate, activations counted twice to be safe; the [tpu] extra would compile it"
+        by = "estimate, activations counted twice to be safe"
+        if parse_topology(on["topology"]).is_tpu:
+            by += "; the [tpu] extra would compile it"
     return "\n".join([*lines, f"  => {verdict} (by {by})"])

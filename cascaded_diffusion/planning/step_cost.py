@@ -47,10 +47,9 @@ def on_topology(
     the peak FLOP/s that is assumed to be reached, and `flops_per_image` are those of one forward
     pass; a multiply-add is two.
     """
-    memory_bytes = topology.accelerator.memory_bytes
-    # This process would trace programs for the CPU. Those for the TPU have fused attention,
-    # which the estimates for GPUs leave out.
-    with traced_for("tpu"):
+    memory_bytes = topology.memory_bytes
+    # This process would trace programs for the CPU.
+    with traced_for("tpu" if topology.is_tpu else "gpu"):
         config, choice = fit.choose_fsdp(config, topology.num_devices, memory_bytes)
         found = _estimated(config, topology, efficiency, flops_per_image)
         found["mesh_choice"] = choice
@@ -95,10 +94,11 @@ def _estimated(
         "mesh": dict(mesh.shape),
         "batch_size": train.batch_size,
         "remat": train.remat,
+        "dtype": dtype,
         "accumulation_steps": train.parts,
         "state_bytes_per_device": memory.state,
         "activation_bytes_per_device": memory.activations,
-        "memory_bytes": accelerator.memory_bytes,
+        "memory_bytes": topology.memory_bytes,
         "model_flops_per_step": model_flops,
         "collectives": {k: dataclasses.asdict(t) for k, t in traffic.items() if t.count},
         "peak_flops": peak,
@@ -107,7 +107,7 @@ def _estimated(
         "collective_secs": sent / accelerator.link_bandwidth,
         "days": total_secs / 86400,
         "chip_hours": total_secs / 3600 * topology.num_devices,
-        "fits": fit.fits(memory.total, accelerator.memory_bytes),
+        "fits": fit.fits(memory.total, topology.memory_bytes),
     }
 
 
@@ -119,7 +119,7 @@ def _compiled(config: RunConfig, topology: Topology) -> Record:
     mesh = mesh_lib.build_mesh(config.mesh, _tpu_devices(topology))
     stage, train = build_stage(config.stage), config.train
     # The compiler computes values again until a program fits, or else refuses it.
-    reserved = fit.reserved_bytes(topology.accelerator.memory_bytes)
+    reserved = fit.reserved_bytes(topology.memory_bytes)
     start = time.monotonic()
     try:
         compiled = step.compile_train_step(

@@ -17,6 +17,10 @@ _TPUS = {"v4": (3, 16, 2), "v5e": (2, 16, 1), "v5p": (3, 28, 2), "v6e": (2, 16, 
 _MOST_GPUS = 16_384
 
 
+# JAX allocates this share of a GPU, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set to another.
+_GPU_SHARE = 0.75
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """A slice: `name` as the user gave it, its accelerator and its number of devices."""
@@ -28,6 +32,11 @@ class Topology:
     @property
     def is_tpu(self) -> bool:
         return self.accelerator.name in _TPUS
+
+    @property
+    def memory_bytes(self) -> float:
+        """What JAX gives programs on a device, before the runtime's share."""
+        return self.accelerator.memory_bytes * (1.0 if self.is_tpu else _GPU_SHARE)
 
 
 def parse_topology(text: str) -> Topology:

@@ -72,14 +72,23 @@ def find_cluster(
         return Cluster(coordinator, num_processes, process_id)
     if mode == "none":
         return None
-    if mode == "slurm" or (mode == "auto" and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1):
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in environ else 1
+    if mode == "slurm" or (mode == "auto" and tasks > 1):
         return _slurm(environ)
     hosts = [h for h in environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
     if len(hosts) > 1 and "TPU_WORKER_ID" in environ:
-        return Cluster(f"{hosts[0]}:{_TPU_PORT}", len(hosts), int(environ["TPU_WORKER_ID"]))
+        return Cluster(f"{hosts[0]}:{_TPU_PORT}", len(hosts), _number(environ, "TPU_WORKER_ID"))
     if mode == "tpu":
         return _cloud_tpu(metadata or _metadata)
     return None
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    """A variable of the environment that must be a number from 0 on."""
+    text = environ[name]
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"{name}={text!r} in the environment: expected a number")
+    return int(text)
 
 
 def _slurm(environ: Mapping[str, str]) -> Cluster:
@@ -89,16 +98,16 @@ def _slurm(environ: Mapping[str, str]) -> Cluster:
         raise UserError(
             f"--distributed=slurm: {missing[0]} is not set; start the processes with srun"
         )
-    nodes, tasks, process_id, job = (environ[name] for name in names)
+    nodes, (tasks, process_id, job) = environ[names[0]], (_number(environ, n) for n in names[1:])
     # Any free port will do; it differs between the jobs on one node.
-    port = 61440 + int(job) % 4096
+    port = 61440 + job % 4096
     local = environ.get("SLURM_LOCALID")
     per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_NTASKS_PER_NODE", "1"))
     # With several tasks on a node, each takes the GPU of its local number, unless it sees only one.
     sees_one = re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", "")) is not None
     several = not sees_one and any(int(n) > 1 for n in re.findall(r"(?:^|,)(\d+)", per_node))
-    devices = (int(local),) if several and local is not None else None
-    return Cluster(f"{first_host(nodes)}:{port}", int(tasks), int(process_id), devices)
+    devices = (_number(environ, "SLURM_LOCALID"),) if several and local is not None else None
+    return Cluster(f"{first_host(nodes)}:{port}", tasks, process_id, devices)
 
 
 def first_host(nodes: str) -> str:

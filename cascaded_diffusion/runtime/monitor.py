@@ -71,12 +71,19 @@ class StepProfiler:
         self._local: tempfile.TemporaryDirectory[str] | None = None
 
     def check(self, first: int, last: int) -> None:
-        """Raises UserError unless the steps to trace lie between `first` and `last`."""
-        if self._steps is not None and not first <= self._steps[0] <= self._steps[1] <= last:
-            raise UserError(
-                f"--profile_steps={self._steps[0]}:{self._steps[1]}: expected steps from {first} to"
-                f" {last}, which are those that this run still takes"
-            )
+        """Raises UserError unless the steps to trace are there, up to `last`.
+
+        Those that a resumed run has behind it, before `first`, are not traced, which is printed:
+        the same command goes on.
+        """
+        if self._steps is None:
+            return
+        given = f"--profile_steps={self._steps[0]}:{self._steps[1]}"
+        if self._steps[1] > last:
+            raise UserError(f"{given}: expected steps of this run, which has {last}")
+        if self._steps[0] < first:
+            print(f"{given}: not traced, the run resumes at step {first}", flush=True)
+            self._steps = None
 
     def before(self, step: int) -> None:
         """Starts the trace if `step` is the first; called before `step` is dispatched."""

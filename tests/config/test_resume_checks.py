@@ -34,6 +34,15 @@ def test_resuming_with_another_config():
             check_resume(config, round_trip(config, **{key: value}), "RUN")
 
 
+def test_what_leaves_images_out_may_not_change():
+    config, changes = tiny_base(), {"data__max_pixels": 5}
+    assert check_resume(config, round_trip(config, **changes), "RUN")  # a larger image would fail
+    skips = round_trip(config, data__on_corrupt="skip")
+    assert check_resume(config, skips, "RUN") == ["config.data.on_corrupt: 'fail' -> 'skip'"]
+    with pytest.raises(UserError, match=r"config.data.max_pixels = 5: .* --allow_changed=data.max"):
+        check_resume(skips, round_trip(skips, **changes), "RUN")
+
+
 def test_keys_that_are_allowed_may_change_what_is_trained():
     config = tiny_base()
     other = round_trip(config, train__batch_size=32, train__learning_rate=0.5)

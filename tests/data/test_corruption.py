@@ -1,3 +1,4 @@
+import errno
 import itertools
 import os
 import pickle
@@ -5,7 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
+from cascaded_diffusion.data import folder
 from cascaded_diffusion.data.loader import build_stream, iterate
+from cascaded_diffusion.data.records import CorruptRecord
 from cascaded_diffusion.data.sources import load_source
 from cascaded_diffusion.errors import UserError
 from tests.data.photos import photo, photo_config, write_tree
@@ -34,6 +37,24 @@ def _take(config, steps, start=0, source=None, **kwargs):
         return list(itertools.islice(batches, steps)), batches.num_skipped
     finally:
         batches.close()
+
+
+def test_a_storage_that_fails_for_a_while_says_nothing_about_an_image(damaged, monkeypatch):
+    """No other image may take its place: the stream is a function of seed, step and row."""
+    config = photo_config(damaged, data__on_corrupt="skip", data__max_corrupt_fraction=0.5)
+
+    def stale(*args, **kwargs):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    source = load_source(config.data, "train", config.stage)
+    monkeypatch.setattr(folder, "open", stale, raising=False)
+    with pytest.raises(OSError, match="Stale file handle"):
+        source[0]
+    # A file that is not there any more, or that its disk cannot read, is another matter.
+    for number in (errno.ENOENT, errno.EIO):
+        monkeypatch.setattr(errno, "ESTALE", number)
+        with pytest.raises(CorruptRecord, match="cannot be read"):
+            source.origin.read(0)
 
 
 def test_fail_names_the_file(damaged):

@@ -15,6 +15,7 @@ import cascaded_diffusion
 from cascaded_diffusion import prepare
 from cascaded_diffusion.commands import entry
 from cascaded_diffusion.config.schema import to_dict
+from cascaded_diffusion.data import write_prepared
 from cascaded_diffusion.data.manifests import digest_of_json
 from cascaded_diffusion.data.sources import load_source, load_splits
 from cascaded_diffusion.data.write_prepared import verify_splits
@@ -520,6 +521,39 @@ def test_corrupt_photos_stop_it_or_are_left_out(tmp_path, capsys):
     (skipped,) = json.loads(manifest.read_text())["skipped"]
     assert skipped["index"] == 107
     assert skipped["where"].endswith("bee/007.jpg")
+
+
+def test_photos_that_were_too_large_are_missed_once_they_are_not(tmp_path, capsys):
+    root = write_tree(tmp_path)
+    (root / "train" / "bee" / "007.jpg").write_bytes(photo(107, size=(300, 200)))
+    skip = ["--config.data.on_corrupt=skip", "--config.data.max_corrupt_fraction=0.5"]
+    at_most = "--config.data.max_pixels=59999"
+    assert prepare.main(_args(root, *skip, at_most)) == 0
+    assert "1 corrupt skipped" in capsys.readouterr().out
+    assert prepare.main(_args(root, *skip, at_most)) == 0
+    message = (
+        r"config.data.max_pixels = 60000: .* without .*bee/007.jpg \(300 x 200 pixels, .*anew$"
+    )
+    with pytest.raises(UserError, match=message):
+        prepare.main(_args(root, *skip, "--config.data.max_pixels=60000"))
+    with pytest.raises(UserError, match=message.replace("60000", "64000000")):
+        _source(_config(root))
+
+    # A shard that a killed process has left is not taken over either.
+    folder = root / "prepared" / "folder" / "train_32px"
+    (folder / "manifest.json").unlink()
+    assert prepare.main(_args(root, *skip)) == 0
+    assert len(_source(_config(root))) == 24
+
+
+def test_where_nothing_can_be_written_what_is_prepared_is_found(prepared, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise UserError("nothing can be written here")
+
+    monkeypatch.setattr(write_prepared, "check_writable", refuse)
+    monkeypatch.setattr(write_prepared, "held_lock", refuse)
+    assert prepare.main(_args(prepared)) == 0
+    assert "train: is prepared" in capsys.readouterr().out
 
 
 def test_two_at_once_are_refused(tmp_path):

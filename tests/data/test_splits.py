@@ -45,6 +45,15 @@ def test_percents_from_either_end_meet():
         ("train[:1000]", "train[1000:]", False),
         ("train[:1000]", "train", True),
         ("train[:1000]", "train[:1000]", True),
+        ("train[:1000]", "train[999:2000]", True),
+        ("train[:1000]", "train[:50%]", True),  # both have the first image
+        ("train[1000:]", "train[-50%:]", True),  # both have the last one
+        ("train[0:]", "train[5%:10%]", True),
+        ("train[-1000:-500]", "train[-500:]", False),
+        ("train[-1000:-500]", "train[-600:-100]", True),
+        ("train[:1000]", "train[-1000:]", False),  # as far as is known
+        ("train[:1000]", "train[50%:]", False),
+        ("all", "train", True),  # the folder that the other is in
         ("train+test", "train", False),  # of TFDS, which is not parsed here
     ],
 )
