@@ -231,6 +231,10 @@ unpack='set -eu; cd; mkdir -p "$3"; cd "$3"; '
 unpack+='printf "%s  %s\n" "$1" "../$2" | sha256sum --check --status || '
 unpack+='{ echo "error: the archive has arrived damaged; copy again" >&2; exit 1; }; '
 # shellcheck disable=SC2016
+unpack+='if [ -e src/RUN ]; then echo "error: ~/$3/src/RUN holds runs, which this copy would delete;'
+# shellcheck disable=SC2016
+unpack+=' move it, and give runs a --workdir elsewhere" >&2; exit 1; fi; '
+# shellcheck disable=SC2016
 unpack+='rm -rf src.new src.old; mkdir src.new; tar -xzf "../$2" -C src.new; '
 # shellcheck disable=SC2016
 unpack+='if [ -e src ]; then mv src src.old; fi; mv src.new src; rm -rf src.old "../$2"'
@@ -322,9 +326,8 @@ check_bucket() {
         "--public-access-prevention\`"
     return
   fi
-  # Only the last line is the answer.
   local answer
-  answer=$(tail -n 1 "$errors")
+  answer=$(error_line "$errors")
   rm -f "$errors"
   case $answer in
     *403* | *ermission* | *denied*)
@@ -380,6 +383,11 @@ finds_peers() {
     case ${argument#-} in distributed | distributed=* | coordinator | coordinator=*) return 0 ;; esac
   done
   return 1
+}
+
+# error_line FILE: what gcloud says of an error: the last line that begins so, or the last one.
+error_line() {
+  grep -e '^ERROR:' "$1" | tail -n 1 | grep . || tail -n 1 "$1"
 }
 
 # need_program NAME WHAT: unless commands are only printed, as they may be on another machine.
@@ -458,7 +466,7 @@ tpu_state() {
     rm -f "$errors"
     state=GONE
   else
-    tail -n 1 "$errors" >&2
+    error_line "$errors" >&2
     rm -f "$errors"
     state=
     return 1

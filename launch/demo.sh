@@ -10,12 +10,18 @@
 # the same commands on networks too small to be any good, in two minutes, by default in RUN_smoke;
 # for photos, VARIANT is :gpu where JAX finds a GPU, else :cpu.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+answer_help "$@"
 data=mnist
 if [[ ${1:-} == mnist || ${1:-} == cifar10 ]]; then
   data=$1
   shift
 fi
 given=${1:-}
+if (($# > 1)) || [[ $given == -* || $given == *://* ]]; then
+  echo "error: ${*: -1}: expected [mnist or cifar10] [a folder on this machine]" >&2
+  exit 2
+fi
 if [[ -n $given ]]; then
   given=$(realpath -m -- "$given") # as the caller means it, before the folder changes
 fi
@@ -24,7 +30,6 @@ if [[ $data == cifar10 && -n ${PHOTOS:-} ]]; then
   photos=(--config.data.name=folder --config.data.path="$(realpath -m -- "$PHOTOS")")
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/environment.sh
 
 names=() seconds=()
 

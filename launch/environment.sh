@@ -7,17 +7,30 @@ run() {
   "$@"
 }
 
+# answer_help ARGUMENT...: prints the comment that the script begins with, if --help is asked for.
+answer_help() {
+  [[ ${1:-} == --help || ${1:-} == -h ]] || return 0
+  awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
+  exit 0
+}
+
 # ensure_environment EXTRA: .venv in the repository, with the project and the extra.
 # Installs only where something has changed since the last time.
 ensure_environment() {
   local extra=$1 python=${PYTHON:-python3} stamp
-  if [[ ! -x .venv/bin/python ]]; then
+  # One that failed half-way, as where Debian has no python3-venv, lacks the latter.
+  if [[ ! -x .venv/bin/python || ! -f .venv/bin/activate ]]; then
+    if ! command -v -- "$python" >/dev/null; then
+      echo "error: $python: no such program; Python 3.11 or newer is needed; name one with" \
+        "PYTHON=/path/to/python3" >&2
+      exit 2
+    fi
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
       echo "error: $python is $("$python" --version 2>&1), Python 3.11 or newer is needed;" \
         "name one with PYTHON=/path/to/python3" >&2
       exit 2
     fi
-    run "$python" -m venv .venv
+    run "$python" -m venv --clear .venv
   fi
   # shellcheck disable=SC1091
   source .venv/bin/activate

@@ -132,6 +132,7 @@ case $action in
   setup | run | up) need_storage "the trainer's, whose run is scored" ;;
 esac
 
+need_program gcloud "install the Google Cloud CLI"
 case $action in
   create)
     check_create

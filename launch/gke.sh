@@ -103,6 +103,7 @@ check name '^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$' \
 need namespace "a namespace"
 check namespace "$name_form" "$name_words"
 check service_account "$name_form" "$name_words"
+need worker "a worker's number"
 check worker '^[0-9]{1,4}$' "a worker's number"
 
 if [[ $action == render || $action == apply ]]; then
@@ -138,6 +139,8 @@ elif ((${#rest[@]})); then
   die "$action: takes nothing after \`--\`, got $(shown "${rest[0]}")"
 fi
 
+[[ $action == logs || $action == delete ]] || need_program python3 "it fills in the template"
+[[ $action == render ]] || need_program kubectl "install it, and point it at the cluster"
 case $action in
   render) render ;;
   apply)

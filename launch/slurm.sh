@@ -32,6 +32,18 @@ for flag in nodes gpus_per_node cpus_per_task save_secs; do
 done
 need time "a time limit, such as 24:00:00"
 check time '^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$' "a time limit as Slurm writes it, such as 24:00:00"
+# MINUTES[:SECONDS], HOURS:MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]; none at all is no limit.
+IFS=: read -r hours minutes seconds <<<"${options[time]#*-}"
+days=0
+if [[ ${options[time]} == *-* ]]; then
+  days=${options[time]%%-*}
+elif [[ -z $seconds ]]; then
+  seconds=$minutes minutes=$hours hours=0
+fi
+limit=$((((10#$days * 24 + 10#$hours) * 60 + 10#${minutes:-0}) * 60 + 10#${seconds:-0}))
+((limit == 0 || limit > options[save_secs])) ||
+  die "--time=$(shown "${options[time]}"): expected more than --save_secs=${options[save_secs]}" \
+    "seconds, which is how long before its end a job is told to save"
 need job_name "a name"
 check job_name '^[A-Za-z0-9_][-A-Za-z0-9_.]*$' "letters, digits and -._, the first not a -"
 for flag in partition account qos; do
@@ -75,4 +87,5 @@ if ! finds_peers "${rest[@]:1}"; then
     submit+=(--distributed=none)
   fi
 fi
+need_program sbatch "run this where Slurm's commands are"
 execute "${submit[@]}"

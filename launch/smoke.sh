@@ -7,9 +7,14 @@
 #   ./launch/smoke.sh [RUNS]    RUNS is the folder for the runs, by default RUN_all_smoke; made
 #                               anew. JOBS=2 commands run at once.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+answer_help "$@"
+if (($# > 1)) || [[ ${1:-} == -* || ${1:-} == *://* ]]; then
+  echo "error: ${*: -1}: expected at most a folder on this machine" >&2
+  exit 2
+fi
 runs=$(realpath -m -- "${1:-RUN_all_smoke}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/environment.sh
 ensure_environment demo
 
 if [[ -e $runs ]]; then

@@ -2,8 +2,9 @@
 # Runs the tests. Makes .venv if there is none and installs the test extra.
 # Arguments go to pytest: ./launch/test.sh tests/diffusion -x
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+answer_help "$@"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/environment.sh
 
 ensure_environment test
 run ruff check .

@@ -48,6 +48,8 @@ switches=([spot]=1 [internal_ips]=1 [keep]=1 [dry_run]=1)
 
 # A job that ran this long was healthy: what ends it then is not the same failure once more.
 healthy_secs=1800
+# So often in a row a worker may crash while the others end by 75.
+max_crashes=10
 # Where some workers have ended and others go on, JAX ends those after its heartbeat is missed. If
 # they still run after this, they are ended from here.
 stuck_secs=600
@@ -181,7 +183,7 @@ start_over() {
   say "${options[name]}: $1; deleting it, asking for another"
   delete_tpu || give_up_later "the slice could not be deleted"
   requested=$SECONDS
-  started='' stuck_since='' unreachable=0 failures=0
+  started='' stuck_since='' unreachable=0 failures=0 crashes=0 answers=0
 }
 
 # One look at the workers of an ACTIVE slice, and what is to be done about it.
@@ -221,7 +223,7 @@ tend_workers() {
       say "${options[name]}: running"
       started=$SECONDS
     fi
-    ((SECONDS - started < healthy_secs)) || failures=0
+    ((SECONDS - started < healthy_secs)) || failures=0 crashes=0
   elif only exited:2; then
     # (Of some workers only, 2 can also mean that they waited in vain for one that crashed.)
     finish 2 "the trainer refused its input, exit code 2; its last lines are in the log$(log_hint)"
@@ -237,8 +239,11 @@ tend_workers() {
       give_up_later "copy, setup or start failed"
     fi
   else
-    # Where one has crashed, the others stop, too, by 75.
-    if only exited:75; then
+    if among exited:75; then
+      # Where one has crashed, the others stop, too, by 75. That may happen, but not every time.
+      only exited:75 || ((++crashes <= max_crashes)) ||
+        finish 1 "${options[name]}: ended with ${states[*]}, and $max_crashes times before in a" \
+          "row; see the logs$(log_hint)"
       say "${options[name]}: stopped by a signal after saving; running it again"
     else
       give_up_later "ended with ${states[*]}"
@@ -250,7 +255,7 @@ tend_workers() {
 
 train() {
   local state requested=$SECONDS slices=0 failures=0 unreachable=0 started='' stuck_since=''
-  local unanswered=0 last='' first_look=1 answers=0 gone=0
+  local unanswered=0 last='' first_look=1 answers=0 gone=0 crashes=0
   if [[ -n ${options[dry_run]} ]]; then
     request_tpu
     tpu_state
@@ -330,6 +335,8 @@ for flag in max_failures max_slices max_unanswered; do need "$flag" "$count_word
 check max_failures "$count_form" "$count_words"
 check max_slices "$whole_form" "$whole_words"
 check max_unanswered "$count_form" "$count_words"
+need job "a job's name"
+need_program gcloud "install the Google Cloud CLI"
 if [[ $command_name =~ ^(run|train|supervise)$ ]]; then
   job_command
 elif ((${#rest[@]})); then

@@ -98,9 +98,10 @@ def _decode_any(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         raise CorruptRecord(f"animated, {frames} frames: expected a single image")
-    if image.format == "JPEG" and image.mode in ("L", "RGB"):
+    if image.format == "JPEG" and image.mode in ("L", "RGB", "CMYK"):
         # Pillow ignores damage after which libjpeg can continue.
-        simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+        colours = "CMYK" if image.mode == "CMYK" else "RGB"
+        simplejpeg.decode_jpeg(data, colorspace=colours, strict=True)
     image.load()
     note = {"CMYK": "CMYK", "P": "palette"}.get(image.mode)
     if image.mode in ("RGBA", "LA") or "transparency" in image.info:

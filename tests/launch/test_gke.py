@@ -10,7 +10,7 @@ from tests.launch.stubs import HOSTILE, bad_input
 yaml = pytest.importorskip("yaml")
 
 JOB = ("--name=sr256", "--image=region/repo/image:1", "--topology=4x4", "--claim=share")
-TRAINER = ("main", "--config=configs/sr256.py")
+TRAINER = ("main", "--config=configs/sr256.py", "--workdir=/mnt/share/RUN/sr256")
 
 
 def jobset(stubs, *args, trainer=TRAINER):
@@ -108,14 +108,15 @@ STRANGE = (
 
 @pytest.mark.parametrize("value", STRANGE)
 def test_values_come_out_as_they_went_in(stubs, value):
+    words = (f"--config={value}", value, f"--workdir=/m{value}/RUN")
     given = (f"--image=i{value}", f"--claim=c{value}", f"--mount=/m{value}")
-    pod = pod_of(jobset(stubs, *given, trainer=("main", f"--config={value}", value)))
+    pod = pod_of(jobset(stubs, *given, trainer=("main", *words)))
     (container,) = pod["containers"]
     assert container["image"] == f"i{value}"
     assert container["volumeMounts"][0]["mountPath"] == f"/m{value}"
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == f"c{value}"
     command = as_kubernetes_starts_it(container["command"])
-    assert command == ["python", "-m", "cascaded_diffusion.main", f"--config={value}", value]
+    assert command == ["python", "-m", "cascaded_diffusion.main", *words]
 
 
 def test_render_wants_all_values_and_no_others():
@@ -169,11 +170,13 @@ def test_dry_run_calls_nothing(stubs):
         (("logs", "--name=x", "--", "main"), "nothing after"),
         (("render", "--name=x", "--topology=4x4", "--claim=c", "--", "main"), "--image: missing"),
         (("render", *JOB, "--topology=4", "--", "main"), "--topology=4"),
-        (("render", *JOB, "--topology=3x3", "--", "main"), "--chips_per_host=4"),
-        (("render", *JOB, "--topology=1x2", "--", "main"), "--chips_per_host=4"),
+        (("render", *JOB, "--topology=3x3", "--", *TRAINER), "--chips_per_host=4"),
+        (("render", *JOB, "--topology=1x2", "--", *TRAINER), "--chips_per_host=4"),
         (("render", *JOB, "--mount=m", "--", "main"), "--mount=m"),
         (("render", *JOB, "--max_restarts=-1", "--", "main"), "--max_restarts=-1"),
         (("render", *JOB, "--", "prepare"), "-- prepare"),
+        (("render", *JOB, "--", "main", "--config=c"), "-- main: --workdir is missing"),
+        (("logs", "--name=x", "--worker="), "--worker: missing"),
         (("render", *JOB, "--", "main", "--workdir=RUN"), "--workdir=RUN"),
     ],
 )

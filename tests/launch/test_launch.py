@@ -1,12 +1,14 @@
 """What all launch scripts have in common."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
-from tests.launch.stubs import ROOT
+from tests.launch.stubs import ROOT, bad_input
 
 SCRIPTS = sorted((ROOT / "launch").rglob("*.sh"))
 
@@ -26,7 +28,52 @@ def test_shellcheck_finds_nothing_in_these_scripts():
 
 
 # What is run by hand or by another script; the others are sourced.
-COMMANDS = ("evaluate_vm", "gke", "on_host", "slurm", "slurm_job", "tensorboard", "tpu")
+COMMANDS = (
+    "demo",
+    "smoke",
+    "test",
+    "evaluate_vm",
+    "gke",
+    "on_host",
+    "slurm",
+    "slurm_job",
+    "tensorboard",
+    "tpu",
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("demo.sh", "RUN", "cifar10"), "cifar10: expected [mnist or cifar10] [a folder on th"),
+        (("demo.sh", "--data=cifar10"), "--data=cifar10: expected"),
+        (("demo.sh", "cifar10", "gs://b/RUN"), "gs://b/RUN: expected"),
+        (("smoke.sh", "-x"), "-x: expected at most a folder"),
+        (("smoke.sh", "a", "b"), "b: expected at most a folder"),
+    ],
+)
+def test_what_no_demo_understands_is_refused_before_anything_is_made(stubs, arguments, problem):
+    assert bad_input(stubs.run(*arguments), problem)
+
+
+def test_an_environment_that_failed_half_way_is_made_again(stubs, tmp_path):
+    """As where Debian has no python3-venv: .venv has a Python, and nothing to activate."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "setup.py").touch()
+    script = f"source {ROOT}/launch/environment.sh; python() {{ :; }}; ensure_environment test"
+    for name, code in (("nopy", 2), (sys.executable, 0)):
+        command = ["bash", "-euo", "pipefail", "-c", script]
+        made = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHON": name},
+            capture_output=True,
+            text=True,
+        )
+        assert made.returncode == code, made.stderr
+        assert "nopy: no such program; Python 3.11" in made.stderr or code == 0
+    assert (tmp_path / ".venv" / "bin" / "activate").exists()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,5 +1,8 @@
 """slurm.sh and its job: what is submitted, and what is put back into the queue."""
 
+import shutil
+import sys
+
 import pytest
 
 from tests.launch.stubs import HOSTILE, ROOT, bad_input
@@ -69,11 +72,22 @@ def test_dry_run_submits_nothing(stubs):
     assert not (stubs.folder / "lo%gs").exists()
 
 
+def test_where_slurm_is_missing(stubs):
+    if shutil.which("sbatch"):
+        pytest.skip("Slurm is here")
+    result = stubs.run("slurm.sh", "--time=60", f"--python={sys.executable}", "--", "main")
+    assert bad_input(result, "sbatch: no such program here; run this where Slurm's commands are")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--", "main"), "--time: missing"),
         (("--time=soon", "--", "main"), "--time=soon"),
+        (("--time=2", "--", "main"), "--time=2: expected more than --save_secs=120"),
+        (("--time=00:01:59", "--", "main"), "--time=00:01:59: expected more than"),
+        (("--time=0-00:02", "--", "main"), "--time=0-00:02: expected more than"),
+        (("--time=1-0", "--save_secs=86400", "--", "main"), "--save_secs=86400"),
         (("--time=60", "--nodes=0", "--", "main"), "--nodes=0"),
         (("--time=60", "--nodes=2-4", "--", "main"), "--nodes=2-4"),
         (("--time=60", "--gpus_per_node=", "--", "main"), "--gpus_per_node: missing"),

@@ -193,6 +193,50 @@ def test_copy_arrives_whole_and_replaces_the_old(stubs):
     assert not pathlib.Path(scp[5]).exists()
 
 
+def test_a_copy_deletes_no_runs(stubs):
+    """A relative --workdir is below the copy, which the next one replaces."""
+    stubs.add("gcloud", 'if [[ $4 == scp ]]; then cp "$5" "$MACHINE/${6#*:}"; fi' + REMOTE)
+    run = stubs.machine / "cascaded_diffusion/src/RUN/sr256"
+    run.mkdir(parents=True)
+    result = stubs.run("tpu.sh", "copy", *POD)
+    assert result.returncode == 1
+    assert "error: ~/cascaded_diffusion/src/RUN holds runs, which this copy" in result.stderr
+    assert run.exists()
+
+
+def test_a_run_that_would_end_with_its_machine_is_refused(stubs):
+    stubs.add("gcloud")
+    job = ("run", *POD, "--bucket=gs://my-cdm/x")
+    missing = (
+        "-- main: --workdir is missing; expected a folder in the bucket, --bucket=gs://my-cdm/x"
+    )
+    assert bad_input(stubs.run("tpu.sh", *job, "--", "main", "--config=c"), missing)
+    sample = ("sample", "--workdir=gs://my-cdm/x/RUN", "--output")
+    assert bad_input(stubs.run("tpu.sh", *job, "--", *sample, "/home/me"), "--output=/home/me")
+    assert stubs.calls() == []
+    result = stubs.run("tpu.sh", *job, "--dry_run", "--", *sample, "gs://my-cdm/x/RUN/s")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "spelled", ["--distributed=none", "--distributed none", "-distributed=none"]
+)
+def test_how_processes_meet_is_said_once(stubs, spelled):
+    given = ("main", "--workdir=gs://my-cdm/x/RUN", *spelled.split())
+    result = stubs.run("tpu.sh", "run", *POD, "--bucket=gs://my-cdm/x", "--dry_run", "--", *given)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("distributed") - result.stdout.count("--distributed=tpu") >= 1
+    assert "--distributed=tpu" not in result.stdout
+
+
+def test_what_gcloud_says_of_an_error_is_not_its_last_line(stubs):
+    said = "echo 'ERROR: (gcloud) You do not have an active account'; echo 'to select an account.'"
+    stubs.add("gcloud", f"{{ {said}; }} >&2; exit 1")
+    result = stubs.run("tpu.sh", "create", *POD, *SLICE, "--bucket=gs://my-cdm/x")
+    assert result.returncode == 1
+    assert "could not be asked about: ERROR: (gcloud) You do not have an act" in result.stderr
+
+
 def test_copy_notices_damage_and_leaves_the_old(stubs):
     stubs.add("gcloud", 'if [[ $4 == scp ]]; then echo damaged >"$MACHINE/${6#*:}"; fi' + REMOTE)
     old = stubs.machine / "cascaded_diffusion/src"

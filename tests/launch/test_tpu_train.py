@@ -129,6 +129,30 @@ def test_train_runs_again_what_was_stopped_after_saving(stubs):
     assert pod.did() == ["create", *DEPLOY, "start", "start", "delete"]
 
 
+@pytest.mark.parametrize(("max_crashes", "code"), [(2, 1), (3, 0)])
+def test_a_crash_that_ends_the_others_by_75_does_not_repeat_for_ever(stubs, max_crashes, code):
+    workers = ["none none", *["exited:137 exited:75"] * 3, "exited:0 exited:0"]
+    pod = Pod(stubs, ["GONE", "ACTIVE"], workers)
+    result = impatient_train(stubs, "--max_failures=0", max_crashes=max_crashes)
+    assert result.returncode == code, result.stderr
+    assert pod.did() == ["create", *DEPLOY, *["start"] * min(max_crashes, 3), "delete"]
+
+
+def test_some_workers_that_finished_are_not_all(stubs):
+    answers = ["none none", "running running", "exited:0", "running exited:0", "exited:0 exited:0"]
+    pod = Pod(stubs, ["GONE", "ACTIVE"], answers)
+    assert pod.train().returncode == 0
+    assert pod.did() == ["create", *DEPLOY, "delete"]
+    assert (stubs.folder / "workers").read_text().splitlines() == answers[-1:]
+
+
+def test_one_answer_is_not_enough_to_give_up_a_slice(stubs):
+    states = ["GONE", "ACTIVE", "ACTIVE", "GONE", "GONE", "ACTIVE"]
+    pod = Pod(stubs, states, ["none", "running", "exited:0"])
+    assert pod.train("--max_failures=0").returncode == 0
+    assert pod.did() == ["create", *DEPLOY, "delete"]
+
+
 def test_train_stops_at_bad_input(stubs):
     pod = Pod(stubs, ["GONE", "ACTIVE"], ["none none", "exited:2 exited:2"])
     result = pod.train()
