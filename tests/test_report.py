@@ -200,6 +200,31 @@ def test_the_runs_of_a_cascade_in_order_of_resolution(tmp_path):
     assert '<div class="as-they-are"><figure><img alt="Real images' in page.read_text()
 
 
+def test_scores_of_other_settings_are_told_apart(tmp_path):
+    folder = _run(tmp_path, tiny_base())
+    # The same step as the chosen one, in fewer steps: of another run of `evaluate`, and later.
+    for step, value in ((2, 9.125), (4, 9.0625)):
+        other = {"name": "ddim", "num_steps": 1}
+        append_line(folder.results_path, _record(step, "fd_classifier_1k", value, sampler=other))
+    report.main(["report", f"--workdir={tmp_path}"])
+    parser, text = _parsed(tmp_path / "report.html")
+    assert parser.alts.count("fd_classifier_1k over checkpoints") == 2
+    assert text.index("4.0625") < text.index("9.0625") < text.rindex("num_steps")
+    assert text.count("What was measured, against what") == 2
+
+
+def test_settings_of_a_sweep_are_told_apart(tmp_path):
+    _run(tmp_path / "base16", tiny_base())
+    for steps in (10, 25):
+        sampler = {"name": "heun", "num_steps": steps, "guidance_scale": 1.5}
+        record = {"stages": ["base16@4"], "samplers": [sampler], "aug_levels": [], "fid_1k": 1.0}
+        append_line(tmp_path / "sweep" / "base16.jsonl", record)
+    report.main(["report", f"--workdir={tmp_path}"])
+    _, text = _parsed(tmp_path / "report.html")
+    for shown in ("heun", "10", "25", "1.5", "base16@4"):
+        assert shown in text[text.index("Sweep of base16") :]
+
+
 def test_bad_calls_are_one_line(tmp_path):
     with pytest.raises(UserError, match=f"--workdir={tmp_path}: no run there, nor in a folder"):
         report.main(["report", f"--workdir={tmp_path}"])

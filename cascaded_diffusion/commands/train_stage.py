@@ -158,7 +158,7 @@ def prepared(config: RunConfig, data_path: str | None) -> Prepared:
 
 def _classes_without_images(source: Source) -> list[str]:
     """The names of such classes, as far as the labels are known without reading all images."""
-    if source.class_counts is None:
+    if source.class_counts is None or not source.class_names:
         return []
     counts = zip(source.class_names, np.asarray(source.class_counts), strict=True)
     return [printable(name) for name, count in counts if not count]

@@ -137,7 +137,8 @@ def _stored(path: AnyPath, about: Record) -> Record | None:
     """The stored numbers, if they are of exactly the same samples and references."""
     record, wanted = readable_record(path), json.loads(json.dumps(about))
     same = record is not None and wanted.items() <= record.items()
-    return record if same and path.with_suffix(".npz").exists() else None
+    whole = all(path.with_suffix(suffix).exists() for suffix in (".npz", ".md"))
+    return record if same and whole else None
 
 
 def _table(record: Record) -> str:

@@ -332,7 +332,7 @@ def sweep_settings(
     section = config.cascade
     folders = runs.stage_folders(section)[: index + 1]
     run = folders[-1].read_config()
-    evaluation.check_count(section.num_samples, run)
+    evaluation.check_final_count(section.num_samples, run, generated=True)
     drawn = dataclasses.replace(section, seed=run.eval.seed)
     mesh, team = default_mesh(config), Team(folders[-1])
     trained = [load_trained(folder, mesh) for folder in folders]

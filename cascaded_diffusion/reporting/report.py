@@ -4,6 +4,7 @@ import bisect
 import collections
 import datetime
 import itertools
+import json
 import math
 import platform
 import re
@@ -90,7 +91,8 @@ def _together(runs: Sequence[RunFolder]) -> list[Element]:
             if points := _points(run.metrics(), name):
                 curves[name][run.path.name] = points
         scores: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
-        for r in run.scores():
+        groups = _by_settings(run.scores(), _best(run))
+        for r in groups[0] if groups else ():
             if r["metric"].startswith(("fid_", "fd_")) and _is_number(r["value"]):
                 scores[f"{r['metric']}, low-res {_source(r) or 'none'}"].append(
                     (r["step"], r["value"])
@@ -142,11 +144,27 @@ def _cascade_parts(runs: CascadeFolder) -> list[Element]:
         records = read_lines(path)
         if shown := _settings_shown(path, records):
             parts.append(slider("setting", shown))
-        hidden = ("stages", "samplers", "reference", "features", "picture")
+        records = [_sampler_of(r) | r for r in records]
+        hidden = ("samplers", "reference", "features", "picture")
         columns = [key for key in dict.fromkeys(itertools.chain(*records)) if key not in hidden]
-        rows = [[record.get(column) for column in columns] for record in records]
+        rows = [[_words(record.get(column)) for column in columns] for record in records]
         parts.append(table(columns, rows) if rows else element("p", "No setting was scored yet."))
     return parts
+
+
+def _words(value: object) -> object:
+    """What a list or a record holds, for a cell of a table."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {x}" for name, x in value.items() if x is not None)
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _sampler_of(record: Record) -> Record:
+    """How a sweep sampled its stage, the last one."""
+    samplers = record.get("samplers")
+    last = samplers[-1] if isinstance(samplers, list) and samplers else None
+    names = ("name", "num_steps", "guidance_scale")
+    return {name: last.get(name) for name in names} if isinstance(last, dict) else {}
 
 
 def _settings_shown(path: AnyPath, records: Sequence[Record]) -> list[tuple[str, AnyPath]]:
@@ -250,15 +268,45 @@ def _source(record: Record) -> str:
     return str(record.get("low_res", "")).partition(":")[0]
 
 
+# What scores must have in common to be compared, as `evaluation` writes it.
+_SETTINGS = ("reference", "features", "num_samples", "seed", "aug_level", "sampler")
+
+
+def _settings(record: Record) -> str:
+    return json.dumps([record.get(name) for name in _SETTINGS])
+
+
+def _by_settings(records: Sequence[Record], best: Record | None) -> list[list[Record]]:
+    """The scores of samples, those together that can be compared.
+
+    First come those by which the checkpoint was chosen or, where none was, the newest.
+    """
+    groups: dict[str, list[Record]] = collections.defaultdict(list)
+    for r in records:
+        if "low_res" in r:
+            groups[_settings(r)].append(r)
+    first = _settings(best) if best is not None else next(reversed(groups), None)
+    return [groups[key] for key in sorted(groups, key=lambda key: key != first)]
+
+
 def _scores(records: Sequence[Record], best: Record | None) -> list[Element]:
-    scores = [r for r in records if "low_res" in r]
-    if not scores:
+    groups = _by_settings(records, best)
+    if not groups:
         return [quiet("Not evaluated yet.")]
     parts = []
     if best is not None:
         score = f"{best.get('metric')} {best.get('value')}"
         chosen = f"Chosen: step {best['step']}, EMA {best['ema_decay']:g}, {score}."
         parts.append(element("p", chosen))
+    for scores in groups:
+        parts += _comparable_scores(scores)
+        cells = [_words(scores[0].get(name)) for name in _SETTINGS]
+        parts.append(table(_SETTINGS, [cells], caption="What was measured, against what"))
+    return parts
+
+
+def _comparable_scores(scores: Sequence[Record]) -> list[Element]:
+    parts = []
     metrics = list(dict.fromkeys(r["metric"] for r in scores))
     metrics.sort(key=lambda name: not name.startswith(("fid_", "fd_")))
     for metric in metrics:
@@ -276,10 +324,6 @@ def _scores(records: Sequence[Record], best: Record | None) -> list[Element]:
         rows[r["step"], r["ema_decay"], _source(r)][r["metric"]] = value
     cells = [(*key, *(row.get(m) for m in metrics)) for key, row in sorted(rows.items(), key=str)]
     parts.append(table(("step", "EMA", "low-res", *metrics), cells))
-    keys = ("reference", "features", "num_samples", "seed")
-    settings = sorted({tuple(r.get(key) for key in keys) for r in scores}, key=str)
-    columns = ("reference", "features", "samples", "seed")
-    parts.append(table(columns, settings, caption="What was measured, against what"))
     return parts
 
 

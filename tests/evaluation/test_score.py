@@ -368,6 +368,9 @@ def test_final_numbers_are_one_table_one_json_and_the_samples(clean):
     made = (folder.eval / "final_real.npz").stat().st_mtime_ns
     assert _final(folder, mesh) == record
     assert (folder.eval / "final_real.npz").stat().st_mtime_ns == made
+    (folder.eval / "final_real.md").unlink()
+    assert _final(folder, mesh) == record
+    assert (folder.eval / "final_real.md").read_text() == table
     assert _final(folder, mesh, num_samples=20)["num_samples"] == 20
 
     # Of few real images it is said how many they are.
