@@ -88,7 +88,7 @@ def sample_cascade(
             batch_size=min(section.batch_size, section.num_samples),
         )
     with fail_on_all_processes():
-        if mesh_lib.broadcast_from_process_0([store.number]) != [store.number]:
+        if not mesh_lib.is_as_in_process_0(store.number):
             raise UserError(
                 f"--workdir={request.workdir}: the processes found other checkpoints, labels or"
                 " images when they started; run the same command again"
