@@ -46,13 +46,13 @@ def check_run_data(folder: RunFolder, data: RunData, *, say: Callable[[str], Non
         return
     stored = read_record(
         folder.data_path,
-        {"splits": dict},
+        {"splits": dict, "class_names": list},
         otherwise="of another version of this program",
         remedy="remove it to resume without comparing the images",
     )
     run, where = f"the run in {folder.path}", data.path or "FOLDER"
     moved = data.given_anew or stored.get("path") != data.path
-    names = tuple(stored.get("class_names") or ())
+    names = tuple(stored["class_names"])
     for split, now in data.splits.items():
         before = stored["splits"].get(split)
         if differ := class_difference(run, names, f"split {split!r}", now.class_names):

@@ -41,6 +41,7 @@ def test_the_images_are_compared_with_those_the_run_began_with(tmp_path):
     check_run_data(folder, _data(path="/moved", times="t2"), say=said.append)
     check_run_data(folder, _data(given_anew=True, times="t2"), say=said.append)
     assert len(said) == 2
-    folder.data_path.write_text('{"train": "folder:40"}')
-    with pytest.raises(UserError, match="another version"):
-        check_run_data(folder, _data())
+    for other in ('{"train": "folder:40"}', '{"splits": {}, "class_names": 5}'):
+        folder.data_path.write_text(other)
+        with pytest.raises(UserError, match="another version"):
+            check_run_data(folder, _data())
