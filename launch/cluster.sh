@@ -363,7 +363,7 @@ check_workdir() {
     case $previous in --workdir | -workdir | --output | -output) flag=$previous folder=$argument ;; esac
     flag=${flag#-}
     case ${flag#-} in
-      workdir) named=1 ;;
+      workdir) named=$folder ;;
       output) [[ $module =~ ^(main|evaluate|sample)$ ]] || folder='' ;;
       replay) named=1 folder='' ;;
       *) folder='' ;;

@@ -176,6 +176,7 @@ def test_dry_run_calls_nothing(stubs):
         (("render", *JOB, "--max_restarts=-1", "--", "main"), "--max_restarts=-1"),
         (("render", *JOB, "--", "prepare"), "-- prepare"),
         (("render", *JOB, "--", "main", "--config=c"), "-- main: --workdir is missing"),
+        (("render", *JOB, "--", "main", "--workdir="), "-- main: --workdir is missing"),
         (("logs", "--name=x", "--worker="), "--worker: missing"),
         (("render", *JOB, "--", "main", "--workdir=RUN"), "--workdir=RUN"),
     ],
