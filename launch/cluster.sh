@@ -231,9 +231,9 @@ unpack='set -eu; cd; mkdir -p "$3"; cd "$3"; '
 unpack+='printf "%s  %s\n" "$1" "../$2" | sha256sum --check --status || '
 unpack+='{ echo "error: the archive has arrived damaged; copy again" >&2; exit 1; }; '
 # shellcheck disable=SC2016
-unpack+='if [ -e src/RUN ]; then echo "error: ~/$3/src/RUN holds runs, which this copy would delete;'
+unpack+='for run in src/RUN*; do [ -e "$run" ] || continue; echo "error: ~/$3/$run holds runs, which this copy would delete;'
 # shellcheck disable=SC2016
-unpack+=' move it, and give runs a --workdir elsewhere" >&2; exit 1; fi; '
+unpack+=' move it, and give runs a --workdir elsewhere" >&2; exit 1; done; '
 # shellcheck disable=SC2016
 unpack+='rm -rf src.new src.old; mkdir src.new; tar -xzf "../$2" -C src.new; '
 # shellcheck disable=SC2016
@@ -360,12 +360,15 @@ check_workdir() {
   for argument in "$@"; do
     folder='' flag=''
     case $argument in -*=*) flag=${argument%%=*} folder=${argument#*=} ;; esac
-    case $previous in --workdir | -workdir | --output | -output) flag=$previous folder=$argument ;; esac
+    case $previous in
+      --workdir | -workdir | --output | -output | --replay | -replay) flag=$previous folder=$argument ;;
+    esac
     flag=${flag#-}
     case ${flag#-} in
       workdir) named=$folder ;;
-      output) [[ $module =~ ^(main|evaluate|sample)$ ]] || folder='' ;;
-      replay) named=1 folder='' ;;
+      # Another bucket does not end with the machine either.
+      output) [[ $module =~ ^(main|evaluate|sample)$ && $folder != gs://* ]] || folder='' ;;
+      replay | flagfile) named=1 folder='' ;;
       *) folder='' ;;
     esac
     [[ -z $folder || ($folder == "$base"/* && $folder/ != */../*) ]] ||

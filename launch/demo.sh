@@ -19,7 +19,7 @@ if [[ ${1:-} == mnist || ${1:-} == cifar10 ]]; then
 fi
 given=${1:-}
 if (($# > 1)) || [[ $given == -* || $given == *://* ]]; then
-  echo "error: ${*: -1}: expected [mnist or cifar10] [a folder on this machine]" >&2
+  echo "error: $*: expected [mnist or cifar10] [a folder on this machine]" >&2
   exit 2
 fi
 if [[ -n $given ]]; then

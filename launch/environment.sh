@@ -20,6 +20,11 @@ ensure_environment() {
   local extra=$1 python=${PYTHON:-python3} stamp
   # One that failed half-way, as where Debian has no python3-venv, lacks the latter.
   if [[ ! -x .venv/bin/python || ! -f .venv/bin/activate ]]; then
+    if [[ -e .venv && ! -f .venv/pyvenv.cfg && -n $(ls -A .venv) ]]; then
+      echo "error: .venv is there, but not as Python's venv makes it; move it, or activate it and" \
+        "run the commands of README.md in it" >&2
+      exit 2
+    fi
     if ! command -v -- "$python" >/dev/null; then
       echo "error: $python: no such program; Python 3.11 or newer is needed; name one with" \
         "PYTHON=/path/to/python3" >&2

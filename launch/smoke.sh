@@ -10,7 +10,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 answer_help "$@"
 if (($# > 1)) || [[ ${1:-} == -* || ${1:-} == *://* ]]; then
-  echo "error: ${*: -1}: expected at most a folder on this machine" >&2
+  echo "error: $*: expected at most a folder on this machine" >&2
   exit 2
 fi
 runs=$(realpath -m -- "${1:-RUN_all_smoke}")

@@ -197,8 +197,9 @@ tend_workers() {
   fi
   if ((${#states[@]} < answers)); then
     # That those who answer have finished says nothing of the others.
-    ((++unreachable <= options[max_unanswered])) ||
+    if node_lost || ((++unreachable > options[max_unanswered])); then
       start_over "${#states[@]} of $answers workers answer"
+    fi
     return 0
   fi
   answers=${#states[@]}
@@ -241,9 +242,12 @@ tend_workers() {
   else
     if among exited:75; then
       # Where one has crashed, the others stop, too, by 75. That may happen, but not every time.
-      only exited:75 || ((++crashes <= max_crashes)) ||
+      if only exited:75; then
+        crashes=0
+      elif ((++crashes > max_crashes)); then
         finish 1 "${options[name]}: ended with ${states[*]}, and $max_crashes times before in a" \
           "row; see the logs$(log_hint)"
+      fi
       say "${options[name]}: stopped by a signal after saving; running it again"
     else
       give_up_later "ended with ${states[*]}"

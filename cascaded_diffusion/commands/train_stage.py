@@ -106,9 +106,10 @@ def prepared(config: RunConfig, data_path: str | None) -> Prepared:
     splits = [config.data.train_split, config.data.eval_split]
     with mesh_lib.fail_on_all_processes():
         sources = load_splits(config.data, list(dict.fromkeys(splits)), config.stage)
+    facts = {name: (source.identity, source.class_names) for name, source in sources.items()}
+    same_everywhere = mesh_lib.is_as_in_process_0(facts)
     with mesh_lib.fail_on_all_processes():
-        facts = {name: (source.identity, source.class_names) for name, source in sources.items()}
-        if not mesh_lib.is_as_in_process_0(facts):
+        if not same_everywhere:
             found = "; ".join(
                 f"{name!r} is {source.identity!r}" for name, source in sources.items()
             )

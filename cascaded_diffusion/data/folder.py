@@ -27,9 +27,9 @@ from cascaded_diffusion.files.paths import describe_passed_over, is_litter, prin
 _SUFFIXES = tuple(os.fsencode(suffix) for suffix in SUFFIXES)
 # Whatever its name says, a larger file is no image.
 _MAX_FILE_BYTES = 2_000_000_000
-# Errors that say something about a file. Others, as those of a network, may pass.
+# Errors that say something about a file. Others, as those of a network or a disk, may pass.
 _OF_THE_FILE = (
-    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
 )
 _SLASH = os.fsencode(os.sep)

@@ -68,7 +68,8 @@ def overlap(first: str, second: str) -> bool:
 def _bounds(match: re.Match[str]) -> tuple[str | None, str | None]:
     """The bounds of a part as they are written; None where it is open."""
     low, high = match["low"], match["high"]
-    low = None if low is not None and not int(low.rstrip("%")) else low
+    if low is not None and (low == "-100%" or not int(low.rstrip("%"))):
+        low = None
     return low, None if high == "100%" else high
 
 

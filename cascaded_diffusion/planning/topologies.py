@@ -17,7 +17,7 @@ _TPUS = {"v4": (3, 16, 2), "v5e": (2, 16, 1), "v5p": (3, 28, 2), "v6e": (2, 16, 
 _MOST_GPUS = 16_384
 
 
-# JAX allocates this share of a GPU, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set to another.
+# JAX allocates this share of a GPU by default; XLA_PYTHON_CLIENT_MEM_FRACTION is not read.
 _GPU_SHARE = 0.75
 
 

@@ -82,7 +82,8 @@ class StepProfiler:
         if self._steps[1] > last:
             raise UserError(f"{given}: expected steps of this run, which has {last}")
         if self._steps[0] < first:
-            print(f"{given}: not traced, the run resumes at step {first}", flush=True)
+            if jax.process_index() == 0:
+                print(f"{given}: not traced, the run resumes at step {first}", flush=True)
             self._steps = None
 
     def before(self, step: int) -> None:

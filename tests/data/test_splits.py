@@ -49,6 +49,7 @@ def test_percents_from_either_end_meet():
         ("train[:1000]", "train[:50%]", True),  # both have the first image
         ("train[1000:]", "train[-50%:]", True),  # both have the last one
         ("train[0:]", "train[5%:10%]", True),
+        ("train[-100%:10%]", "train[:100]", True),
         ("train[-1000:-500]", "train[-500:]", False),
         ("train[-1000:-500]", "train[-600:-100]", True),
         ("train[:1000]", "train[-1000:]", False),  # as far as is known

@@ -45,11 +45,11 @@ COMMANDS = (
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("demo.sh", "RUN", "cifar10"), "cifar10: expected [mnist or cifar10] [a folder on th"),
+        (("demo.sh", "RUN", "cifar10"), "RUN cifar10: expected [mnist or cifar10] [a folder on th"),
         (("demo.sh", "--data=cifar10"), "--data=cifar10: expected"),
         (("demo.sh", "cifar10", "gs://b/RUN"), "gs://b/RUN: expected"),
         (("smoke.sh", "-x"), "-x: expected at most a folder"),
-        (("smoke.sh", "a", "b"), "b: expected at most a folder"),
+        (("smoke.sh", "a", "b"), "a b: expected at most a folder"),
     ],
 )
 def test_what_no_demo_understands_is_refused_before_anything_is_made(stubs, arguments, problem):
@@ -61,8 +61,10 @@ def test_an_environment_that_failed_half_way_is_made_again(stubs, tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
     (tmp_path / "setup.py").touch()
+    mine = tmp_path / ".venv" / "mine"
+    mine.touch()
     script = f"source {ROOT}/launch/environment.sh; python() {{ :; }}; ensure_environment test"
-    for name, code in (("nopy", 2), (sys.executable, 0)):
+    for name, code in ((sys.executable, 2), ("nopy", 2), (sys.executable, 0)):
         command = ["bash", "-euo", "pipefail", "-c", script]
         made = subprocess.run(
             command,
@@ -72,7 +74,12 @@ def test_an_environment_that_failed_half_way_is_made_again(stubs, tmp_path):
             text=True,
         )
         assert made.returncode == code, made.stderr
-        assert "nopy: no such program; Python 3.11" in made.stderr or code == 0
+        if mine.exists():  # of another program, as conda
+            assert "error: .venv is there, but not as Python's venv makes it" in made.stderr
+            mine.unlink()
+            (tmp_path / ".venv" / "pyvenv.cfg").touch()
+        else:
+            assert "nopy: no such program; Python 3.11" in made.stderr or code == 0
     assert (tmp_path / ".venv" / "bin" / "activate").exists()
 
 

@@ -214,8 +214,14 @@ def test_a_run_that_would_end_with_its_machine_is_refused(stubs):
     sample = ("sample", "--workdir=gs://my-cdm/x/RUN", "--output")
     assert bad_input(stubs.run("tpu.sh", *job, "--", *sample, "/home/me"), "--output=/home/me")
     assert stubs.calls() == []
-    result = stubs.run("tpu.sh", *job, "--dry_run", "--", *sample, "gs://my-cdm/x/RUN/s")
-    assert result.returncode == 0, result.stderr
+    for allowed in (
+        (*sample, "gs://my-cdm/x/RUN/s"),
+        (*sample, "gs://another/s"),
+        ("main", "--replay", "gs://my-cdm/x/RUN/nonfinite/7"),
+        ("main", "--flagfile=flags"),
+    ):
+        result = stubs.run("tpu.sh", *job, "--dry_run", "--", *allowed)
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
