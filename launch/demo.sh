@@ -17,11 +17,8 @@ if [[ ${1:-} == mnist || ${1:-} == cifar10 ]]; then
   data=$1
   shift
 fi
+take_a_folder "[mnist or cifar10] [a folder on this machine]" "$@"
 given=${1:-}
-if (($# > 1)) || [[ $given == -* || $given == *://* ]]; then
-  echo "error: $*: expected [mnist or cifar10] [a folder on this machine]" >&2
-  exit 2
-fi
 if [[ -n $given ]]; then
   given=$(realpath -m -- "$given") # as the caller means it, before the folder changes
 fi

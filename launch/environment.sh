@@ -14,6 +14,14 @@ answer_help() {
   exit 0
 }
 
+# take_a_folder EXPECTED [ARGUMENT...]: refuses all but one folder of this machine, or none.
+take_a_folder() {
+  if (($# > 2)) || [[ ${2:-} == -* || ${2:-} == *://* ]]; then
+    echo "error: ${*:2}: expected $1" >&2
+    exit 2
+  fi
+}
+
 # ensure_environment EXTRA: .venv in the repository, with the project and the extra.
 # Installs only where something has changed since the last time.
 ensure_environment() {

@@ -9,10 +9,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 answer_help "$@"
-if (($# > 1)) || [[ ${1:-} == -* || ${1:-} == *://* ]]; then
-  echo "error: $*: expected at most a folder on this machine" >&2
-  exit 2
-fi
+take_a_folder "at most a folder on this machine" "$@"
 runs=$(realpath -m -- "${1:-RUN_all_smoke}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ensure_environment demo

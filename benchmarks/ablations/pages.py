@@ -68,8 +68,8 @@ def table_of(about: Record, rows: Sequence[Record]) -> str:
             values = [factor * row["scores"][name] for row in group if name in row["scores"]]
             cells.append(_cell(values, decimals))
         lines.append(f"| {' | '.join(cells)} |")
-    count = f"{sizes.pop():,} samples a row" if len(sizes) == 1 else ""
-    return "\n".join([*lines, "", f"{count}, {_origin(about, rows)}".lstrip(", ")])
+    count = f"{sizes.pop():,} samples a row, " if len(sizes) == 1 else ""
+    return "\n".join([*lines, "", count + _origin(about, rows)])
 
 
 def _plain(value: object) -> str:

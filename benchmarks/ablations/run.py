@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
     from lab import Lab
     from real_images import Data
 
-    code = digest_of_code(ROOT)
+    code, versions = digest_of_code(ROOT), machine.versions()
     data = Data(flags.data_name, flags.data_path, flags.prepared_dir)
     device = jax.devices()[0].device_kind
     if jax.default_backend() == "cpu":
@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
         table,
         data,
         flags.workdir,
-        made_by=f"{code}, {device}, {machine.versions()}",
+        made_by=f"{code}, {device}, {versions}",
         deadline=deadline,
         torch_python=flags.torch_python,
         inception_weights=flags.inception_weights,
@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> int:
         "settings": to_dict(budget),
         "code": code,
         "device": device,
-        "versions": machine.versions(),
+        "versions": versions,
         "data": {role: split.identity for role, split in lab.images.items()},
     }
     name = pages.name_of(about)

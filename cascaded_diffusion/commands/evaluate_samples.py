@@ -42,15 +42,10 @@ def print_record(record: Mapping[str, object]) -> int:
 
 def _count(fv: flags.FlagValues, samples: StoredImages) -> int:
     """The number of samples that are to be measured."""
-    found, wanted = len(samples), fv.num_samples
-    if wanted is not None and wanted > found:
-        raise UserError(
-            f"--num_samples={wanted}: --samples={samples.path} has {found} images; expected at"
-            " least as many"
-        )
-    if wanted is not None and wanted < found:
-        print(f"samples: the first {wanted} are measured", file=sys.stderr, flush=True)
-    return wanted or found
+    count = samples.count(fv.num_samples)
+    if count < len(samples):
+        print(f"samples: the first {count} are measured", file=sys.stderr, flush=True)
+    return count
 
 
 def samples_mode(fv: flags.FlagValues, folder: RunFolder, config: RunConfig) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from cascaded_diffusion.config.schema import MAX_PIXELS, RunConfig
+from cascaded_diffusion.config.schema import RunConfig
 from cascaded_diffusion.errors import UserError
 from cascaded_diffusion.evaluation.samples.stored_images import StoredImages, open_images
 
@@ -45,7 +45,7 @@ def read_low_res(
             for i, x in enumerate(stored.images)
         ]
         return StoredImages(path, np.stack(images), stored.labels), None
-    most = last.data.max_pixels or MAX_PIXELS
+    most = last.data.pixel_limit
     read = read_given_images(
         path, channels=channels, sizes=sizes, resize_to=resize_to, max_pixels=most
     )

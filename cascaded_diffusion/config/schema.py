@@ -197,6 +197,11 @@ class DataConfig:
     read_threads: int = _range(0, 1024)  # threads that read and decode images
     read_workers: int | None = _range(0, 1024)  # processes that read; None: this one's threads
 
+    @property
+    def pixel_limit(self) -> int:
+        """An encoded image of more pixels is corrupt."""
+        return self.max_pixels or MAX_PIXELS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:

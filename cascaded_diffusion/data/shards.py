@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.sharedctypes import Synchronized
 from typing import TypeGuard, TypeVar
 
-from cascaded_diffusion.config.schema import MAX_PIXELS, DataConfig, StageConfig
+from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import manifests, workers
 from cascaded_diffusion.data.manifests import Manifest, Report
 from cascaded_diffusion.data.record_files import write_array_record
@@ -46,7 +46,7 @@ class Plan:
         self.folder = manifests.prepared_folder(config, split, stage)
         self.source = source = processed_source(config, split, stage)
         self.settings = manifests.settings_of(config, split, stage)
-        self.encoding, self.max_pixels = encoding, config.max_pixels or MAX_PIXELS
+        self.encoding, self.pixel_limit = encoding, config.pixel_limit
         shapes = (source.image_shape, source.low_res_shape or (0, 0, 0))
         # Of the pixels, which is about the largest size that a PNG can have.
         self.bytes_per_image = sum(h * w * c for h, w, c in shapes)
@@ -62,7 +62,7 @@ class Plan:
                 "encoding": encoding,
                 "shard_examples": size,
                 # Of larger images, which may have been left out.
-                "max_pixels": self.max_pixels,
+                "max_pixels": self.pixel_limit,
             }
         )
 

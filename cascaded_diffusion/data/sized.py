@@ -16,7 +16,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from cascaded_diffusion.config.schema import MAX_PIXELS, DataConfig
+from cascaded_diffusion.config.schema import DataConfig
 from cascaded_diffusion.data import manifests, records
 from cascaded_diffusion.data.decode import decode_image
 from cascaded_diffusion.data.record_files import ArrayRecordShards, ShardPart
@@ -87,7 +87,7 @@ class ProcessedSource(Source):
         """The pixels of an image: uint8 [H, W, C] of any size."""
         if isinstance(image, np.ndarray):
             return image
-        channels, max_pixels = self.image_shape[2], self._config.max_pixels or MAX_PIXELS
+        channels, max_pixels = self.image_shape[2], self._config.pixel_limit
         pixels, note = decode_image(image, channels=channels, max_pixels=max_pixels)
         if note is not None:
             what = f"{self.describe(index)} ({note}) to 8-bit {'grey' if channels == 1 else 'RGB'}"

@@ -9,7 +9,7 @@ import numpy as np
 from cascaded_diffusion.config.class_names import check_classes
 from cascaded_diffusion.config.convert import fail_at
 from cascaded_diffusion.config.run_checks import BUILTIN_DATA, FILE_DATA
-from cascaded_diffusion.config.schema import MAX_PIXELS, DataConfig, StageConfig
+from cascaded_diffusion.config.schema import DataConfig, StageConfig
 from cascaded_diffusion.data import manifests, shapes
 from cascaded_diffusion.data.arrays import ArraySource, load_mnist, load_npz
 from cascaded_diffusion.data.folder import FolderSource, load_folder
@@ -118,7 +118,7 @@ def _source(config: DataConfig, split: str, stage: StageConfig) -> Source:
     manifest = manifests.read_manifest(folder)
     wanted = manifests.settings_of(config, split, stage)
     manifests.check_settings(manifest, wanted, folder)
-    manifests.check_skipped(manifest, config.max_pixels or MAX_PIXELS, folder)
+    manifests.check_skipped(manifest, config.pixel_limit, folder)
     if manifest["path"] != wanted["path"]:
         try:
             manifests.check_source(manifest, load_raw(config, split, stage), folder)

@@ -147,7 +147,7 @@ def _check_prepared(split: str, plan: shards.Plan) -> None:
     folder, raw = plan.folder, plan.source.raw
     manifest = read_manifest(folder)
     manifests.check_settings(manifest, plan.settings, folder)
-    manifests.check_skipped(manifest, plan.max_pixels, folder)
+    manifests.check_skipped(manifest, plan.pixel_limit, folder)
     if manifest["encoding"] != plan.encoding:
         raise UserError(
             f"--encoding={plan.encoding}: the data in {folder} was prepared as"

@@ -34,10 +34,7 @@ def measure_files(
 
         record = cd.measure_files(open_images("A.npz", flag="samples"), "B.npz", resize="legacy")
     """
-    count = num_samples or len(samples)
-    if count > len(samples):
-        found = f"{len(samples)} images in {samples.path}"
-        raise UserError(f"--num_samples={count}: expected at most the {found}")
+    count = samples.count(num_samples)
     check_sample_count(count, "inception", allow_few=allow_few_samples)
     statistics = images = why = None
     shape = tuple(samples.images.shape[1:])

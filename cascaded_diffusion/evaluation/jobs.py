@@ -130,7 +130,7 @@ def measure_samples(
 ) -> Record:
     """Measures the first of `load_samples`, by default all, as the run's own; stores no record."""
     config = folder.read_config()
-    count = num_samples or len(samples)
+    count = samples.count(num_samples)
     evaluation.check_count(count, config)
     with evaluation.evaluator(folder, config, default_mesh(config)) as evaluator:
         labels = samples.labels

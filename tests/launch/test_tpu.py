@@ -21,6 +21,9 @@ from tests.launch.stubs import (
     remote_argv,
 )
 
+# A gcloud whose scp puts the file on the machine.
+COPIES = 'if [[ $4 == scp ]]; then cp "$5" "$MACHINE/${6#*:}"; fi'
+
 
 def test_create_asks_for_what_the_flags_say(stubs):
     stubs.add("gcloud")
@@ -172,7 +175,7 @@ def test_setup_mounts_the_share_on_all_workers(stubs):
 
 
 def test_copy_arrives_whole_and_replaces_the_old(stubs):
-    stubs.add("gcloud", 'if [[ $4 == scp ]]; then cp "$5" "$MACHINE/${6#*:}"; fi' + REMOTE)
+    stubs.add("gcloud", COPIES + REMOTE)
     old = stubs.machine / "cascaded_diffusion/src"
     old.mkdir(parents=True)
     (old / "removed_since.py").write_text("")
@@ -195,7 +198,7 @@ def test_copy_arrives_whole_and_replaces_the_old(stubs):
 
 def test_a_copy_deletes_no_runs(stubs):
     """A relative --workdir is below the copy, which the next one replaces."""
-    stubs.add("gcloud", 'if [[ $4 == scp ]]; then cp "$5" "$MACHINE/${6#*:}"; fi' + REMOTE)
+    stubs.add("gcloud", COPIES + REMOTE)
     run = stubs.machine / "cascaded_diffusion/src/RUN/sr256"
     run.mkdir(parents=True)
     result = stubs.run("tpu.sh", "copy", *POD)

@@ -36,6 +36,18 @@ class StoredImages:
     def __len__(self) -> int:
         return len(self.images)
 
+    def count(self, num_samples: int | None) -> int:
+        """How many are measured: the first `num_samples`, or all.
+
+        Raises UserError if there are fewer.
+        """
+        if num_samples is not None and num_samples > len(self):
+            raise UserError(
+                f"--num_samples={num_samples}: --samples={self.path} has {len(self)} images;"
+                " expected at least as many"
+            )
+        return num_samples or len(self)
+
     def digest(self, *, labels: bool = True) -> str:
         """SHA-256 of the pixels in order and of the labels if there are any, first 12 digits."""
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
